@@ -1,0 +1,98 @@
+"""Runs the bundles' configs in this process, on phantoms, with the shipped weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from maisi_tools.errors import InputError
+from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import labels_in_group
+from monai.bundle import ConfigWorkflow
+
+SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
+
+
+@pytest.fixture(scope="session")
+def bundles(repo_root: Path) -> Path:
+    return repo_root / "bundles"
+
+
+@pytest.fixture
+def run_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
+    """``run_bundle("maisi_vae", "inference.json", key=value, ...)`` runs a config to its end and returns the workflow."""
+
+    def run(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
+        root = bundles / bundle
+        files = [str(root / "configs" / name) for name in ([config] if isinstance(config, str) else config)]
+        workflow = ConfigWorkflow(
+            config_file=files,
+            meta_file=str(root / "configs" / "metadata.json"),
+            logging_file=False,
+            bundle_root=str(root),
+            **{"device": "$torch.device('cpu')", **overrides},
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        return workflow
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def phantom_labels() -> np.ndarray:
+    return make_phantom("head_neck", size=SIZE, spacing=SPACING, seed=3)
+
+
+@pytest.fixture(scope="session")
+def phantom_ct(phantom_labels: np.ndarray) -> np.ndarray:
+    """A CT in HU with flat tissues and a little noise: not realistic, but with sharp known values."""
+    hu = np.full(phantom_labels.shape, 40.0)
+    hu[phantom_labels == 0] = -1000
+    hu[np.isin(phantom_labels, labels_in_group("airway"))] = -1000
+    hu[np.isin(phantom_labels, labels_in_group("lung"))] = -800
+    hu[np.isin(phantom_labels, labels_in_group("bone"))] = 700
+    noise = np.random.default_rng(0).normal(0, 10, hu.shape)
+    return (hu + noise * (phantom_labels > 0)).clip(-1000, 1000).astype(np.int16)
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Saves an array under ``tmp_path/in`` and returns the path; the default affine is RAS with the phantom's spacing."""
+
+    def save(array: np.ndarray, name: str, affine: np.ndarray | None = None) -> Path:
+        folder = tmp_path / "in"
+        folder.mkdir(exist_ok=True)
+        image = nib.Nifti1Image(array, np.diag([*SPACING, 1.0]) if affine is None else affine)
+        nib.save(image, folder / name)
+        return folder / name
+
+    return save
+
+
+@pytest.fixture
+def mask_file(save: Callable[..., Path], phantom_labels: np.ndarray) -> Path:
+    return save(phantom_labels, "phantom.nii.gz")
+
+
+@pytest.fixture
+def ct_file(save: Callable[..., Path], phantom_ct: np.ndarray) -> Path:
+    return save(phantom_ct, "head_ct.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def cause() -> Callable[[BaseException], BaseException]:
+    """The InputError in an exception's chain: MONAI's config parser wraps what its components raise."""
+
+    def cause(error: BaseException | None) -> BaseException:
+        while error is not None and not isinstance(error, InputError):
+            error = error.__cause__ or error.__context__
+        assert error is not None, "no InputError in the chain"
+        return error
+
+    return cause

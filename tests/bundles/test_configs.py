@@ -1,0 +1,165 @@
+"""What MONAI, the model zoo and MONAI Label expect of a bundle's files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from monai.bundle import ConfigParser, verify_net_in_out
+
+BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
+KEYS = (
+    *("bundle_root", "dataset_dir", "input", "output_dir", "seed", "device", "network_def", "network"),
+    *("preprocessing", "inferer", "postprocessing", "dataset", "dataloader", "evaluator"),
+)
+
+
+def parser_of(bundles, bundle, *configs) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(bundles / bundle / "configs" / name) for name in configs])
+    parser.read_meta(str(bundles / bundle / "configs" / "metadata.json"))
+    parser["bundle_root"] = str(bundles / bundle)
+    parser["device"] = "$torch.device('cpu')"
+    return parser
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_verify_net_in_out(bundles, bundle):
+    configs = bundles / bundle / "configs"
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"),
+        device="cpu",
+        n=4,
+    )
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_expected_keys(bundles, bundle):
+    config = json.loads((bundles / bundle / "configs" / "inference.json").read_text())
+    assert [key for key in KEYS if key not in config] == []
+    train = json.loads((bundles / bundle / "configs" / "train.json").read_text())
+    for key in ("max_epochs", "val_interval", "network_def", "train", "validate"):
+        assert key in train
+    assert {"trainer", "dataset", "handlers"} <= train["train"].keys() and "data" in train["train"]["dataset"]
+
+
+def test_networks_are_defined_alike_everywhere(bundles):
+    """A bundle is self-contained, so definitions are repeated; they may not drift apart."""
+    definitions: dict[str, list] = {"autoencoder": [], "unet": [], "controlnet": []}
+    for path in bundles.glob("*/configs/*.json"):
+        config = json.loads(path.read_text())
+        for key in ("network_def", "autoencoder_def"):
+            definition = config.get(key)
+            if not isinstance(definition, dict):
+                continue
+            kind = definition["_target_"].rsplit(".", 1)[1]
+            if kind == "ControlledUNet":
+                definitions["unet"].append(definition["unet"])
+                definitions["controlnet"].append(definition["controlnet"])
+            else:
+                definitions["unet" if kind == "DiffusionUNet" else "autoencoder"].append(definition)
+    for kind, found in definitions.items():
+        assert len(found) >= 2 and all(one == found[0] for one in found), kind
+
+
+def test_weights_are_small(bundles):
+    sizes = {path: path.stat().st_size for path in bundles.glob("*/models/*.pt") if path.name in SHIPPED}
+    assert len(sizes) == 5
+    assert max(sizes.values()) < 25e6 and sum(sizes.values()) < 40e6
+
+
+SHIPPED = ("model.pt", "autoencoder.pt")
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overlay", "expected"),
+    [
+        # parameter counts of the released networks, computed from MONAI's own classes with the released settings
+        ("maisi_vae", "full.json", "AutoencoderKlMaisi"),
+        ("maisi_ldm", "full_rflow.json", "DiffusionModelUNetMaisi"),
+        ("maisi_ldm", "full_ddpm.json", "DiffusionModelUNetMaisi"),
+        ("maisi_controlnet", "full_rflow.json", "ControlNetMaisi"),
+        ("maisi_controlnet", "full_ddpm.json", "ControlNetMaisi"),
+    ],
+)
+def test_full_size_networks_have_the_released_keys(bundles, bundle, overlay, expected):
+    """Key for key and shape for shape the networks that the released configurations define (REFERENCE: section 1)."""
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+    from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
+    from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+
+    levels = {
+        "spatial_dims": 3,
+        "in_channels": 4,
+        "num_channels": [64, 128, 256, 512],
+        "attention_levels": [False, False, True, True],
+        "num_head_channels": [0, 0, 32, 32],
+        "num_res_blocks": 2,
+    }
+    rflow = {"num_class_embeds": 128, "resblock_updown": True, "include_fc": True} if "rflow" in overlay else {}
+    region = {f"include_{end}_region_index_input": not rflow for end in ("top", "bottom")}
+    with torch.device("meta"):
+        if expected == "AutoencoderKlMaisi":
+            released = AutoencoderKlMaisi(
+                spatial_dims=3,
+                in_channels=1,
+                out_channels=1,
+                latent_channels=4,
+                num_channels=[64, 128, 256],
+                num_res_blocks=[2, 2, 2],
+                norm_num_groups=32,
+                norm_eps=1e-6,
+                attention_levels=[False, False, False],
+                with_encoder_nonlocal_attn=False,
+                with_decoder_nonlocal_attn=False,
+                use_checkpointing=False,
+                use_convtranspose=False,
+                norm_float16=True,
+                num_splits=4,
+                dim_split=1,
+            )
+        elif expected == "DiffusionModelUNetMaisi":
+            released = DiffusionModelUNetMaisi(**levels, out_channels=4, include_spacing_input=True, **region, **rflow)
+        else:
+            released = ControlNetMaisi(
+                **levels,
+                conditioning_embedding_in_channels=8,
+                conditioning_embedding_num_channels=[8, 32, 64],
+                **rflow,
+            )
+        network = parser_of(bundles, bundle, "inference.json", overlay).get_parsed_content("network_def")
+    ours = (network.controlnet if expected == "ControlNetMaisi" else network).state_dict()
+    theirs = released.state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):
+    
+    parser = parser_of(bundles, "maisi_vae", "inference.json", "full.json")
+    if (bundles / "maisi_vae" / "models" / "autoencoder_v1.pt").exists():
+        pytest.skip("the released weights are here")
+    with pytest.raises(Exception) as raised:
+        parser.get_parsed_content("network")
+    assert "maisi weights maisi_vae" in str(cause(raised.value))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_command_line_error_is_one_line_and_fails(bundles, tmp_path, elsewhere):
+    root = bundles / "maisi_vae"
+    where = ["--bundle_root", str(root)] if elsewhere else []
+    config = str(root / "configs" / "inference.json") if elsewhere else "configs/inference.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *where]
+        + ["--input", str(tmp_path / "nothing.nii.gz"), "--output_dir", str(tmp_path / "out")],
+        cwd=tmp_path if elsewhere else root,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert run.stderr.strip().splitlines()[-1].startswith("error: ") and "nothing.nii.gz" in run.stderr
+    assert "Traceback" not in run.stderr

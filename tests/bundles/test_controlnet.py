@@ -1,0 +1,96 @@
+"""Stage 3: a mask in, a CT with its geometry out."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+FAST = {"num_inference_steps": 3, "progress": False}
+
+
+def test_ct_has_the_masks_geometry_and_air_outside_the_body(run_bundle, save, phantom_labels, tmp_path):
+    odd = phantom_labels[1:, :-3, 2:]
+    affine = np.array([[-5.0, 0, 0, 90], [0, -5.0, 0, 80.5], [0, 0, 3.4, -70.25], [0, 0, 0, 1]])
+    path = save(odd, "case7.nii.gz", affine)
+    run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
+
+    ct, mask = (nib.load(tmp_path / "out" / f"case7_{what}.nii.gz") for what in ("ct", "mask"))
+    np.testing.assert_array_equal(ct.affine, nib.load(path).affine)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), odd)
+    hu = np.asarray(ct.dataobj)
+    assert hu.shape == odd.shape and (hu[odd == 0] == -1000).all()
+    metrics = json.loads((tmp_path / "out" / "case7_ct.json").read_text())["metrics"]
+    assert metrics["hu_outside"] == -1000
+    assert metrics["hu_airway"] < metrics["hu_soft_tissue"] < metrics["hu_bone"]
+
+
+def test_same_seed_same_bytes_alone_or_among_others(run_bundle, save, phantom_labels, tmp_path):
+    paths = [save(phantom_labels[:32, :32, :32], name) for name in ("a.nii.gz", "b.nii.gz")]
+    run_bundle("maisi_controlnet", "inference.json", input=[str(p) for p in paths], output_dir=str(tmp_path / "two"), **FAST)
+    run_bundle("maisi_controlnet", "inference.json", input=str(paths[1]), output_dir=str(tmp_path / "one"), **FAST)
+    run_bundle("maisi_controlnet", "inference.json", input=str(paths[1]), output_dir=str(tmp_path / "seed"), seed=1, **FAST)
+    among, alone, other = (
+        np.asarray(nib.load(tmp_path / folder / "b_ct.nii.gz").dataobj) for folder in ("two", "one", "seed")
+    )
+    np.testing.assert_array_equal(among, alone)
+    assert (alone != other).any()
+
+
+def test_missing_body_label_is_added(run_bundle, save, phantom_labels, tmp_path):
+    bare = np.where(phantom_labels == 200, 0, phantom_labels)
+    path = save(bare, "bare.nii.gz")
+    run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
+    used = np.asarray(nib.load(tmp_path / "out" / "bare_mask.nii.gz").dataobj)
+    np.testing.assert_array_equal(used[bare > 0], bare[bare > 0])
+    assert (used[bare == 0] == 200).sum() > 1000
+
+
+def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path):
+    ours = np.where(phantom_labels == 120, 7, np.where(phantom_labels > 0, 3, 0)).astype(np.uint8)
+    path = save(ours, "ours.nii.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"7": 120, "3": "body"}))
+    run_bundle(
+        "maisi_controlnet",
+        "inference.json",
+        input=str(path),
+        output_dir=str(tmp_path / "out"),
+        label_map=str(tmp_path / "map.json"),
+        output_size=[64, 48, 32],
+        **FAST,
+    )
+    ct = nib.load(tmp_path / "out" / "ours_ct.nii.gz")
+    assert ct.shape == (64, 48, 32)
+    np.testing.assert_allclose(ct.header.get_zooms(), [5.0 * 48 / 64, 5.0, 3.4 * 48 / 32], rtol=1e-5)
+    used = np.asarray(nib.load(tmp_path / "out" / "ours_mask.nii.gz").dataobj)
+    assert set(np.unique(used)) == {0, 120, 200}
+
+
+@pytest.mark.parametrize(
+    ("change", "override", "words"),
+    [
+        (lambda m: np.where(m == 120, 199, m), {}, ["199", "label_map"]),
+        (lambda m: np.zeros_like(m), {}, ["empty"]),
+        (lambda m: m[..., 0], {}, ["3D"]),
+        (lambda m: np.stack([m, m], -1), {}, ["4D"]),
+        (lambda m: m, {"output_size": [100, 48, 48]}, ["100", "96", "112"]),
+        (lambda m: m, {"spacing": [1.0, 1.0, 1.0]}, ["1", "2.5"]),
+        (lambda m: m, {"label_map": "nothing_like_it"}, ["nothing_like_it", "totalsegmentator"]),
+    ],
+)
+def test_bad_masks_are_refused(cause, run_bundle, save, phantom_labels, tmp_path, change, override, words):
+    path = save(change(phantom_labels).astype(np.uint8), "bad.nii.gz")
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST, **override)
+    message = str(cause(raised.value))
+    assert all(word in message for word in words), message
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_small_field_of_view_only_warns(run_bundle, save, phantom_labels, tmp_path, caplog):
+    path = save(phantom_labels[:16, :16, :16], "tiny.nii.gz")
+    run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
+    assert any("field of view" in record.message for record in caplog.records)
+    assert (tmp_path / "out" / "tiny_ct.nii.gz").exists()

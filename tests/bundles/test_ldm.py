@@ -1,0 +1,88 @@
+"""Stage 2: samples are reproducible, and stages chained through files equal the one run."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+FAST = {"output_size": [32, 32, 32], "spacing": [4.0, 4.0, 3.0], "region": ["head"], "num_inference_steps": 3, "progress": False}
+
+
+def test_same_seed_same_bytes_other_seed_other_volume(run_bundle, tmp_path):
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "a"), num_samples=3, seed=5, **FAST)
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "b"), num_samples=1, seed=6, **FAST)
+    volumes = {p.name: np.asarray(nib.load(p).dataobj) for p in (tmp_path / "a").glob("*.nii.gz")}
+    assert sorted(volumes) == [f"sample_seed{seed}.nii.gz" for seed in (5, 6, 7)]
+    again = np.asarray(nib.load(tmp_path / "b" / "sample_seed6.nii.gz").dataobj)
+    np.testing.assert_array_equal(volumes["sample_seed6.nii.gz"], again)
+    assert np.abs(volumes["sample_seed5.nii.gz"].astype(int) - volumes["sample_seed6.nii.gz"]).mean() > 5
+    image = nib.load(tmp_path / "b" / "sample_seed6.nii.gz")
+    np.testing.assert_allclose(image.header.get_zooms(), FAST["spacing"])
+    np.testing.assert_allclose(image.affine @ [15.5, 15.5, 15.5, 1], [0, 0, 0, 1], atol=1e-4)
+    assert again.min() >= -1000 and again.max() <= 1000
+
+
+def test_saved_latent_decodes_to_the_sample(run_bundle, tmp_path):
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), seed=1, save_latents=True, **FAST)
+    sidecar = json.loads((tmp_path / "sample_seed1_latent.json").read_text())
+    assert sidecar["seed"] == 1 and sidecar["region"] == ["head"] and sidecar["scale_factor"] != 1
+    run_bundle(
+        "maisi_vae",
+        "decode.json",
+        input=str(tmp_path / "sample_seed1_latent.nii.gz"),
+        output_dir=str(tmp_path / "decoded"),
+    )
+    decoded = nib.load(tmp_path / "decoded" / "sample_seed1_latent_ct.nii.gz")
+    sampled = nib.load(tmp_path / "sample_seed1.nii.gz")
+    np.testing.assert_array_equal(np.asarray(decoded.dataobj), np.asarray(sampled.dataobj))
+    np.testing.assert_allclose(decoded.affine, sampled.affine, atol=1e-5)
+
+
+def test_guidance_changes_the_sample_and_one_does_not(run_bundle, tmp_path):
+    volumes = {}
+    for scale in (0.0, 1.0, 3.0):
+        run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / str(scale)), guidance_scale=scale, **FAST)
+        volumes[scale] = np.asarray(nib.load(tmp_path / str(scale) / "sample_seed0.nii.gz").dataobj).astype(int)
+    assert np.abs(volumes[0.0] - volumes[1.0]).max() <= 1  # rounding of u + (c - u)
+    assert np.abs(volumes[0.0] - volumes[3.0]).max() > 1
+
+
+def test_samples_from_a_list(run_bundle, tmp_path):
+    spec = tmp_path / "samples.json"
+    spec.write_text(json.dumps([{"seed": 3, "name": "first"}, {"seed": 4}]))
+    run_bundle("maisi_ldm", "inference.json", input=str(spec), output_dir=str(tmp_path / "out"), **FAST)
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["first.nii.gz", "sample_seed4.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"output_size": [100, 32, 32]}, ["100", "96", "112"]),
+        ({"spacing": [0.1, 4.0, 3.0]}, ["0.1", "2.5"]),
+        ({"spacing": [4.0, 4.0, 0.0]}, ["0.0"]),
+        ({"region": ["abdomen"]}, ["abdomen", "head"]),
+        ({"region": ["foot"]}, ["foot", "head"]),
+        ({"modality": "pet"}, ["pet", "ct"]),
+        ({"num_inference_steps": 0}, ["0", "1000"]),
+        ({"num_samples": 0}, ["0"]),
+    ],
+)
+def test_bad_conditions_are_refused(cause, run_bundle, tmp_path, override, words):
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "out"), **{**FAST, **override})
+    message = str(cause(raised.value))
+    assert all(word in message for word in words), message
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
+
+
+def test_ddpm_needs_all_its_steps_and_ddim_does_not(cause, run_bundle, tmp_path):
+    ddpm = {"_target_": "monai.networks.schedulers.DDPMScheduler", "num_train_timesteps": 1000}
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddpm, **FAST)
+    assert "1000" in str(cause(raised.value))
+    ddim = {**ddpm, "_target_": "monai.networks.schedulers.DDIMScheduler"}
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, **FAST)
+    assert (tmp_path / "sample_seed0.nii.gz").exists()

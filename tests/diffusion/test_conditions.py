@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_conditions
+from maisi_tools.errors import InputError
+
+OK = {"size": (64, 48, 32), "spacing": (1.0, 1.0, 2.5)}
+LIMITS = ([[0.5, 3.0], [0.5, 3.0], [0.5, 5.0]], [10, 10, 10], ["head", "chest"])
+
+
+def test_tensors_are_what_the_networks_were_trained_with():
+    tensors = Conditions(**OK, region=("head", "chest"), modality="ct_contrast").tensors(scale=100)
+    assert tensors["top_region_index_tensor"].tolist() == [100, 0, 0, 0]
+    assert tensors["bottom_region_index_tensor"].tolist() == [0, 100, 0, 0]
+    assert tensors["spacing_tensor"].tolist() == [100, 100, 250]
+    assert tensors["class_labels"].item() == 3
+
+
+def test_unknown_region_is_zero_and_order_does_not_matter():
+    assert Conditions(**OK).tensors(1)["top_region_index_tensor"].tolist() == [0, 0, 0, 0]
+    assert Conditions(**OK, region=("chest", "head")) == Conditions(**OK, region=("head", "chest"))
+    assert Conditions(**OK, region="abdomen").region == ("abdomen",)
+
+
+def test_batch_stacks():
+    batch = batch_tensors([Conditions(**OK), Conditions(size=(4, 4, 4), spacing=(2, 2, 2))], 1, torch.device("cpu"))
+    assert batch["spacing_tensor"].tolist() == [[1, 1, 2.5], [2, 2, 2]] and batch["class_labels"].shape == (2,)
+
+
+def test_noise_depends_on_the_seed_alone():
+    first, again, other = (Conditions(**OK, seed=seed).noise() for seed in (1, 1, 2))
+    assert first.shape == (4, 16, 12, 8)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert abs(first.std() - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"region": ("head", "abdomen")},
+        {"region": ("foot",)},
+        {"spacing": (1, 0, 1)},
+        {"spacing": (1, float("nan"), 1)},
+        {"spacing": (1, 1)},
+        {"size": (0, 4, 4)},
+        {"modality": "pet"},
+        {"modality": 128},
+    ],
+)
+def test_impossible_conditions_are_refused(change):
+    with pytest.raises(InputError):
+        Conditions(**{**OK, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"size": (60, 48, 32)}, "64"), ({"spacing": (0.4, 1, 1)}, "0.5"), ({"region": "lower"}, "head")],
+)
+def test_limits_of_the_weights(change, word):
+    check_conditions(Conditions(**OK, region="head"), 16, *LIMITS)
+    with pytest.raises(InputError, match=word):
+        check_conditions(Conditions(**{**OK, **change}), 16, *LIMITS)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.cli import main
+
+
+def save(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.eye(4)), path)
+    return path
+
+
+@pytest.fixture
+def volume(tmp_path):
+    return save(tmp_path / "ct.nii.gz", np.zeros((16, 16, 16), np.int16))
+
+
+def fails(arguments, capsys) -> str:
+    """Run a command that must fail for wrong input, and return its one line on stderr."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err
+
+
+# --- the command line itself ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_names_every_command(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    text = "".join(capsys.readouterr())
+    for command in ("demo", "phantom", "preview", "weights", "datalist"):
+        assert f" {command}\n" in text
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["picture"])
+    assert caught.value.code == 2
+    assert "demo | phantom | preview | weights | datalist" in capsys.readouterr().err
+
+
+def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["preview", str(volume), "--outptu", "x.png"])
+    assert caught.value.code == 2
+    assert "--outptu" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ct.nii.gz"]
+
+
+def test_help_does_not_wait_for_torch(repo_root):
+    code = "import sys, maisi_tools.cli; sys.exit(bool({'torch', 'monai', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(repo_root / "tools")}).returncode == 0
+
+
+def test_exit_status_of_the_process(repo_root, tmp_path):
+    command = [sys.executable, "-m", "maisi_tools.cli", "preview", str(tmp_path / "nope.nii.gz")]
+    done = subprocess.run(command, env={"PYTHONPATH": str(repo_root / "tools")}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: volume ") and "Traceback" not in done.stderr
+
+
+# --- preview ----------------------------------------------------------------------------------------------------------
+
+
+def test_preview(tmp_path, volume, capsys):
+    mask = save(tmp_path / "mask.nii.gz", np.ones((16, 16, 16), np.uint8))
+    output = tmp_path / "x.png"
+    assert main(["preview", str(volume), str(mask), "-o", str(output), "--window=-1000,1000"]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preview_of_wrong_input(tmp_path, volume, capsys):
+    assert "does not exist" in fails(["preview", tmp_path / "nope.nii.gz"], capsys)
+    assert "ends in .png" in fails(["preview", volume, "-o", tmp_path / "x.gif"], capsys)
+    assert "window" in fails(["preview", volume, "-o", tmp_path / "x.png", "--window=soft"], capsys)
+    (tmp_path / "file").touch()  # a file where the output's folder should be
+    assert "file" in fails(["preview", volume, "-o", tmp_path / "file" / "x.png"], capsys)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def bundles(folder):
+    for name in ("maisi_vae", "maisi_controlnet"):
+        (folder / "bundles" / name / "configs").mkdir(parents=True)
+    return folder / "bundles"
+
+
+def test_weights_finds_the_bundle_by_name_folder_or_from_below(tmp_path, capsys, monkeypatch):
+    root = bundles(tmp_path)
+    model = root / "maisi_vae" / "models" / "x.pt"
+    model.parent.mkdir()
+    model.write_bytes(b"there already")
+    (root / "maisi_vae" / "large_files.yml").write_text(
+        "large_files:\n- {path: models/x.pt, url: 'http://127.0.0.1:9/'}"
+    )
+    monkeypatch.chdir(root / "maisi_controlnet" / "configs")
+    for arguments in (["maisi_vae"], [str(root / "maisi_vae")], ["maisi_vae", f"--bundles={root}"]):
+        assert main(["weights", *arguments]) == 0
+        assert capsys.readouterr().out == f"{model}\n"
+
+
+def test_weights_of_an_unknown_bundle(tmp_path, capsys, monkeypatch):
+    root = bundles(tmp_path)
+    assert "choose among: maisi_controlnet, maisi_vae." in fails(["weights", "vae", "--bundles", root], capsys)
+    assert "large_files.yml" in fails(["weights", "maisi_vae", "--bundles", root], capsys)
+    assert "nowhere does not exist" in fails(["weights", "vae", "--bundles", tmp_path / "nowhere"], capsys)
+    monkeypatch.chdir(tmp_path / "bundles" / "maisi_vae")
+    root.rename(tmp_path / "renamed")
+    assert "--bundles DIR" in fails(["weights", "maisi_vae"], capsys)
+
+
+# --- datalist ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cases(tmp_path):
+    for name in ("a/pt_1_ct", "a/pt_1_seg", "a/pt_2_ct", "b/deep/pt_3_ct", "b/7_ct"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("held_out", ["pt_2,7", "list", "dict"])
+def test_datalist_of_several_folders(cases, capsys, held_out):
+    if held_out in ("list", "dict"):
+        names = ["pt_2", "7"]
+        (cases / "h.json").write_text(json.dumps(names if held_out == "list" else {"held_out": names}))
+        held_out = str(cases / "h.json")
+    output = cases / "out" / "datalist.json"
+    folders = [str(cases / "a"), str(cases / "b"), str(cases / "a")]  # one twice
+    assert main(["datalist", *folders, "-o", str(output), "--held_out", held_out]) == 0
+    lists = json.loads(output.read_text())
+    assert sorted(item["name"] for item in lists["training"]) == ["pt_1", "pt_3"]
+    assert sorted(item["name"] for item in lists["validation"]) == ["7", "pt_2"]
+    with_mask = [item for item in lists["training"] if "label" in item]
+    assert with_mask == [
+        {"name": "pt_1", "image": str(cases / "a/pt_1_ct.nii.gz"), "label": str(cases / "a/pt_1_seg.nii.gz")}
+    ]
+    assert "2 to train on, 2 held out" in capsys.readouterr().out
+
+
+def test_datalist_without_held_out(cases):
+    output = cases / "datalist.json"
+    assert main(["datalist", str(cases), "-o", str(output)]) == 0
+    lists = json.loads(output.read_text())
+    assert (len(lists["training"]), len(lists["validation"])) == (4, 0)
+
+
+def test_datalist_of_wrong_input(cases, capsys):
+    output = cases / "datalist.json"
+    (cases / "h.json").write_text('{"names": []}')
+    assert "no folder was given" in fails(["datalist", "-o", output], capsys)
+    assert "*_ct.nii.gz" in fails(["datalist", cases / "nowhere", "-o", output], capsys)
+    assert "pt_9" in fails(["datalist", cases / "a", "-o", output, "--held_out=pt_9,pt_1"], capsys)
+    assert "is no list of names" in fails(
+        ["datalist", cases / "a", "-o", output, "--held_out", cases / "h.json"], capsys
+    )
+    assert "does not exist" in fails(["datalist", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
+    assert not output.exists()
+
+
+# --- phantom, demo ----------------------------------------------------------------------------------------------------
+
+
+def test_phantom_is_seeded(tmp_path):
+    arguments = ["--size", "32,32,32", "--spacing", "8,8,8"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main(["phantom", str(tmp_path / f"{name}.nii.gz"), *arguments, "--seed", str(seed)]) == 0
+    a, b, c = (nib.load(tmp_path / f"{name}.nii.gz") for name in "abc")
+    assert a.shape == (32, 32, 32) and a.header.get_zooms() == (8, 8, 8)
+    assert np.array_equal(np.asarray(a.dataobj), np.asarray(b.dataobj))
+    assert not np.array_equal(np.asarray(a.dataobj), np.asarray(c.dataobj))
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--size", "96"], "size 96"),
+        (["--size", "96,80"], "size (96, 80)"),
+        (["--size", "96,80,95.5"], "size (96, 80, 95.5)"),
+        (["--spacing", "wide"], "spacing 'wide'"),
+        (["--seed", "first"], "seed 'first'"),
+        (["--seed=-1"], "seed -1"),
+    ],
+)
+def test_phantom_of_wrong_input(tmp_path, arguments, named, capsys):
+    assert named in fails(["phantom", tmp_path / "x.nii.gz", *arguments], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_runs_the_bundle_it_is_given(tmp_path, capfd):
+    """A bundle that keeps the contract without a network: air and tissue straight from the mask."""
+    configs = tmp_path / "bundles" / "maisi_controlnet" / "configs"
+    configs.mkdir(parents=True)
+    config = {
+        "imports": ["$import nibabel", "$import numpy", "$import os", "$import shutil"],
+        "mask": "$nibabel.load(@input)",
+        "hu": "$numpy.where(@mask.get_fdata() > 0, 40 + @seed, -1000).astype('int16')",
+        "run": [
+            "$nibabel.save(nibabel.Nifti1Image(@hu, @mask.affine), os.path.join(@output_dir, 'phantom_ct.nii.gz'))",
+            "$shutil.copy(@input, os.path.join(@output_dir, 'phantom_mask.nii.gz'))",
+        ],
+    }
+    (configs / "inference.json").write_text(json.dumps(config))
+    (configs / "metadata.json").write_text("{}")
+    (configs / "logging.conf").write_text(
+        "[loggers]\nkeys=root\n[handlers]\nkeys=h\n[formatters]\nkeys=\n[logger_root]\nlevel=WARNING\nhandlers=h\n"
+        "[handler_h]\nclass=StreamHandler\nargs=(sys.stderr,)\n"
+    )
+    output = tmp_path / "with space"
+    assert main(["demo", f"--output_dir={output}", "--seed=3", f"--bundles={tmp_path / 'bundles'}"]) == 0
+    printed = capfd.readouterr().out
+    for name in ("phantom_ct.nii.gz", "phantom_mask.nii.gz", "preview.png"):
+        assert f"{output / name}\n" in printed and (output / name).is_file()
+    assert np.asarray(nib.load(output / "phantom_ct.nii.gz").dataobj).max() == 43
+
+    # the command it prints does the same
+    (output / "phantom_ct.nii.gz").unlink()
+    subprocess.run(printed.strip().splitlines()[-1], shell=True, check=True, capture_output=True)
+    assert np.asarray(nib.load(output / "phantom_ct.nii.gz").dataobj).max() == 43
+
+
+def test_demo_of_wrong_input(tmp_path, capsys):
+    assert "inference.json does not exist" in fails(["demo", "--bundles", tmp_path], capsys)
+    assert "nowhere does not exist" in fails(["demo", "--bundles", tmp_path / "nowhere"], capsys)

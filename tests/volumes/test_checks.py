@@ -1,0 +1,146 @@
+"""The checks on arrays and numbers, each at both sides of its border."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import (
+    check_affine,
+    check_ct_intensities,
+    check_finite,
+    check_mask_values,
+    check_output_size,
+    check_shape,
+    check_spacing,
+    warn_field_of_view,
+)
+
+SMALL = ((0.7, 2.5), (0.7, 2.5), (1, 5))
+
+
+def between(low, high):
+    return np.linspace(low, high, 60, dtype=np.float32).reshape(3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [between(*limits) for limits in ((-1000, 1000), (-3024, 3071), (-100, 80), (-1000, 0), (-1.5, 1), (-20, 200))],
+)
+def test_hounsfield_units_pass(values):
+    check_ct_intensities(values, "x.nii")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (between(0, 1), r"x\.nii has values from 0 to 1, as after normalisation; allowed is a CT in Houns.*: give"),
+        (between(-1, 1), "from -1 to 1, as after normalisation"),
+        (between(0, 255), r"from 0 to 255, as in an 8-bit picture; allowed is .*: export the CT"),
+        (between(3, 250), "8-bit"),
+        (between(0, 4095), r"from 0 to 4095 and none below 0; allowed is .* rescale intercept \(often -1024\)"),
+        (between(0, 700), "none below 0"),
+        (between(-1000, -1000), r"has the value -1000 everywhere; allowed is .*: check"),
+    ],
+)
+def test_other_intensities_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        check_ct_intensities(values, "x.nii")
+
+
+def test_nan_and_inf_are_counted():
+    values = between(-1000, 1000)
+    check_finite(values, "x.nii")
+    values[0, 0, :3], values[1, 1, 1], values[2, 2, 2] = np.nan, np.inf, -np.inf
+    with pytest.raises(InputError, match=r"x\.nii has 3 NaN and 2 infinite voxels of 60; allowed are finite.*replace"):
+        check_finite(values, "x.nii")
+
+
+@pytest.mark.parametrize(("shape", "kind"), [((2, 3, 4), "ct"), ((2, 3, 4), "mask"), ((1, 3, 4, 4), "latent")])
+def test_shapes_pass(shape, kind):
+    check_shape(shape, kind, "x.nii")
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "message"),
+    [
+        ((8, 9), "ct", r"x\.nii is a 2D image of shape \(8, 9\); allowed is a 3D volume.*: give the whole series"),
+        ((8, 9, 1), "ct", r"shape \(8, 9, 1\); allowed is a 3D volume with at least two voxels"),
+        ((8, 9, 7, 5), "mask", r"is a 4D image of shape \(8, 9, 7, 5\); allowed is a 3D volume.*: split it"),
+        ((8, 0, 7), "ct", r"shape \(8, 0, 7\), with an empty axis; allowed is"),
+        ((8, 9, 7), "latent", r"shape \(8, 9, 7\); allowed for a latent is \(x, y, z, 4\).*: give the file"),
+        ((8, 9, 7, 3), "latent", r"4 channels on the last axis"),
+        ((4, 8, 9, 7), "latent", r"4 channels on the last axis"),
+    ],
+)
+def test_shapes_are_refused(shape, kind, message):
+    with pytest.raises(InputError, match=message):
+        check_shape(shape, kind, "x.nii")
+
+
+def test_mask_values():
+    check_mask_values(np.array([[[0.0, 1, 200]]]), "m.nii")
+    with pytest.raises(InputError, match=r"2 voxels that are no whole number, for instance 0\.5, 1\.25; allowed in"):
+        check_mask_values(np.array([0.0, 0.5, 1.25, 3]), "m.nii")
+    with pytest.raises(InputError, match=r"m\.nii has 3 negative voxels: -1024, -1; allowed in a mask.*: set"):
+        check_mask_values(np.array([0.0, -1, -1, -1024]), "m.nii")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_degenerate_affines_are_refused(bad):
+    affine = np.diag([0.7, 0.7, 2.5, 1])
+    check_affine(affine, "x.nii")
+    check_affine(affine * [-1, 1, 1, 1], "x.nii")
+    affine[2, 2] = bad
+    with pytest.raises(InputError, match=r"the spacing 0\.7 x 0\.7 x .* mm .*; allowed are three .*: correct"):
+        check_affine(affine, "x.nii")
+
+
+def test_axes_in_one_plane_are_refused():
+    affine = np.eye(4)
+    affine[:3, 2] = [1, 1, 0]
+    with pytest.raises(InputError, match="allowed are three independent axes"):
+        check_affine(affine, "x.nii")
+
+
+def test_spacing_range():
+    check_spacing((0.7, 2.5, 5), SMALL, "x.nii")
+    check_spacing(np.array([0.69999999, 1, 1]), SMALL, "x.nii")
+    with pytest.raises(InputError) as error:
+        check_spacing((0.5, 1, 6), SMALL, "the spacing of x.nii")
+    assert "spacing of x.nii is 0.5 x 1 x 6 mm, outside along x, z" in str(error.value)
+    assert "allowed is x 0.7..2.5, y 0.7..2.5, z 1..5 mm, the range these weights were trained for" in str(error.value)
+    assert "give --spacing to resample, or use the full-size weights" in str(error.value)
+
+
+@pytest.mark.parametrize("spacing", [(0, 1, 1), (1, -1, 1), (1, 1, np.nan), (1, np.inf, 1), (1, 1), 1.0, "abc"])
+def test_spacings_that_are_none(spacing):
+    with pytest.raises(InputError, match="allowed are three positive numbers in mm"):
+        check_spacing(spacing, SMALL, "the request")
+
+
+def test_output_size():
+    assert check_output_size([96, 112, np.int64(16)], 16) == (96, 112, 16)
+    with pytest.raises(InputError) as error:
+        check_output_size([100, 128, 5], 16)
+    assert "output_size is [100, 128, 5]; allowed are multiples of 16" in str(error.value)
+    assert "change x 100 -> 96 or 112, z 5 -> 16" in str(error.value)
+
+
+@pytest.mark.parametrize("size", [[0, 16, 16], [-16, 16, 16], [16, 16], [16.0, 16, 16], "abc", 16, None, [True, 1, 1]])
+def test_sizes_that_are_none(size):
+    with pytest.raises(InputError, match="allowed are three positive whole numbers, voxels along x, y, z"):
+        check_output_size(size, 16)
+
+
+def test_small_field_of_view_is_only_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        warn_field_of_view((64, 64, 64), (2, 2, 3), (128, 128, 192))
+        warn_field_of_view((3, 3, 3), (1 / 3, 1 / 3, 1 / 3), (1, 1, 1))
+        assert not caplog.records
+        warn_field_of_view((64, 64, 64), (2, 2, 2), (128, 128, 192))
+    assert "128 x 128 x 128 mm is smaller than the smallest one trained on, 128 x 128 x 192 mm" in caplog.text
+    assert "use a larger size or spacing" in caplog.text

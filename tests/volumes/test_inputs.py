@@ -1,0 +1,140 @@
+"""Which files an "input" names, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.inputs import check_output_dir, find_inputs, stem_of
+
+from .conftest import ct_values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files are looked at by name alone, so they may be empty."""
+    for name in ("b.nii.gz", "a.nii", "c.nrrd", "a.json", "notes.txt", "._b.nii.gz", "sub/d.nii.gz"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "in"
+
+
+def names(items, key="image"):
+    assert all(isinstance(item[key], str) for item in items)
+    return [Path(item[key]).name for item in items]
+
+
+@pytest.mark.parametrize(
+    ("path", "stem"),
+    [
+        ("x/case.nii.gz", "case"),
+        ("case.nii", "case"),
+        ("case.v1.NII.GZ", "case.v1"),
+        ("case.seg.nrrd", "case"),
+        ("sample_1.5", "sample_1.5"),
+        ("x/study/", "study"),
+    ],
+)
+def test_stem(path, stem):
+    assert stem_of(path) == stem
+
+
+def test_stem_of_a_folder_that_is_named_like_a_file(tmp_path):
+    (tmp_path / "ct.nii").mkdir()
+    assert stem_of(tmp_path / "ct.nii") == "ct.nii"
+
+
+def test_file_folder_glob_and_list(folder):
+    assert names(find_inputs(str(folder / "b.nii.gz"))) == ["b.nii.gz"]
+    assert names(find_inputs(folder / "b.nii.gz", key="mask"), "mask") == ["b.nii.gz"]
+    assert names(find_inputs(str(folder))) == ["a.nii", "b.nii.gz", "c.nrrd"]
+    assert names(find_inputs(str(folder / "*"))) == ["a.nii", "b.nii.gz", "c.nrrd"]
+    assert names(find_inputs(str(folder / "**" / "*.nii.gz"))) == ["b.nii.gz", "d.nii.gz"]
+    assert names(find_inputs([str(folder / "c.nrrd"), folder / "sub"])) == ["c.nrrd", "d.nii.gz"]
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path):
+    (tmp_path / "ct[1].nii.gz").touch()
+    assert names(find_inputs(tmp_path / "ct[1].nii.gz")) == ["ct[1].nii.gz"]
+
+
+def test_datalists(folder, monkeypatch):
+    listing = folder / "list.json"
+    listing.write_text(json.dumps({"training": [{"image": "a.nii"}], "testing": [{"image": "b.nii.gz", "fold": 2}]}))
+    assert find_inputs(listing) == [{"image": str(folder / "b.nii.gz"), "fold": 2}]
+    listing.write_text(json.dumps([str(folder / "c.nrrd"), "a.nii"]))
+    assert names(find_inputs(str(listing))) == ["c.nrrd", "a.nii"]
+    monkeypatch.chdir(folder)
+    assert find_inputs([{"image": "a.nii", "fold": 1}]) == [{"image": "a.nii", "fold": 1}]
+
+
+def test_dicom_series_and_folders_of_them(write_series, tmp_path):
+    first = write_series(ct_values((6, 5, 4)), "studies/one")
+    write_series(ct_values((6, 5, 4)), "studies/two")
+    assert find_inputs(first) == [{"image": str(first)}]
+    assert names(find_inputs(tmp_path / "studies")) == ["one", "two"]
+    (first / "case.nii.gz").touch()
+    with pytest.raises(InputError, match=r"DICOM slices and also case\.nii\.gz; allowed is .*folder of its own"):
+        find_inputs(first)
+
+
+def test_refusals_say_given_allowed_and_what_to_do(folder, tmp_path):
+    bad = folder / "bad.json"
+    (tmp_path / "empty").mkdir()
+    allowed = r"allowed is a volume file \(\.nii\.gz"
+    for given, message in [
+        (folder / "missing.nii.gz", rf"missing\.nii\.gz does not exist; {allowed}.*correct the path"),
+        (folder / "notes.txt", r"notes\.txt is no supported file type; allowed are \.nii\.gz.*convert it"),
+        (tmp_path / "empty", rf"empty holds no volume and no DICOM series; {allowed}"),
+        (folder / "*.png", rf"matches 0 files and none is a volume; {allowed}"),
+        (folder / "*.txt", rf"matches 1 files and none is a volume; {allowed}"),
+        (folder / "none.json", rf"none\.json cannot be read.*{allowed}"),
+        (None, rf"input is None; {allowed}"),
+        ([], r"input \[\] holds no item; give at least one: a volume file"),
+        ([[str(folder)]], rf"has an entry \[.*{allowed}"),
+        (3, rf"input is 3; {allowed}"),
+        ([{"label": "a.nii"}], r"keys \['label'\] and no path under 'image'; allowed are entries.*rename"),
+        ([{"image": "gone.nii"}], r"gone\.nii .* does not exist; correct"),
+        ([{"image": str(folder / "sub")}], r"sub is a folder without DICOM files; allowed are"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            find_inputs(given)
+    for content, message in [
+        ("{oops", r"bad\.json is not JSON .*allowed as \.json is a datalist: correct"),
+        ('{"images": []}', r"keys \['images'\]; allowed is a list, or a list under one of testing"),
+        ("3", r"holds a int; allowed is a list"),
+        ("[3]", r"has an entry 3; allowed are paths"),
+        ("[]", r"holds no item; give at least one"),
+    ]:
+        bad.write_text(content)
+        with pytest.raises(InputError, match=message):
+            find_inputs(bad)
+
+
+def test_two_inputs_of_one_stem_are_refused(folder):
+    (folder / "b.nii").touch()
+    with pytest.raises(InputError, match=r"b\.nii and .*b\.nii\.gz have the same stem 'b'.*allowed are.*rename"):
+        find_inputs(folder)
+    with pytest.raises(InputError, match="same stem 'c'"):
+        find_inputs([folder / "c.nrrd", folder / "c.nrrd"])
+
+
+def test_output_dir_is_made_and_left_empty(tmp_path):
+    made = check_output_dir(str(tmp_path / "new" / "out"))
+    assert made.is_dir() and os.listdir(made) == []
+
+
+def test_output_dir_below_a_file_or_read_only_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/out cannot be written \(.*\); allowed is a folder.*give another"):
+        check_output_dir(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output_dir(tmp_path / "file")
+    if os.path.isdir("/proc/self"):  # a file system that refuses new files to root as well
+        with pytest.raises(InputError, match="cannot be written"):
+            check_output_dir("/proc/self")

@@ -1,0 +1,259 @@
+"""The `maisi` command: the few things a bundle's config cannot express.
+
+Imports stay inside the commands, so that `maisi --help` does not wait for torch and MONAI.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError, find_input_error
+
+CONTROLNET = "maisi_controlnet"
+# The phantom of the demo: a head and neck on a grid that a laptop samples in a minute or two.
+KIND = "head_neck"
+SIZE = (96, 80, 96)  # voxels
+SPACING = (4.0, 4.0, 2.5)  # mm
+
+
+def demo(output_dir: str = "demo_output", seed: int = 0, bundles: str | None = None) -> None:
+    """Draw a phantom mask, generate a CT with its anatomy and make a picture of both.
+
+    Args:
+        output_dir: folder to write to.
+        seed: of the phantom and of the CT; the same seed gives the same files.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    bundle = _bundles(bundles) / CONTROLNET
+    config = bundle / "configs" / "inference.json"
+    if not config.is_file():
+        raise InputError(f"{config} does not exist; give the folder that holds {CONTROLNET} with --bundles.")
+    _check_seed(seed)
+    output = Path(str(output_dir))
+    output.mkdir(parents=True, exist_ok=True)
+
+    from monai.bundle import run
+
+    from maisi_tools.masks.phantom import write_phantom
+    from maisi_tools.report.preview import preview
+
+    start = time.perf_counter()
+    phantom = output / "phantom.nii.gz"
+    write_phantom(phantom, KIND, SIZE, SPACING, seed)
+    options: dict[str, Any] = {
+        "config_file": str(config),
+        "meta_file": str(bundle / "configs" / "metadata.json"),
+        "logging_file": str(bundle / "configs" / "logging.conf"),
+        "bundle_root": str(bundle),
+        "input": str(phantom),
+        "output_dir": str(output),
+        "seed": seed,
+    }
+    run(**options)
+    ct, mask = output / "phantom_ct.nii.gz", output / "phantom_mask.nii.gz"
+    picture = preview(ct, mask, output / "preview.png")
+
+    line = " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items())
+    print(f"CT:      {ct}\nmask:    {mask}\npicture: {picture}")
+    print(f"done in {time.perf_counter() - start:.0f} s; by hand, with a mask of your own as --input:")
+    print(f"  {shlex.quote(sys.executable)} -m monai.bundle run {line}")
+
+
+def phantom(
+    output: str, kind: str = KIND, size: Sequence[int] = SIZE, spacing: Sequence[float] = SPACING, seed: int = 0
+) -> None:
+    """Write a procedural anatomy as a label mask.
+
+    Args:
+        output: the NIfTI file to write.
+        kind: head_neck or torso.
+        size: voxels along x, y, z, for example 96,80,96.
+        spacing: mm along x, y, z, for example 4,4,2.5.
+        seed: of the random shapes; the same seed gives the same file.
+    """
+    _check_seed(seed)
+    size, spacing = _triple("size", size, int), _triple("spacing", spacing, float)
+
+    from maisi_tools.masks.phantom import write_phantom
+
+    write_phantom(Path(str(output)), kind, size, spacing, seed)
+    print(output)
+
+
+def preview(volume: str, mask: str | None = None, output: str = "preview.png", window: Any = (-160, 240)) -> None:
+    """Draw three planes of a CT volume, with a mask over it where one is given.
+
+    Args:
+        volume: NIfTI file in HU, in any orientation.
+        mask: NIfTI file with labels on the same grid.
+        output: the PNG file to write.
+        window: HU shown as black and as white, for example -160,240.
+    """
+    from maisi_tools.report.preview import preview as draw
+
+    if not isinstance(window, (tuple, list)) or not all(isinstance(value, (int, float)) for value in window):
+        raise InputError(f"window {window!r} is not usable; give two values in HU, such as --window=-160,240.")
+    print(draw(str(volume), None if mask is None else str(mask), str(output), window))
+
+
+def weights(bundle: str, bundles: str | None = None) -> None:
+    """Download the released full-size weights that a bundle lists in large_files.yml, and verify them.
+
+    What is there already is not fetched again; an interrupted download goes on where it stopped.
+
+    Args:
+        bundle: name (maisi_vae, maisi_ldm, maisi_controlnet) or folder of the bundle.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    folder = Path(str(bundle))
+    if not (folder / "configs").is_dir():
+        root = _bundles(bundles)
+        folder = root / str(bundle)
+        if not (folder / "configs").is_dir():
+            names = ", ".join(sorted(config.parent.name for config in root.glob("*/configs")))
+            raise InputError(f"{bundle} is no bundle of {root} and no bundle's folder; choose among: {names}.")
+
+    from maisi_tools.weights import fetch_weights
+
+    for path in fetch_weights(folder):
+        print(path)
+
+
+def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None) -> None:
+    """List the CT volumes below folders as a MONAI datalist, with patients held out of training.
+
+    Args:
+        folders: searched for NAME_ct.nii.gz with NAME_seg.nii.gz beside it.
+        output: the JSON file to write.
+        held_out: names to hold out, as NAME,NAME or as a JSON file (a list, or one under "held_out").
+    """
+    if not folders:
+        raise InputError("no folder was given; name at least one: maisi datalist FOLDER [FOLDER ...] -o datalist.json.")
+    names = _names(held_out)
+
+    from maisi_tools.training.datalist import make_datalist
+
+    items = {item["image"]: item for folder in folders for item in make_datalist(str(folder))["training"]}
+    if unknown := sorted(names - {item["name"] for item in items.values()}):
+        raise InputError(
+            f"held-out cases {', '.join(unknown)} are in none of {', '.join(map(str, folders))}; a case is named by "
+            "its file without _ct.nii.gz."
+        )
+    lists: dict[str, list[dict]] = {"training": [], "validation": []}
+    for item in items.values():
+        lists["validation" if item["name"] in names else "training"].append(item)
+    with replacing(str(output)) as part:
+        part.write_text(json.dumps(lists, indent=1) + "\n")
+    print(f"{output}: {len(lists['training'])} to train on, {len(lists['validation'])} held out")
+
+
+COMMANDS = (demo, phantom, preview, weights, datalist)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; wrong input ends with `error: ...` on stderr and status 2 instead of a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    commands = {command.__name__: _planned(command) for command in COMMANDS}
+    plan = fire.Fire(commands, arguments, name="maisi", serialize=lambda _: None)
+    try:
+        plan.execute()
+    except Exception as error:
+        message = find_input_error(error)
+        if message is None and not isinstance(error, OSError) and not _ours(error):
+            raise
+        print(f"error: {message or error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Plan:
+    """A command with its arguments, for after Fire has parsed the whole line.
+
+    Fire calls a function first and complains about what is left of the line afterwards; with the call put off, a
+    misspelt option is refused before minutes of computing.
+    """
+
+    def __init__(self, execute: Callable[[], None]) -> None:
+        self.execute = execute
+
+    def __dir__(self) -> list[str]:
+        return []  # nothing that Fire could take the rest of the line for
+
+
+def _planned(command: Callable[..., None]) -> Callable[..., _Plan]:
+    @functools.wraps(command)
+    def plan(*args: Any, **kwargs: Any) -> _Plan:
+        return _Plan(functools.partial(command, *args, **kwargs))
+
+    return plan
+
+
+def _ours(error: Exception) -> bool:
+    """Whether it is a ValueError raised by this package, which says what is wrong with the input."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return isinstance(error, ValueError) and Path(__file__).parent in raised_in.parents
+
+
+def _bundles(given: str | None) -> Path:
+    if given is not None:
+        if not Path(str(given)).is_dir():
+            raise InputError(f"bundles folder {given} does not exist; give the folder that holds {CONTROLNET}.")
+        return Path(str(given))
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "bundles" / CONTROLNET).is_dir():
+            return folder / "bundles"
+    raise InputError(
+        f"there is no bundles/{CONTROLNET} in {here} or above it; change into the checkout of MAISI Bundles, or give "
+        "its bundles folder with --bundles DIR."
+    )
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
+
+
+def _triple(name: str, value: Any, kind: type) -> tuple:
+    try:
+        x, y, z = (kind(part) for part in value)
+        if (x, y, z) != tuple(value):  # 96.5 voxels
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{name} {value!r} is not usable; give three numbers, for x, y, z: --{name} A,B,C.") from None
+    return x, y, z
+
+
+def _names(held_out: Any) -> set[str]:
+    if held_out is None:
+        return set()
+    if not str(held_out).endswith(".json"):
+        return {str(name) for name in (held_out if isinstance(held_out, (tuple, list)) else (held_out,))}
+    path = Path(held_out)
+    if not path.is_file():
+        raise InputError(f"held-out list {path} does not exist; give a JSON file, or names as NAME,NAME.")
+    try:
+        listed = json.loads(path.read_text())
+        listed = listed["held_out"] if isinstance(listed, dict) else listed
+        if not isinstance(listed, list):
+            raise TypeError("no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path} is no list of names ({error}); write ["NAME", ...], or that under "held_out".') from (
+            error
+        )
+    return {str(name) for name in listed}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

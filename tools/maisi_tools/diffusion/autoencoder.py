@@ -1,0 +1,65 @@
+"""Stage 1 as inferers: CT -> latent and latent -> CT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from torch import Tensor, nn
+
+from maisi_tools.volumes.grid import pad_to_multiple
+from maisi_tools.volumes.latents import FACTOR
+
+
+class EncodeInferer(Inferer):
+    """CT (B, 1, D, H, W) in [0, 1] -> posterior mean (B, 4, d, h, w), the CT padded to ``multiple`` by its edge.
+
+    Args:
+        multiple: 4 is the least; 16 (32 for the full-size U-Net) gives latents the diffusion stages can train on.
+        inferer: how the encoder is run.
+    """
+
+    def __init__(self, multiple: int = FACTOR, inferer: Inferer | None = None) -> None:
+        super().__init__()
+        self.multiple = multiple
+        self.inferer = inferer or SimpleInferer()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        padded, _ = pad_to_multiple(inputs, self.multiple, "replicate", 0)
+        return self.inferer(torch.as_tensor(padded), lambda x: network.encode(x)[0])
+
+
+class LatentDecoder:
+    """Latent (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1], for stages whose network is not the autoencoder.
+
+    Args:
+        autoencoder: a :class:`maisi_tools.networks.Autoencoder`.
+        scale_factor: latents are divided by it before decoding; 1 for latents that come from the encoder.
+        inferer: how the decoder is run.
+    """
+
+    def __init__(self, autoencoder: nn.Module, scale_factor: float = 1.0, inferer: Inferer | None = None) -> None:
+        self.autoencoder = autoencoder.eval()
+        self.scale_factor = float(scale_factor)
+        self.inferer = inferer or SimpleInferer()
+
+    @torch.no_grad()
+    def __call__(self, latent: Tensor) -> Tensor:
+        return self.inferer(latent / self.scale_factor, self.autoencoder.decode)
+
+
+class DecodeInferer(Inferer):
+    """Latent (B, 4, d, h, w), as written by encode.json or by the maisi_ldm bundle -> CT (B, 1, 4d, 4h, 4w) in [0, 1].
+
+    Args:
+        inferer: how the decoder is run.
+    """
+
+    def __init__(self, inferer: Inferer | None = None) -> None:
+        super().__init__()
+        self.inferer = inferer
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return LatentDecoder(network, inferer=self.inferer)(inputs)

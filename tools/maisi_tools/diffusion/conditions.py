@@ -1,0 +1,137 @@
+"""What a generated volume is conditioned on: size, spacing, body region, modality, seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import check_output_size, check_spacing, warn_field_of_view
+
+REGIONS = ("head", "chest", "abdomen", "lower")
+"""Body regions from top to bottom; "head" is head and neck, "lower" is pelvis and legs (paper section 3.2)."""
+
+MODALITIES = {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
+"""Class codes of the v2 release's modality table that our bundles use by name; any code 0..127 is also accepted."""
+
+
+def modality_code(modality: str | int) -> int:
+    """The U-Net's class label for a modality name or code.
+
+    Raises:
+        InputError: neither a known name nor a code in 0..127.
+    """
+    if isinstance(modality, str):
+        if modality.lower() in MODALITIES:
+            return MODALITIES[modality.lower()]
+    elif 0 <= modality < 128:
+        return int(modality)
+    raise InputError(f"modality is {modality!r}; allowed are {', '.join(MODALITIES)} or a class code 0..127")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions of one volume, checked when made.
+
+    Args:
+        size: voxels along x, y, z (RAS).
+        spacing: voxel size in mm along x, y, z.
+        region: the body regions covered, neighbours, from top to bottom; empty when unknown.
+        modality: name from :data:`MODALITIES` or a class code.
+        seed: seed of the volume's noise.
+
+    Raises:
+        InputError: a value that no network accepts. Limits of particular weights are checked by
+            :func:`maisi_tools.volumes.checks.check_spacing`.
+    """
+
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    region: tuple[str, ...] = ()
+    modality: str | int = "ct"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        region = (self.region,) if isinstance(self.region, str) else tuple(self.region)
+        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
+        object.__setattr__(self, "spacing", tuple(float(mm) for mm in self.spacing))
+        if unknown := [name for name in region if name not in REGIONS]:
+            raise InputError(f"region {', '.join(map(repr, unknown))} is not known; allowed are {', '.join(REGIONS)}")
+        region = tuple(name for name in REGIONS if name in region)
+        if region:
+            first, last = REGIONS.index(region[0]), REGIONS.index(region[-1])
+            if last - first + 1 != len(region):
+                raise InputError(
+                    f"region {list(region)} has a gap; give neighbouring regions, here {list(REGIONS[first : last + 1])}"
+                )
+        object.__setattr__(self, "region", region)
+        if len(self.size) != 3 or min(self.size) < 1:
+            raise InputError(f"size is {self.size}; give three positive voxel counts x, y, z")
+        if len(self.spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in self.spacing):
+            raise InputError(f"spacing is {self.spacing}; give three positive numbers in mm, x, y, z")
+        modality_code(self.modality)
+
+    def noise(self, channels: int = 4, factor: int = 4) -> Tensor:
+        """The initial noise (channels, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
+        generator = torch.Generator().manual_seed(int(self.seed))
+        return torch.randn(channels, *(n // factor for n in self.size), generator=generator)
+
+    def tensors(self, scale: float) -> dict[str, Tensor]:
+        """The conditions as the U-Net's keyword inputs, one sample, unbatched.
+
+        Args:
+            scale: factor on region and spacing. The released weights were trained with 100; it is a property of the
+                weights and stands in each bundle's config as ``condition_scale``.
+
+        Returns:
+            ``top_region_index_tensor`` (4,) and ``bottom_region_index_tensor`` (4,), one-hot or zeros when the region is
+            unknown, ``spacing_tensor`` (3,), ``class_labels`` ().
+        """
+        top, bottom = torch.zeros(4), torch.zeros(4)
+        if self.region:
+            top[REGIONS.index(self.region[0])] = scale
+            bottom[REGIONS.index(self.region[-1])] = scale
+        return {
+            "top_region_index_tensor": top,
+            "bottom_region_index_tensor": bottom,
+            "spacing_tensor": torch.tensor(self.spacing) * scale,
+            "class_labels": torch.tensor(modality_code(self.modality)),
+        }
+
+
+def batch_tensors(conditions: Sequence[Conditions], scale: float, device: torch.device) -> dict[str, Tensor]:
+    """Stack the conditions of a batch: each tensor of :meth:`Conditions.tensors` with a leading batch axis."""
+    each = [one.tensors(scale) for one in conditions]
+    return {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
+
+
+def check_conditions(
+    conditions: Conditions,
+    size_multiple: int,
+    spacing_range: Sequence[Sequence[float]],
+    smallest_field_of_view: Sequence[float],
+    trained_regions: Sequence[str],
+) -> None:
+    """Refuse conditions that particular weights cannot serve (their limits stand in the bundle's config).
+
+    Args:
+        size_multiple: every axis must be divisible by it.
+        spacing_range: (lowest, highest) mm for x, y, z.
+        smallest_field_of_view: mm along x, y, z of the smallest volume trained on; below it there is only a warning.
+        trained_regions: names of the regions the weights were trained on.
+
+    Raises:
+        InputError: a size, spacing or region outside the limits.
+    """
+    check_output_size(conditions.size, size_multiple)
+    check_spacing(conditions.spacing, spacing_range, "spacing")
+    warn_field_of_view(conditions.size, conditions.spacing, smallest_field_of_view)
+    if untrained := [name for name in conditions.region if name not in trained_regions]:
+        raise InputError(
+            f"region {', '.join(untrained)} was not in these weights' training data; allowed are "
+            f"{', '.join(trained_regions)}. The full-size weights know all of {', '.join(REGIONS)}"
+        )

@@ -1,0 +1,165 @@
+"""The inferers of stages 2 and 3: ``inferer(inputs, network)`` does the whole stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.networks.schedulers.scheduler import Scheduler
+from torch import Tensor, nn
+
+from maisi_tools.diffusion.autoencoder import LatentDecoder
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors
+from maisi_tools.diffusion.samplers import guided, sample
+from maisi_tools.masks.vocabulary import merge_labels, region_of
+from maisi_tools.volumes.grid import crop_to, pad_to_multiple
+from maisi_tools.volumes.latents import FACTOR
+
+class LatentSampler(Inferer):
+    """Stage 2: noise (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1].
+
+    Args:
+        decoder: turns the sampled latent into a CT.
+        scheduler: rectified flow, DDPM or DDIM.
+        conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
+        guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
+        condition_scale: see :meth:`Conditions.tensors`.
+        return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
+    """
+
+    def __init__(
+        self,
+        decoder: LatentDecoder,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        conditions: Conditions,
+        guidance_scale: float = 0.0,
+        condition_scale: float = 100.0,
+        return_latent: bool = False,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.scheduler = scheduler
+        self.num_inference_steps = int(num_inference_steps)
+        self.conditions = conditions
+        self.guidance_scale = float(guidance_scale)
+        self.condition_scale = float(condition_scale)
+        self.return_latent = return_latent
+        self.progress = progress
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """``seeds``, one a sample, feed the noise that DDPM adds on the way; rectified flow and DDIM need none."""
+        inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
+        seeds = [self.conditions.seed] * len(inputs) if seeds is None else [int(seed) for seed in seeds]
+        latents = []
+        # One sample at a time: a volume must not depend on the batch it was drawn in.
+        for noise, seed in zip(inputs.split(1), seeds, strict=True):
+            conditions = replace(self.conditions, seed=seed)
+            tensors = batch_tensors([conditions], self.condition_scale, noise.device)
+            without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
+            denoiser = guided(
+                lambda x, t, c=tensors: network(x, t, **c),
+                lambda x, t, c=without: network(x, t, **c),
+                self.guidance_scale,
+            )
+            generator = torch.Generator(noise.device).manual_seed(seed)
+            latents.append(
+                sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+            )
+        latent = torch.cat(latents)
+        ct = torch.cat([self.decoder(one) for one in latents])
+        return {"ct": ct, "latent": latent} if self.return_latent else ct
+
+
+class MaskToCT(Inferer):
+    """Stage 3: label mask (B, 1, D, H, W) in the MAISI vocabulary -> CT of the same size in [0, 1].
+
+    The mask is padded with 0 to a legal size and the result cropped back; voxels outside the body (label 0) are air
+    (0, that is -1000 HU). Body region and, unless given, spacing are read from the mask.
+
+    Args:
+        decoder, scheduler, num_inference_steps, guidance_scale, condition_scale: as in :class:`LatentSampler`.
+        seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
+        multiple: legal sizes are multiples of this (a property of the U-Net: 4 times 2 per further level).
+        spacing: mm along x, y, z; None reads it from the mask's affine.
+        keep_labels: labels these weights were trained with; None means the whole vocabulary.
+        merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
+        control_scale: weight of the ControlNet's contribution.
+    """
+
+    def __init__(
+        self,
+        decoder: LatentDecoder,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        seed: int = 0,
+        multiple: int = 16,
+        spacing: Sequence[float] | None = None,
+        modality: str | int = "ct",
+        keep_labels: Sequence[int] | None = None,
+        merge_labels: Mapping[str, int] | None = None,
+        guidance_scale: float = 0.0,
+        condition_scale: float = 100.0,
+        control_scale: float = 1.0,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.scheduler = scheduler
+        self.num_inference_steps = int(num_inference_steps)
+        self.seed = int(seed)
+        self.multiple = int(multiple)
+        self.spacing = tuple(spacing) if spacing is not None else None
+        self.modality = modality
+        self.keep_labels = keep_labels
+        self.merge_labels = merge_labels or {}
+        self.guidance_scale = float(guidance_scale)
+        self.condition_scale = float(condition_scale)
+        self.control_scale = float(control_scale)
+        self.progress = progress
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return torch.cat([self._one(mask, network) for mask in inputs.split(1)])
+
+    def _one(self, mask: Tensor, network: nn.Module) -> Tensor:
+        spacing = self.spacing
+        if spacing is None:
+            if not isinstance(mask, MetaTensor):
+                raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
+            # A batch of one still carries its affine with or without a batch axis, depending on the loader.
+            affine = mask.affine.reshape(-1, 4, 4)[0]
+            spacing = tuple(affine[:3, :3].pow(2).sum(0).sqrt().tolist())
+        labels = torch.as_tensor(mask.as_tensor() if isinstance(mask, MetaTensor) else mask).round()
+        padded, size = pad_to_multiple(labels, self.multiple, "constant", 0)
+        condition = padded
+        if self.keep_labels is not None:
+            condition = merge_labels(padded, self.keep_labels, self.merge_labels)
+        conditions = Conditions(
+            size=tuple(padded.shape[2:]),
+            spacing=spacing,
+            region=region_of(labels.unique().int().tolist()),
+            modality=self.modality,
+            seed=self.seed,
+        )
+        noise = conditions.noise(factor=FACTOR)[None].to(mask.device)
+        tensors = batch_tensors([conditions], self.condition_scale, mask.device)
+        without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
+
+        denoiser = guided(
+            lambda x, t: network(condition, x, t, self.control_scale, **tensors),
+            lambda x, t: network(condition, x, t, self.control_scale, **without),
+            self.guidance_scale,
+        )
+        generator = torch.Generator(mask.device).manual_seed(self.seed)
+        latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        ct = crop_to(self.decoder(latent), size)
+        return torch.where(labels == 0, torch.zeros_like(ct), ct)

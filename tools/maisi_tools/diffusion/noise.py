@@ -1,0 +1,103 @@
+"""The input of stage 2: noise drawn from seeds, and the bookkeeping around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from maisi_tools.diffusion.conditions import Conditions
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.latents import FACTOR
+
+
+def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int, seed: int) -> list[dict[str, Any]]:
+    """The samples to draw: ``[{"name": ..., "seed": ...}, ...]``.
+
+    Args:
+        input: None draws ``num_samples`` with the seeds ``seed``, ``seed + 1``, ...; else a list of such dicts, or a
+            JSON file with one (``name`` may be left out).
+
+    Raises:
+        InputError: the list cannot be read, has an entry without an integer seed, or names two samples alike.
+    """
+    if input is None:
+        if int(num_samples) < 1:
+            raise InputError(f"num_samples is {num_samples}; give 1 or more")
+        specs: Any = [{"seed": int(seed) + i} for i in range(int(num_samples))]
+    elif isinstance(input, (str, Path)):
+        try:
+            specs = json.loads(Path(input).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"input {input} is not a readable JSON list of samples ({error})") from error
+    else:
+        specs = input
+    samples = []
+    for spec in specs:
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("seed"), int):
+            raise InputError(f'sample {spec!r} has no integer seed; give a list like [{{"seed": 0, "name": "first"}}]')
+        samples.append({"name": str(spec.get("name", f"sample_seed{spec['seed']}")), "seed": spec["seed"]})
+    names = [sample["name"] for sample in samples]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"samples with the same name would overwrite each other: {', '.join(twice)}")
+    return samples
+
+
+class DrawNoised(MapTransform):
+    """Adds the initial noise of a sample, a ``MetaTensor`` (4, d, h, w) on the latent grid, from ``data["seed"]``.
+
+    The image's centre lies at the origin of the patient coordinates; its axes are RAS. What a latent's sidecar holds
+    (:data:`maisi_tools.volumes.latents.SIDECAR`) is added to the data as well.
+    """
+
+    def __init__(self, keys: str, conditions: Conditions, scale_factor: float) -> None:
+        super().__init__(keys)
+        self.conditions = conditions
+        self.scale_factor = float(scale_factor)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        conditions = replace(self.conditions, seed=data["seed"])
+        spacing = torch.tensor(conditions.spacing, dtype=torch.float64)
+        size = torch.tensor(conditions.size, dtype=torch.float64)
+        affine = torch.diag(torch.cat([spacing * FACTOR, torch.ones(1, dtype=torch.float64)]))
+        # Centre of latent voxel 0, (FACTOR - 1) / 2 image voxels beyond the centre of image voxel 0.
+        affine[:3, 3] = -spacing * (size - 1) / 2 + spacing * (FACTOR - 1) / 2
+        described = {
+            "size": list(conditions.size),
+            "spacing": list(conditions.spacing),
+            "orientation": "RAS",
+            "region": list(conditions.region),
+            "modality": conditions.modality,
+            "scale_factor": self.scale_factor,
+        }
+        meta = {"filename_or_obj": data["name"], "sidecar": described}
+        return {**data, **described, self.keys[0]: MetaTensor(conditions.noise(), affine=affine, meta=meta)}
+
+
+class SplitSampled(MapTransform):
+    """Splits what :class:`~maisi_tools.diffusion.inferers.LatentSampler` returns with ``return_latent`` in two.
+
+    ``data[key]`` becomes the CT and ``data["latent"]`` the latent, placed on the noise's grid. A CT alone passes through.
+
+    Args:
+        keys: key of the sampler's output.
+        noise_key: key of the noise it was made from.
+    """
+
+    def __init__(self, keys: str, noise_key: str) -> None:
+        super().__init__(keys)
+        self.noise_key = noise_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output, noise = data[self.keys[0]], data[self.noise_key]
+        if not isinstance(output, Mapping):
+            return dict(data)
+        meta = {"filename_or_obj": noise.meta["filename_or_obj"]}
+        latent = MetaTensor(output["latent"], affine=noise.affine, meta=meta)
+        return {**data, self.keys[0]: output["ct"], "latent": latent}

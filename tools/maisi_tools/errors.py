@@ -1,0 +1,50 @@
+"""The error for wrong input, and how it reaches the user without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    Raised at the door, before minutes of computing. The message says what was given, what is allowed and what to do.
+    """
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """Return the first InputError among `error`, its causes and its contexts, or None.
+
+    MONAI's ConfigParser wraps what a component raises into a RuntimeError, so the error at hand is rarely the cause.
+    """
+    pending, seen = [error], set()
+    while pending:
+        current = pending.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        if isinstance(current, InputError):
+            return current
+        seen.add(id(current))
+        pending += [current.__cause__, current.__context__]
+    return None
+
+
+def report_input_errors() -> None:
+    """Let an uncaught InputError end this process with `error: MESSAGE` on stderr (exit status 1) and no traceback.
+
+    Every other exception goes to the hook that was in place before. Calling it again changes nothing.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "reports_input_errors", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        found = find_input_error(error)
+        if found is None:
+            previous(kind, error, traceback)
+        else:
+            print(f"error: {found}", file=sys.stderr)
+
+    hook.reports_input_errors = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

@@ -1,0 +1,256 @@
+"""Where the body is: its envelope from a CT or from labels, the body label, and masks completed from a CT."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import ndimage
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import BODY, label_id
+
+SKIN_HU = -300.0
+"""Above it is tissue: fat has -100 HU, air -1000, and a voxel across the skin lies between."""
+
+OPENING_MM = 6.0
+"""What is thinner than twice this, such as a table top or a thermoplastic mask, is no body."""
+
+SMALLEST_PART = 0.05
+"""Separate parts, such as an arm, belong to the body from this share of the largest part's volume on."""
+
+CLOSING_MM = 40.0
+"""Without a CT, gaps between labels up to twice this wide lie inside the body."""
+
+MARGIN_MM = 10.0
+"""Without a CT, the depth of the soft tissue that is drawn around the outermost labels."""
+
+AIR_HU = -400.0
+"""Below it is air or lung, inside the body."""
+
+LUNG_HU = (-950.0, -500.0)
+"""Mean HU of aerated lung parenchyma: below it is air alone, as in trachea, bowel or stomach."""
+
+BONE_HU = 250.0
+"""Above it is bone: trabecular bone at a few millimetres of resolution has 200 to 400 HU, cortical bone more."""
+
+LUNG_ML, BONE_ML = 30.0, 0.3
+"""Smallest connected volumes that are taken for lung and for bone; smaller dense ones are calcification or noise."""
+
+_COARSE_MM = 3.0
+"""Distances of several millimetres are computed on a grid no finer than this."""
+
+_IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
+_IN_PLANE[:, 1, 1] = _IN_PLANE[1, :, 1] = True
+
+
+def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """What lies inside the skin, airways and lungs included.
+
+    Tissue is thresholded, thin things (table, mask, blankets) are removed by an opening, the large parts that are left
+    are taken, and what they enclose in an axial plane is filled. Parts of a volume that were never reconstructed
+    (-1000 HU) count as air, so a body that ends in a plane is fine.
+
+    Args:
+        ct_hu: (X, Y, Z) in HU, the third axis along the patient's.
+        spacing: mm along x, y, z.
+
+    Returns:
+        Boolean array of the same shape; all False where there is no tissue.
+
+    Raises:
+        InputError: not three axes, or a spacing that is not positive.
+    """
+    spacing = _checked(ct_hu.shape, spacing)
+    tissue = ct_hu > SKIN_HU
+    coarse, steps = _coarsen(tissue, spacing, np.mean)
+    coarse_spacing = spacing * steps
+    core = _distance(coarse >= 0.5, coarse_spacing) > OPENING_MM
+    parts, count = ndimage.label(core)
+    if not count:
+        return np.zeros(tissue.shape, dtype=bool)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    kept = (sizes >= SMALLEST_PART * sizes.max())[parts]
+    near = _distance(~kept, coarse_spacing) <= OPENING_MM + coarse_spacing.max()
+    return _filled(tissue & _refine(near, steps, tissue.shape))
+
+
+def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: float = MARGIN_MM) -> np.ndarray:
+    """A smooth body around all labels, for masks without a CT.
+
+    The labels are closed over gaps of up to twice :data:`CLOSING_MM`, dilated by `margin_mm`, and filled in axial
+    planes.
+
+    Args:
+        labels: (X, Y, Z), 0 is the background.
+        spacing: mm along x, y, z.
+        margin_mm: depth of the tissue outside the labels.
+
+    Returns:
+        Boolean array of the same shape, True at least where a label is; all False for a mask without labels.
+
+    Raises:
+        InputError: not three axes, or a spacing that is not positive.
+    """
+    spacing = _checked(labels.shape, spacing)
+    present = labels > 0
+    if not present.any():
+        return present
+    coarse, steps = _coarsen(present, spacing, np.max)
+    reached = _distance(~coarse, spacing * steps) <= CLOSING_MM + margin_mm
+    closed = _distance(reached, spacing * steps) > CLOSING_MM
+    return _filled(_refine(closed, steps, present.shape) | present)
+
+
+def add_body(labels: np.ndarray, spacing: Sequence[float], ct: np.ndarray | None = None) -> np.ndarray:
+    """The mask with :data:`~maisi_tools.masks.vocabulary.BODY` where no label is but the body.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary.
+        spacing: mm along x, y, z.
+        ct: the same shape, in HU; the body is taken from it. Without it a body is drawn around the labels.
+
+    Returns:
+        A copy with the body, or `labels` itself when it has the body label already.
+
+    Raises:
+        InputError: the CT has another shape, or as :func:`body_envelope`.
+    """
+    if (labels == BODY).any():
+        return labels
+    if ct is not None:
+        _check_same(ct, labels)
+    envelope = envelope_of_labels(labels, spacing) if ct is None else body_envelope(ct, spacing)
+    return np.where(envelope & (labels == 0), BODY, labels).astype(labels.dtype)
+
+
+def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """A mask completed by what the CT's intensities alone tell, so that weights can be trained on few organs.
+
+    Inside the body and outside all given labels, air becomes "airway" or, where it has the HU and the volume of lung,
+    "left lung upper lobe" (which stands for all lung); dense components become "skull" (which stands for all bone);
+    the rest becomes body. Labels that are given stay, so air inside a larynx label remains larynx.
+
+    Args:
+        ct_hu: (X, Y, Z) in HU.
+        labels: (X, Y, Z) in the vocabulary, may be empty.
+        spacing: mm along x, y, z.
+
+    Returns:
+        uint8 array of the same shape, 0 outside the body.
+
+    Raises:
+        InputError: the shapes differ, or as :func:`body_envelope`.
+    """
+    _check_same(ct_hu, labels)
+    spacing = _checked(ct_hu.shape, spacing)
+    voxel_ml = float(np.prod(spacing)) / 1000
+    completed = labels.astype(np.uint8)
+    free = body_envelope(ct_hu, spacing) & (labels == 0)
+    completed[free] = BODY
+
+    air = free & (ct_hu < AIR_HU)
+    completed[air] = label_id("airway")
+    completed[air & _lung(ct_hu, air, spacing)] = label_id("left lung upper lobe")
+
+    bone = free & (ct_hu > BONE_HU)
+    parts, _ = ndimage.label(bone, np.ones((3, 3, 3)))
+    large = np.bincount(parts.ravel()) * voxel_ml >= BONE_ML
+    completed[bone & large[parts]] = label_id("skull")
+    return completed
+
+
+class AddBodyd(MapTransform):
+    """MONAI dict transform of :func:`add_body` for masks (1, X, Y, Z), RAS, with an affine to read the spacing from.
+
+    Args:
+        keys: of the masks, `MetaTensor` in the vocabulary.
+        ct_key: of a CT in HU on the same grid; None draws the body around the labels.
+    """
+
+    def __init__(self, keys: KeysCollection, ct_key: str | None = None) -> None:
+        super().__init__(keys)
+        self.ct_key = ct_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        ct = None if self.ct_key is None else torch.as_tensor(items[self.ct_key])[0].cpu().numpy()
+        for key in self.key_iterator(items):
+            mask: MetaTensor = items[key]
+            labels = mask.as_tensor()[0].cpu().numpy()
+            completed = torch.from_numpy(add_body(labels, [float(mm) for mm in mask.pixdim], ct))[None]
+            items[key] = MetaTensor(
+                completed.to(mask.device), meta=mask.meta, applied_operations=mask.applied_operations
+            )
+        return items
+
+
+def _lung(ct_hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Voxels in or beside large air components whose mean HU is that of lung; bronchi and trachea stay outside."""
+    # Averaged over about 1 cm, lung with its vessels is denser than the air of a trachea, whatever the noise.
+    smooth = ndimage.gaussian_filter(ct_hu.astype(np.float32), 3.0 / spacing)
+    core = _distance(air & (smooth > LUNG_HU[0]), spacing) > OPENING_MM
+    parts, count = ndimage.label(core)
+    lung = np.zeros(air.shape, dtype=bool)
+    for part in range(1, count + 1):
+        inside = parts == part
+        volume = np.count_nonzero(inside) * np.prod(spacing) / 1000
+        if volume >= LUNG_ML and LUNG_HU[0] < ct_hu[inside].mean() < LUNG_HU[1]:
+            lung |= inside
+    # Back to the surface that the opening took away.
+    return _distance(~lung, spacing) <= OPENING_MM + spacing.max() if lung.any() else lung
+
+
+def _checked(shape: tuple[int, ...], spacing: Sequence[float]) -> np.ndarray:
+    mm = np.asarray(spacing, dtype=float)
+    if len(shape) != 3 or mm.shape != (3,) or not (np.isfinite(mm) & (mm > 0)).all():
+        raise InputError(
+            f"the volume has the shape {shape} and the spacing {list(spacing)} mm; allowed are three axes and three "
+            "positive spacings: pass one volume (X, Y, Z) and its spacing"
+        )
+    return mm
+
+
+def _check_same(ct: np.ndarray, labels: np.ndarray) -> None:
+    if ct.shape != labels.shape:
+        raise InputError(
+            f"the CT has the shape {ct.shape}, its mask {labels.shape}; allowed is the same grid for both: resample "
+            "the mask to the CT with nearest neighbour"
+        )
+
+
+def _distance(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Mm from each voxel of `mask` to the nearest voxel outside it; the border of the volume is no outside."""
+    if mask.all():
+        return np.full(mask.shape, np.inf)
+    return ndimage.distance_transform_edt(mask, sampling=spacing)
+
+
+def _coarsen(mask: np.ndarray, spacing: np.ndarray, reduce: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of `steps` voxels reduced to one, so that none is finer than needed; and the steps along x, y, z."""
+    steps = np.maximum(1, np.floor(_COARSE_MM / spacing)).astype(int)
+    padded = np.pad(mask, [(0, -size % step) for size, step in zip(mask.shape, steps, strict=True)], mode="edge")
+    x, y, z = (size // step for size, step in zip(padded.shape, steps, strict=True))
+    return reduce(padded.reshape(x, steps[0], y, steps[1], z, steps[2]), axis=(1, 3, 5)), steps
+
+
+def _refine(coarse: np.ndarray, steps: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Undo :func:`_coarsen`: every voxel of a block gets the block's value."""
+    for axis, step in enumerate(steps):
+        coarse = coarse.repeat(step, axis=axis)
+    return coarse[: shape[0], : shape[1], : shape[2]]
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """With every hole that does not reach the border of its axial plane filled (each plane for itself)."""
+    parts, count = ndimage.label(~mask, _IN_PLANE)
+    outside = np.zeros(count + 1, dtype=bool)
+    for face in (parts[0], parts[-1], parts[:, 0], parts[:, -1]):
+        outside[face.ravel()] = True
+    return mask | ~outside[parts]

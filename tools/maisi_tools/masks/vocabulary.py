@@ -1,0 +1,314 @@
+"""MAISI's label vocabulary: one table, and the questions the rest of the package asks it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from monai.utils import convert_to_dst_type
+
+from maisi_tools.errors import InputError
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+BODY = 200
+"""Label of every voxel inside the skin that no other label covers."""
+
+GROUPS = (
+    "airway",
+    "body",
+    "bone",
+    "bowel",
+    "brain",
+    "cartilage",
+    "gland",
+    "heart",
+    "lung",
+    "muscle",
+    "nerve",
+    "organ",
+    "placeholder",
+    "tumor",
+    "vessel",
+)
+"""What a label is made of, coarsely. "bowel" is all that may hold gas, from the esophagus on; "tumor" includes lesions;
+a "placeholder" is an id that the released vocabulary leaves free for a new class."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class of the vocabulary.
+
+    Attributes:
+        id: the value of its voxels in a mask.
+        name: as in the MAISI release; free ids are called "placeholder ID".
+        group: one of :data:`GROUPS`.
+        side: "left" or "right" of the patient, None for what is not paired.
+        totalsegmentator: its class in TotalSegmentator's v2 `total` task, None where that has none.
+        hu_range: plausible (lowest, highest) median HU, None where no figure is published.
+    """
+
+    id: int
+    name: str
+    group: str
+    side: str | None
+    totalsegmentator: str | None
+    hu_range: tuple[float, float] | None
+
+
+# id, name, group, class of TotalSegmentator. Ids and names: label dictionary of the MAISI release (arXiv 2409.11169).
+_TABLE: tuple[tuple[int, str, str, str | None], ...] = (
+    (1, "liver", "organ", "liver"),
+    (2, "placeholder 2", "placeholder", None),
+    (3, "spleen", "organ", "spleen"),
+    (4, "pancreas", "organ", "pancreas"),
+    (5, "right kidney", "organ", "kidney_right"),
+    (6, "aorta", "vessel", "aorta"),
+    (7, "inferior vena cava", "vessel", "inferior_vena_cava"),
+    (8, "right adrenal gland", "gland", "adrenal_gland_right"),
+    (9, "left adrenal gland", "gland", "adrenal_gland_left"),
+    (10, "gallbladder", "organ", "gallbladder"),
+    (11, "esophagus", "bowel", "esophagus"),
+    (12, "stomach", "bowel", "stomach"),
+    (13, "duodenum", "bowel", "duodenum"),
+    (14, "left kidney", "organ", "kidney_left"),
+    (15, "bladder", "organ", "urinary_bladder"),
+    (16, "placeholder 16", "placeholder", None),
+    (17, "portal vein and splenic vein", "vessel", "portal_vein_and_splenic_vein"),
+    (18, "placeholder 18", "placeholder", None),
+    (19, "small bowel", "bowel", "small_bowel"),
+    (20, "placeholder 20", "placeholder", None),
+    (21, "placeholder 21", "placeholder", None),
+    (22, "brain", "brain", "brain"),
+    (23, "lung tumor", "tumor", None),
+    (24, "pancreatic tumor", "tumor", None),
+    (25, "hepatic vessel", "vessel", None),
+    (26, "hepatic tumor", "tumor", None),
+    (27, "colon cancer primaries", "tumor", None),
+    (28, "left lung upper lobe", "lung", "lung_upper_lobe_left"),
+    (29, "left lung lower lobe", "lung", "lung_lower_lobe_left"),
+    (30, "right lung upper lobe", "lung", "lung_upper_lobe_right"),
+    (31, "right lung middle lobe", "lung", "lung_middle_lobe_right"),
+    (32, "right lung lower lobe", "lung", "lung_lower_lobe_right"),
+    (33, "vertebrae L5", "bone", "vertebrae_L5"),
+    (34, "vertebrae L4", "bone", "vertebrae_L4"),
+    (35, "vertebrae L3", "bone", "vertebrae_L3"),
+    (36, "vertebrae L2", "bone", "vertebrae_L2"),
+    (37, "vertebrae L1", "bone", "vertebrae_L1"),
+    (38, "vertebrae T12", "bone", "vertebrae_T12"),
+    (39, "vertebrae T11", "bone", "vertebrae_T11"),
+    (40, "vertebrae T10", "bone", "vertebrae_T10"),
+    (41, "vertebrae T9", "bone", "vertebrae_T9"),
+    (42, "vertebrae T8", "bone", "vertebrae_T8"),
+    (43, "vertebrae T7", "bone", "vertebrae_T7"),
+    (44, "vertebrae T6", "bone", "vertebrae_T6"),
+    (45, "vertebrae T5", "bone", "vertebrae_T5"),
+    (46, "vertebrae T4", "bone", "vertebrae_T4"),
+    (47, "vertebrae T3", "bone", "vertebrae_T3"),
+    (48, "vertebrae T2", "bone", "vertebrae_T2"),
+    (49, "vertebrae T1", "bone", "vertebrae_T1"),
+    (50, "vertebrae C7", "bone", "vertebrae_C7"),
+    (51, "vertebrae C6", "bone", "vertebrae_C6"),
+    (52, "vertebrae C5", "bone", "vertebrae_C5"),
+    (53, "vertebrae C4", "bone", "vertebrae_C4"),
+    (54, "vertebrae C3", "bone", "vertebrae_C3"),
+    (55, "vertebrae C2", "bone", "vertebrae_C2"),
+    (56, "vertebrae C1", "bone", "vertebrae_C1"),
+    (57, "trachea", "airway", "trachea"),
+    (58, "left iliac artery", "vessel", "iliac_artery_left"),
+    (59, "right iliac artery", "vessel", "iliac_artery_right"),
+    (60, "left iliac vena", "vessel", "iliac_vena_left"),
+    (61, "right iliac vena", "vessel", "iliac_vena_right"),
+    (62, "colon", "bowel", "colon"),
+    (63, "left rib 1", "bone", "rib_left_1"),
+    (64, "left rib 2", "bone", "rib_left_2"),
+    (65, "left rib 3", "bone", "rib_left_3"),
+    (66, "left rib 4", "bone", "rib_left_4"),
+    (67, "left rib 5", "bone", "rib_left_5"),
+    (68, "left rib 6", "bone", "rib_left_6"),
+    (69, "left rib 7", "bone", "rib_left_7"),
+    (70, "left rib 8", "bone", "rib_left_8"),
+    (71, "left rib 9", "bone", "rib_left_9"),
+    (72, "left rib 10", "bone", "rib_left_10"),
+    (73, "left rib 11", "bone", "rib_left_11"),
+    (74, "left rib 12", "bone", "rib_left_12"),
+    (75, "right rib 1", "bone", "rib_right_1"),
+    (76, "right rib 2", "bone", "rib_right_2"),
+    (77, "right rib 3", "bone", "rib_right_3"),
+    (78, "right rib 4", "bone", "rib_right_4"),
+    (79, "right rib 5", "bone", "rib_right_5"),
+    (80, "right rib 6", "bone", "rib_right_6"),
+    (81, "right rib 7", "bone", "rib_right_7"),
+    (82, "right rib 8", "bone", "rib_right_8"),
+    (83, "right rib 9", "bone", "rib_right_9"),
+    (84, "right rib 10", "bone", "rib_right_10"),
+    (85, "right rib 11", "bone", "rib_right_11"),
+    (86, "right rib 12", "bone", "rib_right_12"),
+    (87, "left humerus", "bone", "humerus_left"),
+    (88, "right humerus", "bone", "humerus_right"),
+    (89, "left scapula", "bone", "scapula_left"),
+    (90, "right scapula", "bone", "scapula_right"),
+    (91, "left clavicula", "bone", "clavicula_left"),
+    (92, "right clavicula", "bone", "clavicula_right"),
+    (93, "left femur", "bone", "femur_left"),
+    (94, "right femur", "bone", "femur_right"),
+    (95, "left hip", "bone", "hip_left"),
+    (96, "right hip", "bone", "hip_right"),
+    (97, "sacrum", "bone", "sacrum"),
+    (98, "left gluteus maximus", "muscle", "gluteus_maximus_left"),
+    (99, "right gluteus maximus", "muscle", "gluteus_maximus_right"),
+    (100, "left gluteus medius", "muscle", "gluteus_medius_left"),
+    (101, "right gluteus medius", "muscle", "gluteus_medius_right"),
+    (102, "left gluteus minimus", "muscle", "gluteus_minimus_left"),
+    (103, "right gluteus minimus", "muscle", "gluteus_minimus_right"),
+    (104, "left autochthon", "muscle", "autochthon_left"),
+    (105, "right autochthon", "muscle", "autochthon_right"),
+    (106, "left iliopsoas", "muscle", "iliopsoas_left"),
+    (107, "right iliopsoas", "muscle", "iliopsoas_right"),
+    (108, "left atrial appendage", "heart", "atrial_appendage_left"),
+    (109, "brachiocephalic trunk", "vessel", "brachiocephalic_trunk"),
+    (110, "left brachiocephalic vein", "vessel", "brachiocephalic_vein_left"),
+    (111, "right brachiocephalic vein", "vessel", "brachiocephalic_vein_right"),
+    (112, "left common carotid artery", "vessel", "common_carotid_artery_left"),
+    (113, "right common carotid artery", "vessel", "common_carotid_artery_right"),
+    (114, "costal cartilages", "cartilage", "costal_cartilages"),
+    (115, "heart", "heart", "heart"),
+    (116, "left kidney cyst", "organ", "kidney_cyst_left"),
+    (117, "right kidney cyst", "organ", "kidney_cyst_right"),
+    (118, "prostate", "gland", "prostate"),
+    (119, "pulmonary vein", "vessel", "pulmonary_vein"),
+    (120, "skull", "bone", "skull"),
+    (121, "spinal cord", "nerve", "spinal_cord"),
+    (122, "sternum", "bone", "sternum"),
+    (123, "left subclavian artery", "vessel", "subclavian_artery_left"),
+    (124, "right subclavian artery", "vessel", "subclavian_artery_right"),
+    (125, "superior vena cava", "vessel", "superior_vena_cava"),
+    (126, "thyroid gland", "gland", "thyroid_gland"),
+    (127, "vertebrae S1", "bone", "vertebrae_S1"),
+    (128, "bone lesion", "tumor", None),
+    (129, "placeholder 129", "placeholder", None),
+    (130, "placeholder 130", "placeholder", None),
+    (131, "placeholder 131", "placeholder", None),
+    (132, "airway", "airway", None),
+    (200, "body", "body", None),
+)
+
+# Limits of the quality check of the MAISI release: mean +- 6 standard deviations over real CTs, or wider percentiles.
+_HU_RANGES: dict[str, tuple[float, float]] = {
+    "liver": (-22.0, 162.0),
+    "spleen": (-43.0, 184.0),
+    "pancreas": (-57.0, 150.0),
+    "left kidney": (-131.0, 267.0),
+    "right kidney": (-131.0, 267.0),
+}
+
+
+def _side(name: str) -> str | None:
+    first = name.split()[0]
+    return first if first in ("left", "right") else None
+
+
+VOCABULARY: dict[int, Label] = {
+    id: Label(id, name, group, _side(name), totalsegmentator, _HU_RANGES.get(name))
+    for id, name, group, totalsegmentator in _TABLE
+}
+"""The whole vocabulary: ids 1..132 and :data:`BODY`; 0, the background, is no entry."""
+
+REGIONS: dict[str, tuple[str, ...]] = {
+    "head": ("brain", "skull"),
+    "chest": tuple(label.name for label in VOCABULARY.values() if label.group == "lung"),
+    "abdomen": ("liver", "spleen", "pancreas", "right kidney", "left kidney"),
+    "lower": ("left femur", "right femur"),
+}
+"""Body regions from top to bottom, each with the labels that show it is in the field of view (as in the MAISI release)."""
+
+ALLOWED = f"allowed are 0 (background) and MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
+
+_BY_NAME = {label.name.casefold(): label.id for label in VOCABULARY.values()}
+_BY_NAME |= {label.totalsegmentator.casefold(): label.id for label in VOCABULARY.values() if label.totalsegmentator}
+
+
+def label_id(name: str) -> int:
+    """The id of a label, by its name in the vocabulary or in TotalSegmentator (in any case).
+
+    Raises:
+        InputError: there is no such name; the message lists the nearest ones.
+    """
+    try:
+        return _BY_NAME[name.strip().casefold()]
+    except KeyError:
+        near = difflib.get_close_matches(name.strip().casefold(), _BY_NAME, n=3, cutoff=0.5)
+        raise InputError(
+            f"{name!r} is no label; allowed are the names of MAISI's vocabulary and of TotalSegmentator's total task"
+            + (f": did you mean {' or '.join(near)}?" if near else ", as in maisi_tools.masks.vocabulary")
+        ) from None
+
+
+def labels_in_group(group: str) -> tuple[int, ...]:
+    """The ids of a group's labels, ascending.
+
+    Raises:
+        InputError: `group` is not in :data:`GROUPS`.
+    """
+    if group not in GROUPS:
+        raise InputError(f"{group!r} is no group of labels; allowed are {', '.join(GROUPS)}")
+    return tuple(label.id for label in VOCABULARY.values() if label.group == group)
+
+
+def region_of(labels: Iterable[int]) -> tuple[str, ...]:
+    """The body regions that a mask with these `labels` shows, from top to bottom; none where no label tells one."""
+    present = {int(label) for label in labels}
+    return tuple(region for region, names in REGIONS.items() if present & {label_id(name) for name in names})
+
+
+def merge_labels(mask: Array, keep: Iterable[int], merge: Mapping[str, int]) -> Array:
+    """Reduce a mask to the labels that weights trained on fewer classes know.
+
+    Args:
+        mask: label values of any shape, array or tensor (also floating point).
+        keep: labels that stay.
+        merge: group -> label that stands for the group's other labels; what is in neither becomes :data:`BODY`.
+
+    Returns:
+        Same type, shape and dtype; 0 stays 0.
+
+    Raises:
+        InputError: `keep`, `merge` or the mask has a label that is not in the vocabulary.
+    """
+    keep, targets = set(keep), set(merge.values())
+    if unknown := sorted((keep | targets) - VOCABULARY.keys()):
+        raise InputError(f"labels {unknown} to keep or to merge into are not in the vocabulary; {ALLOWED}")
+    table = np.full(BODY + 1, -1)
+    table[0] = 0
+    table[list(VOCABULARY)] = BODY
+    for group, target in merge.items():
+        table[list(labels_in_group(group))] = target
+    table[list(keep)] = list(keep)
+
+    values = torch.as_tensor(mask).as_subclass(torch.Tensor).long()
+    merged = torch.from_numpy(table).to(values.device)[values.clamp(0, BODY)]
+    wrong = (merged < 0) | (values < 0) | (values > BODY)
+    if wrong.any():
+        raise InputError(f"the mask has the labels {values[wrong].unique().tolist()}; {ALLOWED}")
+    return convert_to_dst_type(merged, dst=mask)[0]
+
+
+class MergeLabelsd(MapTransform):
+    """MONAI dict transform of :func:`merge_labels`; ``keep`` None leaves the masks as they are."""
+
+    def __init__(
+        self, keys: KeysCollection, keep: Sequence[int] | None, merge: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(keys)
+        self.keep, self.merge = keep, merge or {}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        if self.keep is None:
+            return dict(data)
+        return {**data, **{key: merge_labels(data[key], self.keep, self.merge) for key in self.key_iterator(data)}}

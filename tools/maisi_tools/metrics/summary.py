@@ -1,0 +1,51 @@
+"""One table of the figures that the cases of a run left in their sidecars."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import statistics
+from pathlib import Path
+
+from maisi_tools.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") -> dict[str, dict[str, float]]:
+    """Collect ``key`` of every ``*<suffix>.json`` in a folder into ``metrics.csv`` (a row a case) and ``summary.json``.
+
+    Returns:
+        figure -> {"mean", "std", "min", "max", "cases"}; a figure that a case does not have (a label that is absent) is
+        left out of that case only. Also logged.
+
+    Raises:
+        InputError: no sidecar with such figures.
+    """
+    folder = Path(output_dir)
+    rows: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob(f"*{suffix}.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            rows[path.stem] = {name: value for name, value in content[key].items() if value is not None}
+    if not rows:
+        raise InputError(f"no *{suffix}.json with {key!r} in {folder}; run the bundle's evaluate.json first")
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["case", *names])
+        writer.writeheader()
+        writer.writerows({"case": case, **row} for case, row in rows.items())
+    summary = {}
+    for name in names:
+        values = [row[name] for row in rows.values() if name in row]
+        summary[name] = {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "min": min(values),
+            "max": max(values),
+            "cases": len(values),
+        }
+        logger.info("%-24s %10.4f +- %.4f (%.4f to %.4f, %d cases)", name, *summary[name].values())
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,144 @@
+"""The three MAISI networks in the form a bundle's ``network_def`` needs.
+
+Each class keeps the parameter names of MONAI's network, so the released checkpoints and ours load into either. Two
+things differ. The group norms are :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result, about
+twice as fast). And ``forward`` runs from one tensor alone and returns one tensor in evaluation mode, which is what
+MONAI's evaluator, ``monai.bundle verify_net_in_out`` and MONAI Label call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from torch import Tensor, nn
+
+from maisi_tools.masks.bits import label_bits
+from maisi_tools.weights import load_weights
+
+
+def use_native_norms(module: nn.Module) -> None:
+    """Replace every ``MaisiGroupNorm3D`` below ``module`` by ``nn.GroupNorm`` with the same parameters, in place."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MaisiGroupNorm3D):
+                norm = nn.GroupNorm(child.num_groups, child.num_channels, child.eps, child.affine)
+                norm.load_state_dict(child.state_dict())
+                setattr(parent, name, norm)
+
+
+class Autoencoder(AutoencoderKlMaisi):
+    """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, D/4, H/4, W/4).
+
+    In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior; in
+    evaluation mode it returns the reconstruction from the posterior's mean, so the result does not depend on chance.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        use_native_norms(self)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            return super().forward(x)
+        mean, _ = self.encode(x)
+        return self.decode(mean)
+
+
+class DiffusionUNet(DiffusionModelUNetMaisi):
+    """MAISI's latent U-Net: noisy latent (B, 4, d, h, w) -> velocity or noise of the same shape.
+
+    A condition that is left out enters as its null value (zeros), the value it is replaced with when conditions are
+    dropped in training; conditions this network was not built for are ignored, so that one set of conditions serves
+    the networks of both MAISI versions (v1 has region inputs, v2 a modality class).
+    """
+
+    def forward(  # noqa: D102
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        top_region_index_tensor: Tensor | None = None,
+        bottom_region_index_tensor: Tensor | None = None,
+        spacing_tensor: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
+        mid_block_additional_residual: Tensor | None = None,
+    ) -> Tensor:
+        batch = x.shape[0]
+
+        def value(given: Tensor | None, used: bool, width: int) -> Tensor | None:
+            if not used:
+                return None
+            return x.new_zeros(batch, width) if given is None else given.to(x)
+
+        if self.num_class_embeds is None:
+            class_labels = None
+        elif class_labels is None:
+            class_labels = torch.zeros(batch, dtype=torch.long, device=x.device)
+        return super().forward(
+            x,
+            x.new_zeros(batch) if timesteps is None else timesteps,
+            class_labels=class_labels,
+            down_block_additional_residuals=down_block_additional_residuals,
+            mid_block_additional_residual=mid_block_additional_residual,
+            top_region_index_tensor=value(top_region_index_tensor, self.include_top_region_index_input, 4),
+            bottom_region_index_tensor=value(bottom_region_index_tensor, self.include_bottom_region_index_input, 4),
+            spacing_tensor=value(spacing_tensor, self.include_spacing_input, 3),
+        )
+
+
+class ControlledUNet(nn.Module):
+    """A frozen :class:`DiffusionUNet` steered by a ControlNet that reads a label mask (paper section 3.3).
+
+    ``forward(mask)`` takes label values (B, 1, D, H, W); ``latent`` (B, 4, D/4, H/4, W/4) is the noisy latent, zeros
+    when left out. The mask enters the ControlNet as the 8 bits of its label values.
+    """
+
+    def __init__(self, unet: DiffusionUNet, controlnet: ControlNetMaisi) -> None:
+        super().__init__()
+        self.unet = unet.requires_grad_(False)
+        self.controlnet = controlnet
+
+    def forward(
+        self,
+        mask: Tensor,
+        latent: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        batch = mask.shape[0]
+        bits = label_bits(mask)
+        if latent is None:
+            latent = bits.new_zeros(batch, self.unet.in_channels, *(n // 4 for n in mask.shape[2:]))
+        if timesteps is None:
+            timesteps = latent.new_zeros(batch)
+        if class_labels is None:
+            class_labels = torch.zeros(batch, dtype=torch.long, device=latent.device)
+        down, mid = self.controlnet(
+            latent,
+            timesteps,
+            controlnet_cond=bits.to(latent.dtype),
+            conditioning_scale=conditioning_scale,
+            class_labels=class_labels if self.controlnet.num_class_embeds is not None else None,
+        )
+        return self.unet(
+            latent,
+            timesteps,
+            class_labels=class_labels,
+            down_block_additional_residuals=tuple(down),
+            mid_block_additional_residual=mid,
+            **conditions,
+        )
+
+
+def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_path: str | Path) -> ControlledUNet:
+    """Load a :class:`ControlledUNet` from the two files in which its parts are released."""
+    load_weights(network.unet, unet_path)
+    load_weights(network.controlnet, controlnet_path)
+    return network

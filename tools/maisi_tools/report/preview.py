@@ -1,0 +1,185 @@
+"""A picture of a CT volume: three planes, with its mask where there is one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from nibabel.filebasedimages import ImageFileError
+from scipy import ndimage
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError
+
+BODY = 200  # every unlabelled voxel inside the skin, in MAISI's label vocabulary
+SKIN_HU = -500  # half-way between air and soft tissue
+PLANES = ("axial", "coronal", "sagittal")
+# What the left, right, top and bottom edge of each plane show, in radiological display.
+EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+OVERLAY_OPACITY = 0.5
+ROW_INCHES = (12.0, 6.0)  # width and height within which the three planes lie side by side, at one scale
+
+
+def preview(
+    volume: str | Path,
+    mask: str | Path | None = None,
+    output: str | Path = "preview.png",
+    window: Sequence[float] = (-160, 240),
+) -> Path:
+    """Draw the axial, coronal and sagittal plane through the centre of the body, or of the labels of `mask`.
+
+    Radiological display: the patient's right is on the left, anterior (axial) and superior are up. With a mask there
+    is a second row with every label in its colour, the same in every picture; the body (200) is drawn as a contour.
+
+    Args:
+        volume: NIfTI file with HU, (X, Y, Z) in any orientation.
+        mask: NIfTI file with labels on the grid of `volume`.
+        output: the PNG file to write.
+        window: HU shown as black and as white; the default is the usual abdominal soft-tissue window.
+
+    Returns:
+        the path of the picture.
+
+    Raises:
+        InputError: a file is missing or no 3D NIfTI, the two grids differ, or the window or the output is not usable.
+    """
+    output = Path(output)
+    if output.suffix.lower() != ".png":
+        raise InputError(f"output {output} is not a .png file; give a name that ends in .png.")
+    if len(window) != 2 or not window[0] < window[1]:
+        raise InputError(f"window {tuple(window)} is not usable; give two values in HU, the lower one first.")
+    image = _load(volume, "volume")
+    data = np.asanyarray(image.dataobj)
+    labels = None if mask is None else _labels(mask, image)
+    centre = _centre(data, labels)
+    spacing = image.header.get_zooms()[:3]
+
+    extents = {name: _extent(data.shape, spacing, name) for name in PLANES}  # mm
+    widths, heights = ([extents[name][edge] for name in PLANES] for edge in (1, 3))
+    scale = min(ROW_INCHES[0] / sum(widths), ROW_INCHES[1] / max(heights))
+    rows = 1 if labels is None else 2
+    height = rows * (scale * max(heights) + 0.4) + 0.5  # with room for the titles
+    figure = Figure(figsize=(ROW_INCHES[0], height), facecolor="black", layout="constrained")
+    panels = figure.subplots(rows, 3, squeeze=False, width_ratios=widths)
+    for row in range(rows):
+        for axes, name in zip(panels[row], PLANES, strict=True):
+            _draw_ct(axes, name, plane(data, name, centre), extents[name], window)
+            if labels is not None and row == 1:
+                _draw_labels(axes, plane(labels, name, centre), extents[name])
+    size = " x ".join(str(n) for n in data.shape)
+    voxel = " x ".join(f"{s:.2f}" for s in spacing)
+    title = f"{Path(volume).name}: {size} voxels of {voxel} mm, window {window[0]:g} to {window[1]:g} HU"
+    figure.suptitle(title, color="white", fontsize=11)
+    with replacing(output) as part:
+        figure.savefig(part, dpi=100, format="png")
+    return output
+
+
+def plane(data: np.ndarray, name: str, centre: Sequence[int]) -> np.ndarray:
+    """Cut one plane out of a volume in RAS orientation (X, Y, Z), with rows upwards and columns to the right.
+
+    Args:
+        name: one of `PLANES`.
+        centre: voxel (x, y, z) the plane goes through.
+    """
+    x, y, z = centre
+    if name == "axial":
+        return data[::-1, :, z].T
+    if name == "coronal":
+        return data[::-1, y, :].T
+    return data[x, ::-1, :].T
+
+
+def label_colour(label: int) -> np.ndarray:
+    """Return the RGB colour of a label in [0, 1], shape (3,): hues by the golden ratio, so near ids look different."""
+    return hsv_to_rgb((label * 0.618034 % 1.0, (1.0, 0.65)[label % 2], 1.0))
+
+
+def _load(path: str | Path, role: str) -> nib.Nifti1Image:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{role} {path} does not exist; give a NIfTI file (.nii or .nii.gz).")
+    try:
+        image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Image):
+            raise ImageFileError(f"it is a {type(image).__name__}")
+        shape = image.shape
+        np.asanyarray(image.dataobj[..., -1])  # a truncated file shows only when it is read to its end
+    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
+        raise InputError(f"{role} {path} cannot be read: {error}. Give a complete NIfTI file.") from error
+    if len(shape) != 3:
+        raise InputError(f"{role} {path} has shape {shape}; it must have three dimensions (one volume, one channel).")
+    if not np.all(np.isfinite(image.affine)) or np.linalg.det(image.affine[:3, :3]) == 0:
+        raise InputError(f"{role} {path} has a singular affine; every spacing must be above 0 mm. Repair its header.")
+    return nib.as_closest_canonical(image)
+
+
+def _labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
+    mask = _load(path, "mask")
+    if mask.shape != image.shape:
+        raise InputError(
+            f"mask {path} has shape {mask.shape} and the volume {image.shape} (in RAS orientation); they must be on "
+            "one grid. Resample the mask onto the volume, or give the mask written beside it."
+        )
+    half_a_voxel = 0.5 * min(image.header.get_zooms()[:3])
+    corners = np.array([[0, 0, 0, 1], [*(n - 1 for n in image.shape), 1]]).T
+    distance = np.abs(mask.affine @ corners - image.affine @ corners).max()
+    if distance > half_a_voxel:
+        raise InputError(
+            f"mask {path} lies up to {distance:.1f} mm away from the volume; they must be on one grid. Resample the "
+            "mask onto the volume, or give the mask written beside it."
+        )
+    labels = np.asanyarray(mask.dataobj)
+    whole = np.rint(labels).astype(np.int32)
+    if not np.array_equal(whole, labels):
+        raise InputError(f"mask {path} has values that are not whole numbers; give a mask of labels.")
+    return whole
+
+
+def _centre(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]:
+    """Return the voxel at the centre of the organs, else of the body, else of the volume."""
+    candidates = [data > SKIN_HU]
+    if labels is not None:
+        candidates = [(labels > 0) & (labels != BODY), labels > 0, *candidates]
+    for inside in candidates:
+        if inside.any():
+            x, y, z = (int(round(c)) for c in ndimage.center_of_mass(inside))
+            return x, y, z
+    x, y, z = (n // 2 for n in data.shape)
+    return x, y, z
+
+
+def _extent(shape: Sequence[int], spacing: Sequence[float], name: str) -> tuple[float, float, float, float]:
+    x, y, z = (n * s for n, s in zip(shape, spacing, strict=True))
+    width, height = {"axial": (x, y), "coronal": (x, z), "sagittal": (y, z)}[name]
+    return 0.0, width, 0.0, height
+
+
+def _draw_ct(
+    axes: Axes, name: str, pixels: np.ndarray, extent: tuple[float, float, float, float], window: Sequence[float]
+) -> None:
+    grey = matplotlib.colormaps["gray"].with_extremes(bad="magenta")  # so that NaN voxels are seen
+    axes.imshow(pixels, cmap=grey, vmin=window[0], vmax=window[1], origin="lower", extent=extent)
+    axes.set_axis_off()
+    axes.set_title(name, color="white", fontsize=10)
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for letter, (x, y), (across, along) in zip(EDGES[name], places, aligned, strict=True):
+        axes.text(x, y, letter, color="yellow", fontsize=9, ha=across, va=along, transform=axes.transAxes)
+
+
+def _draw_labels(axes: Axes, labels: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    overlay = np.zeros((*labels.shape, 4))
+    for label in np.unique(labels[(labels != 0) & (labels != BODY)]):
+        overlay[labels == label] = (*label_colour(int(label)), OVERLAY_OPACITY)
+    axes.imshow(overlay, origin="lower", extent=extent, interpolation="nearest")
+    inside = labels != 0
+    if BODY in labels and not inside.all() and min(labels.shape) > 1:
+        axes.contour(inside, levels=[0.5], origin="lower", extent=extent, colors=["cyan"], linewidths=0.8)

@@ -1,0 +1,26 @@
+"""Mixed precision as an inferer, because MONAI's trainers know autocast on CUDA only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.inferers import SimpleInferer
+from torch import nn
+
+
+class AutocastInferer(SimpleInferer):
+    """Runs the network under ``torch.autocast`` on whatever device the input is on.
+
+    Args:
+        dtype: "bfloat16", "float16" or "float32" (no autocast). bfloat16 needs no loss scaling.
+    """
+
+    def __init__(self, dtype: str = "bfloat16") -> None:
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype is {dtype!r}; allowed are 'bfloat16', 'float16' and 'float32'")
+        self.dtype = getattr(torch, dtype)
+
+    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        with torch.autocast(inputs.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return network(inputs, *args, **kwargs)

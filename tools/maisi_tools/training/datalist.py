@@ -1,0 +1,61 @@
+"""Finds the training volumes of a folder and splits them by patient."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from monai.data import load_decathlon_datalist
+
+
+def read_datalist(datalist: str | Path, section: str, base_dir: str | Path | None = None) -> list[dict]:
+    """Read one section ("training", "validation") of a MONAI (Decathlon) datalist.
+
+    Args:
+        datalist: JSON file with a list of dicts under ``section``; relative paths are relative to ``base_dir``, or to
+            the datalist's own folder when ``base_dir`` is None.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: the section is missing or empty.
+    """
+    path = Path(datalist)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"datalist {path} does not exist; make one with `maisi datalist FOLDER -o datalist.json`, "
+            "or give a MONAI datalist with --datalist"
+        )
+    items: list[dict] = []
+    if section in json.loads(path.read_text()):
+        items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
+    if not items:
+        raise ValueError(f"datalist {path} has no entries under {section!r}; it needs at least one")
+    return items
+
+
+def make_datalist(folder: str | Path, validation: list[str] | None = None) -> dict[str, list[dict]]:
+    """List every CT below ``folder``, with its mask where there is one, split by patient.
+
+    Recognised are ``NAME_ct.nii.gz`` with an optional ``NAME_seg.nii.gz`` beside it.
+
+    Args:
+        validation: names (``NAME``) to keep out of training.
+
+    Raises:
+        FileNotFoundError: no CT found. ValueError: a kept-out name does not exist.
+    """
+    root = Path(folder)
+    cts = sorted(root.rglob("*_ct.nii.gz"))
+    if not cts:
+        raise FileNotFoundError(f"no *_ct.nii.gz below {root}; volumes must be named NAME_ct.nii.gz")
+    names = {ct.name.removesuffix("_ct.nii.gz"): ct for ct in cts}
+    kept_out = set(validation or [])
+    if missing := sorted(kept_out - set(names)):
+        raise ValueError(f"kept-out cases not found below {root}: {', '.join(missing)}")
+    lists: dict[str, list[dict]] = {"training": [], "validation": []}
+    for name, ct in names.items():
+        item = {"name": name, "image": str(ct.resolve())}
+        mask = ct.with_name(f"{name}_seg.nii.gz")
+        if mask.exists():
+            item["label"] = str(mask.resolve())
+        lists["validation" if name in kept_out else "training"].append(item)
+    return lists

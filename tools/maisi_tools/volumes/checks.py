@@ -1,0 +1,209 @@
+"""Checks at the door, on plain arrays and numbers: each says what was given, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from numbers import Integral
+
+import numpy as np
+
+from maisi_tools.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+LATENT_CHANNELS = 4
+"""Channels of a MAISI latent (arXiv 2409.11169 section 3.1)."""
+
+HU_HINT = "allowed is a CT in Hounsfield units (air near -1000, water 0)"
+
+
+def check_shape(shape: Sequence[int], kind: str, name: str) -> None:
+    """Refuse an array shape (as in the file, channels last) that is not a volume of the kind "ct", "mask" or "latent".
+
+    Raises:
+        InputError: an empty axis, another number of axes, an axis of one voxel (ct, mask), or another number of
+            channels than :data:`LATENT_CHANNELS` (latent).
+    """
+    shape = tuple(int(n) for n in shape)
+    if 0 in shape:
+        raise InputError(
+            f"{name} has the shape {shape}, with an empty axis; allowed is at least one voxel: write it anew"
+        )
+    if kind == "latent":
+        if len(shape) != 4 or shape[-1] != LATENT_CHANNELS:
+            raise InputError(
+                f"{name} has the shape {shape}; allowed for a latent is (x, y, z, {LATENT_CHANNELS}), that is "
+                f"{LATENT_CHANNELS} channels on the last axis: give the file that the encode config wrote"
+            )
+        return
+    if len(shape) != 3 or 1 in shape:
+        advice = "give the whole series" if len(shape) <= 3 else "split it into one file per time point or channel"
+        raise InputError(
+            f"{name} is a {len(shape)}D image of shape {shape}; allowed is a 3D volume with at least two voxels on "
+            f"each axis: {advice}"
+        )
+
+
+def check_finite(array: np.ndarray, name: str) -> None:
+    """Refuse NaN and infinite voxels.
+
+    Raises:
+        InputError: with the numbers of both.
+    """
+    if np.isfinite(array).all():
+        return
+    nans, infs = int(np.isnan(array).sum()), int(np.isinf(array).sum())
+    raise InputError(
+        f"{name} has {nans} NaN and {infs} infinite voxels of {array.size}; allowed are finite values: replace them, "
+        "in a CT for instance by -1000 HU (air)"
+    )
+
+
+def check_ct_intensities(array: np.ndarray, name: str) -> None:
+    """Refuse values that cannot be Hounsfield units. A CT of a body has voxels below 0 HU: fat, lung or air.
+
+    Clipped CTs, crops within soft tissue and padding values such as -3024 pass.
+
+    Raises:
+        InputError: a constant volume, a normalised one (-1..1), an 8-bit one (0..255), or one without a value below 0,
+            as stored by scanners before the rescale intercept is added.
+    """
+    low, high = float(array.min()), float(array.max())
+    found = f"{name} has values from {low:g} to {high:g}"
+    if low == high:
+        raise InputError(f"{name} has the value {low:g} everywhere; {HU_HINT}: check the file's export")
+    if low >= -1 and high <= 1:
+        raise InputError(f"{found}, as after normalisation; {HU_HINT}: give the volume as it was before normalising")
+    if low >= 0 and high <= 255:
+        raise InputError(f"{found}, as in an 8-bit picture; {HU_HINT}: export the CT itself, not a windowed picture")
+    if low >= 0:
+        raise InputError(
+            f"{found} and none below 0; {HU_HINT}: apply the DICOM rescale intercept (often -1024), or give a CT if "
+            "this is another modality"
+        )
+
+
+def check_mask_values(array: np.ndarray, name: str) -> None:
+    """Refuse values that cannot be labels; which labels exist is the label map's matter.
+
+    Raises:
+        InputError: values that are not whole numbers, or negative ones, with up to five of each.
+    """
+    fractional = array[array != np.rint(array)]
+    if fractional.size:
+        raise InputError(
+            f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; allowed "
+            "in a mask are label values: resample it with nearest neighbour, and give no probability map"
+        )
+    negative = array[array < 0]
+    if negative.size:
+        raise InputError(
+            f"{name} has {negative.size} negative voxels: {_some(negative)}; allowed in a mask are labels from 0 on: "
+            "set the background to 0"
+        )
+
+
+def check_affine(affine: np.ndarray, name: str) -> None:
+    """Refuse a voxel-to-world matrix (4, 4) in mm that spans no volume.
+
+    Raises:
+        InputError: a value that is not finite, an axis of length zero, or axes in one plane.
+    """
+    columns = np.asarray(affine, dtype=float)[:3, :3]
+    lengths = np.linalg.norm(columns, axis=0)
+    if np.isfinite(affine).all() and (lengths > 0).all() and abs(np.linalg.det(columns / lengths)) > 1e-3:
+        return
+    raise InputError(
+        f"{name} has the spacing {_mm(lengths)} and the axes {np.round(columns.T, 4).tolist()}; allowed are three "
+        "independent axes of positive length in mm: correct the header (sform, or space directions)"
+    )
+
+
+def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str) -> None:
+    """Refuse a spacing that the weights were not trained for.
+
+    Args:
+        spacing: mm along x, y, z.
+        allowed: (lowest, highest) in mm for x, y and z.
+        what: what the message calls it: "spacing", or "the spacing of" a file.
+
+    Raises:
+        InputError: not three positive numbers, or one outside its range.
+    """
+    spacing = _three_positive(spacing, what, "numbers in mm")
+    names = "xyz"
+    outside = [
+        i for i, (mm, (low, high)) in enumerate(zip(spacing, allowed, strict=True)) if not _within(mm, low, high)
+    ]
+    if outside:
+        ranges = ", ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in zip(names, allowed, strict=True))
+        raise InputError(
+            f"{what} is {_mm(spacing)}, outside along {', '.join(names[i] for i in outside)}; allowed "
+            f"is {ranges} mm, the range these weights were trained for: give --spacing to resample, or use the "
+            "full-size weights"
+        )
+
+
+def check_output_size(size: Sequence[int], multiple: int) -> tuple[int, int, int]:
+    """The output size in voxels along x, y, z, as ints.
+
+    Raises:
+        InputError: not three positive whole numbers, or one that `multiple` does not divide (the message names
+            the nearest legal ones).
+    """
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 3 or not all(map(_is_count, size)):
+        raise InputError(f"output_size is {size!r}; allowed are three positive whole numbers, voxels along x, y, z")
+    wrong = {axis: int(n) for axis, n in zip("xyz", size, strict=True) if n % multiple}
+    if wrong:
+        below = {axis: n // multiple * multiple for axis, n in wrong.items()}
+        advice = ", ".join(
+            f"{axis} {n} -> " + (f"{below[axis]} or " if below[axis] else "") + f"{below[axis] + multiple}"
+            for axis, n in wrong.items()
+        )
+        raise InputError(
+            f"output_size is {[int(n) for n in size]}; allowed are multiples of {multiple}: change {advice}"
+        )
+    x, y, z = (int(n) for n in size)
+    return x, y, z
+
+
+def warn_field_of_view(size: Sequence[int], spacing: Sequence[float], smallest_mm: Sequence[float]) -> None:
+    """Log a warning when the field of view, `size` (voxels) times `spacing` (mm), is smaller than trained on."""
+    extent = [n * mm for n, mm in zip(size, spacing, strict=True)]
+    # A tenth of a voxel: spacings such as 1/3 mm leave rounding errors in the product.
+    if any(mm < low - 0.1 * step for mm, low, step in zip(extent, smallest_mm, spacing, strict=True)):
+        logger.warning(
+            "field of view %s is smaller than the smallest one trained on, %s; the volume may look wrong: "
+            "use a larger size or spacing",
+            _mm(extent),
+            _mm(smallest_mm),
+        )
+
+
+def _three_positive(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise InputError(f"{what} is {values!r}; allowed are three positive {unit}, along x, y, z")
+    return numbers
+
+
+def _within(value: float, low: float, high: float) -> bool:
+    # NIfTI keeps spacings in float32: 0.5 mm computed from an oblique affine may come back as 0.49999998.
+    return low * (1 - 1e-4) <= value <= high * (1 + 1e-4)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) > 0
+
+
+def _mm(values: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{value:.4g}" for value in values) + " mm"
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in np.unique(values)[:5])

@@ -1,0 +1,126 @@
+"""Voxel grids: padding to what a network needs and back, the affine of a latent, a mask on another grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from monai.data import MetaTensor
+from monai.inferers import Inferer, SimpleInferer
+from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing
+from monai.utils import ensure_tuple_rep
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def pad_to_multiple(
+    x: Tensor, multiple: int | Sequence[int], mode: str = "replicate", value: float = 0.0
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Pad (B, C, X, Y, Z) at the end of each axis, so that `multiple` divides it; the affine keeps its origin.
+
+    Args:
+        x: the batch.
+        multiple: one number, or one for each of x, y, z.
+        mode: "replicate" repeats the last voxels, "constant" writes `value`.
+        value: for mode "constant".
+
+    Returns:
+        The padded batch and the size (X, Y, Z) before, for :func:`crop_to`.
+    """
+    size = tuple(x.shape[-3:])
+    missing = [-n % m for n, m in zip(size, ensure_tuple_rep(multiple, 3), strict=True)]
+    if any(missing):
+        amounts = [amount for axis in reversed(missing) for amount in (0, axis)]
+        x = pad(x, amounts, mode=mode, **({"value": value} if mode == "constant" else {}))
+    return x, (size[0], size[1], size[2])
+
+
+def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first `size` = (X, Y, Z) voxels of (B, C, X, Y, Z); undoes :func:`pad_to_multiple`."""
+    for axis, length in zip((-3, -2, -1), size, strict=True):
+        x = x.narrow(axis, 0, length)
+    return x
+
+
+class PadInferer(Inferer):
+    """Runs another inferer on the input padded to a multiple, and crops its output back to the input's size.
+
+    Args:
+        multiple: what must divide the size, one number or one per axis.
+        inferer: runs the network on the padded input.
+        mode: "replicate" or "constant", see :func:`pad_to_multiple`.
+        value: for mode "constant".
+    """
+
+    def __init__(
+        self,
+        multiple: int | Sequence[int],
+        inferer: Inferer | None = None,
+        mode: str = "replicate",
+        value: float = 0.0,
+    ) -> None:
+        self.multiple, self.mode, self.value = multiple, mode, value
+        self.inferer = SimpleInferer() if inferer is None else inferer
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """`network` on (B, C, X, Y, Z); the output has the same X, Y, Z.
+
+        Raises:
+            ValueError: the network's output is not as large as its input.
+        """
+        padded, size = pad_to_multiple(inputs, self.multiple, self.mode, self.value)
+        output = self.inferer(padded, network, *args, **kwargs)
+        if output.shape[-3:] != padded.shape[-3:]:
+            raise ValueError(
+                f"the network made {tuple(output.shape)} of {tuple(padded.shape)}; PadInferer needs a network that "
+                "keeps the size"
+            )
+        return crop_to(output, size)
+
+
+def latent_affine(affine: ArrayLike, factor: int | Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of the latent grid of an image with `affine`.
+
+    A latent voxel covers `factor` voxels along each axis (one number, or one for each of x, y, z), so its centre lies
+    (factor - 1) / 2 voxels from that of the first of them.
+    """
+    return np.asarray(affine, dtype=float) @ _latent_to_image(factor)
+
+
+def image_affine(affine: ArrayLike, factor: int | Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of the image whose latent has `affine`; the inverse of :func:`latent_affine`."""
+    return np.asarray(affine, dtype=float) @ np.linalg.inv(_latent_to_image(factor))
+
+
+def _latent_to_image(factor: int | Sequence[int]) -> np.ndarray:
+    factors = np.asarray(ensure_tuple_rep(factor, 3), dtype=float)
+    matrix = np.diag([*factors, 1.0])
+    matrix[:3, 3] = (factors - 1) / 2
+    return matrix
+
+
+def regrid_mask(
+    mask: MetaTensor, spacing: Sequence[float] | None = None, size: Sequence[int] | None = None
+) -> MetaTensor:
+    """A label mask on another grid, each voxel with the label nearest to it; labels are never mixed.
+
+    Args:
+        mask: (1, X, Y, Z), with its affine (RAS axes).
+        spacing: mm along x, y, z. Given alone, the field of view stays (to half a voxel).
+        size: voxels along x, y, z. Given with `spacing`, the mask is cropped or padded with 0 about its centre. Given
+            alone, the field of view stays and the spacing becomes extent / size.
+
+    Returns:
+        The mask, its affine that of the new grid.
+    """
+    regridded: Any = mask
+    if spacing is not None:
+        # scale_extent: the outer faces of the grid stay in place, not the centres of its corner voxels.
+        regridded = Spacing(spacing, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float32)(mask)
+        if size is not None:
+            regridded = ResizeWithPadOrCrop(size, mode="constant", value=0)(regridded)
+    elif size is not None and tuple(size) != tuple(mask.shape[1:]):
+        regridded = Resize(size, mode="nearest-exact")(mask)
+    return regridded

@@ -1,0 +1,187 @@
+"""What the user calls "input" becomes a sorted list of items; where the output goes is checked before computing."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydicom.misc
+
+from maisi_tools.errors import InputError
+
+SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
+"""Volume files that MONAI reads with nibabel or pynrrd."""
+
+DATALIST_SECTIONS = ("testing", "validation", "training")
+"""Sections of a MONAI (Decathlon) datalist; the first one present is the input."""
+
+ALLOWED = (
+    f"a volume file ({', '.join(SUFFIXES)}), a folder with one DICOM series, a folder of those, a glob, a list of "
+    "them, or a datalist (JSON)"
+)
+
+
+def stem_of(path: str | os.PathLike) -> str:
+    """Name that the outputs of an input carry: the file name without its volume suffix, or the folder's name."""
+    name = Path(path).name
+    suffix = _volume_suffix(name)
+    return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
+
+
+def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
+    """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
+
+    Args:
+        input: one of
+
+            - a volume file (.nii, .nii.gz, .nrrd), or a folder that holds one DICOM series;
+            - a folder of volume files and folders of DICOM series (not searched any deeper);
+            - a glob pattern (files that are no volumes are passed over);
+            - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
+              "testing", "validation" or "training" (the first one present); paths are relative to the JSON file;
+            - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
+        key: the entry of an item that holds the path.
+
+    Returns:
+        Items in the order given; those of a folder or of a glob sorted by path.
+
+    Raises:
+        InputError: nothing found, a missing file, a file type that is not read, or two inputs of one stem.
+    """
+    entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
+    if not isinstance(entries, Sequence):
+        raise InputError(f"input is {input!r}; allowed is {ALLOWED}")
+    items = [item for entry in entries for item in _items_of(entry, key)]
+    if not items:
+        raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
+    by_stem: dict[str, str] = {}
+    for item in items:
+        stem = stem_of(item[key])
+        if stem in by_stem:
+            raise InputError(
+                f"inputs {by_stem[stem]} and {item[key]} have the same stem {stem!r}, so their outputs would overwrite "
+                "each other; allowed are different names: rename one or run them into different output folders"
+            )
+        by_stem[stem] = item[key]
+    return items
+
+
+def check_output_dir(path: str | os.PathLike) -> Path:
+    """Create the output folder if it is missing and prove that it can be written, by writing and removing a file.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"output_dir {folder} cannot be written ({error.strerror or error}); allowed is a folder that this user "
+            "may create and write: give another output_dir, or change its permissions"
+        ) from error
+    return folder
+
+
+def _items_of(entry: Any, key: str) -> list[dict[str, str]]:
+    """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
+    if isinstance(entry, Mapping):
+        return [_item(entry, key, Path())]
+    if not isinstance(entry, (str, os.PathLike)):
+        raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
+    path = Path(entry).expanduser()
+    return _read_datalist(path, key) if path.suffix.lower() == ".json" else [{key: found} for found in _expand(path)]
+
+
+def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
+    """One datalist entry with its path made relative to `base` and checked."""
+    if not isinstance(entry.get(key), (str, os.PathLike)):
+        raise InputError(
+            f"a datalist entry has the keys {sorted(map(str, entry))} and no path under {key!r}; "
+            f"allowed are entries {{{key!r}: path}}: rename the key in the datalist"
+        )
+    path = base / Path(entry[key]).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} (named in a datalist) does not exist; correct the path, relative to the datalist")
+    return {**entry, key: _single(path)}
+
+
+def _read_datalist(path: Path, key: str) -> list[dict[str, str]]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"input {path} cannot be read ({error.strerror}); allowed is {ALLOWED}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); allowed as .json is a datalist: correct the file") from error
+    if isinstance(content, Mapping):
+        section = next((name for name in DATALIST_SECTIONS if content.get(name)), None)
+        if section is None:
+            raise InputError(
+                f"datalist {path} has the keys {sorted(content)}; allowed is a list, or a list under one of "
+                f"{', '.join(DATALIST_SECTIONS)}"
+            )
+        content = content[section]
+    if not isinstance(content, list):
+        raise InputError(f"datalist {path} holds a {type(content).__name__}; allowed is a list of {{{key!r}: path}}")
+    entries = [{key: entry} if isinstance(entry, str) else entry for entry in content]
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            raise InputError(f"datalist {path} has an entry {entry!r}; allowed are paths and {{{key!r}: path}}")
+    return [_item(entry, key, path.parent) for entry in entries]
+
+
+def _expand(path: Path) -> list[str]:
+    """All inputs that one path or glob pattern stands for, sorted."""
+    if path.is_dir():
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        found = [entry for entry in entries if (holds_dicom(entry) if entry.is_dir() else _volume_suffix(entry.name))]
+        if not holds_dicom(path):
+            if not found:
+                raise InputError(f"folder {path} holds no volume and no DICOM series; allowed is {ALLOWED}")
+            return [str(entry) for entry in found]
+        if found:
+            raise InputError(
+                f"folder {path} holds DICOM slices and also {found[0].name}; allowed is the one or the other: name the "
+                "volume itself, or put the series into a folder of its own"
+            )
+    if path.exists():
+        return [_single(path)]
+    if glob.has_magic(str(path)):
+        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        found = [match for match in matches if (holds_dicom(match) if match.is_dir() else _volume_suffix(match.name))]
+        if not found:
+            raise InputError(f"glob {path} matches {len(matches)} files and none is a volume; allowed is {ALLOWED}")
+        return [str(match) for match in found]
+    raise InputError(f"input {path} does not exist; allowed is {ALLOWED}: correct the path")
+
+
+def _single(path: Path) -> str:
+    """A volume file, or a folder of one DICOM series, as a string."""
+    if not (holds_dicom(path) if path.is_dir() else _volume_suffix(path.name)):
+        what = "a folder without DICOM files" if path.is_dir() else "no supported file type"
+        raise InputError(
+            f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders of one DICOM series: "
+            "give the folder of the DICOM files, or convert it to NIfTI"
+        )
+    return str(path)
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether `path` is a file with the DICOM prefix."""
+    return path.is_file() and pydicom.misc.is_dicom(path)
+
+
+def holds_dicom(folder: Path) -> bool:
+    """Whether a file directly in the folder is DICOM."""
+    return any(is_dicom(entry) for entry in folder.iterdir())
+
+
+def _volume_suffix(name: str) -> str | None:
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix) and len(name) > len(suffix)), None)

@@ -1,0 +1,162 @@
+"""Writing volumes and their sidecars: under a temporary name first, so that no half-written file is ever left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from numpy.typing import ArrayLike, DTypeLike
+
+from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.reading import sidecar_path
+
+logger = logging.getLogger(__name__)
+
+SCANNER = 1
+"""NIfTI code of a transform to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, of the same suffix, to write to; it is renamed to `path` when the block succeeds.
+
+    When the block raises, the temporary file is removed and what was at `path` before stays.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_volume(path: str | os.PathLike, array: np.ndarray, affine: ArrayLike, dtype: DTypeLike = np.int16) -> Path:
+    """Write a NIfTI file whose bytes depend on the arguments alone.
+
+    Args:
+        path: file to write, .nii.gz or .nii.
+        array: (X, Y, Z) or (X, Y, Z, C); for an integer `dtype` rounded and clipped to its range.
+        affine: (4, 4), from voxels to RAS in mm; stored in sform and, where a quaternion can express it, in qform.
+        dtype: type of the stored voxels.
+
+    Raises:
+        ValueError: another number of axes, or voxels that are not finite under an integer `dtype`.
+        OSError: the file cannot be written.
+    """
+    if array.ndim not in (3, 4):
+        raise ValueError(f"array has the shape {array.shape}; allowed is (X, Y, Z) or (X, Y, Z, C)")
+    dtype = np.dtype(dtype)
+    if np.issubdtype(dtype, np.integer) and not np.can_cast(array.dtype, dtype):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: voxels that are not finite cannot be stored as {dtype}")
+        limits = np.iinfo(dtype)
+        # The float type holds both limits exactly, which numpy's clip needs.
+        exact = array.astype(np.float32 if dtype.itemsize <= 2 else np.float64, copy=False)
+        array = np.clip(np.rint(exact), limits.min, limits.max)
+    affine = np.asarray(affine, dtype=float)
+    image = nib.Nifti1Image(array.astype(dtype), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, SCANNER)
+    # A sheared grid (gantry tilt) fits no quaternion: qform is then marked unknown, so that all programs use sform.
+    sheared = not np.allclose(image.get_qform(), affine, atol=1e-3)
+    image.set_qform(affine, 0 if sheared else SCANNER)
+    image.set_sform(affine, SCANNER)
+    with written_whole(path) as temporary:
+        nib.save(image, temporary)
+    return Path(path)
+
+
+def write_sidecar(path: str | os.PathLike, content: Mapping[str, Any]) -> Path:
+    """Write a volume's JSON sidecar, keys sorted.
+
+    Args:
+        path: the volume's file, or the .json itself.
+        content: JSON-able values; tensors and arrays become lists, paths become text, and numbers that are not finite
+            become null.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+    """
+    target = Path(path) if str(path).endswith(".json") else sidecar_path(path)
+    text = json.dumps(_jsonable(dict(content)), indent=2, sort_keys=True, allow_nan=False)
+    with written_whole(target) as temporary:
+        temporary.write_text(text + "\n")
+    return target
+
+
+class WriteVolumed(MapTransform):
+    """MONAI dict transform: writes the volume under each key to ``output_dir/STEM + suffix + ".nii.gz"``.
+
+    Args:
+        keys: of volumes (C, X, Y, Z) with an affine; written as (X, Y, Z) if C is 1, else as (X, Y, Z, C).
+        output_dir: folder, made if missing.
+        suffix: what the file name has after the stem, for instance "_recon".
+        dtype: type of the stored voxels, see :func:`write_volume`.
+        sidecar: what goes to a JSON of the same name: keys of the item, or constant values; None for no sidecar.
+        stem_key: key of the item with the path or name to take the stem from; by default the stem is that of the
+            file that the volume was read from (``meta["filename_or_obj"]``).
+        allow_missing_keys: pass over keys that the item does not have.
+
+    The item returned has the path written under KEY + "_path"; the volume itself is untouched.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | os.PathLike,
+        suffix: str = "",
+        dtype: DTypeLike = np.int16,
+        sidecar: Sequence[str] | Mapping[str, Any] | None = None,
+        stem_key: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.output_dir, self.suffix, self.dtype = Path(output_dir), suffix, np.dtype(dtype)
+        self.sidecar, self.stem_key = sidecar, stem_key
+
+    def __call__(self, data: Mapping[Any, Any]) -> dict:
+        """Write the keys of one item."""
+        items = dict(data)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(items):
+            volume = items[key]
+            stem = stem_of(items[self.stem_key] if self.stem_key else volume.meta["filename_or_obj"])
+            path = self.output_dir / f"{stem}{self.suffix}.nii.gz"
+            array = volume.detach().as_tensor().cpu()
+            array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
+            array = array.movedim(0, -1).numpy()
+            if self.sidecar is not None:  # before the volume: where there is a volume, there is its sidecar
+                write_sidecar(path, self._sidecar_content(items))
+            write_volume(path, array[..., 0] if array.shape[-1] == 1 else array, volume.affine.cpu(), self.dtype)
+            logger.info("wrote %s", path)
+            items[f"{key}_path"] = str(path)
+        return items
+
+    def _sidecar_content(self, items: Mapping[Any, Any]) -> Mapping[str, Any]:
+        if isinstance(self.sidecar, Mapping):
+            return self.sidecar
+        return {name: items[name] for name in self.sidecar or ()}
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # tensors, arrays and numpy's numbers
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _jsonable(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,285 @@
+"""Checkpoints: reading them key by key, writing them small, fetching the released ones."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import pickle
+import shutil
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError
+
+# Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
+# usual name, and those of MAISI's released files.
+STATE_DICT_KEYS = ("model", "state_dict", "unet_state_dict", "controlnet_state_dict", "autoencoder_state_dict")
+LARGE_FILES = ("large_files.yml", "large_files.yaml", "large_files.json")  # the names that MONAI looks for
+LIST_FORM = "It must read `large_files:` followed by entries with path, url, hash_val and hash_type."
+HASH_TYPES = ("sha256", "sha512", "sha1", "md5")
+NAMED_KEYS = 5  # how many keys of a kind an error message names
+CHUNK = 1 << 20  # bytes
+TIMEOUT = 60  # seconds without a byte before a download is given up
+
+
+def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -> nn.Module:
+    """Load a checkpoint into `network`, in place, matched key by key, and return the network.
+
+    Understands plain state dicts, checkpoints that hold one under `key` or one of `STATE_DICT_KEYS`, and keys with the
+    "module." prefix of DistributedDataParallel. Values take the dtype of the network's parameters.
+
+    Raises:
+        InputError: the file is missing or no checkpoint, or its keys or shapes are not the network's.
+    """
+    path = Path(path)
+    state = _state_dict(_read(path), path, key)
+    wanted = network.state_dict()
+    reshaped = [
+        f"{name} (file {tuple(state[name].shape)}, network {tuple(value.shape)})"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    faults = {
+        "missing in the file": sorted(wanted.keys() - state.keys()),
+        "unknown to the network": sorted(state.keys() - wanted.keys()),
+        "of another shape": reshaped,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(keys)} keys {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+        raise InputError(
+            f"weights {path} do not fit {type(network).__name__} with {len(wanted)} keys: {listed}. The weights must "
+            "come from the same network_def. The released full-size weights need the full-size networks: add "
+            "--config_file \"['configs/inference.json','configs/full.json']\" (see the bundle's configs for its "
+            "full*.json); the weights shipped with the bundle need inference.json alone."
+        )
+    network.load_state_dict(state)
+    return network
+
+
+def read_scale_factor(path: str | Path) -> float:
+    """Return the "scale_factor" (1 / standard deviation of the latents) stored beside the weights in a checkpoint.
+
+    Raises:
+        InputError: the file is missing or no checkpoint, or has no positive scale factor.
+    """
+    path = Path(path)
+    checkpoint = _read(path)
+    found = checkpoint.get("scale_factor") if isinstance(checkpoint, Mapping) else None
+    if found is None:
+        raise InputError(
+            f"checkpoint {path} has no 'scale_factor'; it must be one of a diffusion U-Net or ControlNet written by "
+            "this project's train.json or released with MAISI, or give the scale factor in the config."
+        )
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise InputError(
+            f"checkpoint {path} has scale_factor {found!r}; it must be a number above 0. Train the network again or "
+            "fetch its weights again."
+        )
+    return value
+
+
+def save_weights(path: str | Path, network_state: Mapping[str, Tensor], **extra: Any) -> None:
+    """Write a state dict under "model", floating-point values as fp16, with `extra` (such as scale_factor) beside it.
+
+    Raises:
+        ValueError: a value is not finite in fp16 (largest magnitude 65504). OSError: `path` cannot be written.
+    """
+    state = {}
+    for name, value in network_state.items():
+        value = value.detach().cpu()
+        state[name] = value.half().contiguous() if value.is_floating_point() else value.contiguous()
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"{name} has values that are not finite in fp16; {path} was not written")
+    with replacing(path) as part:
+        torch.save({**extra, "model": state}, part)
+
+
+def fetch_weights(bundle_dir: str | Path, names: Iterable[str] | None = None) -> list[Path]:
+    """Download the files that a bundle's large_files.yml lists and return their paths.
+
+    The list is MONAI's: ``large_files: [{path, url, hash_val, hash_type}]``, paths relative to the bundle. A file that
+    is there already is only verified. A download goes to ``PATH.part`` first; when it breaks off, the next call goes on
+    where it stopped, if the server allows (HTTP Range).
+
+    Args:
+        names: paths or file names of the entries to fetch; None for all.
+
+    Raises:
+        InputError: no or a wrong list, an unknown name, a failed download, or a hash that does not match.
+    """
+    bundle_dir = Path(bundle_dir)
+    entries = _large_files(bundle_dir)
+    if names is not None:
+        names = list(names)
+        known = {name for entry in entries for name in (entry["path"], Path(entry["path"]).name)}
+        if unknown := sorted(set(names) - known):
+            listed = ", ".join(entry["path"] for entry in entries)
+            raise InputError(f"{bundle_dir} lists no large file {', '.join(unknown)}; choose among: {listed}.")
+        entries = [entry for entry in entries if {entry["path"], Path(entry["path"]).name} & set(names)]
+    return [_fetch(bundle_dir, entry) for entry in entries]
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        bundle = path.parent.parent.name if path.parent.name == "models" else ""
+        raise InputError(
+            f"weights {path} do not exist. Fetch the released ones with `maisi weights {bundle or 'BUNDLE'}`, or train "
+            "them with the bundle's configs/train.json."
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"weights {path} are no checkpoint of tensors: {_reason(error)}. Only files that load with "
+            "torch.load(weights_only=True) are read; save the state dict alone, or fetch the file again."
+        ) from error
+    except Exception as error:  # a damaged file makes the reader fail in any way
+        raise InputError(
+            f"weights {path} ({path.stat().st_size} bytes) cannot be read: {_reason(error)}. The file is damaged or no "
+            "PyTorch checkpoint; delete it and fetch or train it again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first sentence of torch's message, which may go on for a page about how to load unsafe files."""
+    return str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
+
+
+def _state_dict(checkpoint: Any, path: Path, key: str | None) -> dict[str, Tensor]:
+    if isinstance(checkpoint, Mapping) and key is not None:
+        if key not in checkpoint:
+            raise InputError(f"checkpoint {path} has no {key!r}; its keys are {_some([str(k) for k in checkpoint])}.")
+        checkpoint = checkpoint[key]
+    while isinstance(checkpoint, Mapping):
+        if checkpoint and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in checkpoint.items()):
+            if all(name.startswith("module.") for name in checkpoint):
+                return {name.removeprefix("module."): value for name, value in checkpoint.items()}
+            return dict(checkpoint)
+        found = [name for name in STATE_DICT_KEYS if name in checkpoint]
+        if not found:
+            break
+        checkpoint = checkpoint[found[0]]
+    given = f"keys {_some([str(k) for k in checkpoint])}" if isinstance(checkpoint, Mapping) else type(checkpoint)
+    raise InputError(
+        f"checkpoint {path} holds no state dict, but {given}. It must be one (names to tensors), or hold one under one "
+        f"of {', '.join(STATE_DICT_KEYS)}."
+    )
+
+
+def _large_files(bundle_dir: Path) -> list[dict[str, str]]:
+    lists = [bundle_dir / name for name in LARGE_FILES if (bundle_dir / name).is_file()]
+    if not lists:
+        raise InputError(f"{bundle_dir} has no {LARGE_FILES[0]}; give the folder of a bundle that lists large files.")
+    try:
+        entries = ConfigParser.load_config_file(lists[0])["large_files"]
+        entries = [{name: str(value or "") for name, value in entry.items()} for entry in entries]
+        complete = all(entry["path"] and entry["url"] for entry in entries)
+    except Exception as error:  # whatever the YAML or JSON reader raises, and every wrong shape of the list
+        raise InputError(f"{lists[0]} is not a list of large files: {error!r}. {LIST_FORM}") from error
+    if not complete:
+        raise InputError(f"{lists[0]} has an entry without path or url. {LIST_FORM}")
+    for entry in entries:
+        if not (bundle_dir / entry["path"]).resolve().is_relative_to(bundle_dir.resolve()):
+            raise InputError(f"{lists[0]} names {entry['path']!r}, which is outside the bundle; name a path inside it.")
+        if not entry["url"].startswith(("https://", "http://")):
+            raise InputError(f"{lists[0]} names the URL {entry['url']!r}; it must begin with https:// or http://.")
+        if entry.get("hash_val") and entry.get("hash_type", "") not in HASH_TYPES:
+            raise InputError(
+                f"{lists[0]} names hash_type {entry.get('hash_type')!r} for {entry['path']}; use one of "
+                f"{', '.join(HASH_TYPES)}."
+            )
+    return entries
+
+
+def _fetch(bundle_dir: Path, entry: Mapping[str, str]) -> Path:
+    target, url = bundle_dir / entry["path"], entry["url"]
+    expected, kind = entry.get("hash_val", "").lower(), entry.get("hash_type", "")
+    if target.exists():
+        if expected and (got := _digest(target, kind)) != expected:
+            raise InputError(
+                f"{target} is not the file that {bundle_dir} lists: {kind} expected {expected}, got {got}. Move or "
+                "delete it, then fetch it again."
+            )
+        return target
+    part = target.with_name(target.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _download(url, part)
+    except (OSError, http.client.HTTPException) as error:
+        kept = f" {part.stat().st_size} bytes are kept in {part};" if part.exists() else ""
+        raise InputError(
+            f"download of {url} failed: {error}.{kept} run the same command again to go on, or download the file in "
+            f"another way (a page may ask for a login) and put it at {target}."
+        ) from error
+    if not expected:
+        warnings.warn(f"{target} was not verified: large_files.yml of {bundle_dir} gives no hash for it", stacklevel=3)
+    elif (got := _digest(part, kind)) != expected:
+        part.unlink()
+        raise InputError(
+            f"{url} gave a file with another hash: {kind} expected {expected}, got {got}. It was deleted; run the same "
+            "command again, and if that does not help, the file at the URL has changed."
+        )
+    part.replace(target)
+    return target
+
+
+def _download(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of `url`, from its beginning when the server cannot continue.
+
+    Raises:
+        OSError: the download failed (urllib's errors are OSErrors) or ended early; `part` keeps what came.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # range not satisfiable: nothing is left after `have` bytes
+            raise
+        if error.headers.get("Content-Range", "") == f"bytes */{have}":
+            return
+        part.unlink()  # longer than the file at the URL, so not a part of it
+        return _download(url, part)
+    with response:
+        continues = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        have = have if response.status == 206 and continues else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with (
+            part.open("ab" if have else "wb") as output,
+            tqdm.wrapattr(response, "read", total=total, initial=have, desc=part.stem) as stream,
+        ):
+            shutil.copyfileobj(stream, output, CHUNK)
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with (
+        path.open("rb") as file,
+        tqdm.wrapattr(file, "read", total=path.stat().st_size, desc=f"{kind} of {path.name}", delay=2) as stream,
+    ):
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
