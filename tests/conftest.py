@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
+
+from maisi_tools.networks import Autoencoder, ControlledUNet, DiffusionUNet
 
 torch.set_num_threads(2)  # what the smallest machine that runs the tests has
 
@@ -21,3 +24,68 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> dict[str, dict]:
+    """Constructor arguments of "vae", "unet" and "controlnet", as small as they still have every kind of layer.
+
+    The U-Net has two levels, so a legal image size is a multiple of 8.
+    """
+    vae = {
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 4,
+        "num_channels": [8, 8, 16],
+        "num_res_blocks": [1, 1, 1],
+        "norm_num_groups": 4,
+        "attention_levels": [False, False, False],
+        "with_encoder_nonlocal_attn": False,
+        "with_decoder_nonlocal_attn": False,
+        "use_checkpointing": False,
+        "use_convtranspose": False,
+        "norm_float16": False,
+        "num_splits": 1,
+        "dim_split": 1,
+        "save_mem": False,
+    }
+    levels = {
+        "spatial_dims": 3,
+        "in_channels": 4,
+        "num_channels": [8, 16],
+        "attention_levels": [False, True],
+        "num_head_channels": [0, 8],
+        "num_res_blocks": 1,
+        "norm_num_groups": 4,
+        "num_class_embeds": 128,
+    }
+    unet = {**levels, "out_channels": 4, "include_spacing_input": True, "include_top_region_index_input": True}
+    controlnet = {
+        **levels,
+        "conditioning_embedding_in_channels": 8,
+        "conditioning_embedding_num_channels": [8, 8, 8],
+    }
+    return {"vae": vae, "unet": unet, "controlnet": controlnet}
+
+
+@pytest.fixture
+def tiny_autoencoder(tiny_settings: dict[str, dict]) -> Autoencoder:
+    torch.manual_seed(0)
+    return Autoencoder(**tiny_settings["vae"]).eval()
+
+
+@pytest.fixture
+def tiny_unet(tiny_settings: dict[str, dict]) -> DiffusionUNet:
+    torch.manual_seed(0)
+    unet = DiffusionUNet(**tiny_settings["unet"]).eval()
+    # MONAI starts the last layer of each block at zero: the output would be zero, and no condition would matter.
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return unet
+
+
+@pytest.fixture
+def tiny_controlled(tiny_settings: dict[str, dict], tiny_unet: DiffusionUNet) -> ControlledUNet:
+    return ControlledUNet(tiny_unet, ControlNetMaisi(**tiny_settings["controlnet"])).eval()

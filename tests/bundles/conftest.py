@@ -9,10 +9,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.bundle import ConfigWorkflow
+
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import labels_in_group
-from monai.bundle import ConfigWorkflow
 
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
@@ -24,7 +25,7 @@ def bundles(repo_root: Path) -> Path:
 
 @pytest.fixture
 def run_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
-    """``run_bundle("maisi_vae", "inference.json", key=value, ...)`` runs a config to its end and returns the workflow."""
+    """``run_bundle("maisi_vae", "inference.json", key=value, ...)`` runs a config to its end, returns the workflow."""
 
     def run(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
         root = bundles / bundle
@@ -63,7 +64,7 @@ def phantom_ct(phantom_labels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Saves an array under ``tmp_path/in`` and returns the path; the default affine is RAS with the phantom's spacing."""
+    """Saves an array under ``tmp_path/in``, returns the path; the default affine is RAS with the phantom's spacing."""
 
     def save(array: np.ndarray, name: str, affine: np.ndarray | None = None) -> Path:
         folder = tmp_path / "in"

@@ -139,7 +139,7 @@ def test_full_size_networks_have_the_released_keys(bundles, bundle, overlay, exp
 
 
 def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):
-    
+
     parser = parser_of(bundles, "maisi_vae", "inference.json", "full.json")
     if (bundles / "maisi_vae" / "models" / "autoencoder_v1.pt").exists():
         pytest.skip("the released weights are here")

@@ -29,9 +29,13 @@ def test_ct_has_the_masks_geometry_and_air_outside_the_body(run_bundle, save, ph
 
 def test_same_seed_same_bytes_alone_or_among_others(run_bundle, save, phantom_labels, tmp_path):
     paths = [save(phantom_labels[:32, :32, :32], name) for name in ("a.nii.gz", "b.nii.gz")]
-    run_bundle("maisi_controlnet", "inference.json", input=[str(p) for p in paths], output_dir=str(tmp_path / "two"), **FAST)
+    run_bundle(
+        "maisi_controlnet", "inference.json", input=[str(p) for p in paths], output_dir=str(tmp_path / "two"), **FAST
+    )
     run_bundle("maisi_controlnet", "inference.json", input=str(paths[1]), output_dir=str(tmp_path / "one"), **FAST)
-    run_bundle("maisi_controlnet", "inference.json", input=str(paths[1]), output_dir=str(tmp_path / "seed"), seed=1, **FAST)
+    run_bundle(
+        "maisi_controlnet", "inference.json", input=str(paths[1]), output_dir=str(tmp_path / "seed"), seed=1, **FAST
+    )
     among, alone, other = (
         np.asarray(nib.load(tmp_path / folder / "b_ct.nii.gz").dataobj) for folder in ("two", "one", "seed")
     )
@@ -83,7 +87,9 @@ def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path)
 def test_bad_masks_are_refused(cause, run_bundle, save, phantom_labels, tmp_path, change, override, words):
     path = save(change(phantom_labels).astype(np.uint8), "bad.nii.gz")
     with pytest.raises(Exception) as raised:
-        run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST, **override)
+        run_bundle(
+            "maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST, **override
+        )
     message = str(cause(raised.value))
     assert all(word in message for word in words), message
     assert not list((tmp_path / "out").glob("*"))

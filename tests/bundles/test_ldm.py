@@ -8,7 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-FAST = {"output_size": [32, 32, 32], "spacing": [4.0, 4.0, 3.0], "region": ["head"], "num_inference_steps": 3, "progress": False}
+FAST = {
+    "output_size": [32, 32, 32],
+    "spacing": [4.0, 4.0, 3.0],
+    "region": ["head"],
+    "num_inference_steps": 3,
+    "progress": False,
+}
 
 
 def test_same_seed_same_bytes_other_seed_other_volume(run_bundle, tmp_path):

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+
 from maisi_tools.weights import read_scale_factor
 
 NAMES = ("p1", "p2", "p3")
@@ -52,7 +53,13 @@ def overrides(stage: str, cases: Path, latents: Path, bundles: Path, out: Path) 
     if stage == "maisi_ldm":
         return {**common, "dataset_dir": str(latents), "held_out": held_out}
     unet = str(bundles / "maisi_ldm" / "models" / "model.pt")
-    return {**common, "dataset_dir": str(latents), "masks_dir": str(cases), "held_out": held_out, "unet_ckpt_path": unet}
+    return {
+        **common,
+        "dataset_dir": str(latents),
+        "masks_dir": str(cases),
+        "held_out": held_out,
+        "unet_ckpt_path": unet,
+    }
 
 
 @pytest.mark.parametrize("stage", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
@@ -85,7 +92,16 @@ def test_two_ranks_on_the_cpu(stage, cases, latents, bundles, tmp_path):
     files = "['configs/train.json','configs/multi_gpu_train.json']"
     arguments = [f"--{key}={value}" for key, value in overrides(stage, cases, latents, bundles, tmp_path).items()]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "-m",
+            "monai.bundle",
+            "run",
+        ]
         + ["--config_file", files, "--bundle_root", ".", *arguments, "--max_epochs=1"],
         cwd=bundles / stage,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},

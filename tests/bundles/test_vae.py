@@ -56,7 +56,9 @@ def test_encode_can_resample_and_pad(run_bundle, ct_file, tmp_path):
 def test_folder_of_volumes(run_bundle, save, phantom_ct, tmp_path):
     for name in ("b.nii.gz", "a.nii.gz"):
         save(phantom_ct[:32, :32, :32], name)
-    run_bundle("maisi_vae", ["inference.json", "evaluate.json"], input=str(tmp_path / "in"), output_dir=str(tmp_path / "out"))
+    run_bundle(
+        "maisi_vae", ["inference.json", "evaluate.json"], input=str(tmp_path / "in"), output_dir=str(tmp_path / "out")
+    )
     assert sorted(p.name for p in (tmp_path / "out").glob("*.nii.gz")) == ["a_recon.nii.gz", "b_recon.nii.gz"]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["psnr"]["cases"] == 2
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_conditions
 from maisi_tools.errors import InputError
 

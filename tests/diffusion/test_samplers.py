@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+
 from maisi_tools.diffusion.samplers import guided, sample
 from maisi_tools.errors import InputError
-from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
 
 def flow(**settings) -> RFlowScheduler:

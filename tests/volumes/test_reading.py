@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset as Header
 from pydicom.uid import generate_uid
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.reading import ReadVolumed, check_volumes, read_sidecar, read_volume
+from maisi_tools.volumes.reading import ReadVolumed, read_sidecar, read_volume
 from maisi_tools.volumes.series import slice_order
 
 from .conftest import OBLIQUE, SHAPE, ct_values
@@ -262,12 +262,3 @@ def test_latent_with_the_wrong_channel_count(write_nifti):
     refused(write_nifti(np.zeros((3, 4, 5, 3))), "(3, 4, 5, 3)", "(x, y, z, 4)", "encode config", kind="latent")
     refused(write_nifti(np.zeros((3, 4, 5))), "(3, 4, 5)", "4 channels", kind="latent")
     refused(write_nifti(np.zeros((3, 4, 5, 1))), "4 channels", kind="latent")
-
-
-def test_check_volumes_names_the_bad_one_of_several(write_nifti):
-    good = write_nifti(ct_values(), "a.nii.gz")
-    data = [{"image": str(good)}]
-    assert check_volumes(data, "image", "ct") == data
-    bad = write_nifti((ct_values() % 256).astype(np.uint8), "b.nii.gz")
-    with pytest.raises(InputError, match=r"b\.nii\.gz has values from 0 to 255"):
-        check_volumes([*data, {"image": str(bad)}], "image", "ct")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is renamed to `path`, on an error it is removed.
 
     The temporary file lies beside the target, because a rename is atomic only within one file system, and keeps its

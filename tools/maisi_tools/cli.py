@@ -158,7 +158,25 @@ def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None)
     print(f"{output}: {len(lists['training'])} to train on, {len(lists['validation'])} held out")
 
 
-COMMANDS = (demo, phantom, preview, weights, datalist)
+def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> None:
+    """Write the masks that maisi_controlnet trains on: a data set's own labels, completed from its CTs.
+
+    Body, airway, lung and bone that the labels leave open are added by intensity. What is there already is kept, so an
+    interrupted run goes on where it stopped.
+
+    Args:
+        datalist: JSON file as `maisi datalist` writes it.
+        output_dir: folder for one NAME_ct_mask.nii.gz a case.
+        label_map: maisi, totalsegmentator, openkbp or a JSON file: how the labels are to be read.
+    """
+    from maisi_tools.training.datalist import read_datalist
+    from maisi_tools.training.masks import complete_masks as complete
+
+    items = [item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)]
+    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map)))} masks")
+
+
+COMMANDS = (demo, phantom, preview, weights, datalist, complete_masks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

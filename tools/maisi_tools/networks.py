@@ -42,7 +42,7 @@ class Autoencoder(AutoencoderKlMaisi):
         super().__init__(*args, **kwargs)
         use_native_norms(self)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if self.training:
             return super().forward(x)
         mean, _ = self.encode(x)
@@ -57,7 +57,7 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
     the networks of both MAISI versions (v1 has region inputs, v2 a modality class).
     """
 
-    def forward(  # noqa: D102
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         timesteps: Tensor | None = None,
@@ -83,7 +83,7 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
             x,
             x.new_zeros(batch) if timesteps is None else timesteps,
             class_labels=class_labels,
-            down_block_additional_residuals=down_block_additional_residuals,
+            down_block_additional_residuals=down_block_additional_residuals,  # type: ignore[arg-type]
             mid_block_additional_residual=mid_block_additional_residual,
             top_region_index_tensor=value(top_region_index_tensor, self.include_top_region_index_input, 4),
             bottom_region_index_tensor=value(bottom_region_index_tensor, self.include_bottom_region_index_input, 4),

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer, SimpleInferer
-from torch import Tensor, nn
+from torch import Tensor
 
+from maisi_tools.networks import Autoencoder
 from maisi_tools.volumes.grid import pad_to_multiple
 from maisi_tools.volumes.latents import FACTOR
 
@@ -26,7 +27,9 @@ class EncodeInferer(Inferer):
         self.inferer = inferer or SimpleInferer()
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Autoencoder, *args: Any, **kwargs: Any
+    ) -> Tensor:
         padded, _ = pad_to_multiple(inputs, self.multiple, "replicate", 0)
         return self.inferer(torch.as_tensor(padded), lambda x: network.encode(x)[0])
 
@@ -35,12 +38,12 @@ class LatentDecoder:
     """Latent (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1], for stages whose network is not the autoencoder.
 
     Args:
-        autoencoder: a :class:`maisi_tools.networks.Autoencoder`.
+        autoencoder: decodes; set to evaluation mode.
         scale_factor: latents are divided by it before decoding; 1 for latents that come from the encoder.
         inferer: how the decoder is run.
     """
 
-    def __init__(self, autoencoder: nn.Module, scale_factor: float = 1.0, inferer: Inferer | None = None) -> None:
+    def __init__(self, autoencoder: Autoencoder, scale_factor: float = 1.0, inferer: Inferer | None = None) -> None:
         self.autoencoder = autoencoder.eval()
         self.scale_factor = float(scale_factor)
         self.inferer = inferer or SimpleInferer()
@@ -61,5 +64,7 @@ class DecodeInferer(Inferer):
         super().__init__()
         self.inferer = inferer
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: Autoencoder, *args: Any, **kwargs: Any
+    ) -> Tensor:
         return LatentDecoder(network, inferer=self.inferer)(inputs)

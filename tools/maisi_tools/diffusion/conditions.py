@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
 from maisi_tools.volumes.checks import check_output_size, check_spacing, warn_field_of_view
 
-REGIONS = ("head", "chest", "abdomen", "lower")
+REGIONS = tuple(INDICATORS)
 """Body regions from top to bottom; "head" is head and neck, "lower" is pelvis and legs (paper section 3.2)."""
 
 MODALITIES = {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
@@ -65,9 +66,8 @@ class Conditions:
         if region:
             first, last = REGIONS.index(region[0]), REGIONS.index(region[-1])
             if last - first + 1 != len(region):
-                raise InputError(
-                    f"region {list(region)} has a gap; give neighbouring regions, here {list(REGIONS[first : last + 1])}"
-                )
+                whole = list(REGIONS[first : last + 1])
+                raise InputError(f"region {list(region)} has a gap; give neighbouring regions, here {whole}")
         object.__setattr__(self, "region", region)
         if len(self.size) != 3 or min(self.size) < 1:
             raise InputError(f"size is {self.size}; give three positive voxel counts x, y, z")
@@ -88,8 +88,8 @@ class Conditions:
                 weights and stands in each bundle's config as ``condition_scale``.
 
         Returns:
-            ``top_region_index_tensor`` (4,) and ``bottom_region_index_tensor`` (4,), one-hot or zeros when the region is
-            unknown, ``spacing_tensor`` (3,), ``class_labels`` ().
+            ``top_region_index_tensor`` (4,) and ``bottom_region_index_tensor`` (4,), one-hot or zeros when the region
+            is unknown, ``spacing_tensor`` (3,), ``class_labels`` ().
         """
         top, bottom = torch.zeros(4), torch.zeros(4)
         if self.region:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.networks.schedulers.scheduler import Scheduler
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors
-from maisi_tools.diffusion.samplers import guided, sample
+from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
 from maisi_tools.volumes.latents import FACTOR
+
 
 class LatentSampler(Inferer):
     """Stage 2: noise (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1].
@@ -59,24 +58,21 @@ class LatentSampler(Inferer):
         """``seeds``, one a sample, feed the noise that DDPM adds on the way; rectified flow and DDIM need none."""
         inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
         seeds = [self.conditions.seed] * len(inputs) if seeds is None else [int(seed) for seed in seeds]
-        latents = []
         # One sample at a time: a volume must not depend on the batch it was drawn in.
-        for noise, seed in zip(inputs.split(1), seeds, strict=True):
-            conditions = replace(self.conditions, seed=seed)
-            tensors = batch_tensors([conditions], self.condition_scale, noise.device)
-            without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
-            denoiser = guided(
-                lambda x, t, c=tensors: network(x, t, **c),
-                lambda x, t, c=without: network(x, t, **c),
-                self.guidance_scale,
-            )
-            generator = torch.Generator(noise.device).manual_seed(seed)
-            latents.append(
-                sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
-            )
-        latent = torch.cat(latents)
-        ct = torch.cat([self.decoder(one) for one in latents])
-        return {"ct": ct, "latent": latent} if self.return_latent else ct
+        latents = [self._one(noise, seed, network) for noise, seed in zip(inputs.split(1), seeds, strict=True)]
+        ct = torch.cat([self.decoder(latent) for latent in latents])
+        return {"ct": ct, "latent": torch.cat(latents)} if self.return_latent else ct
+
+    def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
+        tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
+        without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
+        denoiser = guided(
+            lambda x, t: network(x, t, **tensors),
+            lambda x, t: network(x, t, **without),
+            self.guidance_scale,
+        )
+        generator = step_generator(noise, seed)
+        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
 
 
 class MaskToCT(Inferer):
@@ -128,30 +124,35 @@ class MaskToCT(Inferer):
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        return torch.cat([self._one(mask, network) for mask in inputs.split(1)])
+        spacings = self._spacings(inputs)
+        labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
+        # One mask at a time: a CT must not depend on the batch its mask was in.
+        return torch.cat([self._one(*each, network) for each in zip(labels.split(1), spacings, strict=True)])
 
-    def _one(self, mask: Tensor, network: nn.Module) -> Tensor:
-        spacing = self.spacing
-        if spacing is None:
-            if not isinstance(mask, MetaTensor):
-                raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
-            # A batch of one still carries its affine with or without a batch axis, depending on the loader.
-            affine = mask.affine.reshape(-1, 4, 4)[0]
-            spacing = tuple(affine[:3, :3].pow(2).sum(0).sqrt().tolist())
-        labels = torch.as_tensor(mask.as_tensor() if isinstance(mask, MetaTensor) else mask).round()
+    def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
+        """Mm along x, y, z of each mask of a batch."""
+        if self.spacing is not None:
+            return [self.spacing] * len(inputs)
+        if not isinstance(inputs, MetaTensor):
+            raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
+        # Depending on the loader, there is one affine a mask, or one for all without a batch axis.
+        affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
+        return affines[:, :3, :3].norm(dim=1).tolist()
+
+    def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module) -> Tensor:
         padded, size = pad_to_multiple(labels, self.multiple, "constant", 0)
         condition = padded
         if self.keep_labels is not None:
             condition = merge_labels(padded, self.keep_labels, self.merge_labels)
         conditions = Conditions(
-            size=tuple(padded.shape[2:]),
-            spacing=spacing,
+            size=(padded.shape[2], padded.shape[3], padded.shape[4]),
+            spacing=(spacing[0], spacing[1], spacing[2]),
             region=region_of(labels.unique().int().tolist()),
             modality=self.modality,
             seed=self.seed,
         )
-        noise = conditions.noise(factor=FACTOR)[None].to(mask.device)
-        tensors = batch_tensors([conditions], self.condition_scale, mask.device)
+        noise = conditions.noise(factor=FACTOR)[None].to(labels.device)
+        tensors = batch_tensors([conditions], self.condition_scale, labels.device)
         without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
 
         denoiser = guided(
@@ -159,7 +160,7 @@ class MaskToCT(Inferer):
             lambda x, t: network(condition, x, t, self.control_scale, **without),
             self.guidance_scale,
         )
-        generator = torch.Generator(mask.device).manual_seed(self.seed)
+        generator = step_generator(noise, self.seed)
         latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
         ct = crop_to(self.decoder(latent), size)
         return torch.where(labels == 0, torch.zeros_like(ct), ct)

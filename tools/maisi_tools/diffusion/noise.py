@@ -68,7 +68,7 @@ class DrawNoised(MapTransform):
         affine = torch.diag(torch.cat([spacing * FACTOR, torch.ones(1, dtype=torch.float64)]))
         # Centre of latent voxel 0, (FACTOR - 1) / 2 image voxels beyond the centre of image voxel 0.
         affine[:3, 3] = -spacing * (size - 1) / 2 + spacing * (FACTOR - 1) / 2
-        described = {
+        described: dict[Hashable, Any] = {
             "size": list(conditions.size),
             "spacing": list(conditions.spacing),
             "orientation": "RAS",
@@ -83,7 +83,8 @@ class DrawNoised(MapTransform):
 class SplitSampled(MapTransform):
     """Splits what :class:`~maisi_tools.diffusion.inferers.LatentSampler` returns with ``return_latent`` in two.
 
-    ``data[key]`` becomes the CT and ``data["latent"]`` the latent, placed on the noise's grid. A CT alone passes through.
+    ``data[key]`` becomes the CT and ``data["latent"]`` the latent, placed on the noise's grid. A CT alone passes
+    through.
 
     Args:
         keys: key of the sampler's output.

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
-from monai.networks.schedulers.scheduler import Scheduler
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,6 +14,9 @@ from maisi_tools.errors import InputError
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``denoiser(latent (B, C, d, h, w), timesteps (B,)) -> velocity or noise`` of the latent's shape."""
+
+Scheduler = RFlowScheduler | DDPMScheduler | DDIMScheduler
+"""The schedulers of MONAI that :func:`sample` can follow."""
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, guidance_scale: float) -> Denoiser:
@@ -31,6 +33,18 @@ def guided(conditional: Denoiser, unconditional: Denoiser, guidance_scale: float
         return base + guidance_scale * (conditional(latent, timesteps) - base)
 
     return denoiser
+
+
+def step_generator(noise: Tensor, seed: int) -> torch.Generator:
+    """The source of the noise that DDPM adds on the way: a seed's random numbers after those of its initial noise.
+
+    Args:
+        noise: the initial noise, :meth:`maisi_tools.diffusion.conditions.Conditions.noise` of the same seed. DDPM's
+            first step would otherwise add that very noise once more.
+    """
+    generator = torch.Generator(noise.device).manual_seed(seed)
+    torch.randn(noise.shape, generator=generator, device=noise.device)
+    return generator
 
 
 @torch.no_grad()
@@ -51,7 +65,7 @@ def sample(
 
     Args:
         noise: (B, C, d, h, w), standard normal.
-        scheduler: ``RFlowScheduler``, ``DDPMScheduler`` or ``DDIMScheduler``; its timesteps are set here.
+        scheduler: its timesteps are set here.
         generator: source of the noise that DDPM adds at each step.
 
     Raises:
@@ -66,8 +80,7 @@ def sample(
         raise InputError(
             f"num_inference_steps is {num_inference_steps}; allowed are 1 to {scheduler.num_train_timesteps}"
         )
-    rectified_flow = isinstance(scheduler, RFlowScheduler)
-    if rectified_flow:
+    if isinstance(scheduler, RFlowScheduler):
         scheduler.set_timesteps(num_inference_steps, noise.device, math.prod(noise.shape[2:]))
     else:
         scheduler.set_timesteps(num_inference_steps, noise.device)
@@ -75,10 +88,12 @@ def sample(
     following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
 
     latent = noise
-    steps = tqdm(zip(scheduler.timesteps, following, strict=True), total=len(timesteps), desc="sampling", disable=not progress)
+    steps = tqdm(
+        zip(scheduler.timesteps, following, strict=True), total=len(timesteps), desc="sampling", disable=not progress
+    )
     for timestep, next_timestep in steps:
         output = denoiser(latent, timestep.float().expand(len(latent)))
-        if rectified_flow:
+        if isinstance(scheduler, RFlowScheduler):
             latent = latent + output * (timestep.float() - next_timestep) / scheduler.num_train_timesteps
         elif isinstance(scheduler, DDPMScheduler):
             latent, _ = scheduler.step(output, int(timestep), latent, generator=generator)

@@ -24,11 +24,11 @@ OPENING_MM = 6.0
 SMALLEST_PART = 0.05
 """Separate parts, such as an arm, belong to the body from this share of the largest part's volume on."""
 
-CLOSING_MM = 40.0
-"""Without a CT, gaps between labels up to twice this wide lie inside the body."""
+CLOSING_MM = 60.0
+"""Without a CT, gaps between labels up to about this wide lie inside the body."""
 
-MARGIN_MM = 10.0
-"""Without a CT, the depth of the soft tissue that is drawn around the outermost labels."""
+MARGIN_MM = 20.0
+"""Without a CT, the depth of the soft tissue around the outermost labels; fits adults with ribs and hips labelled."""
 
 AIR_HU = -400.0
 """Below it is air or lung, inside the body."""
@@ -52,8 +52,8 @@ _IN_PLANE[:, 1, 1] = _IN_PLANE[1, :, 1] = True
 def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """What lies inside the skin, airways and lungs included.
 
-    Tissue is thresholded, thin things (table, mask, blankets) are removed by an opening, the large parts that are left
-    are taken, and what they enclose in an axial plane is filled. Parts of a volume that were never reconstructed
+    Tissue is thresholded, and what it encloses in an axial plane is filled; thin things (table, mask, blankets) are
+    removed by an opening, and the large parts that are left are taken. Parts of a volume that were never reconstructed
     (-1000 HU) count as air, so a body that ends in a plane is fine.
 
     Args:
@@ -66,25 +66,27 @@ def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    spacing = _checked(ct_hu.shape, spacing)
+    mm = _checked(ct_hu.shape, spacing)
     tissue = ct_hu > SKIN_HU
-    coarse, steps = _coarsen(tissue, spacing, np.mean)
-    coarse_spacing = spacing * steps
-    core = _distance(coarse >= 0.5, coarse_spacing) > OPENING_MM
-    parts, count = ndimage.label(core)
-    if not count:
-        return np.zeros(tissue.shape, dtype=bool)
-    sizes = np.bincount(parts.ravel())
+    solid = _filled(tissue)
+    coarse_tissue, steps = _coarsen(tissue, mm, np.mean)
+    coarse_solid, _ = _coarsen(solid, mm, np.mean)
+    mm = mm * steps
+    # Opened with the lungs filled, since the wall of a chest is thin; measured in tissue, since a table is hollow.
+    parts, _ = ndimage.label(_distance(coarse_solid >= 0.5, mm) > OPENING_MM)
+    sizes = np.bincount(parts[_distance(coarse_tissue >= 0.5, mm) > OPENING_MM], minlength=parts.max() + 1)
     sizes[0] = 0
-    kept = (sizes >= SMALLEST_PART * sizes.max())[parts]
-    near = _distance(~kept, coarse_spacing) <= OPENING_MM + coarse_spacing.max()
-    return _filled(tissue & _refine(near, steps, tissue.shape))
+    kept = ((sizes > 0) & (sizes >= SMALLEST_PART * sizes.max()))[parts]
+    if not kept.any():
+        return np.zeros(tissue.shape, dtype=bool)
+    near = _distance(~kept, mm) <= OPENING_MM + mm.max()
+    return _filled(solid & _refine(near, steps, tissue.shape))
 
 
 def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: float = MARGIN_MM) -> np.ndarray:
     """A smooth body around all labels, for masks without a CT.
 
-    The labels are closed over gaps of up to twice :data:`CLOSING_MM`, dilated by `margin_mm`, and filled in axial
+    The labels are closed (with a ball of :data:`CLOSING_MM`), dilated by `margin_mm`, and filled in axial
     planes.
 
     Args:
@@ -98,14 +100,20 @@ def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: 
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    spacing = _checked(labels.shape, spacing)
+    mm = _checked(labels.shape, spacing)
     present = labels > 0
     if not present.any():
         return present
-    coarse, steps = _coarsen(present, spacing, np.max)
-    reached = _distance(~coarse, spacing * steps) <= CLOSING_MM + margin_mm
-    closed = _distance(reached, spacing * steps) > CLOSING_MM
-    return _filled(_refine(closed, steps, present.shape) | present)
+    coarse, steps = _coarsen(present, mm, np.max)
+    mm = mm * steps
+    # Room for what the dilation reaches outside the volume; above and below, the body goes on as it is.
+    room = np.ceil((CLOSING_MM + margin_mm) / mm).astype(int) + 1
+    padded = np.pad(coarse, [(room[0],) * 2, (room[1],) * 2, (0, 0)])
+    padded = np.pad(padded, [(0, 0), (0, 0), (room[2],) * 2], mode="edge")
+    reached = _distance(~padded, mm) <= CLOSING_MM + margin_mm
+    closed = _distance(reached, mm) > CLOSING_MM
+    inner = tuple(slice(n, n + size) for n, size in zip(room, coarse.shape, strict=True))
+    return _filled(_refine(closed[inner], steps, present.shape) | present)
 
 
 def add_body(labels: np.ndarray, spacing: Sequence[float], ct: np.ndarray | None = None) -> np.ndarray:
@@ -149,15 +157,15 @@ def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float
         InputError: the shapes differ, or as :func:`body_envelope`.
     """
     _check_same(ct_hu, labels)
-    spacing = _checked(ct_hu.shape, spacing)
-    voxel_ml = float(np.prod(spacing)) / 1000
+    mm = _checked(ct_hu.shape, spacing)
+    voxel_ml = float(np.prod(mm)) / 1000
     completed = labels.astype(np.uint8)
     free = body_envelope(ct_hu, spacing) & (labels == 0)
     completed[free] = BODY
 
     air = free & (ct_hu < AIR_HU)
     completed[air] = label_id("airway")
-    completed[air & _lung(ct_hu, air, spacing)] = label_id("left lung upper lobe")
+    completed[air & _lung(ct_hu, air, mm)] = label_id("left lung upper lobe")
 
     bone = free & (ct_hu > BONE_HU)
     parts, _ = ndimage.label(bone, np.ones((3, 3, 3)))

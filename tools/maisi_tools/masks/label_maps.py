@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import ALLOWED, BODY, VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id
 
 # TotalSegmentator numbers its v2 `total` task from 1 in this order (its class map): sides alternate in no fixed order.
 _TOTALSEGMENTATOR = (
@@ -134,7 +134,7 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     labels[outside] = -1
     if (labels < 0).any():
         wrong, counts = np.unique(values[labels < 0], return_counts=True)
-        found = ", ".join(f"{label:g} ({count} voxels)" for label, count in zip(wrong, counts, strict=True))
+        found = ", ".join(f"{int(label)} ({count} voxels)" for label, count in zip(wrong, counts, strict=True))
         raise InputError(
             f"the mask has labels that this label map does not know: {found}; allowed are 0 (background) and "
             f"{_ranges(sorted(mapping))}: {JSON_HELP}"

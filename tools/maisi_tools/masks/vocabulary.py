@@ -49,7 +49,7 @@ class Label:
         id: the value of its voxels in a mask.
         name: as in the MAISI release; free ids are called "placeholder ID".
         group: one of :data:`GROUPS`.
-        side: "left" or "right" of the patient, None for what is not paired.
+        side: "left" or "right" of the patient where the name says so, else None.
         totalsegmentator: its class in TotalSegmentator's v2 `total` task, None where that has none.
         hu_range: plausible (lowest, highest) median HU, None where no figure is published.
     """
@@ -226,7 +226,7 @@ REGIONS: dict[str, tuple[str, ...]] = {
     "abdomen": ("liver", "spleen", "pancreas", "right kidney", "left kidney"),
     "lower": ("left femur", "right femur"),
 }
-"""Body regions from top to bottom, each with the labels that show it is in the field of view (as in the MAISI release)."""
+"""Body regions from top to bottom, each with the labels that show it is in view (as in the MAISI release)."""
 
 ALLOWED = f"allowed are 0 (background) and MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
 

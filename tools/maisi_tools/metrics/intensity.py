@@ -22,7 +22,8 @@ def tissue_intensities(ct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         labels: (D, H, W) in the MAISI vocabulary, with the body label.
 
     Returns:
-        ``hu_bone``, ``hu_airway``, ``hu_lung``, ``hu_soft_tissue``, ``hu_outside``; a tissue without voxels is left out.
+        ``hu_bone``, ``hu_airway``, ``hu_lung``, ``hu_soft_tissue``, ``hu_outside``; a tissue without voxels is left
+        out.
     """
     excluded = {label for group in NOT_SOFT for label in labels_in_group(group)}
     tissues = {

@@ -8,6 +8,7 @@ import logging
 import statistics
 from pathlib import Path
 
+from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
     if not rows:
         raise InputError(f"no *{suffix}.json with {key!r} in {folder}; run the bundle's evaluate.json first")
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    with open(folder / "metrics.csv", "w", newline="") as file:
+    with replacing(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, ["case", *names])
         writer.writeheader()
         writer.writerows({"case": case, **row} for case, row in rows.items())
@@ -47,5 +48,6 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
             "cases": len(values),
         }
         logger.info("%-24s %10.4f +- %.4f (%.4f to %.4f, %d cases)", name, *summary[name].values())
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    with replacing(folder / "summary.json") as part:
+        part.write_text(json.dumps(summary, indent=2) + "\n")
     return summary

@@ -35,7 +35,7 @@ class FitMaskd(MapTransform):
     """Pads a mask (1, D, H, W) with 0 to the grid of its latent (4, d, h, w), as the image was padded for encoding.
 
     Raises:
-        InputError: the mask does not belong to the latent (it is larger, or smaller by more than the padding).
+        InputError: the mask has not the size of the image that, by its sidecar, the latent stands for.
     """
 
     def __init__(self, keys: str, latent_key: str) -> None:
@@ -47,8 +47,8 @@ class FitMaskd(MapTransform):
         size = latent.meta["sidecar"]["size"]
         if list(mask.shape[1:]) != list(size):
             raise InputError(
-                f"mask {mask.meta.get('filename_or_obj')} has {tuple(mask.shape[1:])} voxels, but its latent stands for "
-                f"{tuple(size)}; encode the CT the mask belongs to, without resampling"
+                f"mask {mask.meta.get('filename_or_obj')} has {tuple(mask.shape[1:])} voxels, but its latent stands "
+                f"for {tuple(size)}; encode the CT the mask belongs to, without resampling"
             )
         missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         padded = pad(mask.as_tensor(), [width for axis in reversed(missing) for width in (0, axis)])

@@ -8,12 +8,15 @@ from pathlib import Path
 from monai.data import load_decathlon_datalist
 
 
-def read_datalist(datalist: str | Path, section: str, base_dir: str | Path | None = None) -> list[dict]:
+def read_datalist(
+    datalist: str | Path, section: str, base_dir: str | Path | None = None, required: bool = True
+) -> list[dict]:
     """Read one section ("training", "validation") of a MONAI (Decathlon) datalist.
 
     Args:
         datalist: JSON file with a list of dicts under ``section``; relative paths are relative to ``base_dir``, or to
             the datalist's own folder when ``base_dir`` is None.
+        required: whether a missing or empty section is an error.
 
     Raises:
         FileNotFoundError: no such file. ValueError: the section is missing or empty.
@@ -25,9 +28,9 @@ def read_datalist(datalist: str | Path, section: str, base_dir: str | Path | Non
             "or give a MONAI datalist with --datalist"
         )
     items: list[dict] = []
-    if section in json.loads(path.read_text()):
+    if json.loads(path.read_text()).get(section):
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
-    if not items:
+    if required and not items:
         raise ValueError(f"datalist {path} has no entries under {section!r}; it needs at least one")
     return items
 
@@ -41,13 +44,18 @@ def make_datalist(folder: str | Path, validation: list[str] | None = None) -> di
         validation: names (``NAME``) to keep out of training.
 
     Raises:
-        FileNotFoundError: no CT found. ValueError: a kept-out name does not exist.
+        FileNotFoundError: no CT found. ValueError: a kept-out name does not exist, or two CTs have one name.
     """
     root = Path(folder)
     cts = sorted(root.rglob("*_ct.nii.gz"))
     if not cts:
         raise FileNotFoundError(f"no *_ct.nii.gz below {root}; volumes must be named NAME_ct.nii.gz")
-    names = {ct.name.removesuffix("_ct.nii.gz"): ct for ct in cts}
+    names: dict[str, Path] = {}
+    for ct in cts:
+        name = ct.name.removesuffix("_ct.nii.gz")
+        if name in names:
+            raise ValueError(f"{names[name]} and {ct} have the same name {name!r}; rename one, names tell cases apart")
+        names[name] = ct
     kept_out = set(validation or [])
     if missing := sorted(kept_out - set(names)):
         raise ValueError(f"kept-out cases not found below {root}: {', '.join(missing)}")

@@ -39,7 +39,7 @@ class ConditionTensorsd(MapTransform):
             region=sidecar.get("region") or (),
             modality=sidecar.get("modality", "ct"),
         )
-        return {**data, **conditions.tensors(self.condition_scale)}
+        return dict(data) | conditions.tensors(self.condition_scale)
 
 
 class DiffusionBatch:

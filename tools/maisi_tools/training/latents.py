@@ -12,7 +12,10 @@ SUFFIX = "_latent.nii.gz"
 
 
 def find_latents(
-    latents_dir: str | Path, held_out: Sequence[str] = (), masks_dir: str | Path | None = None, mask_suffix: str = "_mask.nii.gz"
+    latents_dir: str | Path,
+    held_out: Sequence[str] = (),
+    masks_dir: str | Path | None = None,
+    mask_suffix: str = "_mask.nii.gz",
 ) -> dict[str, list[dict[str, str]]]:
     """List the cached latents, split by patient into "training" and "validation".
 

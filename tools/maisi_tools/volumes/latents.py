@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation
 
@@ -39,7 +40,7 @@ class DescribeLatentd(MapTransform):
         meta = {"filename_or_obj": image.meta["filename_or_obj"]}
         return {
             **data,
-            self.keys[0]: MetaTensor(latent, affine=latent_affine(image.affine, FACTOR), meta=meta),
+            self.keys[0]: MetaTensor(latent, affine=torch.as_tensor(latent_affine(image.affine, FACTOR)), meta=meta),
             "size": [int(n) for n in image.shape[1:]],
             "spacing": [round(float(mm), 6) for mm in image.pixdim],
             "orientation": "".join(nib.aff2axcodes(np.asarray(image.meta["original_affine"], dtype=float))),
@@ -66,7 +67,7 @@ class RestoreGeometryd(MapTransform):
         sidecar = latent.meta["sidecar"]
         ct = crop_to(ct[None], sidecar["size"])[0]
         meta = {"filename_or_obj": latent.meta["filename_or_obj"]}
-        ct = MetaTensor(ct, affine=image_affine(latent.affine, FACTOR), meta=meta)
+        ct = MetaTensor(ct, affine=torch.as_tensor(image_affine(latent.affine, FACTOR)), meta=meta)
         return {**data, self.keys[0]: Orientation(axcodes=sidecar.get("orientation", "RAS"), labels=None)(ct)}
 
 
@@ -74,5 +75,7 @@ class UnscaleLatentd(MapTransform):
     """Divides a latent read from disk by its sidecar's ``scale_factor``, so that the decoder can take it."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        unscaled = {key: data[key] / float(data[key].meta["sidecar"]["scale_factor"]) for key in self.key_iterator(data)}
+        unscaled = {
+            key: data[key] / float(data[key].meta["sidecar"]["scale_factor"]) for key in self.key_iterator(data)
+        }
         return {**data, **unscaled}

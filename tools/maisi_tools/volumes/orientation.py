@@ -33,7 +33,7 @@ class RestoreOrientationd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(data):
             array = data[key].as_tensor() if isinstance(data[key], MetaTensor) else torch.as_tensor(data[key])
-            turned = turn(MetaTensor(array, affine=reference.affine, meta=dict(meta)))
+            turned: Any = turn(MetaTensor(array, affine=reference.affine, meta=dict(meta)))
             if np.allclose(turned.affine, original, atol=1e-3):
                 turned.affine = torch.as_tensor(original)
             result[key] = turned

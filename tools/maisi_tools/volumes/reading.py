@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor, NibabelReader, NrrdReader
 from monai.transforms import EnsureChannelFirst, MapTransform
 from monai.utils import ImageMetaKey, MetaKeys
-from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
@@ -23,24 +22,10 @@ from maisi_tools.volumes.checks import (
     check_ct_intensities,
     check_finite,
     check_mask_values,
-    check_output_size,
     check_shape,
-    check_spacing,
-    warn_field_of_view,
 )
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, stem_of
 from maisi_tools.volumes.series import SeriesReader
-
-__all__ = [
-    "ReadVolumed",
-    "check_output_size",
-    "check_spacing",
-    "check_volumes",
-    "read_sidecar",
-    "read_volume",
-    "sidecar_path",
-    "warn_field_of_view",
-]
 
 KINDS = ("ct", "mask", "latent")
 
@@ -122,22 +107,6 @@ class ReadVolumed(MapTransform):
         for key in self.key_iterator(items):
             items[key] = read_volume(items[key], self.kind, self.intensity_check)
         return items
-
-
-def check_volumes(
-    data: Sequence[Mapping[str, Any]], key: str = "image", kind: str = "ct", intensity_check: bool = True
-) -> list[dict[str, Any]]:
-    """Read every input once, so that the last bad file is found before the first one is computed.
-
-    Returns:
-        `data`, unchanged.
-
-    Raises:
-        InputError: of the first volume that :func:`read_volume` refuses.
-    """
-    for item in tqdm(data, desc="checking inputs", unit="volume", delay=2):
-        read_volume(item[key], kind, intensity_check)
-    return [dict(item) for item in data]
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:

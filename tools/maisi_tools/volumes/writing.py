@@ -6,8 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from numpy.typing import ArrayLike, DTypeLike
 
+from maisi_tools.atomic import replacing
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import sidecar_path
 
@@ -25,21 +25,6 @@ logger = logging.getLogger(__name__)
 
 SCANNER = 1
 """NIfTI code of a transform to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""
-
-
-@contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, of the same suffix, to write to; it is renamed to `path` when the block succeeds.
-
-    When the block raises, the temporary file is removed and what was at `path` before stays.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_volume(path: str | os.PathLike, array: np.ndarray, affine: ArrayLike, dtype: DTypeLike = np.int16) -> Path:
@@ -73,7 +58,7 @@ def write_volume(path: str | os.PathLike, array: np.ndarray, affine: ArrayLike, 
     sheared = not np.allclose(image.get_qform(), affine, atol=1e-3)
     image.set_qform(affine, 0 if sheared else SCANNER)
     image.set_sform(affine, SCANNER)
-    with written_whole(path) as temporary:
+    with replacing(path) as temporary:
         nib.save(image, temporary)
     return Path(path)
 
@@ -91,7 +76,7 @@ def write_sidecar(path: str | os.PathLike, content: Mapping[str, Any]) -> Path:
     """
     target = Path(path) if str(path).endswith(".json") else sidecar_path(path)
     text = json.dumps(_jsonable(dict(content)), indent=2, sort_keys=True, allow_nan=False)
-    with written_whole(target) as temporary:
+    with replacing(target) as temporary:
         temporary.write_text(text + "\n")
     return target
 

@@ -1,0 +1,235 @@
+"""Stages 1 to 3 as inferers, with the smallest real networks, against their formulae written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor, list_data_collate
+from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
+
+from maisi_tools.diffusion.autoencoder import DecodeInferer, EncodeInferer, LatentDecoder
+from maisi_tools.diffusion.conditions import Conditions
+from maisi_tools.diffusion.inferers import LatentSampler, MaskToCT
+from maisi_tools.masks.vocabulary import BODY, label_id
+
+STEPS = 2
+TIMES = (1000.0, 500.0)
+SKULL, LUNG, LIVER = (label_id(name) for name in ("skull", "left lung upper lobe", "liver"))
+
+
+def flow() -> RFlowScheduler:
+    return RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=False)
+
+
+def ddpm() -> DDPMScheduler:
+    settings = {"schedule": "scaled_linear_beta", "beta_start": 0.01, "beta_end": 0.3, "clip_sample": False}
+    return DDPMScheduler(num_train_timesteps=STEPS, **settings)
+
+
+@pytest.fixture
+def decoder(tiny_autoencoder) -> LatentDecoder:
+    return LatentDecoder(tiny_autoencoder, scale_factor=0.8)
+
+
+@pytest.fixture
+def steering(tiny_controlled):
+    """A controlled network as after some training: its zero convolutions are no longer zero."""
+    for name, parameter in tiny_controlled.controlnet.named_parameters():
+        if name.startswith(("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return tiny_controlled
+
+
+# Stage 1
+
+
+def test_encoder_sees_the_edge_padded_image(tiny_autoencoder):
+    image = torch.rand(2, 1, 10, 16, 5)
+    padded = torch.from_numpy(np.pad(image.numpy(), [(0, 0), (0, 0), (0, 6), (0, 0), (0, 11)], "edge"))
+    with torch.no_grad():
+        torch.testing.assert_close(EncodeInferer(16)(image, tiny_autoencoder), tiny_autoencoder.encode(padded)[0])
+    assert EncodeInferer()(image, tiny_autoencoder).shape == (2, 4, 3, 4, 2)
+
+
+def test_decoders_divide_by_the_scale_factor(tiny_autoencoder, decoder):
+    latent = torch.randn(2, 4, 3, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(latent), tiny_autoencoder.decode(latent / 0.8))
+        torch.testing.assert_close(DecodeInferer()(latent, tiny_autoencoder), tiny_autoencoder.decode(latent))
+
+
+# Stage 2
+
+
+def sampler(decoder, scheduler=None, **settings) -> LatentSampler:
+    conditions = Conditions(size=(16, 8, 24), spacing=(1.0, 1.5, 2.0), region="chest", modality="ct_contrast")
+    settings = {"condition_scale": 10.0, "progress": False, **settings}
+    return LatentSampler(decoder, scheduler or flow(), STEPS, conditions, **settings)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 3.0])
+def test_latent_sampler_is_euler_steps_and_a_decoder(tiny_unet, tiny_autoencoder, decoder, guidance_scale):
+    noise = torch.randn(1, 4, 4, 2, 6)
+    output = sampler(decoder, guidance_scale=guidance_scale, return_latent=True)(noise, tiny_unet)
+    given = {
+        "top_region_index_tensor": torch.tensor([[0.0, 10, 0, 0]]),
+        "spacing_tensor": torch.tensor([[10.0, 15, 20]]),
+    }
+    expected = noise
+    with torch.no_grad():
+        for time in TIMES:
+            velocity = tiny_unet(expected, torch.tensor([time]), **given, class_labels=torch.tensor([3]))
+            if guidance_scale:
+                base = tiny_unet(expected, torch.tensor([time]), **given, class_labels=torch.tensor([0]))
+                velocity = base + guidance_scale * (velocity - base)
+            expected = expected + velocity / STEPS
+        torch.testing.assert_close(output["latent"], expected)
+        torch.testing.assert_close(output["ct"], tiny_autoencoder.decode(expected / 0.8))
+        assert torch.equal(sampler(decoder, guidance_scale=guidance_scale)(noise, tiny_unet), output["ct"])
+
+
+@pytest.mark.parametrize("scheduler", [flow, ddpm])
+def test_samples_do_not_depend_on_their_batch(tiny_unet, decoder, scheduler):
+    noise = torch.randn(2, 4, 4, 2, 6)
+    inferer = sampler(decoder, scheduler())
+    together = inferer(noise, tiny_unet, seeds=[4, 5])
+    for i, seed in enumerate((4, 5)):
+        assert torch.equal(together[i : i + 1], inferer(noise[i : i + 1], tiny_unet, seeds=[seed]))
+    affine = torch.eye(4, dtype=torch.float64)
+    batch = list_data_collate([MetaTensor(one, affine=affine) for one in noise])
+    from_meta = inferer(batch, tiny_unet, seeds=torch.tensor([4, 5]))
+    assert type(from_meta) is torch.Tensor and torch.equal(from_meta, together)
+
+
+def test_seeds_feed_ddpm_alone(tiny_unet, decoder):
+    noise = torch.randn(1, 4, 4, 2, 6)
+    for scheduler, matters in ((flow, False), (ddpm, True)):
+        first, other = (sampler(decoder, scheduler())(noise, tiny_unet, seeds=[seed]) for seed in (1, 2))
+        assert torch.equal(first, other) is not matters
+    assert torch.equal(
+        sampler(decoder, ddpm())(noise, tiny_unet), sampler(decoder, ddpm())(noise, tiny_unet, seeds=[0])
+    )
+
+
+def test_ddpm_does_not_add_the_initial_noise_again(decoder):
+    """With a network that predicts no noise, the first step adds to the initial noise something independent of it."""
+    noise = Conditions(size=(64, 64, 64), spacing=(1, 1, 1), seed=5).noise()[None]
+    seen = []
+
+    def network(x, t, **conditions):
+        seen.append(x.flatten())
+        return torch.zeros_like(x)
+
+    sampler(lambda latent: latent, ddpm())(noise, network, seeds=[5])
+    share = seen[1] @ seen[0] / (seen[0] @ seen[0])
+    assert (seen[1] - share * seen[0]).std() > 0.05  # rounding alone, were it the initial noise
+
+
+def test_as_many_seeds_as_samples(tiny_unet, decoder):
+    with pytest.raises(ValueError, match="shorter|longer"):
+        sampler(decoder)(torch.randn(2, 4, 4, 2, 6), tiny_unet, seeds=[1])
+
+
+# Stage 3
+
+
+def mask_of(size=(16, 24, 8), label=SKULL, spacing=(1.0, 2.0, 3.0)) -> MetaTensor:
+    """A block of body with a smaller block of `label` in it, one voxel of air around: (1, 1, *size)."""
+    mask = torch.zeros(1, 1, *size)
+    mask[..., 1:-1, 1:-1, 1:-1] = BODY
+    mask[..., 3:-3, 3:-3, 2:-2] = label
+    return MetaTensor(mask, affine=torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64)))
+
+
+def mask_to_ct(decoder, **settings) -> MaskToCT:
+    return MaskToCT(decoder, flow(), STEPS, **{"multiple": 8, "condition_scale": 10.0, "progress": False, **settings})
+
+
+def test_mask_to_ct_is_euler_steps_of_the_controlled_network(steering, tiny_autoencoder, decoder):
+    mask = mask_of()
+    ct = mask_to_ct(decoder, seed=11, control_scale=0.7)(mask, steering)
+    latent = torch.randn(4, 4, 6, 2, generator=torch.Generator().manual_seed(11))[None]
+    given = {
+        "top_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),  # the skull shows the head
+        "spacing_tensor": torch.tensor([[10.0, 20, 30]]),
+        "class_labels": torch.tensor([1]),
+    }
+    plain = mask.as_tensor()
+    with torch.no_grad():
+        for time in TIMES:
+            velocity = steering(plain, latent, torch.tensor([time]), conditioning_scale=0.7, **given)
+            latent = latent + velocity / STEPS
+        expected = tiny_autoencoder.decode(latent / 0.8)
+    assert type(ct) is torch.Tensor
+    torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
+
+
+@pytest.mark.parametrize("size", [(9, 14, 11), (8, 8, 8), (7, 6, 17)])
+def test_any_size_is_kept_and_air_is_exactly_zero(steering, decoder, size):
+    mask = mask_of(size)
+    ct = mask_to_ct(decoder)(mask, steering)
+    assert ct.shape == mask.shape and torch.isfinite(ct).all()
+    outside = mask.as_tensor() == 0
+    assert (ct[outside] == 0).all() and (ct[~outside] != 0).all()
+    legal = [-(-n // 8) * 8 for n in size]
+    padded = torch.zeros(1, 1, *legal)
+    padded[..., : size[0], : size[1], : size[2]] = mask.as_tensor()
+    whole = mask_to_ct(decoder)(MetaTensor(padded, affine=mask.affine), steering)
+    assert torch.equal(ct, whole[..., : size[0], : size[1], : size[2]])
+
+
+def test_masks_do_not_depend_on_their_batch(steering, decoder):
+    """Two masks that differ in labels, body region and spacing."""
+    masks = [mask_of(), mask_of(label=LUNG, spacing=(3.0, 1.0, 2.0))]
+    batch = list_data_collate([mask[0] for mask in masks])
+    together = mask_to_ct(decoder)(batch, steering)
+    for i, mask in enumerate(masks):
+        assert torch.equal(together[i : i + 1], mask_to_ct(decoder)(mask, steering))
+    assert not torch.equal(together[0], together[1])
+
+
+def test_spacing_is_read_from_any_affine_or_given(steering, decoder):
+    seen = []
+
+    def network(mask, latent, timesteps, scale, **conditions):
+        seen.append(conditions["spacing_tensor"])
+        return steering(mask, latent, timesteps, scale, **conditions)
+
+    mask = mask_of()
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = torch.tensor([[0.0, -1.6, 0], [0.6, 0, -2.4], [-0.8, 0, -1.8]])  # columns of length 1, 1.6, 3
+    oblique = MetaTensor(mask.as_tensor(), affine=affine)
+    both = MetaTensor(torch.cat([mask.as_tensor()] * 2), affine=affine)  # one affine for two masks
+    for inputs in (mask, oblique, both):
+        mask_to_ct(decoder)(inputs, network)
+    mask_to_ct(decoder, spacing=(4.0, 5.0, 6.0))(mask, network)
+    expected = [[10.0, 20, 30]] + 3 * [[10.0, 16, 30]] + [[40.0, 50, 60]]
+    torch.testing.assert_close(torch.cat(seen[::STEPS]), torch.tensor(expected))
+    with pytest.raises(ValueError, match="no affine to read its spacing from"):
+        mask_to_ct(decoder)(mask.as_tensor(), steering)
+
+
+def test_seeds_and_the_mask_decide(steering, decoder):
+    mask = mask_of()
+    first, again, other = (mask_to_ct(decoder, seed=seed)(mask, steering) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first, mask_to_ct(decoder)(mask_of(label=BODY), steering))
+
+
+def test_labels_the_weights_do_not_know_are_merged_for_the_network_alone(steering, decoder):
+    """Liver becomes body; the region (abdomen) and the air are still those of the mask as given."""
+    keep = {"keep_labels": [SKULL, BODY], "merge_labels": {"bone": SKULL}}
+    seen = []
+
+    def network(mask, latent, timesteps, scale, **conditions):
+        seen.append((mask, conditions["top_region_index_tensor"].tolist()))
+        return steering(mask, latent, timesteps, scale, **conditions)
+
+    mask = mask_of(label=LIVER)
+    ct = mask_to_ct(decoder, **keep)(mask, network)
+    assert len(seen) == STEPS
+    for condition, region in seen:
+        assert torch.equal(torch.as_tensor(condition), mask_of(label=BODY).as_tensor())
+        assert region == [[0, 0, 10, 0]]
+    assert (ct[mask.as_tensor() == 0] == 0).all()

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.body import AddBodyd, add_body, body_envelope, envelope_of_labels, label_from_ct
+from maisi_tools.masks.label_maps import apply_label_map, read_label_map
+
+SPACING = (4.0, 4.0, 2.5)
+SIZE = (64, 48, 40)
+
+
+def grid(size=SIZE, spacing=SPACING) -> list[np.ndarray]:
+    """Coordinates in mm, the origin in the middle."""
+    return np.ix_(*((np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(size, spacing, strict=True)))
+
+
+def cylinder(radius_x, radius_y, x0=0.0, y0=0.0, size=SIZE, spacing=SPACING) -> np.ndarray:
+    x, y, z = grid(size, spacing)
+    return np.broadcast_to(((x - x0) / radius_x) ** 2 + ((y - y0) / radius_y) ** 2 <= 1, size).copy()
+
+
+@pytest.fixture
+def chest():
+    """A CT of an elliptic trunk with two lungs, a trachea and a spine on a table, and the parts it is made of."""
+    parts = {
+        "trunk": cylinder(100, 70),
+        "left lung": cylinder(30, 45, -50, 0),
+        "right lung": cylinder(30, 45, 50, 0),
+        "trachea": cylinder(10, 10, 0, 15),
+        "spine": cylinder(16, 14, 0, -45),
+    }
+    x, y, z = grid()
+    parts["table"] = np.broadcast_to((np.abs(y + 84) <= 4) & (np.abs(x) < 120), SIZE).copy()
+    rng = np.random.default_rng(0)
+    ct = np.full(SIZE, -1000.0)
+    for name, hu in [("table", 0), ("trunk", 30), ("left lung", -850), ("right lung", -850), ("trachea", -1000)]:
+        ct[parts[name]] = hu
+    ct[parts["spine"]] = 500
+    return ct + rng.normal(0, 15, SIZE), parts
+
+
+def test_envelope_of_a_ct_is_the_filled_trunk(chest):
+    ct, parts = chest
+    assert np.array_equal(body_envelope(ct, SPACING), parts["trunk"])
+
+
+def test_envelope_at_a_fine_resolution():
+    size, spacing = (64, 60, 20), (1.0, 1.1, 1.0)
+    trunk = cylinder(24, 22, size=size, spacing=spacing)
+    ct = np.where(trunk, 40.0, -1000.0)
+    ct[cylinder(5, 5, size=size, spacing=spacing)] = -1000
+    assert np.array_equal(body_envelope(ct, spacing), trunk)
+
+
+def test_envelope_ends_where_the_ct_was_not_reconstructed(chest):
+    """As in OpenKBP: a slab of the body, and below it a strip around the cord."""
+    ct, parts = chest
+    strip = cylinder(20, 20, 0, -45)
+    strip[:, :, 15:] = False
+    cut = np.where(strip, ct, -1000.0)
+    cut[:, :, 15:] = ct[:, :, 15:]
+    envelope = body_envelope(cut, SPACING)
+    assert np.array_equal(envelope[:, :, 15:], parts["trunk"][:, :, 15:])
+    assert np.array_equal(envelope[:, :, :15], strip[:, :, :15])
+
+
+def test_arms_belong_to_the_body_and_specks_do_not(chest):
+    ct, parts = chest
+    arm, speck = cylinder(18, 18, 120, 0), cylinder(9, 9, -120, 80)
+    ct[arm | speck] = 30
+    assert np.array_equal(body_envelope(ct, SPACING), parts["trunk"] | arm)
+
+
+def test_envelope_of_air_is_empty():
+    assert not body_envelope(np.full((8, 8, 8), -1000.0), SPACING).any()
+    assert body_envelope(np.full((8, 8, 8), 40.0), SPACING).all()
+
+
+@given(
+    st.tuples(*[st.integers(1, 20)] * 3),
+    st.tuples(*[st.floats(0.4, 8)] * 3),
+    st.floats(0, 30),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_envelope_of_labels_holds_every_label(size, spacing, margin, seed):
+    labels = (np.random.default_rng(seed).random(size) < 0.05) * 7
+    envelope = envelope_of_labels(labels, spacing, margin)
+    assert envelope.dtype == bool and envelope.shape == size
+    assert envelope[labels > 0].all()
+    assert envelope.any() == labels.any()
+
+
+def test_envelope_of_labels_bridges_organs_and_adds_the_margin():
+    labels = np.zeros((60, 60, 9), np.uint8)
+    labels[15, 30], labels[45, 30] = 5, 14
+    envelope = envelope_of_labels(labels, (2.0, 2.0, 2.0), margin_mm=8)
+    assert envelope[15:46, 30].all()  # 60 mm apart: closed
+    assert envelope[12, 30, 4] and not envelope[9, 30, 4]  # 6 and 12 mm outside, on a grid of 2 mm
+    assert not envelope[:, 0].any() and not envelope[:, -1].any()
+
+
+def test_add_body(chest):
+    ct, parts = chest
+    labels = np.where(parts["spine"], 40, 0).astype(np.uint8)
+    for given_ct in (None, ct):
+        completed = add_body(labels, SPACING, given_ct)
+        assert completed.dtype == np.uint8
+        assert np.array_equal(completed == 40, parts["spine"]) and set(np.unique(completed)) == {0, 40, 200}
+    assert np.array_equal(completed > 0, parts["trunk"])
+    assert add_body(completed, SPACING) is completed
+
+
+def test_add_body_transform_reads_the_spacing_from_the_affine(chest):
+    ct, parts = chest
+    affine = torch.diag(torch.tensor([*SPACING, 1.0], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor([5.0, 6.0, 7.0])
+    labels = torch.from_numpy(parts["spine"] * np.uint8(40))[None]
+    mask = MetaTensor(labels, affine=affine, meta={"filename_or_obj": "a.nii.gz"})
+    item = {"mask": mask, "ct": MetaTensor(torch.from_numpy(ct)[None], affine=affine)}
+    done = AddBodyd("mask")(item)["mask"]
+    assert done.dtype == torch.uint8 and torch.equal(done.affine, affine)
+    assert done.meta["filename_or_obj"] == "a.nii.gz"
+    assert np.array_equal(done[0].numpy(), add_body(labels[0].numpy(), SPACING))
+    with_ct = AddBodyd("mask", ct_key="ct")(item)["mask"]
+    assert np.array_equal(with_ct[0].numpy() > 0, parts["trunk"])
+
+
+def test_label_from_ct(chest):
+    ct, parts = chest
+    given_labels = np.zeros(SIZE, np.uint8)
+    given_labels[cylinder(6, 6, 0, -45)] = 121
+    labels = label_from_ct(ct, given_labels, SPACING)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels == 121, given_labels == 121)
+    assert np.array_equal(labels == 120, parts["spine"] & (given_labels == 0))
+    assert np.array_equal(labels == 28, parts["left lung"] | parts["right lung"])
+    assert np.array_equal(labels == 132, parts["trachea"])
+    assert np.array_equal(labels > 0, parts["trunk"])
+
+
+def test_label_from_ct_leaves_small_dense_spots(chest):
+    ct, _ = chest
+    ct[32, 40, 20] = 900  # 0.04 ml
+    assert label_from_ct(ct, np.zeros(SIZE), SPACING)[32, 40, 20] == 200
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match=r"shape \(4, 4\)"):
+        body_envelope(np.zeros((4, 4)), SPACING)
+    with pytest.raises(InputError, match="positive spacings"):
+        envelope_of_labels(np.ones((4, 4, 4)), (1, 0, 1))
+    for function in (label_from_ct, lambda ct, labels, spacing: add_body(labels, spacing, ct)):
+        with pytest.raises(InputError, match=r"the CT has the shape \(4, 4, 4\), its mask \(4, 4, 5\)"):
+            function(np.zeros((4, 4, 4)), np.zeros((4, 4, 5)), SPACING)
+
+
+def test_real_patient(repo_root):
+    import nibabel as nib
+
+    folder = repo_root.parent / "shared" / "data" / "openkbp"
+    if not (folder / "pt_100_ct.nii.gz").is_file():
+        pytest.skip("needs the CTs of OpenKBP, which are not part of the repository")
+    image = nib.load(folder / "pt_100_ct.nii.gz")
+    ct, spacing = np.asarray(image.dataobj).astype(float), image.header.get_zooms()
+    organs = apply_label_map(np.asarray(nib.load(folder / "pt_100_seg.nii.gz").dataobj), read_label_map("openkbp"))
+    labels = label_from_ct(ct, organs, spacing)
+    assert np.array_equal(labels[organs > 0], organs[organs > 0])
+    assert ct[labels == 120].mean() > 250 and ct[labels == 132].mean() < -600 and -100 < ct[labels == 200].mean() < 100
+    litres = np.count_nonzero(labels == 28) * np.prod(spacing) / 1e6
+    assert 0.5 < litres < 2  # the upper third of two lungs

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.metrics.intensity import TissueIntensitiesd, tissue_intensities
+
+
+def case() -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """A CT of random values, a mask of layers along x, and the mean of each tissue by hand."""
+    ct = np.random.default_rng(0).normal(0, 300, (10, 4, 5)).astype(np.float32)
+    layers = ("skull", "left femur", "airway", "left lung upper lobe", "liver", "spinal cord", "colon")
+    mask = np.zeros(ct.shape, dtype=np.uint8)
+    for x, name in enumerate(layers):
+        mask[x] = label_id(name)
+    mask[7] = label_id("costal cartilages")
+    mask[8] = BODY
+    rows = {
+        "hu_bone": [0, 1],
+        "hu_airway": [2],
+        "hu_lung": [3],
+        "hu_soft_tissue": [4, 5, 8],  # neither colon, which holds gas, nor cartilage
+        "hu_outside": [9],
+    }
+    return ct, mask, {name: float(ct[index].astype(float).mean()) for name, index in rows.items()}
+
+
+def test_means_of_each_tissue():
+    ct, mask, expected = case()
+    assert tissue_intensities(ct, mask) == pytest.approx(expected, abs=0.006)  # rounded to 0.01 HU
+
+
+def test_absent_tissues_are_left_out():
+    ct, mask, expected = case()
+    assert tissue_intensities(ct[8:], mask[8:]).keys() == {"hu_soft_tissue", "hu_outside"}
+    assert tissue_intensities(ct, np.zeros_like(mask)) == {"hu_outside": pytest.approx(ct.mean(), abs=0.006)}
+    assert tissue_intensities(ct, np.full_like(mask, label_id("colon"))) == {}
+
+
+def test_transform_takes_masks_of_floating_point():
+    ct, mask, expected = case()
+    labels = torch.from_numpy(mask[None]).float() - 1e-4  # what a resampling may leave
+    data = {"ct": MetaTensor(torch.from_numpy(ct[None])), "mask": MetaTensor(labels), "name": "x"}
+    result = TissueIntensitiesd("ct", "mask", output_key="figures")(data)
+    assert result["figures"] == pytest.approx(expected, abs=0.006) and result["name"] == "x"
+    assert TissueIntensitiesd("ct", "mask")(data)["metrics"] == result["figures"]

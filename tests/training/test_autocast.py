@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maisi_tools.training.autocast import AutocastInferer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_network_runs_in_the_dtype(dtype):
+    network, x = torch.nn.Linear(16, 8), torch.randn(2, 16)
+    output = AutocastInferer(dtype)(x, network)
+    assert output.dtype == getattr(torch, dtype)
+    assert network.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    expected = x.numpy() @ network.weight.detach().numpy().T + network.bias.detach().numpy()
+    tolerance = {"bfloat16": 3e-2, "float16": 3e-3, "float32": 1e-6}[dtype]
+    torch.testing.assert_close(output.detach().float(), torch.from_numpy(expected), atol=tolerance, rtol=tolerance)
+
+
+def test_arguments_are_passed_on():
+    output = AutocastInferer()(torch.ones(3), lambda x, gain, offset=0: gain * x + offset, 2, offset=5)
+    assert output.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "float64", ""])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match="allowed are 'bfloat16', 'float16' and 'float32'"):
+        AutocastInferer(dtype)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.training.controlnet import FitMaskd, start_from_unet
+
+
+def item(mask_size, latent_size, sidecar_size=None):
+    mask = torch.randint(1, 200, (1, *mask_size), dtype=torch.uint8)
+    latent = torch.zeros(4, *latent_size)
+    return {
+        "mask": MetaTensor(mask, meta={"filename_or_obj": "case_mask.nii.gz"}),
+        "latent": MetaTensor(latent, meta={"sidecar": {"size": list(sidecar_size or mask_size)}}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("mask_size", "latent_size"),
+    [((10, 12, 7), (3, 3, 2)), ((10, 12, 7), (4, 4, 4)), ((8, 4, 12), (2, 1, 3)), ((1, 1, 1), (1, 2, 3))],
+)
+def test_mask_is_padded_with_background_at_the_end(mask_size, latent_size):
+    data = item(mask_size, latent_size)
+    fitted = FitMaskd("mask", "latent")(data)["mask"]
+    widths = [(0, 4 * have - want) for have, want in zip(latent_size, mask_size, strict=True)]
+    assert np.array_equal(fitted.numpy(), np.pad(data["mask"].numpy(), [(0, 0), *widths]))
+    assert fitted.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("size", [(10, 12, 8), (10, 12, 6), (12, 10, 7)])
+def test_mask_of_another_volume_is_refused(size):
+    with pytest.raises(InputError, match=r"case_mask\.nii\.gz .* stands for \(10, 12, 7\); encode the CT"):
+        FitMaskd("mask", "latent")(item(size, (3, 3, 2), sidecar_size=(10, 12, 7)))
+
+
+@pytest.fixture
+def unet_file(tiny_unet, tmp_path):
+    """A checkpoint with other weights than `tiny_controlled` has, and a U-Net of these weights."""
+    unet = deepcopy(tiny_unet)
+    for parameter in unet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    torch.save({"unet_state_dict": unet.state_dict(), "scale_factor": 1.0}, tmp_path / "unet.pt")
+    return tmp_path / "unet.pt", unet
+
+
+def test_first_output_is_that_of_the_unet(tiny_controlled, unet_file):
+    path, unet = unet_file
+    network = start_from_unet(tiny_controlled, path)
+    assert network is tiny_controlled
+    x, t, mask = torch.randn(2, 4, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.randint(0, 256, (2, 1, 16, 16, 16))
+    given = {"spacing_tensor": torch.rand(2, 3), "class_labels": torch.tensor([1, 8])}
+    with torch.no_grad():
+        expected = unet(x, t, **given)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(network(mask, x, t, **given), expected)
+
+
+def test_controlnet_starts_as_the_encoder_half(tiny_controlled, unet_file):
+    path, unet = unet_file
+    initial = {name: value.clone() for name, value in tiny_controlled.controlnet.state_dict().items()}
+    control, source = start_from_unet(tiny_controlled, path).controlnet.state_dict(), unet.state_dict()
+    copied = {name for name in control if name in source and source[name].shape == control[name].shape}
+    assert all(torch.equal(control[name], source[name]) for name in copied)
+    for part in ("conv_in", "time_embed.0", "class_embedding", "down_blocks.1.attentions", "middle_block.attention"):
+        assert any(name.startswith(part) for name in copied), part
+    kept = set(control) - copied
+    assert all(torch.equal(control[name], initial[name]) for name in kept)
+    # Only what the U-Net does not have: the mask's embedding, zero convolutions, projections of a wider embedding.
+    assert all(name.startswith("controlnet_") or "time_emb_proj" in name for name in kept)
+
+
+def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):
+    torch.save({"model": {"conv_in.conv.weight": torch.zeros(8, 4, 3, 3, 3)}}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="do not fit DiffusionUNet"):
+        start_from_unet(tiny_controlled, tmp_path / "other.pt")

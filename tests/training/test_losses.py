@@ -1,0 +1,59 @@
+"""The losses against sums written out in numpy and against torch.distributions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from maisi_tools.training.losses import AutoencoderLoss, WeightedVelocityLoss
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 1e-7, 0.5])
+def test_autoencoder_loss_is_l1_plus_kl_summed_over_a_latent(kl_weight):
+    image, reconstruction = torch.rand(3, 1, 8, 4, 4), torch.rand(3, 1, 8, 4, 4)
+    mean, sigma = torch.randn(3, 4, 2, 1, 1), torch.rand(3, 4, 2, 1, 1) + 0.1
+    loss = AutoencoderLoss(kl_weight)((reconstruction, mean, sigma), image)
+    kl = kl_divergence(Normal(mean.double(), sigma.double()), Normal(0.0, 1.0)).sum() / 3
+    l1 = np.abs(image.numpy().astype(float) - reconstruction.numpy()).mean()
+    assert loss.item() == pytest.approx(l1 + kl_weight * kl.item(), rel=1e-5)
+
+
+def test_kl_in_closed_form():
+    """N(1, 1) is 1/2 nat from N(0, 1), in each of the 4 x 2 x 2 x 2 elements, whatever the batch."""
+    image = torch.rand(2, 1, 8, 8, 8)
+    ones = torch.ones(2, 4, 2, 2, 2)
+    assert AutoencoderLoss(1.0)((image, ones, ones), image).item() == pytest.approx(16)
+    assert AutoencoderLoss(1.0)((image, 0 * ones, ones), image).item() == 0
+
+
+def test_collapsed_posterior_gives_a_finite_gradient():
+    mean, sigma = torch.zeros(1, 4, 2, 2, 2, requires_grad=True), torch.zeros(1, 4, 2, 2, 2, requires_grad=True)
+    image = torch.zeros(1, 1, 8, 8, 8)
+    AutoencoderLoss(1e-7)((image, mean, sigma), image).backward()
+    assert torch.isfinite(mean.grad).all() and torch.isfinite(sigma.grad).all()
+
+
+def test_half_precision_is_summed_in_single():
+    """A KL of 4 * 32^3 * 450 overflows float16 and is far off in bfloat16's sums."""
+    image, mean = torch.zeros(1, 1, 4, 4, 4), torch.full((1, 4, 32, 32, 32), 30.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        prediction = tuple(part.to(dtype) for part in (image, mean, torch.ones_like(mean)))
+        assert AutoencoderLoss(1.0)(prediction, image).item() == pytest.approx(4 * 32**3 * 450, rel=1e-5)
+
+
+def test_velocity_loss_weights_voxels():
+    prediction, target = torch.randn(2, 4, 3, 2, 5), torch.randn(2, 4, 3, 2, 5)
+    weight = torch.rand(2, 1, 3, 2, 5) * 100
+    expected = (np.abs(prediction.numpy().astype(float) - target.numpy()) * weight.numpy()).mean()
+    assert WeightedVelocityLoss()(prediction, (target, weight)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_velocity_loss_without_weights_is_l1():
+    prediction, target = torch.randn(2, 4, 3, 2, 5).bfloat16(), torch.randn(2, 4, 3, 2, 5)
+    expected = torch.nn.functional.l1_loss(prediction.float(), target)
+    for wanted in (target, (target, torch.ones(2, 1, 3, 2, 5))):
+        loss = WeightedVelocityLoss()(prediction, wanted)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected)

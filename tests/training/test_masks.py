@@ -1,0 +1,87 @@
+"""Training masks of small CTs with known tissues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.training.masks import complete_masks
+
+AFFINE = np.array([[3.0, 0, 0, -50], [0, 3, 0, 20], [0, 0, 4, 5], [0, 0, 0, 1]])
+BOX = (slice(6, 34), slice(8, 32), slice(None))
+ORGAN, BONE = (slice(12, 16), slice(12, 16), slice(5, 9)), (slice(22, 27), slice(18, 24), slice(4, 12))
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[dict[str, str]]:
+    """Two cases of a block of water with a bone in it; the first has labels: 7 marks an organ."""
+    hu = np.full((40, 40, 16), -1000, dtype=np.int16)
+    hu[BOX] = 0
+    hu[BONE] = 900
+    labels = np.zeros(hu.shape, dtype=np.uint8)
+    labels[ORGAN] = 7
+    for name in ("p1_ct", "p2_ct"):
+        nib.save(nib.Nifti1Image(hu, AFFINE), tmp_path / f"{name}.nii.gz")
+    nib.save(nib.Nifti1Image(labels, AFFINE), tmp_path / "p1_seg.nii.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"7": "liver"}))
+    return [
+        {"image": str(tmp_path / "p1_ct.nii.gz"), "label": str(tmp_path / "p1_seg.nii.gz")},
+        {"image": str(tmp_path / "p2_ct.nii.gz")},
+    ]
+
+
+def test_own_labels_stay_and_the_ct_tells_the_rest(cases, tmp_path):
+    paths = complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+    assert [path.name for path in paths] == ["p1_ct_mask.nii.gz", "p2_ct_mask.nii.gz"]
+    expected = np.zeros((40, 40, 16), dtype=np.uint8)
+    expected[BOX] = BODY
+    expected[BONE] = label_id("skull")
+    without = expected.copy()
+    expected[ORGAN] = label_id("liver")
+    for path, wanted in zip(paths, (expected, without), strict=True):
+        image = nib.load(path)
+        assert image.get_data_dtype() == np.uint8 and np.allclose(image.affine, AFFINE)
+        assert np.array_equal(np.asarray(image.dataobj), wanted)
+
+
+def test_masks_that_are_there_are_not_made_again(cases, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "p1_ct_mask.nii.gz").write_bytes(b"made before")
+    paths = complete_masks(cases, out, tmp_path / "map.json")
+    assert paths[0].read_bytes() == b"made before" and nib.load(paths[1]).shape == (40, 40, 16)
+    before = paths[1].read_bytes(), paths[1].stat().st_mtime_ns
+    assert complete_masks(cases, out, tmp_path / "map.json") == paths
+    assert (paths[1].read_bytes(), paths[1].stat().st_mtime_ns) == before
+
+
+def test_a_run_that_stopped_goes_on(cases, tmp_path):
+    """A bad case leaves what was made before it and nothing of itself; once it is mended, the rest is made."""
+    bad = Path(cases[0]["label"])
+    good = bad.read_bytes()
+    bad.write_bytes(b"no NIfTI")
+    order = cases[::-1]
+    with pytest.raises(InputError, match="p1_seg"):
+        complete_masks(order, tmp_path / "out", tmp_path / "map.json")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["p2_ct_mask.nii.gz"]
+    bad.write_bytes(good)
+    assert all(path.is_file() for path in complete_masks(order, tmp_path / "out", tmp_path / "map.json"))
+
+
+def test_mask_on_another_grid_is_refused(cases, tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((40, 40, 15), dtype=np.uint8), AFFINE), cases[0]["label"])
+    with pytest.raises(ValueError, match=r"\(40, 40, 15\) voxels, its CT \(40, 40, 16\)"):
+        complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unknown_label_is_refused(cases, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({"8": "liver"}))
+    with pytest.raises(InputError, match="does not know: 7"):
+        complete_masks(cases, tmp_path / "out", tmp_path / "map.json")

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import pytest
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.door import check_inputs
+
+
+def test_every_input_is_prepared_once_and_stays_as_it_was():
+    data = [{"image": "a"}, {"image": "b"}]
+    seen = []
+
+    def preprocessing(item):
+        seen.append(item["image"])
+        item["image"] = "prepared"
+
+    assert check_inputs(data, preprocessing) is None
+    assert seen == ["a", "b"] and data == [{"image": "a"}, {"image": "b"}]
+    check_inputs([], preprocessing)
+    assert seen == ["a", "b"]
+
+
+def test_the_first_bad_input_ends_the_check():
+    seen = []
+
+    def preprocessing(item):
+        seen.append(item["image"])
+        if item["image"] != "a":
+            raise InputError(f"{item['image']} is damaged")
+
+    with pytest.raises(InputError, match="b is damaged"):
+        check_inputs([{"image": name} for name in "abc"], preprocessing)
+    assert seen == ["a", "b"]

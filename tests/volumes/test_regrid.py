@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.regrid import CheckGridd, RegridMaskd
+
+from .conftest import OBLIQUE
+
+RANGE = [[0.5, 3.0], [0.5, 3.0], [0.5, 5.0]]
+
+
+def mask(spacing=(1.0, 1.0, 2.0), size=(16, 8, 24)) -> MetaTensor:
+    labels = torch.randint(0, 133, (1, *size)).float()
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    return MetaTensor(labels, affine=affine, meta={"filename_or_obj": "case.nii.gz"})
+
+
+def test_nothing_asked_for_changes_nothing():
+    given = mask(size=(5, 7, 9))  # no multiple of 16 either: the inferer pads
+    result = RegridMaskd("mask", multiple=16)({"mask": given, "other": 1})
+    assert torch.equal(result["mask"], given) and torch.equal(result["mask"].affine, given.affine)
+    assert result["other"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "spacing"),
+    [
+        ({"spacing": [2, 2, 2]}, (8, 4, 24), (2, 2, 2)),
+        ({"size": [32, 16, 16]}, (32, 16, 16), (0.5, 0.5, 3)),
+        ({"spacing": [0.5, 0.5, 1], "size": [16, 32, 48]}, (16, 32, 48), (0.5, 0.5, 1)),
+    ],
+)
+def test_size_and_spacing_are_those_asked_for(settings, size, spacing):
+    given = mask()
+    result = RegridMaskd("mask", **settings)({"mask": given})["mask"]
+    assert tuple(result.shape[1:]) == size
+    np.testing.assert_allclose(result.pixdim, spacing)
+    assert set(result.unique().tolist()) <= set(given.unique().tolist()) | {0}
+    assert result.meta["filename_or_obj"] == "case.nii.gz"
+    centres = [m.affine.numpy() @ [*((np.array(m.shape[1:]) - 1) / 2), 1] for m in (given, result)]
+    np.testing.assert_allclose(centres[1], centres[0], atol=max(spacing) / 2)
+
+
+@pytest.mark.parametrize("size", [[30, 32, 32], [32, 32], [32, 32, 0], [32.0, 32, 32], "323232"])
+def test_impossible_sizes_are_refused_when_the_config_is_parsed(size):
+    with pytest.raises(InputError, match="output_size is"):
+        RegridMaskd("mask", size=size, multiple=16)
+
+
+def test_spacing_within_the_range_passes(caplog):
+    data = {"mask": mask(), "other": 1}
+    with caplog.at_level(logging.WARNING):
+        assert CheckGridd("mask", RANGE, [16, 8, 48])(data) == data
+    assert caplog.records == []
+
+
+def test_spacing_of_an_oblique_grid_is_its_columns_length():
+    lengths = np.linalg.norm(OBLIQUE[:3, :3], axis=0)
+    given = MetaTensor(torch.ones(1, 8, 8, 8), affine=torch.as_tensor(OBLIQUE))
+    tight = [[mm - 0.01, mm + 0.01] for mm in lengths]
+    CheckGridd("mask", tight, [1, 1, 1])({"mask": given})
+    for axis in range(3):
+        narrow = [list(pair) for pair in tight]
+        narrow[axis] = [lengths[axis] + 0.01, lengths[axis] + 1]
+        with pytest.raises(InputError, match=f"outside along {'xyz'[axis]};"):
+            CheckGridd("mask", narrow, [1, 1, 1])({"mask": given})
+
+
+@pytest.mark.parametrize(("spacing", "axis"), [((0.4, 1, 1), "x"), ((1, 3.1, 1), "y"), ((1, 1, 5.2), "z")])
+def test_spacing_outside_the_range_names_the_file_and_the_axis(spacing, axis):
+    with pytest.raises(InputError, match=rf"the spacing of case\.nii\.gz is .* outside along {axis}; allowed"):
+        CheckGridd("mask", RANGE, [1, 1, 1])({"mask": mask(spacing)})
+
+
+def test_small_field_of_view_is_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        CheckGridd("mask", RANGE, [16, 10, 48])({"mask": mask()})
+    assert len(caplog.records) == 1 and "16 x 8 x 48 mm" in caplog.text and "16 x 10 x 48 mm" in caplog.text
