@@ -62,12 +62,12 @@ def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path)
         input=str(path),
         output_dir=str(tmp_path / "out"),
         label_map=str(tmp_path / "map.json"),
-        output_size=[64, 48, 32],
+        output_size=[64, 48, 48],
         **FAST,
     )
     ct = nib.load(tmp_path / "out" / "ours_ct.nii.gz")
-    assert ct.shape == (64, 48, 32)
-    np.testing.assert_allclose(ct.header.get_zooms(), [5.0 * 48 / 64, 5.0, 3.4 * 48 / 32], rtol=1e-5)
+    assert ct.shape == (64, 48, 48)
+    np.testing.assert_allclose(ct.header.get_zooms(), [5.0 * 48 / 64, 5.0, 3.4], rtol=1e-5)
     used = np.asarray(nib.load(tmp_path / "out" / "ours_mask.nii.gz").dataobj)
     assert set(np.unique(used)) == {0, 120, 200}
 
@@ -75,7 +75,7 @@ def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path)
 @pytest.mark.parametrize(
     ("change", "override", "words"),
     [
-        (lambda m: np.where(m == 120, 199, m), {}, ["199", "label_map"]),
+        (lambda m: np.where(m == 120, 199, m), {}, ["199", "JSON"]),
         (lambda m: np.zeros_like(m), {}, ["empty"]),
         (lambda m: m[..., 0], {}, ["3D"]),
         (lambda m: np.stack([m, m], -1), {}, ["4D"]),

@@ -66,7 +66,7 @@ def test_folder_of_volumes(run_bundle, save, phantom_ct, tmp_path):
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.random.default_rng(0).random((16, 16, 16)).astype(np.float32), "HU"),
+        (np.random.default_rng(0).random((16, 16, 16)).astype(np.float32), "Hounsfield"),
         (np.full((16, 16, 16), np.nan, dtype=np.float32), "NaN"),
         (np.zeros((16, 16), dtype=np.int16), "3D"),
     ],

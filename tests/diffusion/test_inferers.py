@@ -11,6 +11,7 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from maisi_tools.diffusion.autoencoder import DecodeInferer, EncodeInferer, LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.diffusion.inferers import LatentSampler, MaskToCT
+from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY, label_id
 
 STEPS = 2
@@ -218,7 +219,7 @@ def test_seeds_and_the_mask_decide(steering, decoder):
 
 
 def test_labels_the_weights_do_not_know_are_merged_for_the_network_alone(steering, decoder):
-    """Liver becomes body; the region (abdomen) and the air are still those of the mask as given."""
+    """Liver becomes body, which tells no region; the air is still that of the mask as given."""
     keep = {"keep_labels": [SKULL, BODY], "merge_labels": {"bone": SKULL}}
     seen = []
 
@@ -231,5 +232,10 @@ def test_labels_the_weights_do_not_know_are_merged_for_the_network_alone(steerin
     assert len(seen) == STEPS
     for condition, region in seen:
         assert torch.equal(torch.as_tensor(condition), mask_of(label=BODY).as_tensor())
-        assert region == [[0, 0, 10, 0]]
+        assert region == [[0, 0, 0, 0]]
     assert (ct[mask.as_tensor() == 0] == 0).all()
+
+
+def test_guidance_needs_conditions_that_were_dropped_in_training(decoder):
+    with pytest.raises(InputError, match="guidance_scale is 2"):
+        mask_to_ct(decoder, guidance_scale=2.0, guided_conditions=[])

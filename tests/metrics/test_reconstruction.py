@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from maisi_tools.masks.body import body_envelope
 from monai.data import MetaTensor
 from monai.metrics import SSIMMetric
 
+from maisi_tools.masks.body import body_envelope
 from maisi_tools.metrics.reconstruction import ReconstructionMetricsd, psnr, reconstruction_metrics, ssim_map
 
 SPACING = (3.0, 3.0, 4.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from maisi_tools.errors import InputError
 from maisi_tools.training.datalist import make_datalist, read_datalist
 
 
@@ -36,12 +37,12 @@ def test_a_written_datalist_is_read_back(folder, tmp_path):
 
 def test_bad_folders_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="NAME_ct.nii.gz"):
+    with pytest.raises(InputError, match="NAME_ct.nii.gz"):
         make_datalist(tmp_path / "empty")
-    with pytest.raises(ValueError, match="kept-out.*: x, y"):
+    with pytest.raises(InputError, match="kept-out.*: x, y"):
         make_datalist(folder, validation=["y", "a", "x"])
     (folder / "sub" / "a_ct.nii.gz").touch()
-    with pytest.raises(ValueError, match="the same name 'a'"):
+    with pytest.raises(InputError, match="the same name 'a'"):
         make_datalist(folder)
 
 
@@ -57,10 +58,11 @@ def test_relative_paths_belong_to_the_datalist_or_to_base_dir(tmp_path):
 @pytest.mark.parametrize("content", [{"validation": [{"image": "x"}]}, {"training": []}])
 def test_sections_without_entries_are_refused(tmp_path, content):
     (tmp_path / "datalist.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no entries under 'training'"):
+    with pytest.raises(InputError, match="no entries under 'training'"):
         read_datalist(tmp_path / "datalist.json", "training")
+    assert read_datalist(tmp_path / "datalist.json", "training", required=False) == []
 
 
 def test_missing_datalist_says_how_to_make_one(tmp_path):
-    with pytest.raises(FileNotFoundError, match="maisi datalist"):
+    with pytest.raises(InputError, match="maisi datalist"):
         read_datalist(tmp_path / "none.json", "training")

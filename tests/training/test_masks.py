@@ -75,10 +75,34 @@ def test_a_run_that_stopped_goes_on(cases, tmp_path):
 
 
 def test_mask_on_another_grid_is_refused(cases, tmp_path):
-    nib.save(nib.Nifti1Image(np.ones((40, 40, 15), dtype=np.uint8), AFFINE), cases[0]["label"])
-    with pytest.raises(ValueError, match=r"\(40, 40, 15\) voxels, its CT \(40, 40, 16\)"):
-        complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
-    assert list((tmp_path / "out").iterdir()) == []
+    shifted = AFFINE.copy()
+    shifted[0, 3] += 5
+    for size, affine in ((15, AFFINE), (16, shifted)):
+        nib.save(nib.Nifti1Image(np.ones((40, 40, size), dtype=np.uint8), affine), cases[0]["label"])
+        with pytest.raises(InputError, match="lies on another grid than its CT"):
+            complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_axes_of_the_file_do_not_matter(cases, tmp_path):
+    """The same case stored with its axes permuted and flipped gets the same labels at the same places."""
+    complete_masks(cases[:1], tmp_path / "ras", tmp_path / "map.json")
+    turned = {}
+    for key, path in cases[0].items():
+        image = nib.load(path)
+        orientation = nib.orientations.axcodes2ornt("PIR")
+        turned[key] = str(tmp_path / Path(path).name)
+        nib.save(
+            image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), orientation)),
+            turned[key],
+        )
+    complete_masks([turned], tmp_path / "pir", tmp_path / "map.json")
+    (expected,) = (tmp_path / "ras").iterdir()
+    (result,) = (tmp_path / "pir").iterdir()
+    back = nib.as_closest_canonical(nib.load(result))
+    np.testing.assert_array_equal(
+        np.asarray(back.dataobj), np.asarray(nib.as_closest_canonical(nib.load(expected)).dataobj)
+    )
 
 
 def test_unknown_label_is_refused(cases, tmp_path):

@@ -172,7 +172,9 @@ def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> 
     from maisi_tools.training.datalist import read_datalist
     from maisi_tools.training.masks import complete_masks as complete
 
-    items = [item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)]
+    items = [
+        item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)
+    ]
     print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map)))} masks")
 
 

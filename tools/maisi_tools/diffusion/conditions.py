@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,25 @@ def batch_tensors(conditions: Sequence[Conditions], scale: float, device: torch.
     """Stack the conditions of a batch: each tensor of :meth:`Conditions.tensors` with a leading batch axis."""
     each = [one.tensors(scale) for one in conditions]
     return {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
+
+
+def check_guidance(guidance_scale: float, guided_conditions: Sequence[str]) -> tuple[str, ...]:
+    """The conditions that guidance leaves out in its unconditional pass.
+
+    Raises:
+        InputError: guidance is asked for, but the weights were trained without dropping any condition.
+    """
+    if guidance_scale != 0 and not guided_conditions:
+        raise InputError(
+            f"guidance_scale is {guidance_scale}, but these weights were trained without dropping conditions and know "
+            "no unconditional pass; allowed is 0"
+        )
+    return tuple(guided_conditions)
+
+
+def without_conditions(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The same inputs with the named conditions replaced by their null value, zeros."""
+    return {name: torch.zeros_like(value) if name in names else value for name, value in tensors.items()}
 
 
 def check_conditions(

@@ -11,7 +11,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
@@ -26,6 +26,8 @@ class LatentSampler(Inferer):
         scheduler: rectified flow, DDPM or DDIM.
         conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
         guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
+        guided_conditions: what the unconditional pass of guidance goes without: the conditions that were dropped in
+            the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
     """
@@ -37,6 +39,7 @@ class LatentSampler(Inferer):
         num_inference_steps: int,
         conditions: Conditions,
         guidance_scale: float = 0.0,
+        guided_conditions: Sequence[str] = ("class_labels",),
         condition_scale: float = 100.0,
         return_latent: bool = False,
         progress: bool = True,
@@ -47,6 +50,7 @@ class LatentSampler(Inferer):
         self.num_inference_steps = int(num_inference_steps)
         self.conditions = conditions
         self.guidance_scale = float(guidance_scale)
+        self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.return_latent = return_latent
         self.progress = progress
@@ -65,7 +69,7 @@ class LatentSampler(Inferer):
 
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
-        without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
+        without = without_conditions(tensors, self.guided_conditions)
         denoiser = guided(
             lambda x, t: network(x, t, **tensors),
             lambda x, t: network(x, t, **without),
@@ -82,7 +86,8 @@ class MaskToCT(Inferer):
     (0, that is -1000 HU). Body region and, unless given, spacing are read from the mask.
 
     Args:
-        decoder, scheduler, num_inference_steps, guidance_scale, condition_scale: as in :class:`LatentSampler`.
+        decoder, scheduler, num_inference_steps: as in :class:`LatentSampler`.
+        guidance_scale, guided_conditions, condition_scale: likewise.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this (a property of the U-Net: 4 times 2 per further level).
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -103,6 +108,7 @@ class MaskToCT(Inferer):
         keep_labels: Sequence[int] | None = None,
         merge_labels: Mapping[str, int] | None = None,
         guidance_scale: float = 0.0,
+        guided_conditions: Sequence[str] = ("class_labels",),
         condition_scale: float = 100.0,
         control_scale: float = 1.0,
         progress: bool = True,
@@ -118,6 +124,7 @@ class MaskToCT(Inferer):
         self.keep_labels = keep_labels
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
+        self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
@@ -147,13 +154,13 @@ class MaskToCT(Inferer):
         conditions = Conditions(
             size=(padded.shape[2], padded.shape[3], padded.shape[4]),
             spacing=(spacing[0], spacing[1], spacing[2]),
-            region=region_of(labels.unique().int().tolist()),
+            region=region_of(condition.unique().int().tolist()),
             modality=self.modality,
             seed=self.seed,
         )
         noise = conditions.noise(factor=FACTOR)[None].to(labels.device)
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
-        without = {**tensors, "class_labels": torch.zeros_like(tensors["class_labels"])}
+        without = without_conditions(tensors, self.guided_conditions)
 
         denoiser = guided(
             lambda x, t: network(condition, x, t, self.control_scale, **tensors),

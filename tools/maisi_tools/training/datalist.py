@@ -7,6 +7,8 @@ from pathlib import Path
 
 from monai.data import load_decathlon_datalist
 
+from maisi_tools.errors import InputError
+
 
 def read_datalist(
     datalist: str | Path, section: str, base_dir: str | Path | None = None, required: bool = True
@@ -19,11 +21,11 @@ def read_datalist(
         required: whether a missing or empty section is an error.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: the section is missing or empty.
+        InputError: no such file, or the section is missing or empty.
     """
     path = Path(datalist)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise InputError(
             f"datalist {path} does not exist; make one with `maisi datalist FOLDER -o datalist.json`, "
             "or give a MONAI datalist with --datalist"
         )
@@ -31,7 +33,7 @@ def read_datalist(
     if json.loads(path.read_text()).get(section):
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
     if required and not items:
-        raise ValueError(f"datalist {path} has no entries under {section!r}; it needs at least one")
+        raise InputError(f"datalist {path} has no entries under {section!r}; it needs at least one")
     return items
 
 
@@ -44,21 +46,21 @@ def make_datalist(folder: str | Path, validation: list[str] | None = None) -> di
         validation: names (``NAME``) to keep out of training.
 
     Raises:
-        FileNotFoundError: no CT found. ValueError: a kept-out name does not exist, or two CTs have one name.
+        InputError: no CT found, a kept-out name does not exist, or two CTs have one name.
     """
     root = Path(folder)
     cts = sorted(root.rglob("*_ct.nii.gz"))
     if not cts:
-        raise FileNotFoundError(f"no *_ct.nii.gz below {root}; volumes must be named NAME_ct.nii.gz")
+        raise InputError(f"no *_ct.nii.gz below {root}; volumes must be named NAME_ct.nii.gz")
     names: dict[str, Path] = {}
     for ct in cts:
         name = ct.name.removesuffix("_ct.nii.gz")
         if name in names:
-            raise ValueError(f"{names[name]} and {ct} have the same name {name!r}; rename one, names tell cases apart")
+            raise InputError(f"{names[name]} and {ct} have the same name {name!r}; rename one, names tell cases apart")
         names[name] = ct
     kept_out = set(validation or [])
     if missing := sorted(kept_out - set(names)):
-        raise ValueError(f"kept-out cases not found below {root}: {', '.join(missing)}")
+        raise InputError(f"kept-out cases not found below {root}: {', '.join(missing)}")
     lists: dict[str, list[dict]] = {"training": [], "validation": []}
     for name, ct in names.items():
         item = {"name": name, "image": str(ct.resolve())}

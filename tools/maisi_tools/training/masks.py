@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from monai.transforms import Orientation
 from tqdm import tqdm
 
+from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -30,25 +35,28 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
         label_map: how the labels are to be read, see :func:`maisi_tools.masks.label_maps.read_label_map`.
 
     Raises:
-        InputError: a file cannot be read, or has a label that the map does not know.
-        ValueError: a mask has another shape than its CT.
+        InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT.
     """
     folder = check_output_dir(output_dir)
     mapping = read_label_map(label_map)
+    to_ras, restore = Orientation(axcodes="RAS", labels=None), RestoreOrientationd("mask", "ct")
     written = []
     for item in tqdm(items, desc="completing masks", unit="case", delay=2):
         path = folder / f"{stem_of(item['image'])}_mask.nii.gz"
         written.append(path)
         if path.exists():
             continue
-        ct = read_volume(item["image"], "ct")
-        hu, affine = np.asarray(ct[0]), np.asarray(ct.affine)
-        labels = np.zeros(hu.shape, dtype=np.uint8)
+        ct: Any = to_ras(read_volume(item["image"], "ct"))
+        labels = np.zeros(ct.shape[1:], dtype=np.uint8)
         if "label" in item:
-            own = np.asarray(read_volume(item["label"], "mask")[0])
-            if own.shape != hu.shape:
-                raise ValueError(f"{item['label']} has {own.shape} voxels, its CT {hu.shape}; they must be on one grid")
-            labels = apply_label_map(own, mapping)
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        write_volume(path, label_from_ct(hu, labels, spacing), affine, "uint8")
+            own: Any = to_ras(read_volume(item["label"], "mask"))
+            if own.shape != ct.shape or not np.allclose(own.affine, ct.affine, atol=1e-2):
+                raise InputError(
+                    f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
+                    f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
+                )
+            labels = apply_label_map(np.asarray(own[0]), mapping)
+        completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
+        mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
+        write_volume(path, np.asarray(mask[0]), mask.affine, "uint8")
     return written
