@@ -22,7 +22,7 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) '.[train,test,lint]'
+	$(INSTALL) '.[test,lint]'
 	touch $@ $(VENV)/.installed-core
 
 # A link to a Python that was since removed counts as absent, so what is left of such an environment is cleared.

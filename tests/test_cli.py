@@ -40,7 +40,7 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "weights", "datalist"):
+    for command in ("demo", "phantom", "preview", "weights", "datalist", "complete_masks"):
         assert f" {command}\n" in text
 
 
@@ -48,7 +48,7 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["picture"])
     assert caught.value.code == 2
-    assert "demo | phantom | preview | weights | datalist" in capsys.readouterr().err
+    assert "demo | phantom | preview | weights | datalist | complete_masks" in capsys.readouterr().err
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):

@@ -77,10 +77,14 @@ def test_load_of_other_keys_names_at_most_five(tmp_path):
 
 
 def test_missing_weights_name_the_command(tmp_path):
+    bundle = tmp_path / "maisi_vae"
+    bundle.mkdir()
+    (bundle / "large_files.yml").write_text("large_files: [{path: models/released.pt, url: 'http://127.0.0.1:1/x'}]\n")
     with pytest.raises(InputError, match="maisi weights maisi_vae"):
-        load_weights(network(), tmp_path / "maisi_vae" / "models" / "model.pt")
-    with pytest.raises(InputError, match="maisi weights BUNDLE"):
-        load_weights(network(), tmp_path / "elsewhere.pt")
+        load_weights(network(), bundle / "models" / "released.pt")
+    for path in (bundle / "models" / "model.pt", tmp_path / "elsewhere.pt"):
+        with pytest.raises(InputError, match="do not exist; train them"):
+            load_weights(network(), path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip", b"\x80\x02half a pickle"])

@@ -102,7 +102,7 @@ def test_two_ranks_on_the_cpu(stage, cases, latents, bundles, tmp_path):
             "monai.bundle",
             "run",
         ]
-        + ["--config_file", files, "--bundle_root", ".", *arguments, "--max_epochs=1"],
+        + ["--config_file", files, "--bundle_root", ".", *arguments, "--max_epochs=2"],
         cwd=bundles / stage,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

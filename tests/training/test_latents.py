@@ -49,3 +49,20 @@ def test_an_empty_or_missing_folder_says_how_to_fill_it(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=r"configs/encode\.json of the maisi_vae bundle"):
             find_latents(folder)
+
+
+def test_misspelt_held_out_name_is_refused(tmp_path):
+    (tmp_path / "pt_50_ct_latent.nii.gz").touch()
+    with pytest.raises(InputError, match="pt_5O have no latent"):
+        find_latents(tmp_path, ["pt_5O"])
+    with pytest.raises(InputError, match="held_out is 'pt_50'"):
+        find_latents(tmp_path, "pt_50")
+
+
+def test_held_out_names_from_a_file(tmp_path):
+    for name in ("pt_50", "pt_5"):
+        (tmp_path / f"{name}_ct_latent.nii.gz").touch()
+    (tmp_path / "held_out.json").write_text('{"held_out": ["pt_5"]}')
+    lists = find_latents(tmp_path, str(tmp_path / "held_out.json"))
+    assert [Path(item["latent"]).name for item in lists["validation"]] == ["pt_5_ct_latent.nii.gz"]
+    assert len(lists["training"]) == 1

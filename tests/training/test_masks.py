@@ -53,12 +53,21 @@ def test_own_labels_stay_and_the_ct_tells_the_rest(cases, tmp_path):
 def test_masks_that_are_there_are_not_made_again(cases, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "p1_ct_mask.nii.gz").write_bytes(b"made before")
+    lung = np.full((2, 2, 2), label_id("left lung upper lobe"), dtype=np.uint8)
+    nib.save(nib.Nifti1Image(lung, AFFINE), out / "p1_ct_mask.nii.gz")
     paths = complete_masks(cases, out, tmp_path / "map.json")
-    assert paths[0].read_bytes() == b"made before" and nib.load(paths[1]).shape == (40, 40, 16)
+    assert nib.load(paths[0]).shape == (2, 2, 2) and nib.load(paths[1]).shape == (40, 40, 16)
     before = paths[1].read_bytes(), paths[1].stat().st_mtime_ns
     assert complete_masks(cases, out, tmp_path / "map.json") == paths
     assert (paths[1].read_bytes(), paths[1].stat().st_mtime_ns) == before
+
+
+def test_cases_are_listed_with_their_regions(cases, tmp_path):
+    """What encode.json reads: p1 has a liver and bone, p2 bone alone ("skull" stands for all bone)."""
+    complete_masks(cases, tmp_path, tmp_path / "map.json")
+    listed = json.loads((tmp_path / "cases.json").read_text())
+    assert [Path(case["image"]).name for case in listed] == ["p1_ct.nii.gz", "p2_ct.nii.gz"]
+    assert [case["region"] for case in listed] == [["head", "abdomen"], ["head"]]
 
 
 def test_a_run_that_stopped_goes_on(cases, tmp_path):
@@ -97,8 +106,8 @@ def test_axes_of_the_file_do_not_matter(cases, tmp_path):
             turned[key],
         )
     complete_masks([turned], tmp_path / "pir", tmp_path / "map.json")
-    (expected,) = (tmp_path / "ras").iterdir()
-    (result,) = (tmp_path / "pir").iterdir()
+    (expected,) = (tmp_path / "ras").glob("*.nii.gz")
+    (result,) = (tmp_path / "pir").glob("*.nii.gz")
     back = nib.as_closest_canonical(nib.load(result))
     np.testing.assert_array_equal(
         np.asarray(back.dataobj), np.asarray(nib.as_closest_canonical(nib.load(expected)).dataobj)

@@ -239,7 +239,8 @@ def test_masks(write_nifti):
 def test_latent_with_its_sidecar(write_nifti):
     values = np.random.default_rng(0).normal(size=(3, 4, 5, 4)).astype(np.float32)
     path = write_nifti(values, "case_latent.nii.gz")
-    sidecar = {"scale_factor": 1.25, "size": [12, 16, 18], "region": ["head", "chest"], "modality": None}
+    needed = {"scale_factor": 1.25, "size": [12, 16, 18], "spacing": [1.0, 1.0, 2.5]}
+    sidecar = {**needed, "region": ["head", "chest"], "modality": None}
     with pytest.raises(InputError, match=r"has no sidecar case_latent\.json beside it; a latent needs one: keep"):
         read_volume(path, "latent")
     beside = path.with_name("case_latent.json")
@@ -247,6 +248,8 @@ def test_latent_with_its_sidecar(write_nifti):
     refused(path, "case_latent.json cannot be read as JSON", "keep the .json", kind="latent")
     beside.write_text("[1]")
     refused(path, "holds a list", kind="latent")
+    beside.write_text(json.dumps({"size": [12, 16, 18], "spacing": None}))
+    refused(path, "has no spacing, scale_factor", kind="latent")
     beside.write_text(json.dumps(sidecar))
     assert read_sidecar(path) == sidecar
     data = Dataset([{"image": str(path)}], transform=ReadVolumed("image", kind="latent"))
@@ -254,7 +257,7 @@ def test_latent_with_its_sidecar(write_nifti):
     assert batch["image"].shape == (1, 4, 3, 4, 5)
     item = decollate_batch(batch)[0]["image"]
     assert np.array_equal(item.numpy(), np.moveaxis(values, -1, 0))
-    assert item.meta["sidecar"] == {"scale_factor": 1.25, "size": [12, 16, 18], "region": ["head", "chest"]}
+    assert item.meta["sidecar"] == {**needed, "region": ["head", "chest"]}
     assert np.allclose(item.affine, OBLIQUE, atol=1e-6)
 
 

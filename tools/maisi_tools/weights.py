@@ -139,11 +139,13 @@ def _some(keys: list[str]) -> str:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        bundle = path.parent.parent.name if path.parent.name == "models" else ""
-        raise InputError(
-            f"weights {path} do not exist. Fetch the released ones with `maisi weights {bundle or 'BUNDLE'}`, or train "
-            "them with the bundle's configs/train.json."
-        )
+        bundle = path.resolve().parent.parent
+        listed = {entry["path"] for entry in _large_files(bundle)} if (bundle / "large_files.yml").is_file() else set()
+        if f"models/{path.name}" in listed:
+            do = f"fetch the released ones with `maisi weights {bundle.name}`"
+        else:
+            do = "train them with the bundle's configs/train.json, or take the repository's own"
+        raise InputError(f"weights {path} do not exist; {do}.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):

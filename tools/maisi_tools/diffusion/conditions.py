@@ -20,6 +20,10 @@ MODALITIES = {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri
 """Class codes of the v2 release's modality table that our bundles use by name; any code 0..127 is also accepted."""
 
 
+CONDITIONS = ("top_region_index_tensor", "bottom_region_index_tensor", "spacing_tensor", "class_labels")
+"""The U-Net's keyword inputs that carry conditions."""
+
+
 def modality_code(modality: str | int) -> int:
     """The U-Net's class label for a modality name or code.
 
@@ -113,8 +117,10 @@ def check_guidance(guidance_scale: float, guided_conditions: Sequence[str]) -> t
     """The conditions that guidance leaves out in its unconditional pass.
 
     Raises:
-        InputError: guidance is asked for, but the weights were trained without dropping any condition.
+        InputError: an unknown condition; or guidance is asked for, but no condition was dropped in training.
     """
+    if unknown := sorted(set(guided_conditions) - set(CONDITIONS)):
+        raise InputError(f"guided_conditions has {', '.join(unknown)}; allowed are {', '.join(CONDITIONS)}")
     if guidance_scale != 0 and not guided_conditions:
         raise InputError(
             f"guidance_scale is {guidance_scale}, but these weights were trained without dropping conditions and know "

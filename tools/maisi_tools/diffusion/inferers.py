@@ -82,8 +82,9 @@ class LatentSampler(Inferer):
 class MaskToCT(Inferer):
     """Stage 3: label mask (B, 1, D, H, W) in the MAISI vocabulary -> CT of the same size in [0, 1].
 
-    The mask is padded with 0 to a legal size and the result cropped back; voxels outside the body (label 0) are air
-    (0, that is -1000 HU). Body region and, unless given, spacing are read from the mask.
+    The mask is padded by its edge to a legal size and the result cropped back; voxels outside the body (label 0) are
+    air (0, that is -1000 HU). Unless given, spacing is read from the mask's affine; the body region is read from the
+    labels the weights know, as it was for their training.
 
     Args:
         decoder, scheduler, num_inference_steps: as in :class:`LatentSampler`.
@@ -147,7 +148,7 @@ class MaskToCT(Inferer):
         return affines[:, :3, :3].norm(dim=1).tolist()
 
     def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module) -> Tensor:
-        padded, size = pad_to_multiple(labels, self.multiple, "constant", 0)
+        padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         condition = padded
         if self.keep_labels is not None:
             condition = merge_labels(padded, self.keep_labels, self.merge_labels)

@@ -24,7 +24,7 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
     Raises:
         InputError: no sidecar with such figures.
     """
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     rows: dict[str, dict[str, float]] = {}
     for path in sorted(folder.glob(f"*{suffix}.json")):
         content = json.loads(path.read_text())

@@ -32,10 +32,10 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> Controlle
 
 
 class FitMaskd(MapTransform):
-    """Pads a mask (1, D, H, W) with 0 to the grid of its latent (4, d, h, w), as the image was padded for encoding.
+    """Pads a mask (1, D, H, W) to the grid of its latent (4, d, h, w), by its edge as the image was padded.
 
     Raises:
-        InputError: the mask has not the size of the image that, by its sidecar, the latent stands for.
+        InputError: the mask does not belong to the latent (its size is not that of the image the latent stands for).
     """
 
     def __init__(self, keys: str, latent_key: str) -> None:
@@ -51,5 +51,6 @@ class FitMaskd(MapTransform):
                 f"for {tuple(size)}; encode the CT the mask belongs to, without resampling"
             )
         missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
-        padded = pad(mask.as_tensor(), [width for axis in reversed(missing) for width in (0, axis)])
+        widths = [width for axis in reversed(missing) for width in (0, axis)]
+        padded = pad(mask.as_tensor()[None].float(), widths, mode="replicate")[0]
         return {**data, self.keys[0]: padded}

@@ -12,9 +12,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from maisi_tools.diffusion.conditions import Conditions
-
-CONDITIONS = ("top_region_index_tensor", "bottom_region_index_tensor", "spacing_tensor", "class_labels")
+from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 
 
 class ConditionTensorsd(MapTransform):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,18 @@ import torch
 from monai.transforms import Orientation
 from tqdm import tqdm
 
+from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
+from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
-logger = logging.getLogger(__name__)
+CASES = "cases.json"
+"""The datalist of CTs and regions that ``maisi_vae``'s encode.json takes as its input."""
 
 
 def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, label_map: str | Path) -> list[Path]:
@@ -28,7 +31,8 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
 
     A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
     (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. Masks that are there
-    already are skipped, so an interrupted run can be started again.
+    already are skipped, so an interrupted run can be started again. At the end :data:`CASES` lists the CTs with the
+    body regions their masks show.
 
     Args:
         items: cases with ``image`` and, where there is one, ``label``.
@@ -59,4 +63,13 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
         completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
         mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
         write_volume(path, np.asarray(mask[0]), mask.affine, "uint8")
+    cases = [
+        {
+            "image": str(Path(item["image"]).resolve()),
+            "region": list(region_of(read_volume(path, "mask").unique().tolist())),
+        }
+        for item, path in zip(items, written, strict=True)
+    ]
+    with replacing(folder / CASES) as part:
+        part.write_text(json.dumps(cases, indent=1) + "\n")
     return written

@@ -29,6 +29,9 @@ from maisi_tools.volumes.series import SeriesReader
 
 KINDS = ("ct", "mask", "latent")
 
+LATENT_NEEDS = ("size", "spacing", "scale_factor")
+"""What a latent's sidecar must hold: without it there is no way back to an image."""
+
 NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior")
 """The NRRD spaces that MONAI brings to RAS; it would take any other for RAS unseen."""
 
@@ -78,7 +81,13 @@ def read_volume(path: str | os.PathLike, kind: str, intensity_check: bool = True
     if kind == "mask":
         check_mask_values(values, str(path))
     if kind == "latent":
-        meta["sidecar"] = {name: value for name, value in read_sidecar(path).items() if value is not None}
+        sidecar = read_sidecar(path)
+        if missing := [name for name in LATENT_NEEDS if sidecar.get(name) is None]:
+            raise InputError(
+                f"the sidecar {sidecar_path(path).name} of {path} has no {', '.join(missing)}; allowed is one as the "
+                "encode config writes it: encode the volume again, or add the entries"
+            )
+        meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None}
     meta[ImageMetaKey.FILENAME_OR_OBJ] = str(path)
     # Not by LoadImage, which makes every reader MONAI has, and these warn of decoders that are not installed.
     volume = MetaTensor.ensure_torch_and_prune_meta(values, meta)

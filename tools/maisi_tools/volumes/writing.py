@@ -108,7 +108,7 @@ class WriteVolumed(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_dir, self.suffix, self.dtype = Path(output_dir), suffix, np.dtype(dtype)
+        self.output_dir, self.suffix, self.dtype = Path(output_dir).expanduser(), suffix, np.dtype(dtype)
         self.sidecar, self.stem_key = sidecar, stem_key
 
     def __call__(self, data: Mapping[Any, Any]) -> dict:
