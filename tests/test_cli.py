@@ -48,7 +48,8 @@ def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["picture"])
     assert caught.value.code == 2
-    assert "demo | phantom | preview | weights | datalist | complete_masks" in capsys.readouterr().err
+    listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
+    assert "demo | phantom | preview | weights | datalist | complete_masks" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
