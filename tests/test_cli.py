@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -233,7 +234,7 @@ def test_demo_runs_the_bundle_it_is_given(tmp_path, capfd):
 
     # the command it prints does the same
     (output / "phantom_ct.nii.gz").unlink()
-    subprocess.run(printed.strip().splitlines()[-1], shell=True, check=True, capture_output=True)
+    subprocess.run(shlex.split(printed.strip().splitlines()[-1]), check=True, capture_output=True)
     assert np.asarray(nib.load(output / "phantom_ct.nii.gz").dataobj).max() == 43
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from monai.bundle import ConfigWorkflow
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import find_input_error
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import labels_in_group
 
@@ -90,10 +90,9 @@ def ct_file(save: Callable[..., Path], phantom_ct: np.ndarray) -> Path:
 def cause() -> Callable[[BaseException], BaseException]:
     """The InputError in an exception's chain: MONAI's config parser wraps what its components raise."""
 
-    def cause(error: BaseException | None) -> BaseException:
-        while error is not None and not isinstance(error, InputError):
-            error = error.__cause__ or error.__context__
-        assert error is not None, "no InputError in the chain"
-        return error
+    def cause(error: BaseException) -> BaseException:
+        found = find_input_error(error)
+        assert found is not None, "no InputError in the chain"
+        return found
 
     return cause

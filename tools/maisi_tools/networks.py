@@ -18,6 +18,7 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 from torch import Tensor, nn
 
 from maisi_tools.masks.bits import label_bits
+from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
 
 
@@ -115,7 +116,7 @@ class ControlledUNet(nn.Module):
         batch = mask.shape[0]
         bits = label_bits(mask)
         if latent is None:
-            latent = bits.new_zeros(batch, self.unet.in_channels, *(n // 4 for n in mask.shape[2:]))
+            latent = bits.new_zeros(batch, self.unet.in_channels, *(n // FACTOR for n in mask.shape[2:]))
         if timesteps is None:
             timesteps = latent.new_zeros(batch)
         if class_labels is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
 from maisi_tools.volumes.checks import check_output_size, check_spacing, warn_field_of_view
+from maisi_tools.volumes.latents import FACTOR
 
 REGIONS = tuple(INDICATORS)
 """Body regions from top to bottom; "head" is head and neck, "lower" is pelvis and legs (paper section 3.2)."""
@@ -79,7 +80,7 @@ class Conditions:
             raise InputError(f"spacing is {self.spacing}; give three positive numbers in mm, x, y, z")
         modality_code(self.modality)
 
-    def noise(self, channels: int = 4, factor: int = 4) -> Tensor:
+    def noise(self, channels: int = 4, factor: int = FACTOR) -> Tensor:
         """The initial noise (channels, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
         generator = torch.Generator().manual_seed(int(self.seed))
         return torch.randn(channels, *(n // factor for n in self.size), generator=generator)

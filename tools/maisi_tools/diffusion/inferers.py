@@ -15,7 +15,6 @@ from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_gu
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
-from maisi_tools.volumes.latents import FACTOR
 
 
 class LatentSampler(Inferer):
@@ -159,7 +158,7 @@ class MaskToCT(Inferer):
             modality=self.modality,
             seed=self.seed,
         )
-        noise = conditions.noise(factor=FACTOR)[None].to(labels.device)
+        noise = conditions.noise()[None].to(labels.device)
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
         without = without_conditions(tensors, self.guided_conditions)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
+from maisi_tools.volumes.latents import FACTOR
 
 
 class ConditionTensorsd(MapTransform):
@@ -32,7 +33,7 @@ class ConditionTensorsd(MapTransform):
         latent = data[self.keys[0]]
         sidecar = latent.meta["sidecar"]
         conditions = Conditions(
-            size=tuple(4 * n for n in latent.shape[1:]),
+            size=tuple(FACTOR * n for n in latent.shape[1:]),
             spacing=sidecar["spacing"],
             region=sidecar.get("region") or (),
             modality=sidecar.get("modality", "ct"),
