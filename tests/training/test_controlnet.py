@@ -9,14 +9,19 @@ from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.training.controlnet import FitMaskd, start_from_unet
+from maisi_tools.volumes.grid import latent_affine
 
 
-def item(mask_size, latent_size, sidecar_size=None):
+def item(mask_size, latent_size, sidecar_size=None, image_affine=None, mask_affine=None):
     mask = torch.randint(1, 200, (1, *mask_size), dtype=torch.uint8)
-    latent = torch.zeros(4, *latent_size)
+    affine = latent_affine(np.eye(4) if image_affine is None else image_affine, 4)
     return {
-        "mask": MetaTensor(mask, meta={"filename_or_obj": "case_mask.nii.gz"}),
-        "latent": MetaTensor(latent, meta={"sidecar": {"size": list(sidecar_size or mask_size)}}),
+        "mask": MetaTensor(mask, affine=mask_affine, meta={"filename_or_obj": "case_mask.nii.gz"}),
+        "latent": MetaTensor(
+            torch.zeros(4, *latent_size),
+            affine=torch.as_tensor(affine),
+            meta={"sidecar": {"size": list(sidecar_size or mask_size)}},
+        ),
     }
 
 
@@ -31,10 +36,21 @@ def test_mask_is_padded_by_its_edge_at_the_end(mask_size, latent_size):
     assert np.array_equal(fitted.numpy(), np.pad(data["mask"].numpy(), [(0, 0), *widths], mode="edge"))
 
 
-@pytest.mark.parametrize("size", [(10, 12, 8), (10, 12, 6), (12, 10, 7)])
-def test_mask_of_another_volume_is_refused(size):
-    with pytest.raises(InputError, match=r"case_mask\.nii\.gz .* stands for \(10, 12, 7\); encode the CT"):
-        FitMaskd("mask", "latent")(item(size, (3, 3, 2), sidecar_size=(10, 12, 7)))
+def test_mask_follows_a_ct_that_was_resampled_and_cropped():
+    image_affine = np.diag([0.5, 1.0, 1.0, 1.0])
+    image_affine[:3, 3] = [3.0 - 0.25, 2.0, 1.0]  # twice the resolution along x, from voxel (3, 2, 1) of the mask on
+    data = item((10, 12, 7), (3, 2, 1), sidecar_size=(10, 8, 4), image_affine=image_affine)
+    fitted = FitMaskd("mask", "latent")(data)["mask"]
+    wanted = data["mask"].numpy()[:, 3:8, 2:10, 1:5].repeat(2, axis=1)
+    assert np.array_equal(fitted.numpy(), np.pad(wanted, [(0, 0), (0, 2), (0, 0), (0, 0)], mode="edge"))
+
+
+@pytest.mark.parametrize(("size", "shift"), [((10, 12, 5), 0), ((7, 12, 10), 0), ((10, 12, 7), 4), ((10, 12, 7), -4)])
+def test_mask_of_another_volume_is_refused(size, shift):
+    moved = np.eye(4)
+    moved[1, 3] = shift
+    with pytest.raises(InputError, match=r"case_mask\.nii\.gz .* does not cover .*\(10, 12, 7\).*; encode the CT"):
+        FitMaskd("mask", "latent")(item(size, (3, 3, 2), sidecar_size=(10, 12, 7), mask_affine=torch.as_tensor(moved)))
 
 
 @pytest.fixture

@@ -6,12 +6,15 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from monai.networks.utils import copy_model_state
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, SpatialResample
 from torch.nn.functional import pad
 
 from maisi_tools.errors import InputError
 from maisi_tools.networks import ControlledUNet
+from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
 
@@ -32,25 +35,33 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> Controlle
 
 
 class FitMaskd(MapTransform):
-    """Pads a mask (1, D, H, W) to the grid of its latent (4, d, h, w), by its edge as the image was padded.
+    """Puts a mask (1, D, H, W) on the image grid of its latent (4, d, h, w), padded by its edge as the image was.
+
+    Where the CT was resampled or cropped before it was encoded, the mask follows by nearest-label resampling.
 
     Raises:
-        InputError: the mask does not belong to the latent (its size is not that of the image the latent stands for).
+        InputError: the mask does not belong to the latent (it does not cover the image the latent stands for).
     """
 
     def __init__(self, keys: str, latent_key: str) -> None:
         super().__init__(keys)
         self.latent_key = latent_key
+        self.resample = SpatialResample(mode="nearest", padding_mode="border", align_corners=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         mask, latent = data[self.keys[0]], data[self.latent_key]
-        size = latent.meta["sidecar"]["size"]
-        if list(mask.shape[1:]) != list(size):
+        size = [int(n) for n in latent.meta["sidecar"]["size"]]
+        affine = image_affine(latent.affine, FACTOR)
+        to_mask = np.linalg.inv(np.asarray(mask.affine, dtype=float)) @ affine
+        corners = np.stack([to_mask[:3, 3], (to_mask @ [*(n - 1 for n in size), 1])[:3]])
+        # Resampling rounds the field of view to whole voxels, so the image may reach a voxel further than the mask.
+        if (corners.min(0) < -1).any() or (corners.max(0) > mask.shape[1:]).any():
             raise InputError(
-                f"mask {mask.meta.get('filename_or_obj')} has {tuple(mask.shape[1:])} voxels, but its latent stands "
-                f"for {tuple(size)}; encode the CT the mask belongs to, without resampling"
+                f"mask {mask.meta.get('filename_or_obj')} with {tuple(mask.shape[1:])} voxels does not cover the "
+                f"image of {tuple(size)} voxels that its latent stands for; encode the CT the mask belongs to"
             )
+        image: Any = self.resample(mask.float(), dst_affine=torch.as_tensor(affine), spatial_size=size)
         missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         widths = [width for axis in reversed(missing) for width in (0, axis)]
-        padded = pad(mask.as_tensor()[None].float(), widths, mode="replicate")[0]
+        padded = pad(image.as_tensor()[None], widths, mode="replicate")[0]
         return {**data, self.keys[0]: padded}

@@ -1,0 +1,69 @@
+"""Training patches of a drawn size, place and voxel spacing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import MapTransform, RandomizableTransform, SpatialResample
+
+PLACES_TRIED = 100
+"""How often a place outside the body is drawn again before it is taken: a volume may be all air."""
+
+
+class RandSpacingPatchd(RandomizableTransform, MapTransform):
+    """Cuts a patch of drawn size and drawn voxel spacing around a drawn voxel.
+
+    The autoencoder must serve volumes of any spacing and size: its group norms see a whole volume with much air at
+    inference, so patches vary in size and in their share of air. Patch and resampling are one interpolation
+    (trilinear, the volume's edge repeated outside).
+
+    Args:
+        keys: images (1, D, H, W) in [0, 1], ``MetaTensor`` with an axis-aligned affine.
+        spacing: (lowest, highest) mm for each axis; drawn uniformly and independently.
+        min_size: smallest patch in voxels.
+        max_size: largest patch in voxels.
+        multiple: sizes are multiples of this.
+        foreground: share of the patches whose middle lies in tissue (above ``threshold``).
+        threshold: in the image's intensities.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        spacing: Sequence[Sequence[float]],
+        min_size: Sequence[int],
+        max_size: Sequence[int],
+        multiple: int = 4,
+        foreground: float = 0.85,
+        threshold: float = 0.3,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        self.spacing = np.asarray(spacing, dtype=float)
+        self.min_size = np.asarray(min_size)
+        self.max_size = np.asarray(max_size)
+        self.multiple = multiple
+        self.foreground = foreground
+        self.threshold = threshold
+        self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data[self.keys[0]]
+        size = self.R.randint(self.min_size // self.multiple, self.max_size // self.multiple + 1) * self.multiple
+        spacing = self.R.uniform(self.spacing[:, 0], self.spacing[:, 1])
+        in_tissue = self.R.random_sample() < self.foreground
+        for _ in range(PLACES_TRIED):
+            middle = self.R.randint(0, image.shape[1:])
+            if not in_tissue or image[(0, *middle)] > self.threshold:
+                break
+
+        affine = np.asarray(image.affine, dtype=float)
+        patch = affine.copy()
+        patch[:3, :3] = affine[:3, :3] / np.asarray(image.pixdim) * spacing
+        patch[:3, 3] = (affine @ [*middle, 1])[:3] - patch[:3, :3] @ ((size - 1) / 2)
+        result = dict(data)
+        for key in self.key_iterator(data):
+            result[key] = self.resample(data[key], dst_affine=torch.as_tensor(patch), spatial_size=size.tolist())
+        return result

@@ -1,0 +1,161 @@
+"""Executing a plan: pass by pass, slab by slab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
+from maisi_tools.tsp.nodes import Node, Rows
+from maisi_tools.tsp.plan import Graph, Pass, Plan, Step
+from maisi_tools.tsp.store import DeviceStore, FileStore, HostStore, OutputStore
+
+Tick = Callable[[int, int], None]
+"""Called after every step with (steps done, steps in all)."""
+
+STEPS_IN_FLIGHT = 2
+"""How many steps may be queued on a GPU: the next one's copies run beside this one's computing, no more."""
+
+
+class Execution:
+    """One run of a plan.
+
+    Args:
+        plan: what to do.
+        devices: the steps of a pass are dealt out to them in consecutive ranges.
+    """
+
+    def __init__(self, plan: Plan, devices: Sequence[torch.device]) -> None:
+        self.plan = plan
+        self.graph: Graph = plan.graph
+        self.devices = list(devices)
+        self.stores: dict[Node, DeviceStore] = {}
+        self.wholes: dict[Node, Any] = {}
+        self.moments: dict[Node, Moments] = {}
+        self.results: dict[Node, Any] = {}
+
+    def run(self, outputs: Sequence[Node], tick: Tick | None = None) -> list[Any]:
+        """Return the outputs' values."""
+        total, done = sum(len(part.steps) for part in self.plan.passes), 0
+        try:
+            for part in self.plan.passes:
+                self._open(part)
+                gathered: dict[Node, list[tuple[Rows, Moments]]] = {
+                    t: [] for t in part.targets if t in self.graph.moments
+                }
+                queue: list[Any] = []
+                for number in self._turns(len(part.steps)):
+                    device = self.devices[number * len(self.devices) // len(part.steps)]
+                    self._step(part, part.steps[number], device, gathered)
+                    self._wait(queue, device)
+                    done += 1
+                    if tick is not None:
+                        tick(done, total)
+                for target, found in gathered.items():
+                    found.sort(key=lambda item: item[0])
+                    self.moments[target] = merge([of_slab for _, of_slab in found])
+            return [self.results[node] if node.value is None else node.value for node in outputs]
+        finally:
+            for store in self.stores.values():
+                store.close()
+
+    def _turns(self, steps: int) -> list[int]:
+        """The order of a pass's steps: each device's own range in turn, the devices side by side."""
+        count = len(self.devices)
+        ranges = [[i for i in range(steps) if i * count // steps == d] for d in range(count)]
+        return [own[turn] for turn in range(max(map(len, ranges))) for own in ranges if turn < len(own)]
+
+    def _open(self, part: Pass) -> None:
+        if not part.keep:
+            return
+        for target in part.targets:
+            if target.axis is None:
+                continue
+            place = self.plan.where[target]
+            if place == "output":
+                result = torch.empty(target.shape, dtype=target.dtype, device=self.devices[0])
+                self.results[target] = result
+                self.stores[target] = OutputStore(target, result)
+            else:
+                self.stores[target] = {"device": DeviceStore, "host": HostStore, "disk": FileStore}[place](target)
+
+    def _step(
+        self,
+        part: Pass,
+        step: Step,
+        device: torch.device,
+        gathered: dict[Node, list[tuple[Rows, Moments]]],
+    ) -> None:
+        memo: dict[tuple[Node, int, int], Any] = {}
+        for target, rows in zip(part.targets, step.rows, strict=True):
+            if rows is None:
+                continue
+            slab = self._compute(target, *rows, device, memo)
+            if target.axis is None:
+                self.wholes[target] = slab
+                if target in self.graph.outputs:
+                    self.results[target] = slab
+                continue
+            if target in gathered:
+                gathered[target].append((rows, moments(slab)))
+            if part.keep:
+                self.stores[target].write(rows, _own(slab))
+        del memo
+        for node, rows in step.free:
+            if node.axis is None:
+                self.wholes.pop(node, None)
+            else:
+                self.stores[node].free(rows)
+
+    @staticmethod
+    def _wait(queue: list[Any], device: torch.device) -> None:
+        if device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        queue.append(event)
+        if len(queue) > STEPS_IN_FLIGHT:
+            queue.pop(0).synchronize()
+
+    def _rows(self, node: Node, rows: Rows | None, device: torch.device, memo: dict[Any, Any]) -> Any:
+        """Return rows of a node, read or computed."""
+        if node.value is not None:
+            value = node.value
+            if isinstance(value, list):
+                return value
+            if rows is not None and node.axis is not None:
+                value = value.narrow(node.axis, rows[0], rows[1] - rows[0])
+            return value.to(device)
+        if node in self.wholes:
+            value = self.wholes[node]
+            return value.to(device) if isinstance(value, Tensor) else value
+        a, b = rows or (0, 1)
+        if node in self.stores:
+            return self.stores[node].read((a, b), device)
+        return self._compute(node, a, b, device, memo)
+
+    def _compute(self, node: Node, a: int, b: int, device: torch.device, memo: dict[Any, Any]) -> Any:
+        shared = node in self.graph.shared
+        if shared and (node, a, b) in memo:
+            return memo[node, a, b]
+        if node.value is not None:
+            return self._rows(node, (a, b), device, memo)
+        slabs = [self._rows(given, node.need(k, a, b), device, memo) for k, given in enumerate(node.inputs)]
+        keywords = {} if node.moments_of is None else {"moments": self._moments_of(node.moments_of)}
+        result = node.compute(slabs, a, b, **keywords)
+        if shared:
+            memo[node, a, b] = result
+        return result
+
+    def _moments_of(self, node: Node) -> Moments:
+        if node not in self.moments:
+            self.moments[node] = concatenate([self._moments_of(given) for given in node.inputs])
+        return self.moments[node]
+
+
+def _own(slab: Tensor) -> Tensor:
+    """The slab itself, or a copy where it is a part of a larger one that it would keep alive."""
+    return slab.clone() if slab.untyped_storage().nbytes() > slab.nbytes else slab

@@ -1,0 +1,115 @@
+"""TSP as a MONAI inferer; the only file of the package that knows MONAI."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvolution, MaisiGroupNorm3D
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from tqdm import tqdm
+
+from maisi_tools.tsp.plan import Plan
+from maisi_tools.tsp.run import Call, Report, Settings
+
+
+class TSPInferer(Inferer):
+    """Runs a network on volumes larger than memory: what the unsplit network computes, slab by slab.
+
+    A drop-in for :class:`monai.inferers.SlidingWindowInferer` without its windows: convolutions see their halo and
+    norms the whole volume's statistics, so the result is the unsplit network's to float rounding, whatever the split.
+
+    Args:
+        splits: slabs for each step of the network; None plans them, and where results are kept, from ``memory_limit``.
+        axis: 0, 1 or 2, the axis of the volume that is split; None takes the longest.
+        memory_limit: what inputs, weights, results and working memory may take together on the device, "12GiB" or
+            bytes; None is what the device has free.
+        offload: where results go that do not fit: "host" memory, "disk" (a temporary file in ``TMPDIR``), "none", or
+            "auto", which is the host for a GPU and the disk for a CPU.
+        dtype: type to compute in, as ``torch.bfloat16``; statistics stay float32. None keeps the network's.
+        devices: the slabs are dealt out to these devices; weights are copied there. None is the input's device.
+        progress: show a progress bar.
+
+    Attributes:
+        report: what the last call did (:class:`maisi_tools.tsp.run.Report`).
+    """
+
+    def __init__(
+        self,
+        splits: int | None = None,
+        axis: int | None = None,
+        memory_limit: str | int | None = None,
+        offload: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        devices: Sequence[str | torch.device] | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        self.settings = Settings(splits, axis, memory_limit, offload, dtype, devices)  # type: ignore[arg-type]
+        self.progress = progress
+        self.report: Report | None = None
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return ``network(inputs, *args, **kwargs)``; ``network`` is a module or a function such as its ``decode``.
+
+        Tensors among the arguments with as many dimensions as ``inputs`` are split with it.
+
+        Raises:
+            TSPError: the network is in training mode, gradients are wanted, or it writes into views.
+            MemoryLimitError: the limit cannot be met; raised before anything is computed.
+        """
+        call = self._record(network, (inputs, *args), kwargs, dry=False)
+        with tqdm(desc="computing slabs", unit="slab", delay=2, disable=not self.progress, leave=False) as bar:
+
+            def tick(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            result = call.run(tick)
+        self.report = call.report()
+        if isinstance(inputs, MetaTensor):
+            return tree_map(lambda leaf: _with_meta(leaf, inputs), result)
+        return result
+
+    def plan(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+        """Return how the call would be computed, without computing it; ``print`` shows it as a table.
+
+        ``inputs`` and the network may be on the "meta" device, where nothing is allocated.
+
+        Raises:
+            TSPError, MemoryLimitError: as the call would.
+        """
+        return self._record(network, (inputs, *args), kwargs, dry=True).make_plan()
+
+    def _record(self, network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dry: bool) -> Call:
+        args, kwargs = tree_map(_plain, (args, kwargs))
+        with plain_maisi_modules():
+            return Call(self.settings, network, args, kwargs, dry)
+
+
+@contextlib.contextmanager
+def plain_maisi_modules() -> Iterator[None]:
+    """Let MAISI's convolution and group norm be what they compute, without their own splitting, loops and casts."""
+    with (
+        patch.object(MaisiConvolution, "forward", lambda self, x: self.conv(x)),
+        patch.object(MaisiGroupNorm3D, "forward", nn.GroupNorm.forward),
+    ):
+        yield
+
+
+def _plain(value: Any) -> Any:
+    return value.as_tensor() if isinstance(value, MetaTensor) else value
+
+
+def _with_meta(value: Any, like: MetaTensor) -> Any:
+    return (
+        MetaTensor(value, meta=like.meta, applied_operations=like.applied_operations)
+        if isinstance(value, Tensor)
+        else value
+    )

@@ -1,0 +1,64 @@
+"""Mean and variance of a volume from its slabs: two-pass sums in float32, merged in float64.
+
+Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979): the merge
+of (count, mean, sum of squared deviations) of two parts is exact in exact arithmetic and stable in floating point,
+which sums of squares are not. The moments are kept for every channel, so the groups of any group norm, and the
+channels of concatenated volumes, can be formed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations M2 of every channel: ``mean`` and ``m2`` are (B, C), float64."""
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return mean and (biased) variance of each channel's group of channels, both (B, C) float64."""
+        batch, channels = self.mean.shape
+        mean = self.mean.reshape(batch, groups, -1)
+        centre = mean.mean(-1, keepdim=True)
+        between = (mean - centre).square().mean(-1, keepdim=True)
+        within = self.m2.reshape(batch, groups, -1).mean(-1, keepdim=True) / self.count
+        shape = (batch, groups, channels // groups)
+        return centre.expand(shape).reshape(batch, channels), (within + between).expand(shape).reshape(batch, channels)
+
+
+def moments(slab: Tensor) -> Moments:
+    """Return the moments of a slab (B, C, ...) over all positions; the sums are float32 around a first mean."""
+    positions = tuple(range(2, slab.ndim))
+    values = slab.float()
+    count = values.shape[2:].numel()
+    first = values.mean(positions, keepdim=True)
+    deviation = values - first
+    rest = deviation.mean(positions).double()
+    squares = deviation.square_().sum(positions).double()
+    return Moments(count, first.reshape(rest.shape).double() + rest, squares - count * rest.square())
+
+
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of all parts together; the result depends on their order in the last bits only."""
+    count = sum(part.count for part in parts)
+    weights = torch.tensor([part.count / count for part in parts], dtype=torch.float64).reshape(-1, 1, 1)
+    means = torch.stack([part.mean.cpu() for part in parts])
+    mean = (weights * means).sum(0)
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64).reshape(-1, 1, 1)
+    m2 = torch.stack([part.m2.cpu() for part in parts]).sum(0) + (counts * (means - mean).square()).sum(0)
+    return Moments(count, mean, m2)
+
+
+def concatenate(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of volumes joined along the channels."""
+    return Moments(
+        parts[0].count, torch.cat([part.mean for part in parts], 1), torch.cat([part.m2 for part in parts], 1)
+    )

@@ -1,0 +1,196 @@
+"""The recorded computation: an immutable graph whose nodes know how to compute any range of their rows.
+
+*Rows* are the positions along one dimension of a tensor, its *axis*. A node with an axis is a volume that can be
+computed row range by row range; a node without one is *whole*: it is computed in one go.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rows = tuple[int, int]
+"""Rows ``a <= row < b`` of a volume."""
+
+Need = Callable[[int, int, int], Rows | None]
+"""``need(k, a, b)``: the rows of input ``k`` that output rows ``a..b`` are computed from; None is all of a whole."""
+
+_serial = itertools.count()
+
+
+def same_rows(k: int, a: int, b: int) -> Rows:
+    """The need of an operation that treats every row by itself."""
+    return a, b
+
+
+class Constants:
+    """Parameters and other plain tensors, copied once to each device and type they are used with.
+
+    One object serves one call of the network, so a weight that changes between calls is read anew.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def get(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``tensor`` on ``device`` and, where given, as ``dtype``."""
+        dtype = dtype or tensor.dtype
+        if tensor.device == device and tensor.dtype == dtype:
+            return tensor
+        key = (id(tensor), device, dtype)
+        if key not in self._copies:  # the original is kept too, so that its id stays its own
+            copy = torch.empty_like(tensor, device=device, dtype=dtype) if device.type == "meta" else None
+            self._copies[key] = (tensor, tensor.detach().to(device, dtype) if copy is None else copy)
+        return self._copies[key][1]
+
+
+class Node:
+    """One operation and its result's shape.
+
+    Args:
+        name: of the operation, for reports.
+        inputs: the nodes it reads.
+        shape: of the whole result.
+        dtype: of the result.
+        axis: the dimension whose positions are rows; None for a whole.
+        need: which rows of the inputs a range of output rows needs.
+        compute: ``compute(slabs, a, b)`` with the needed rows of each input -> output rows ``a..b``. A slab that is
+            exclusively the caller's (see ``reuse``) may be overwritten.
+        cost: floating point operations per output element; 0 for what only moves or scales numbers. Results of
+            operations with a cost are worth keeping.
+        elementwise: every element of the result depends on the elements at the same place of the inputs.
+        moments_of: for a normalisation, the node whose per-channel moments it needs; ``compute`` then takes them as a
+            keyword ``moments``.
+        channel_concat: the inputs are joined along dimension 1, so that moments join, too.
+        ruled: False for an operation without a rule, which ran on the gathered tensor.
+    """
+
+    __slots__ = (
+        "axis",
+        "channel_concat",
+        "compute",
+        "cost",
+        "dtype",
+        "elementwise",
+        "inputs",
+        "moments_of",
+        "name",
+        "need",
+        "ruled",
+        "serial",
+        "shape",
+        "value",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[Node],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        axis: int | None,
+        compute: Callable[..., Any],
+        need: Need = same_rows,
+        cost: float = 0.0,
+        elementwise: bool = False,
+        moments_of: Node | None = None,
+        channel_concat: bool = False,
+        ruled: bool = True,
+        value: Tensor | None = None,
+    ) -> None:
+        self.serial = next(_serial)
+        self.name = name
+        self.inputs = tuple(inputs)
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.axis = axis
+        self.need = need
+        self.compute = compute
+        self.cost = cost
+        self.elementwise = elementwise
+        self.moments_of = moments_of
+        self.channel_concat = channel_concat
+        self.ruled = ruled
+        self.value = value
+
+    @property
+    def rows(self) -> int:
+        """How many rows the volume has; 1 for a whole."""
+        return 1 if self.axis is None else self.shape[self.axis]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; of all of it for a whole."""
+        return self.shape.numel() // max(self.rows, 1) * self.dtype.itemsize
+
+    @property
+    def row_flop(self) -> float:
+        """Floating point operations to compute one row from the inputs."""
+        return self.cost * (self.shape.numel() // max(self.rows, 1))
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {tuple(self.shape)} axis {self.axis}>"
+
+
+def source(tensor: Tensor, axis: int | None) -> Node:
+    """Return the node of a tensor that exists already."""
+
+    def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
+        return tensor if axis is None else tensor.narrow(axis, a, b - a)
+
+    return Node("source", (), tensor.shape, tensor.dtype, axis, compute, value=tensor)
+
+
+def split(whole: Node, axis: int) -> Node:
+    """Return a whole node's result as a volume with rows along ``axis``."""
+    if whole.value is not None:
+        return source(whole.value, axis)
+
+    def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
+        return slabs[0].narrow(axis, a, b - a)
+
+    def need(k: int, a: int, b: int) -> None:
+        return None
+
+    return Node("split", (whole,), whole.shape, whole.dtype, axis, compute, need)
+
+
+def gathered(
+    name: str,
+    inputs: Sequence[Node],
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
+    compute: Callable[..., Any],
+) -> list[Node]:
+    """Return the results of an operation that takes all rows of its inputs at once: one whole for each shape."""
+    inputs = tuple(inputs)
+
+    def need(k: int, a: int, b: int) -> Rows | None:
+        return None if inputs[k].axis is None else (0, inputs[k].rows)
+
+    if len(shapes) == 1:
+        return [Node(name, inputs, shapes[0], dtypes[0], None, compute, need, ruled=False)]
+    size = sum(shape.numel() for shape in shapes)
+    together = Node(name, inputs, (size,), dtypes[0], None, compute, need, ruled=False)
+
+    def none(k: int, a: int, b: int) -> None:
+        return None
+
+    def result(place: int) -> Callable[..., Any]:
+        return lambda slabs, a, b: slabs[0][place]
+
+    return [
+        Node(f"{name}[{i}]", (together,), shape, dtype, None, result(i), none)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+
+
+def clamp(lo: float, hi: float, rows: int) -> Rows:
+    """Return the part of rows ``lo..hi`` that exists; at least one row, so that a slab is never empty."""
+    a = min(max(math.floor(lo), 0), rows - 1)
+    return a, max(min(math.ceil(hi), rows), a + 1)

@@ -1,0 +1,425 @@
+"""Planning: which results are kept, where, and in how thin slabs they are computed, so that memory stays in bounds.
+
+The graph is computed in *passes*. A pass goes over the rows of one result (sometimes of two that read the same input),
+slab by slab, and keeps them; everything between two kept results is computed on the way and forgotten with the slab. A
+slab of a kept result is freed as soon as no later step reads it.
+
+Kept are results that are costly to compute (convolutions) and wanted more than once: as an output, by several readers,
+with halo, or first for their statistics and then normalised. The rest (norms, activations, padding, interpolation,
+concatenation, residual sums) is cheap and is computed again for each slab that needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from maisi_tools.tsp.errors import MemoryLimitError
+from maisi_tools.tsp.nodes import Node, Rows
+
+SLAB_BYTES = {"cpu": 24 * 2**20}
+"""How large a slab may be by default. On a CPU: small enough that the C library takes it from memory it already has
+(over 32 MiB it asks the system for fresh pages each time, about 0.5 s per GB)."""
+
+GPU_SLAB_BYTES = 512 * 2**20
+"""The same on a GPU: large enough to keep it busy, and far below 2**31 elements."""
+
+HALO_ROWS = 4
+"""Slabs are not made thinner than this before results are moved off the device: a thin slab is mostly halo."""
+
+
+@dataclass
+class Step:
+    """One slab of a pass: the rows of each target, what is read for them, and what is free afterwards."""
+
+    rows: list[Rows | None]
+    reads: dict[Node, Rows]
+    work: int
+    flop: float
+    free: list[tuple[Node, Rows]] = field(default_factory=list)
+
+
+@dataclass
+class Pass:
+    """Steps over the rows of the targets; ``keep`` False where only a target's moments are wanted."""
+
+    targets: list[Node]
+    keep: bool
+    steps: list[Step] = field(default_factory=list)
+
+
+class Graph:
+    """What has to be computed for the outputs, whatever the slabs.
+
+    Attributes:
+        order: the nodes, inputs before readers.
+        kept: nodes whose result is stored (or, for wholes, held) until its last reader.
+        moments: nodes whose moments are gathered while their rows are computed.
+        passes: (targets, keep) in order.
+    """
+
+    def __init__(self, outputs: Sequence[Node]) -> None:
+        self.outputs = [node for node in dict.fromkeys(outputs) if node.value is None]
+        self.order = _order(self.outputs)
+        self.readers: dict[Node, list[Node]] = {node: [] for node in self.order}
+        for node in self.order:
+            for given in dict.fromkeys(node.inputs):
+                if given in self.readers:
+                    self.readers[given].append(node)
+        self.normalised = dict.fromkeys(node.moments_of for node in self.order if node.moments_of is not None)
+        self.moments = list(dict.fromkeys(part for node in self.normalised for part in parts(node)))
+        self.kept = self._kept()
+        self.shared = {node for node in self.order if len(self.readers[node]) > 1 and node not in self.kept}
+        self.passes: list[tuple[list[Node], bool]] = [
+            ([node], node in self.kept) for node in sorted({*self.kept, *self.moments}, key=lambda n: n.serial)
+        ]
+        self._compute_early()
+
+    def _kept(self) -> set[Node]:
+        kept: set[Node] = set()
+        pending: set[Node] = set()
+        for node in self.order:
+            if node.value is not None:
+                continue
+            if node in self.outputs or node.axis is None:
+                kept.add(node)
+                continue
+            if not node.cost and not any(given in pending for given in node.inputs):
+                continue
+            readers = self.readers[node]
+            absorbed = (
+                len(readers) == 1
+                and readers[0].elementwise
+                and readers[0].shape == node.shape
+                and node not in self.normalised
+                and not any(node in parts(other) for other in self.normalised)
+            )
+            (pending if absorbed else kept).add(node)
+        return kept
+
+    def reads(self, target: Node) -> set[Node]:
+        """The kept nodes that a node is computed from."""
+        found: set[Node] = set()
+        stack = list(target.inputs)
+        while stack:
+            node = stack.pop()
+            if node in self.kept:
+                found.add(node)
+            else:
+                stack += node.inputs
+        return found
+
+    def _compute_early(self) -> None:
+        """Keep a residual block's 1x1 shortcut in the pass that reads its input last, so that a wider input can go."""
+        last: dict[Node, list[int]] = {}
+        for number, (targets, _) in enumerate(self.passes):
+            for node in self.reads(targets[0]):
+                last.setdefault(node, []).append(number)
+        for node in self.order:
+            if node in self.kept or not node.cost or node.axis is None:
+                continue
+            inputs = self.reads(node)
+            others = {n: [k for k in last.get(n, ()) if not self._within(node, k)] for n in inputs}
+            if not inputs or not all(others.values()):
+                continue
+            number = max(max(numbers) for numbers in others.values())
+            later = [k for n in inputs for k in last[n] if k > number]
+            goes = sum(_size(n) for n in inputs if n not in self.outputs)
+            ready = self._ready(node)
+            target = self.passes[number][0][0]
+            if later and _size(node) < goes and ready < number and target.axis == node.axis and target in self.kept:
+                self.kept.add(node)
+                self.passes[number][0].append(node)
+
+    def _within(self, node: Node, number: int) -> bool:
+        """Whether a pass computes ``node`` on its way."""
+        stack = list(self.passes[number][0])
+        while stack:
+            current = stack.pop()
+            if current is node:
+                return True
+            stack += [given for given in current.inputs if given not in self.kept]
+        return False
+
+    def _ready(self, node: Node) -> int:
+        """The number of the last pass that must be over before ``node`` can be computed."""
+        wanted = self.reads(node)
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current.moments_of is not None:
+                wanted |= set(parts(current.moments_of))
+            stack += [given for given in current.inputs if given not in self.kept]
+        numbers = [k for k, (targets, _) in enumerate(self.passes) if wanted & set(targets)]
+        return max(numbers, default=-1)
+
+
+class Plan:
+    """A graph with slabs and places: every step of every pass, and what it takes.
+
+    Attributes:
+        passes: what is computed, in order.
+        where: kept volume -> "device", "host", "disk" or "output" (the tensor that is returned).
+        peak: bytes on the device at the worst moment.
+        flop: floating point operations, those done twice in halos included.
+        moved: bytes written to, and read from, host memory or disk.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        base: int,
+        slab_bytes: int,
+        splits: int | None = None,
+        away: Iterable[Node] = (),
+        to: str = "host",
+        in_flight: int = 1,
+    ) -> None:
+        self.graph = graph
+        self.base = base
+        self.splits = splits
+        self.slab_bytes = slab_bytes
+        away = set(away)
+        self.where = {
+            node: "output" if node in graph.outputs else to if node in away else "device" for node in graph.kept
+        }
+        self.passes = [Pass(targets, keep) for targets, keep in graph.passes]
+        for done in self.passes:
+            self._divide(done)
+        self._free()
+        self.peak, self.peak_alive, self.moved = self._simulate(in_flight)
+        self.flop = sum(step.flop for done in self.passes for step in done.steps)
+
+    def _divide(self, done: Pass) -> None:
+        rows = max(target.rows for target in done.targets)
+        if self.splits is None:
+            widest = max(self._probe(done, [(0, target.rows) for target in done.targets])[1], 1)
+            steps = math.ceil(widest / self.slab_bytes)
+        else:
+            steps = self.splits
+        steps = max(1, min(steps, rows))
+        for i in range(steps):
+            ranges: list[Rows | None] = []
+            for target in done.targets:
+                a, b = target.rows * i // steps, target.rows * (i + 1) // steps
+                ranges.append((a, b) if a < b else None)
+            done.steps.append(self._probe(done, ranges)[0])
+
+    def _probe(self, done: Pass, ranges: Sequence[Rows | None]) -> tuple[Step, int]:
+        probe = _Probe(self.graph)
+        held = 0
+        for target, rows in zip(done.targets, ranges, strict=True):
+            if rows is not None:
+                held += probe.compute(target, *rows, held)
+        return Step(list(ranges), probe.reads, probe.top, probe.flop), probe.widest
+
+    def _free(self) -> None:
+        """Note after which step each slab is read for the last time."""
+        last = {}
+        for done in self.passes:
+            for step in done.steps:
+                for node in step.reads:
+                    last[node] = done
+        slabs = {
+            target: [step.rows[place] for step in done.steps if step.rows[place] is not None]
+            for done in self.passes
+            if done.keep
+            for place, target in enumerate(done.targets)
+        }
+        for node, done in last.items():
+            if self.where[node] == "output":
+                continue
+            for rows in slabs[node]:
+                assert rows is not None
+                final = done.steps[0]
+                for step in done.steps:
+                    a, b = step.reads.get(node, (0, 0))
+                    if a < rows[1] and b > rows[0]:
+                        final = step
+                final.free.append((node, rows))
+
+    def _simulate(self, in_flight: int) -> tuple[int, dict[Node, int], tuple[int, int]]:
+        alive: dict[Node, int] = {}
+        peak, at_peak = self.base, {}
+        written = read = 0
+        for done in self.passes:
+            for target in done.targets:
+                if done.keep and self.where[target] == "output":
+                    alive[target] = _size(target)
+            for step in done.steps:
+                now = self.base + sum(alive.values()) + step.work * in_flight
+                if now > peak:
+                    peak, at_peak = now, dict(alive)
+                for node, rows in step.reads.items():
+                    if self.where[node] in ("host", "disk"):
+                        read += (rows[1] - rows[0]) * node.row_bytes
+                for target, span in zip(done.targets, step.rows, strict=True):
+                    if not done.keep or span is None:
+                        continue
+                    size = (span[1] - span[0]) * target.row_bytes
+                    if self.where[target] == "device":
+                        alive[target] = alive.get(target, 0) + size
+                    elif self.where[target] != "output":
+                        written += size
+                for node, rows in step.free:
+                    if node in alive:
+                        alive[node] -= (rows[1] - rows[0]) * node.row_bytes
+        return peak, at_peak, (written, read)
+
+    def __str__(self) -> str:
+        lines = [f"{'computed':<44}{'rows':>6}{'slabs':>7}{'size':>11}  kept"]
+        for done in self.passes:
+            for target in done.targets:
+                name = f"{target.name} {'x'.join(map(str, target.shape))}"
+                place = self.where[target] if done.keep else "no, its moments only"
+                size = format_bytes(_size(target))
+                lines.append(f"{name:<44}{target.rows:>6}{len(done.steps):>7}{size:>11}  {place}")
+        lines.append(f"peak on the device {format_bytes(self.peak)}, {self.flop / 1e9:,.1f} GFLOP")
+        if any(self.moved):
+            lines.append(f"moved off the device {format_bytes(self.moved[0])}, read back {format_bytes(self.moved[1])}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    outputs: Sequence[Node],
+    device_type: str,
+    base: int = 0,
+    splits: int | None = None,
+    limit: int | None = None,
+    offload: str = "auto",
+) -> Plan:
+    """Return the first plan under the limit, from the fastest to the leanest.
+
+    Args:
+        outputs: what is to be computed.
+        device_type: "cpu" or "cuda".
+        base: bytes that are on the device anyway (inputs, weights).
+        splits: steps a pass; None chooses them by bytes.
+        limit: bytes on the device; None for no limit.
+        offload: "host", "disk", "none", or "auto", which is the host's memory for a GPU and the disk for a CPU.
+
+    Raises:
+        MemoryLimitError: no plan is under the limit; the message names the least limit that would do.
+    """
+    graph = Graph(outputs)
+    to = {"auto": "disk" if device_type == "cpu" else "host"}.get(offload, offload)
+    slab_bytes = SLAB_BYTES.get(device_type, GPU_SLAB_BYTES)
+    flights = 1 if device_type == "cpu" else 2  # a GPU's steps are queued ahead of what it computes
+    plan = Plan(graph, base, slab_bytes, splits, in_flight=flights)
+    if limit is None:
+        return plan
+    widest = max((node.row_bytes for node in graph.order if node.axis is not None), default=1)
+    thinner = [slab_bytes]
+    while splits is None and thinner[-1] > widest:
+        thinner.append(thinner[-1] // 2)
+    thick = [size for size in thinner if size == slab_bytes or size >= HALO_ROWS * widest]
+    for size in thick:
+        plan = Plan(graph, base, size, splits, in_flight=flights)
+        if plan.peak <= limit:
+            return plan
+    if to != "none":
+        for size in thinner[len(thick) - 1 :]:
+            away: set[Node] = set()
+            while True:
+                plan = Plan(graph, base, size, splits, away, to, flights)
+                if plan.peak <= limit:
+                    return plan
+                alive = {
+                    n: held for n, held in plan.peak_alive.items() if plan.where[n] == "device" and n.axis is not None
+                }
+                if not any(alive.values()):
+                    break
+                away.add(max(alive, key=lambda node: alive[node]))
+    least = _least(graph, base, thinner[-1], splits, to, flights)
+    raise MemoryLimitError(
+        f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)}"
+        + (" with this number of splits; splits=None plans thinner slabs" if splits is not None else "")
+        + ("; offload='auto' needs less, by moving results off the device" if to == "none" else "")
+    )
+
+
+def _least(graph: Graph, base: int, slab_bytes: int, splits: int | None, to: str, flights: int) -> int:
+    away = {node for node in graph.kept if node.axis is not None} if to != "none" else set()
+    return Plan(graph, base, slab_bytes, splits, away, to, flights).peak
+
+
+class _Probe:
+    """Goes through one step without values: what is read, held at most, and computed."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.reads: dict[Node, Rows] = {}
+        self.top = 0
+        self.widest = 0
+        self.flop = 0.0
+        self._shared: set[tuple[Node, int, int]] = set()
+        self._held = 0
+
+    def visit(self, node: Node, a: int, b: int, base: int) -> int:
+        """Note what rows ``a..b`` take; return the bytes of the result."""
+        if node.value is not None:
+            return 0
+        if node not in self.graph.kept:
+            return self.compute(node, a, b, base)
+        seen = self.reads.get(node, (a, b))
+        self.reads[node] = (min(a, seen[0]), max(b, seen[1]))
+        if node.axis is None:
+            return 0
+        size = (b - a) * node.row_bytes  # a copy, where the rows span several slabs
+        self.top = max(self.top, self._held + base + size)
+        return size
+
+    def compute(self, node: Node, a: int, b: int, base: int) -> int:
+        """The same for a node that is computed in this step."""
+        if (node, a, b) in self._shared:
+            return 0
+        held = 0
+        for k, given in enumerate(node.inputs):
+            rows = node.need(k, a, b)
+            held += self.visit(given, *(rows or (0, 1)), base + held)
+        size = (b - a) * node.row_bytes
+        # Convolution libraries copy both sides into a layout of their own.
+        work = held + size if node.cost else 0
+        self.top = max(self.top, self._held + base + held + size + work)
+        self.widest = max(self.widest, size, held // max(len(node.inputs), 1))
+        self.flop += (b - a) * node.row_flop
+        if node in self.graph.shared:
+            self._shared.add((node, a, b))
+            self._held += size
+            return 0
+        return size
+
+
+def parts(node: Node) -> list[Node]:
+    """The nodes whose moments make up a node's: those joined along the channels, or itself."""
+    if node.channel_concat and node.value is None:
+        return [part for given in node.inputs for part in parts(given)]
+    return [node]
+
+
+def format_bytes(count: float) -> str:
+    """Return a size for people: 1.50 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _size(node: Node) -> int:
+    return node.rows * node.row_bytes
+
+
+def _order(outputs: Sequence[Node]) -> list[Node]:
+    found: set[Node] = set()
+    stack = list(outputs)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            if node.value is None:
+                stack += node.inputs
+                if node.moments_of is not None:
+                    stack.append(node.moments_of)
+    return sorted(found, key=lambda node: node.serial)

@@ -1,0 +1,151 @@
+"""Where the rows of stored results live: on the device, in the host's memory, or in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maisi_tools.tsp.nodes import Node, Rows
+
+
+def rows_first(slab: Tensor, axis: int) -> tuple[Tensor, list[int]]:
+    """Return the slab with its axis first and contiguous, so that any range of rows is one piece, and the way back.
+
+    The other dimensions keep their order in memory, so a channels-last slab comes back channels-last.
+    """
+    others = sorted((d for d in range(slab.ndim) if d != axis), key=slab.stride, reverse=True)
+    order = [axis, *others]
+    return slab.permute(order).contiguous(), [order.index(d) for d in range(slab.ndim)]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class DeviceStore:
+    """Rows on the devices that computed them, slab by slab, so that each slab can be freed on its own."""
+
+    def __init__(self, node: Node) -> None:
+        assert node.axis is not None
+        self.axis = node.axis
+        self.slabs: dict[Rows, Any] = {}
+
+    def write(self, rows: Rows, slab: Tensor) -> None:
+        """Keep the rows."""
+        self.slabs[rows] = self._put(slab)
+
+    def read(self, rows: Rows, device: torch.device) -> Tensor:
+        """Return the rows on a device; a view of what is kept where that is one piece."""
+        a, b = rows
+        parts = []
+        for (lo, hi), kept in sorted(self.slabs.items(), key=lambda item: item[0]):
+            if lo < b and hi > a:
+                first, last = max(a, lo), min(b, hi)
+                parts.append(self._get(kept, first - lo, last - first, device))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+    def free(self, rows: Rows) -> None:
+        """Forget a slab."""
+        del self.slabs[rows]
+
+    def close(self) -> None:
+        """Give back what is held beside the slabs."""
+
+    def _put(self, slab: Tensor) -> Any:
+        return slab
+
+    def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
+        return kept.narrow(self.axis, start, length).to(device)
+
+
+class HostStore(DeviceStore):
+    """Rows in pinned host memory; copies run on streams of their own, beside the computing."""
+
+    _streams: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Stream]] = {}
+
+    @classmethod
+    def streams(cls, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+        """Return the streams for copies out of and into the device."""
+        if device not in cls._streams:
+            cls._streams[device] = (torch.cuda.Stream(device), torch.cuda.Stream(device))
+        return cls._streams[device]
+
+    def _put(self, slab: Tensor) -> Any:
+        out, _ = self.streams(slab.device)
+        rows, order = rows_first(slab, self.axis)
+        copy = torch.empty_like(rows, device="cpu", pin_memory=True)
+        out.wait_stream(torch.cuda.current_stream(slab.device))
+        with torch.cuda.stream(out):
+            copy.copy_(rows, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(out)
+        rows.record_stream(out)  # its memory may be used again only after the copy
+        return copy, order, done
+
+    def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
+        copy, order, done = kept
+        _, into = self.streams(device)
+        into.wait_event(done)
+        with torch.cuda.stream(into):
+            rows = copy.narrow(0, start, length).to(device, non_blocking=True)
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(into)
+        rows.record_stream(current)
+        return rows.permute(order)
+
+
+class FileStore(DeviceStore):
+    """Rows in an unnamed temporary file (in ``TMPDIR``), read and written without being mapped into memory."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node)
+        self.file = tempfile.TemporaryFile(buffering=0)
+        self.end = 0
+
+    def _put(self, slab: Tensor) -> Any:
+        rows, order = rows_first(slab, self.axis)
+        start = self.end
+        self.file.seek(start)
+        data = _bytes(rows.cpu())
+        while len(data):
+            data = data[self.file.write(data) :]
+        self.end = self.file.tell()
+        return start, order, rows.shape[1:], rows.dtype
+
+    def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
+        offset, order, shape, dtype = kept
+        rows = torch.empty((length, *shape), dtype=dtype)
+        self.file.seek(offset + start * shape.numel() * dtype.itemsize)
+        data = _bytes(rows)
+        while len(data):
+            got = self.file.readinto(data)  # type: ignore[attr-defined]
+            if not got:
+                raise OSError("the temporary file of an offloaded volume was cut short")
+            data = data[got:]
+        return rows.permute(order).to(device)
+
+    def close(self) -> None:
+        """Remove the file."""
+        self.file.close()
+
+
+class OutputStore(DeviceStore):
+    """The rows of a result, written straight into the tensor that is returned."""
+
+    def __init__(self, node: Node, tensor: Tensor) -> None:
+        super().__init__(node)
+        self.tensor = tensor
+
+    def write(self, rows: Rows, slab: Tensor) -> None:
+        """Copy the rows into their place."""
+        self.tensor.narrow(self.axis, rows[0], rows[1] - rows[0]).copy_(slab)
+
+    def read(self, rows: Rows, device: torch.device) -> Tensor:
+        """Return a view of the rows."""
+        return self.tensor.narrow(self.axis, rows[0], rows[1] - rows[0]).to(device)
+
+    def free(self, rows: Rows) -> None:
+        """Nothing is freed: the tensor is the caller's."""
