@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
 from maisi_tools.tsp.nodes import Node, Rows
-from maisi_tools.tsp.plan import Graph, Pass, Plan, Step
+from maisi_tools.tsp.plan import Graph, Pass, Plan, Step, is_given
+from maisi_tools.tsp.ranks import Ranks, Shard
 from maisi_tools.tsp.store import DeviceStore, FileStore, HostStore, OutputStore
 
 Tick = Callable[[int, int], None]
@@ -26,16 +27,33 @@ class Execution:
     Args:
         plan: what to do.
         devices: the steps of a pass are dealt out to them in consecutive ranges.
+        ranks: the plan's ranks, where there are several.
+        given: the tensors of given nodes, on the rank that holds them.
+        gather: return whole results on every rank, not each rank's :class:`~maisi_tools.tsp.ranks.Shard`.
     """
 
-    def __init__(self, plan: Plan, devices: Sequence[torch.device]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        devices: Sequence[torch.device],
+        ranks: Ranks | None = None,
+        given: Mapping[Node, Tensor] | None = None,
+        gather: bool = True,
+    ) -> None:
         self.plan = plan
+        self.ranks = ranks
+        self.gather = gather
         self.graph: Graph = plan.graph
         self.devices = list(devices)
         self.stores: dict[Node, DeviceStore] = {}
         self.wholes: dict[Node, Any] = {}
         self.moments: dict[Node, Moments] = {}
         self.results: dict[Node, Any] = {}
+        for node in plan.graph.kept:
+            if is_given(node):
+                self.stores[node] = store = DeviceStore(node)
+                if node in (given or {}):
+                    store.write((0, node.rows), (given or {})[node])
 
     def run(self, outputs: Sequence[Node], tick: Tick | None = None) -> list[Any]:
         """Return the outputs' values."""
@@ -43,6 +61,7 @@ class Execution:
         try:
             for part in self.plan.passes:
                 self._open(part)
+                self._exchange(part)
                 gathered: dict[Node, list[tuple[Rows, Moments]]] = {
                     t: [] for t in part.targets if t in self.graph.moments
                 }
@@ -55,12 +74,61 @@ class Execution:
                     if tick is not None:
                         tick(done, total)
                 for target, found in gathered.items():
-                    found.sort(key=lambda item: item[0])
-                    self.moments[target] = merge([of_slab for _, of_slab in found])
-            return [self.results[node] if node.value is None else node.value for node in outputs]
+                    self._merge(target, found)
+                for store in self.stores.values():
+                    store.lent.clear()
+            return [self._result(node) for node in outputs]
         finally:
             for store in self.stores.values():
                 store.close()
+
+    def _exchange(self, part: Pass) -> None:
+        """Send and fetch the rows that this pass reads across the ranks' borders."""
+        if self.ranks is None:
+            return
+        sent, received = [], []
+        for message in part.messages:
+            store = self.stores[message.node]
+            if message.source == self.ranks.rank:
+                sent.append((message.target, store.read(message.rows, self.devices[0]).contiguous()))
+            elif message.target == self.ranks.rank:
+                shape = list(message.node.shape)
+                shape[store.axis] = message.rows[1] - message.rows[0]
+                store.lent[message.rows] = torch.empty(shape, dtype=message.node.dtype, device=self.devices[0])
+                received.append((message.source, store.lent[message.rows]))
+        self.ranks.exchange(sent, received)
+
+    def _merge(self, target: Node, found: list[tuple[Rows, Moments]]) -> None:
+        found.sort(key=lambda item: item[0])
+        parts = [of_slab for _, of_slab in found]
+        if self.ranks is not None and target.axis is not None:
+            parts = self.ranks.moments(merge(parts) if parts else None, target.shape, self.devices[0])
+        self.moments[target] = merge(parts)
+
+    def _result(self, node: Node) -> Any:
+        """What is returned for an output: its value, gathered from the ranks or this rank's part."""
+        if node.value is not None:
+            return node.value
+        result = self.results[node]
+        if self.ranks is None or node.axis is None:
+            return result
+        own = self.plan.owned(node, self.ranks.rank)
+        if not self.gather:
+            return Shard(result, own, node.axis, node.shape)
+        whole = torch.empty(node.shape, dtype=node.dtype, device=result.device)
+        whole.narrow(node.axis, own[0], own[1] - own[0]).copy_(result)
+        peers = [rank for rank in range(self.ranks.count) if rank != self.ranks.rank]
+        spans = {rank: self.plan.owned(node, rank) for rank in peers}
+        buffers = {}
+        for rank, (a, b) in spans.items():
+            if a < b:
+                shape = [*node.shape[: node.axis], b - a, *node.shape[node.axis + 1 :]]
+                buffers[rank] = torch.empty(shape, dtype=node.dtype, device=result.device)
+        sent = [(rank, result.contiguous()) for rank in peers if own[0] < own[1]]
+        self.ranks.exchange(sent, list(buffers.items()))
+        for rank, buffer in buffers.items():
+            whole.narrow(node.axis, spans[rank][0], buffer.shape[node.axis]).copy_(buffer)
+        return whole
 
     def _turns(self, steps: int) -> list[int]:
         """The order of a pass's steps: each device's own range in turn, the devices side by side."""
@@ -76,9 +144,11 @@ class Execution:
                 continue
             place = self.plan.where[target]
             if place == "output":
-                result = torch.empty(target.shape, dtype=target.dtype, device=self.devices[0])
+                first, last = self.plan.owned(target, self.plan.rank)
+                shape = [*target.shape[: target.axis], last - first, *target.shape[target.axis + 1 :]]
+                result = torch.empty(shape, dtype=target.dtype, device=self.devices[0])
                 self.results[target] = result
-                self.stores[target] = OutputStore(target, result)
+                self.stores[target] = OutputStore(target, result, first)
             else:
                 self.stores[target] = {"device": DeviceStore, "host": HostStore, "disk": FileStore}[place](target)
 
@@ -141,7 +211,7 @@ class Execution:
         shared = node in self.graph.shared
         if shared and (node, a, b) in memo:
             return memo[node, a, b]
-        if node.value is not None:
+        if not node.inputs:
             return self._rows(node, (a, b), device, memo)
         slabs = [self._rows(given, node.need(k, a, b), device, memo) for k, given in enumerate(node.inputs)]
         keywords = {} if node.moments_of is None else {"moments": self._moments_of(node.moments_of)}

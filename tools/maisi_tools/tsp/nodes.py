@@ -146,6 +146,15 @@ def source(tensor: Tensor, axis: int | None) -> Node:
     return Node("source", (), tensor.shape, tensor.dtype, axis, compute, value=tensor)
 
 
+def given(shape: Sequence[int], dtype: torch.dtype, axis: int) -> Node:
+    """Return the node of a tensor that one rank holds and the others know the shape of."""
+
+    def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
+        raise AssertionError("a given node's rows are fetched, not computed")
+
+    return Node("given", (), shape, dtype, axis, compute)
+
+
 def split(whole: Node, axis: int) -> Node:
     """Return a whole node's result as a volume with rows along ``axis``."""
     if whole.value is not None:

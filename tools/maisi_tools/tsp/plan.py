@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.nodes import Node, Rows
+from maisi_tools.tsp.ranks import Message, share_of
 
 SLAB_BYTES = {"cpu": 24 * 2**20}
 """How large a slab may be by default. On a CPU: small enough that the C library takes it from memory it already has
@@ -42,11 +43,15 @@ class Step:
 
 @dataclass
 class Pass:
-    """Steps over the rows of the targets; ``keep`` False where only a target's moments are wanted."""
+    """Steps over the rows of the targets; ``keep`` False where only a target's moments are wanted.
+
+    Across ranks, ``messages`` are the rows that change hands before the steps.
+    """
 
     targets: list[Node]
     keep: bool
     steps: list[Step] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
 
 class Graph:
@@ -54,7 +59,8 @@ class Graph:
 
     Attributes:
         order: the nodes, inputs before readers.
-        kept: nodes whose result is stored (or, for wholes, held) until its last reader.
+        kept: nodes whose result is stored (or, for wholes, held) until its last reader; given nodes too, whose rows
+            one rank holds from the start.
         moments: nodes whose moments are gathered while their rows are computed.
         passes: (targets, keep) in order.
     """
@@ -71,8 +77,9 @@ class Graph:
         self.moments = list(dict.fromkeys(part for node in self.normalised for part in parts(node)))
         self.kept = self._kept()
         self.shared = {node for node in self.order if len(self.readers[node]) > 1 and node not in self.kept}
+        computed = {node for node in self.kept if not is_given(node)}
         self.passes: list[tuple[list[Node], bool]] = [
-            ([node], node in self.kept) for node in sorted({*self.kept, *self.moments}, key=lambda n: n.serial)
+            ([node], node in computed) for node in sorted({*computed, *self.moments}, key=lambda n: n.serial)
         ]
         self._compute_early()
 
@@ -82,7 +89,7 @@ class Graph:
         for node in self.order:
             if node.value is not None:
                 continue
-            if node in self.outputs or node.axis is None:
+            if node in self.outputs or node.axis is None or is_given(node):
                 kept.add(node)
                 continue
             if not node.cost and not any(given in pending for given in node.inputs):
@@ -175,36 +182,70 @@ class Plan:
         away: Iterable[Node] = (),
         to: str = "host",
         in_flight: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.graph = graph
         self.base = base
         self.splits = splits
         self.slab_bytes = slab_bytes
+        self.rank = rank
+        self.ranks = ranks
         away = set(away)
         self.where = {
-            node: "output" if node in graph.outputs else to if node in away else "device" for node in graph.kept
+            node: "given" if is_given(node) else "output" if node in graph.outputs else to if node in away else "device"
+            for node in graph.kept
         }
         self.passes = [Pass(targets, keep) for targets, keep in graph.passes]
         for done in self.passes:
             self._divide(done)
+            self._exchange(done)
         self._free()
         self.peak, self.peak_alive, self.moved = self._simulate(in_flight)
         self.flop = sum(step.flop for done in self.passes for step in done.steps)
 
+    def owned(self, node: Node, rank: int) -> Rows:
+        """The rows of a node that a rank holds."""
+        if is_given(node):
+            return (0, node.rows) if rank == 0 else (0, 0)
+        return share_of(node.rows, rank, self.ranks)
+
+    def _own_rows(self, target: Node, rank: int) -> Rows:
+        """The rows a rank computes: every rank computes wholes for itself."""
+        return (0, 1) if target.axis is None else share_of(target.rows, rank, self.ranks)
+
     def _divide(self, done: Pass) -> None:
-        rows = max(target.rows for target in done.targets)
+        spans = [self._own_rows(target, self.rank) for target in done.targets]
+        rows = max(b - a for a, b in spans)
+        if not rows:
+            return
         if self.splits is None:
-            widest = max(self._probe(done, [(0, target.rows) for target in done.targets])[1], 1)
+            widest = max(self._probe(done, [span if span[0] < span[1] else None for span in spans])[1], 1)
             steps = math.ceil(widest / self.slab_bytes)
         else:
             steps = self.splits
         steps = max(1, min(steps, rows))
         for i in range(steps):
             ranges: list[Rows | None] = []
-            for target in done.targets:
-                a, b = target.rows * i // steps, target.rows * (i + 1) // steps
+            for lo, hi in spans:
+                a, b = lo + (hi - lo) * i // steps, lo + (hi - lo) * (i + 1) // steps
                 ranges.append((a, b) if a < b else None)
             done.steps.append(self._probe(done, ranges)[0])
+
+    def _exchange(self, done: Pass) -> None:
+        if self.ranks == 1:
+            return
+        for target in range(self.ranks):
+            spans = [self._own_rows(node, target) for node in done.targets]
+            reads = self._probe(done, [span if span[0] < span[1] else None for span in spans])[0].reads
+            for node in sorted(reads, key=lambda n: n.serial):
+                if node.axis is None:
+                    continue
+                for source in range(self.ranks):
+                    a, b = self.owned(node, source)
+                    rows = (max(a, reads[node][0]), min(b, reads[node][1]))
+                    if source != target and rows[0] < rows[1]:
+                        done.messages.append(Message(node, rows, source, target))
 
     def _probe(self, done: Pass, ranges: Sequence[Rows | None]) -> tuple[Step, int]:
         probe = _Probe(self.graph)
@@ -228,7 +269,7 @@ class Plan:
             for place, target in enumerate(done.targets)
         }
         for node, done in last.items():
-            if self.where[node] == "output":
+            if self.where[node] in ("output", "given"):
                 continue
             for rows in slabs[node]:
                 assert rows is not None
@@ -244,11 +285,12 @@ class Plan:
         peak, at_peak = self.base, {}
         written = read = 0
         for done in self.passes:
+            lent = sum((m.rows[1] - m.rows[0]) * m.node.row_bytes for m in done.messages if m.target == self.rank)
             for target in done.targets:
                 if done.keep and self.where[target] == "output":
                     alive[target] = _size(target)
             for step in done.steps:
-                now = self.base + sum(alive.values()) + step.work * in_flight
+                now = self.base + sum(alive.values()) + lent + step.work * in_flight
                 if now > peak:
                     peak, at_peak = now, dict(alive)
                 for node, rows in step.reads.items():
@@ -260,7 +302,7 @@ class Plan:
                     size = (span[1] - span[0]) * target.row_bytes
                     if self.where[target] == "device":
                         alive[target] = alive.get(target, 0) + size
-                    elif self.where[target] != "output":
+                    elif self.where[target] in ("host", "disk"):
                         written += size
                 for node, rows in step.free:
                     if node in alive:
@@ -288,6 +330,8 @@ def make_plan(
     splits: int | None = None,
     limit: int | None = None,
     offload: str = "auto",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Plan:
     """Return the first plan under the limit, from the fastest to the leanest.
 
@@ -298,6 +342,7 @@ def make_plan(
         splits: steps a pass; None chooses them by bytes.
         limit: bytes on the device; None for no limit.
         offload: "host", "disk", "none", or "auto", which is the host's memory for a GPU and the disk for a CPU.
+        rank: whose plan; each of the ``ranks`` computes its share of the rows.
 
     Raises:
         MemoryLimitError: no plan is under the limit; the message names the least limit that would do.
@@ -306,42 +351,39 @@ def make_plan(
     to = {"auto": "disk" if device_type == "cpu" else "host"}.get(offload, offload)
     slab_bytes = SLAB_BYTES.get(device_type, GPU_SLAB_BYTES)
     flights = 1 if device_type == "cpu" else 2  # a GPU's steps are queued ahead of what it computes
-    plan = Plan(graph, base, slab_bytes, splits, in_flight=flights)
-    if limit is None:
+
+    def planned(size: int, away: Iterable[Node] = ()) -> Plan:
+        return Plan(graph, base, size, splits, away, to, flights, rank, ranks)
+
+    plan = planned(slab_bytes)
+    if limit is None or plan.peak <= limit:
         return plan
     widest = max((node.row_bytes for node in graph.order if node.axis is not None), default=1)
-    thinner = [slab_bytes]
-    while splits is None and thinner[-1] > widest:
-        thinner.append(thinner[-1] // 2)
-    thick = [size for size in thinner if size == slab_bytes or size >= HALO_ROWS * widest]
-    for size in thick:
-        plan = Plan(graph, base, size, splits, in_flight=flights)
+    sizes = [slab_bytes]
+    while splits is None and sizes[-1] > widest:
+        sizes.append(sizes[-1] // 2)
+    thick = [size for size in sizes if size == slab_bytes or size >= HALO_ROWS * widest]
+    for size in thick[1:]:
+        plan = planned(size)
         if plan.peak <= limit:
             return plan
-    if to != "none":
-        for size in thinner[len(thick) - 1 :]:
-            away: set[Node] = set()
-            while True:
-                plan = Plan(graph, base, size, splits, away, to, flights)
-                if plan.peak <= limit:
-                    return plan
-                alive = {
-                    n: held for n, held in plan.peak_alive.items() if plan.where[n] == "device" and n.axis is not None
-                }
-                if not any(alive.values()):
-                    break
-                away.add(max(alive, key=lambda node: alive[node]))
-    least = _least(graph, base, thinner[-1], splits, to, flights)
+    for size in sizes[len(thick) - 1 :]:
+        away: set[Node] = set()
+        while to != "none":
+            plan = planned(size, away)
+            if plan.peak <= limit:
+                return plan
+            alive = {n: held for n, held in plan.peak_alive.items() if plan.where[n] == "device" and n.axis is not None}
+            if not any(alive.values()):
+                break
+            away.add(max(alive, key=lambda node: alive[node]))
+    everything = [node for node in graph.kept if node.axis is not None] if to != "none" else []
+    least = min(planned(sizes[-1], everything).peak, plan.peak)
     raise MemoryLimitError(
         f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)}"
         + (" with this number of splits; splits=None plans thinner slabs" if splits is not None else "")
         + ("; offload='auto' needs less, by moving results off the device" if to == "none" else "")
     )
-
-
-def _least(graph: Graph, base: int, slab_bytes: int, splits: int | None, to: str, flights: int) -> int:
-    away = {node for node in graph.kept if node.axis is not None} if to != "none" else set()
-    return Plan(graph, base, slab_bytes, splits, away, to, flights).peak
 
 
 class _Probe:
@@ -372,6 +414,8 @@ class _Probe:
 
     def compute(self, node: Node, a: int, b: int, base: int) -> int:
         """The same for a node that is computed in this step."""
+        if not node.inputs:
+            return self.visit(node, a, b, base)
         if (node, a, b) in self._shared:
             return 0
         held = 0
@@ -389,6 +433,11 @@ class _Probe:
             self._held += size
             return 0
         return size
+
+
+def is_given(node: Node) -> bool:
+    """Whether a node's rows are there from the start, held by rank 0 alone."""
+    return not node.inputs and node.value is None
 
 
 def parts(node: Node) -> list[Node]:

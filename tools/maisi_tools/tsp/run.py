@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
-from maisi_tools.tsp.nodes import Node
+from maisi_tools.tsp.nodes import Node, given
 from maisi_tools.tsp.plan import Plan, format_bytes, make_plan
+from maisi_tools.tsp.ranks import Ranks, Shard
 from maisi_tools.tsp.volume import Recorder, Volume
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -35,7 +37,8 @@ class Settings:
     memory_limit: str | int | None = None
     offload: str = "auto"
     dtype: torch.dtype | None = None
-    devices: Sequence[str | torch.device] | None = None
+    devices: Sequence[str | torch.device] | str | None = None
+    gather: bool = True
 
     def __post_init__(self) -> None:
         if self.splits is not None and (isinstance(self.splits, bool) or int(self.splits) < 1):
@@ -49,6 +52,8 @@ class Settings:
             if not isinstance(named, torch.dtype):
                 raise TSPError(f"dtype is {self.dtype!r}; give a torch type, such as bfloat16")
             self.dtype = named
+        if isinstance(self.devices, str) and self.devices != "ranks":
+            raise TSPError(f"devices is {self.devices!r}; give a list of devices, or 'ranks'")
         parse_bytes(self.memory_limit)
 
 
@@ -109,9 +114,12 @@ class Call:
                 raise TSPError(
                     f"{type(module).__name__} is in training mode; call its eval() before it is run in slabs"
                 )
-        leaves, spec = tree_flatten((args, kwargs))
-        first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-        if first is None or first.ndim < 3:
+        self.ranks = Ranks() if settings.devices == "ranks" else None
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
+        if self.ranks is not None and self.ranks.any(leaves[0] is None):
+            leaves, spec = _from_first_rank(self.ranks, leaves, spec)
+        first = next((leaf for leaf in leaves if isinstance(leaf, (Tensor, _Elsewhere))), None)
+        if first is None or len(first.shape) < 3:
             given = "no tensor" if first is None else f"a tensor of shape {tuple(first.shape)}"
             raise TSPError(
                 f"the first input has to be a volume (batch, channels, and 1 to 3 dimensions); given is {given}"
@@ -124,76 +132,98 @@ class Call:
         axis = spatial.index(max(spatial)) if settings.axis is None else settings.axis
         if axis >= len(spatial):
             raise TSPError(f"axis {axis} of a volume with {len(spatial)} spatial dimensions; give one below that")
-        self.device = first.device
-        self.devices = [torch.device(d) for d in settings.devices or (first.device,)]
+        self.device = first.device if isinstance(first, Tensor) else _device_of(network)
+        listed = [] if self.ranks is not None else [torch.device(d) for d in settings.devices or ()]
+        self.devices = listed or [self.device]
         self.dtype = settings.dtype
-        if self.dtype is None and torch.is_autocast_enabled(first.device.type):
-            self.dtype = torch.get_autocast_dtype(first.device.type)
-        self.first = first
+        if self.dtype is None and torch.is_autocast_enabled(self.device.type):
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+        self.result_dtype = first.dtype if first.dtype.is_floating_point else torch.get_default_dtype()
         self.attempts: list[str] = []
         self.plan: Plan | None = None
         self.base = _bytes([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.device)
         self.base += _bytes([p for module in modules_of(network) for p in module.parameters()], self.device)
-        self.recorder = Recorder(axis + 2, first.device, self._execute, self.dtype)
+        self.recorder = Recorder(axis + 2, self.device, self._execute, self.dtype)
+        self.given: dict[Node, Tensor] = {}
         wrapped = [
-            Volume(self.recorder.source(leaf, axis + 2), self.recorder)
-            if isinstance(leaf, Tensor) and leaf.ndim == first.ndim
+            Volume(self._source(leaf, axis + 2), self.recorder)
+            if isinstance(leaf, (Tensor, _Elsewhere)) and len(leaf.shape) == len(first.shape)
             else leaf
             for leaf in leaves
         ]
         arguments, keywords = tree_unflatten(wrapped, spec)
-        with torch.autocast(first.device.type, enabled=False) if self.dtype else _nothing():
+        with torch.autocast(self.device.type, enabled=False) if self.dtype else contextlib.nullcontext():
             results, self.form = tree_flatten(network(*arguments, **keywords))
         self.results = results
         self.outputs = [leaf.node for leaf in results if isinstance(leaf, Volume)]
 
+    def _source(self, leaf: Tensor | _Elsewhere, axis: int) -> Node:
+        if isinstance(leaf, Tensor):
+            return self.recorder.source(leaf, axis)
+        dtype = self.recorder.kept(leaf.dtype, leaf.dtype)
+        node = given(leaf.shape, dtype, axis)
+        if leaf.tensor is not None:
+            self.given[node] = leaf.tensor.detach().to(dtype)
+        return node
+
     def make_plan(self, limit: int | None = None) -> Plan:
         """Return the plan of what is to be computed under the settings' limit, or under ``limit``."""
-        limit = limit or parse_bytes(self.settings.memory_limit) or self._free()
-        return make_plan(self.outputs, self.device.type, self.base, self.settings.splits, limit, self.settings.offload)
+        return self._make_plan(self.outputs, limit)
 
     def run(self, tick: Tick | None = None) -> Any:
         """Compute and return what the network returned."""
         with torch.no_grad():
-            values = iter(self._execute(self.outputs, tick))
-        floating = self.first.dtype if self.first.is_floating_point() else torch.get_default_dtype()
+            values = iter(self._execute(self.outputs, tick, self.settings.gather))
         leaves = []
         for leaf in self.results:
             if isinstance(leaf, Volume):
                 value = next(values)
-                leaf = value.to(floating) if self.settings.dtype and value.is_floating_point() else value
+                leaf = self._returned(value)
             leaves.append(leaf)
         return tree_unflatten(leaves, self.form)
+
+    def _returned(self, value: Any) -> Any:
+        tensor = value.tensor if isinstance(value, Shard) else value
+        if self.settings.dtype and tensor.is_floating_point():
+            tensor = tensor.to(self.result_dtype)
+        return replace(value, tensor=tensor) if isinstance(value, Shard) else tensor
 
     def report(self) -> Report:
         """What the run did, or a planned one would do."""
         assert self.plan is not None
         return Report(self.plan, dict(self.recorder.gathered), list(self.attempts))
 
-    def _execute(self, nodes: Sequence[Node], tick: Tick | None = None) -> list[Any]:
+    def _execute(self, nodes: Sequence[Node], tick: Tick | None = None, gather: bool = True) -> list[Any]:
         if self.dry or self.device.type == "meta":
             raise TSPError(
                 "the network asks for values of its input while it runs, so it cannot be planned without them"
             )
         limit = None
         while True:
-            self.plan = make_plan(
-                nodes,
-                self.device.type,
-                self.base,
-                self.settings.splits if limit is None else None,
-                limit or parse_bytes(self.settings.memory_limit) or self._free(),
-                self.settings.offload,
-            )
+            self.plan = self._make_plan(nodes, limit)
             try:
-                return Execution(self.plan, self.devices).run(nodes, tick)
-            except torch.cuda.OutOfMemoryError:
+                execution = Execution(self.plan, self.devices, self.ranks, self.given, gather)
+                return execution.run(nodes, tick)
+            except torch.cuda.OutOfMemoryError as error:
+                if self.ranks is not None:
+                    raise TSPError("a rank ran out of memory; start more ranks, or give a memory_limit") from error
                 limit = self.plan.peak // 2
                 self.attempts.append(
                     f"the device ran out of memory in a plan for {format_bytes(self.plan.peak)}; "
                     f"planned again for {format_bytes(limit)}"
                 )
+            del execution
             torch.cuda.empty_cache()
+
+    def _make_plan(self, nodes: Sequence[Node], limit: int | None) -> Plan:
+        """Plan for ``limit``, which overrides the settings' number of splits, or as the settings say."""
+        splits = self.settings.splits if limit is None else None
+        limit = limit or parse_bytes(self.settings.memory_limit) or self._free()
+        rank, ranks = 0, 1
+        if self.ranks is not None:
+            rank, ranks = self.ranks.rank, self.ranks.count
+            limit = self.ranks.least(limit, self.device)
+        return make_plan(nodes, self.device.type, self.base, splits, limit, self.settings.offload, rank, ranks)
 
     def _free(self) -> int | None:
         if self.device.type == "cuda":
@@ -238,12 +268,37 @@ def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:
     return sum(sizes.values())
 
 
-class _nothing:
-    def __enter__(self) -> None:
-        return None
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A volume that only rank 0 was given: its shape and type, and on rank 0 the tensor itself."""
 
-    def __exit__(self, *_: Any) -> None:
-        return None
+    shape: torch.Size
+    dtype: torch.dtype
+    tensor: Tensor | None
+
+
+def _from_first_rank(ranks: Ranks, leaves: list[Any], spec: Any) -> tuple[list[Any], Any]:
+    """The arguments that rank 0 was given: small tensors are copied to all ranks, volumes are not."""
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    told = [
+        _Elsewhere(leaf.shape, leaf.dtype, None)
+        if first is not None and isinstance(leaf, Tensor) and leaf.ndim == first.ndim
+        else leaf.cpu()
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in leaves
+    ]
+    told, spec = ranks.from_first((told, spec))
+    if ranks.rank == 0:
+        return [
+            replace(t, tensor=own) if isinstance(t, _Elsewhere) else own for t, own in zip(told, leaves, strict=True)
+        ], spec
+    return told, spec
+
+
+def _device_of(network: Callable[..., Any]) -> torch.device:
+    """Where the network's weights are."""
+    return next((p.device for module in modules_of(network) for p in module.parameters()), torch.device("cpu"))
 
 
 def _available_host_memory() -> int | None:

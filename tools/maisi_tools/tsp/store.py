@@ -32,6 +32,8 @@ class DeviceStore:
         assert node.axis is not None
         self.axis = node.axis
         self.slabs: dict[Rows, Any] = {}
+        self.lent: dict[Rows, Tensor] = {}
+        """Rows that other ranks own, for the length of a pass."""
 
     def write(self, rows: Rows, slab: Tensor) -> None:
         """Keep the rows."""
@@ -41,10 +43,14 @@ class DeviceStore:
         """Return the rows on a device; a view of what is kept where that is one piece."""
         a, b = rows
         parts = []
-        for (lo, hi), kept in sorted(self.slabs.items(), key=lambda item: item[0]):
-            if lo < b and hi > a:
-                first, last = max(a, lo), min(b, hi)
-                parts.append(self._get(kept, first - lo, last - first, device))
+        for lo, hi in sorted({*self.slabs, *self.lent}):
+            first, last = max(a, lo), min(b, hi)
+            if first >= last:
+                continue
+            if (lo, hi) in self.lent:
+                parts.append(self.lent[lo, hi].narrow(self.axis, first - lo, last - first).to(device))
+            else:
+                parts.append(self._get(self.slabs[lo, hi], first - lo, last - first, device))
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
 
     def free(self, rows: Rows) -> None:
@@ -133,19 +139,18 @@ class FileStore(DeviceStore):
 
 
 class OutputStore(DeviceStore):
-    """The rows of a result, written straight into the tensor that is returned."""
+    """The rows of a result, written straight into the tensor that is returned.
 
-    def __init__(self, node: Node, tensor: Tensor) -> None:
+    Args:
+        tensor: holds the rows from ``first`` on.
+    """
+
+    def __init__(self, node: Node, tensor: Tensor, first: int = 0) -> None:
         super().__init__(node)
         self.tensor = tensor
+        self.first = first
+        self.slabs[first, first + tensor.shape[self.axis]] = tensor
 
     def write(self, rows: Rows, slab: Tensor) -> None:
         """Copy the rows into their place."""
-        self.tensor.narrow(self.axis, rows[0], rows[1] - rows[0]).copy_(slab)
-
-    def read(self, rows: Rows, device: torch.device) -> Tensor:
-        """Return a view of the rows."""
-        return self.tensor.narrow(self.axis, rows[0], rows[1] - rows[0]).to(device)
-
-    def free(self, rows: Rows) -> None:
-        """Nothing is freed: the tensor is the caller's."""
+        self.tensor.narrow(self.axis, rows[0] - self.first, rows[1] - rows[0]).copy_(slab)
