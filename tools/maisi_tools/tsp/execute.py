@@ -76,7 +76,7 @@ class Execution:
                 for target, found in gathered.items():
                     self._merge(target, found)
                 for store in self.stores.values():
-                    store.lent.clear()
+                    store.end_pass()
             return [self._result(node) for node in outputs]
         finally:
             for store in self.stores.values():
@@ -150,7 +150,8 @@ class Execution:
                 self.results[target] = result
                 self.stores[target] = OutputStore(target, result, first)
             else:
-                self.stores[target] = {"device": DeviceStore, "host": HostStore, "disk": FileStore}[place](target)
+                kind = {"device": DeviceStore, "host": HostStore, "disk": FileStore}[place]
+                self.stores[target] = kind(target, self.plan.away.get(target, 0.0))
 
     def _step(
         self,

@@ -12,12 +12,13 @@ concatenation, residual sums) is cheap and is computed again for each slab that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.nodes import Node, Rows
 from maisi_tools.tsp.ranks import Message, share_of
+from maisi_tools.tsp.store import is_moved
 
 SLAB_BYTES = {"cpu": 24 * 2**20}
 """How large a slab may be by default. On a CPU: small enough that the C library takes it from memory it already has
@@ -25,6 +26,9 @@ SLAB_BYTES = {"cpu": 24 * 2**20}
 
 GPU_SLAB_BYTES = 512 * 2**20
 """The same on a GPU: large enough to keep it busy, and far below 2**31 elements."""
+
+MOVED_AT_LEAST = 1 / 8
+"""The smallest share of a result's slabs that is moved off the device at a time."""
 
 HALO_ROWS = 4
 """Slabs are not made thinner than this before results are moved off the device: a thin slab is mostly halo."""
@@ -170,6 +174,7 @@ class Plan:
         where: kept volume -> "device", "host", "disk" or "output" (the tensor that is returned).
         peak: bytes on the device at the worst moment.
         flop: floating point operations, those done twice in halos included.
+        away: kept volume -> share of its slabs that are moved off the device.
         moved: bytes written to, and read from, host memory or disk.
     """
 
@@ -179,11 +184,12 @@ class Plan:
         base: int,
         slab_bytes: int,
         splits: int | None = None,
-        away: Iterable[Node] = (),
+        away: Mapping[Node, float] | None = None,
         to: str = "host",
         in_flight: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        like: Plan | None = None,
     ) -> None:
         self.graph = graph
         self.base = base
@@ -191,16 +197,23 @@ class Plan:
         self.slab_bytes = slab_bytes
         self.rank = rank
         self.ranks = ranks
-        away = set(away)
-        self.where = {
-            node: "given" if is_given(node) else "output" if node in graph.outputs else to if node in away else "device"
-            for node in graph.kept
-        }
-        self.passes = [Pass(targets, keep) for targets, keep in graph.passes]
-        for done in self.passes:
-            self._divide(done)
-            self._exchange(done)
-        self._free()
+        self.away = dict(away or {})
+        self.where: dict[Node, str] = {}
+        for node in graph.kept:
+            if is_given(node):
+                self.where[node] = "given"
+            elif node in graph.outputs:
+                self.where[node] = "output"
+            else:
+                self.where[node] = to if node in self.away else "device"
+        if like is None:
+            self.passes = [Pass(targets, keep) for targets, keep in graph.passes]
+            for done in self.passes:
+                self._divide(done)
+                self._exchange(done)
+            self._free()
+        else:  # the same slabs; only the places differ
+            self.passes = like.passes
         self.peak, self.peak_alive, self.moved = self._simulate(in_flight)
         self.flop = sum(step.flop for done in self.passes for step in done.steps)
 
@@ -284,28 +297,33 @@ class Plan:
         alive: dict[Node, int] = {}
         peak, at_peak = self.base, {}
         written = read = 0
+        gone: set[tuple[Node, Rows]] = set()
         for done in self.passes:
             lent = sum((m.rows[1] - m.rows[0]) * m.node.row_bytes for m in done.messages if m.target == self.rank)
             for target in done.targets:
                 if done.keep and self.where[target] == "output":
                     alive[target] = _size(target)
-            for step in done.steps:
+            fetched: dict[Node, int] = {}
+            for number, step in enumerate(done.steps):
                 now = self.base + sum(alive.values()) + lent + step.work * in_flight
+                for node, (a, b) in step.reads.items():
+                    if node in self.away:
+                        now += (b - a) * node.row_bytes  # what was read last stays until the next slab has its halo
+                        read += (b - min(b, max(a, fetched.get(node, 0)))) * int(node.row_bytes * self.away[node])
+                        fetched[node] = b
                 if now > peak:
                     peak, at_peak = now, dict(alive)
-                for node, rows in step.reads.items():
-                    if self.where[node] in ("host", "disk"):
-                        read += (rows[1] - rows[0]) * node.row_bytes
                 for target, span in zip(done.targets, step.rows, strict=True):
-                    if not done.keep or span is None:
+                    if not done.keep or span is None or self.where[target] == "output":
                         continue
                     size = (span[1] - span[0]) * target.row_bytes
-                    if self.where[target] == "device":
-                        alive[target] = alive.get(target, 0) + size
-                    elif self.where[target] in ("host", "disk"):
+                    if is_moved(number, self.away.get(target, 0.0)):
                         written += size
+                        gone.add((target, span))
+                    else:
+                        alive[target] = alive.get(target, 0) + size
                 for node, rows in step.free:
-                    if node in alive:
+                    if (node, rows) not in gone and node in alive:
                         alive[node] -= (rows[1] - rows[0]) * node.row_bytes
         return peak, at_peak, (written, read)
 
@@ -315,6 +333,8 @@ class Plan:
             for target in done.targets:
                 name = f"{target.name} {'x'.join(map(str, target.shape))}"
                 place = self.where[target] if done.keep else "no, its moments only"
+                if self.away.get(target, 1.0) < 1:
+                    place = f"device, {self.away[target]:.0%} on the {place}"
                 size = format_bytes(_size(target))
                 lines.append(f"{name:<44}{target.rows:>6}{len(done.steps):>7}{size:>11}  {place}")
         lines.append(f"peak on the device {format_bytes(self.peak)}, {self.flop / 1e9:,.1f} GFLOP")
@@ -352,8 +372,8 @@ def make_plan(
     slab_bytes = SLAB_BYTES.get(device_type, GPU_SLAB_BYTES)
     flights = 1 if device_type == "cpu" else 2  # a GPU's steps are queued ahead of what it computes
 
-    def planned(size: int, away: Iterable[Node] = ()) -> Plan:
-        return Plan(graph, base, size, splits, away, to, flights, rank, ranks)
+    def planned(size: int, away: Mapping[Node, float] | None = None, like: Plan | None = None) -> Plan:
+        return Plan(graph, base, size, splits, away, to, flights, rank, ranks, like)
 
     plan = planned(slab_bytes)
     if limit is None or plan.peak <= limit:
@@ -368,16 +388,23 @@ def make_plan(
         if plan.peak <= limit:
             return plan
     for size in sizes[len(thick) - 1 :]:
-        away: set[Node] = set()
+        away: dict[Node, float] = {}
+        plan = planned(size)
         while to != "none":
-            plan = planned(size, away)
+            plan = planned(size, away, plan)
             if plan.peak <= limit:
                 return plan
-            alive = {n: held for n, held in plan.peak_alive.items() if plan.where[n] == "device" and n.axis is not None}
-            if not any(alive.values()):
+            movable = {
+                node: held
+                for node, held in plan.peak_alive.items()
+                if node.axis is not None and plan.where[node] != "output" and away.get(node, 0.0) < 1 and held
+            }
+            if not movable:
                 break
-            away.add(max(alive, key=lambda node: alive[node]))
-    everything = [node for node in graph.kept if node.axis is not None] if to != "none" else []
+            node = max(movable, key=lambda n: movable[n])
+            more = max((plan.peak - limit) / _size(node), MOVED_AT_LEAST)
+            away[node] = min(1.0, away.get(node, 0.0) + more)
+    everything = {node: 1.0 for node in graph.kept if node.axis is not None} if to != "none" else {}
     least = min(planned(sizes[-1], everything).peak, plan.peak)
     raise MemoryLimitError(
         f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)}"

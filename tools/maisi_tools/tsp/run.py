@@ -136,8 +136,11 @@ class Call:
         listed = [] if self.ranks is not None else [torch.device(d) for d in settings.devices or ()]
         self.devices = listed or [self.device]
         self.dtype = settings.dtype
-        if self.dtype is None and torch.is_autocast_enabled(self.device.type):
-            self.dtype = torch.get_autocast_dtype(self.device.type)
+        # Tensors on "meta" stand for those of a real device: the one named, or the one there is.
+        there = "cuda" if torch.cuda.is_available() else "cpu"
+        self.kind = self.devices[0].type if self.devices[0].type != "meta" else there
+        if self.dtype is None and torch.is_autocast_enabled(self.kind):
+            self.dtype = torch.get_autocast_dtype(self.kind)
         self.result_dtype = first.dtype if first.dtype.is_floating_point else torch.get_default_dtype()
         self.attempts: list[str] = []
         self.plan: Plan | None = None
@@ -152,7 +155,7 @@ class Call:
             for leaf in leaves
         ]
         arguments, keywords = tree_unflatten(wrapped, spec)
-        with torch.autocast(self.device.type, enabled=False) if self.dtype else contextlib.nullcontext():
+        with torch.autocast(self.kind, enabled=False) if self.dtype else contextlib.nullcontext():
             results, self.form = tree_flatten(network(*arguments, **keywords))
         self.results = results
         self.outputs = [leaf.node for leaf in results if isinstance(leaf, Volume)]
@@ -223,7 +226,7 @@ class Call:
         if self.ranks is not None:
             rank, ranks = self.ranks.rank, self.ranks.count
             limit = self.ranks.least(limit, self.device)
-        return make_plan(nodes, self.device.type, self.base, splits, limit, self.settings.offload, rank, ranks)
+        return make_plan(nodes, self.kind, self.base, splits, limit, self.settings.offload, rank, ranks)
 
     def _free(self) -> int | None:
         if self.device.type == "cuda":

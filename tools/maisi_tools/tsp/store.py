@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 
 from maisi_tools.tsp.nodes import Node, Rows
+
+
+def is_moved(number: int, share: float) -> bool:
+    """Whether slab ``number`` is among the share that is moved off the device, evenly spread over all slabs."""
+    return math.floor((number + 1) * share) > math.floor(number * share)
 
 
 def rows_first(slab: Tensor, axis: int) -> tuple[Tensor, list[int]]:
@@ -26,23 +32,38 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class DeviceStore:
-    """Rows on the devices that computed them, slab by slab, so that each slab can be freed on its own."""
+    """Rows on the devices that computed them, slab by slab, so that each slab can be freed on its own.
 
-    def __init__(self, node: Node) -> None:
+    Args:
+        node: whose rows.
+        away: share of the slabs that a subclass moves off the device.
+    """
+
+    def __init__(self, node: Node, away: float = 0.0) -> None:
         assert node.axis is not None
         self.axis = node.axis
+        self.away = away
         self.slabs: dict[Rows, Any] = {}
         self.lent: dict[Rows, Tensor] = {}
         """Rows that other ranks own, for the length of a pass."""
+        self.recent: dict[torch.device, tuple[Rows, Tensor]] = {}
+        """What was read last, where reading costs a transfer."""
+        self._written = 0
 
     def write(self, rows: Rows, slab: Tensor) -> None:
         """Keep the rows."""
-        self.slabs[rows] = self._put(slab)
+        moves = self.away > 0 and is_moved(self._written, self.away)
+        self.slabs[rows] = self._put(slab) if moves else slab
+        self._written += 1
 
     def read(self, rows: Rows, device: torch.device) -> Tensor:
         """Return the rows on a device; a view of what is kept where that is one piece."""
         a, b = rows
         parts = []
+        seen, last_read = self.recent.get(device, ((0, 0), None))
+        if last_read is not None and seen[0] <= a < seen[1]:  # the halo of neighbouring slabs is fetched once
+            a = min(b, seen[1])
+            parts.append(last_read.narrow(self.axis, rows[0] - seen[0], a - rows[0]))
         for lo, hi in sorted({*self.slabs, *self.lent}):
             first, last = max(a, lo), min(b, hi)
             if first >= last:
@@ -51,7 +72,15 @@ class DeviceStore:
                 parts.append(self.lent[lo, hi].narrow(self.axis, first - lo, last - first).to(device))
             else:
                 parts.append(self._get(self.slabs[lo, hi], first - lo, last - first, device))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+        result = parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+        if self.away and rows[1] > seen[1]:
+            self.recent[device] = (rows, result)
+        return result
+
+    def end_pass(self) -> None:
+        """Forget what was held for the length of a pass."""
+        self.lent.clear()
+        self.recent.clear()
 
     def free(self, rows: Rows) -> None:
         """Forget a slab."""
@@ -61,7 +90,7 @@ class DeviceStore:
         """Give back what is held beside the slabs."""
 
     def _put(self, slab: Tensor) -> Any:
-        return slab
+        raise NotImplementedError
 
     def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
         return kept.narrow(self.axis, start, length).to(device)
@@ -92,6 +121,8 @@ class HostStore(DeviceStore):
         return copy, order, done
 
     def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
+        if isinstance(kept, Tensor):
+            return super()._get(kept, start, length, device)
         copy, order, done = kept
         _, into = self.streams(device)
         into.wait_event(done)
@@ -106,8 +137,8 @@ class HostStore(DeviceStore):
 class FileStore(DeviceStore):
     """Rows in an unnamed temporary file (in ``TMPDIR``), read and written without being mapped into memory."""
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
+    def __init__(self, node: Node, away: float = 0.0) -> None:
+        super().__init__(node, away)
         self.file = tempfile.TemporaryFile(buffering=0)
         self.end = 0
 
@@ -122,6 +153,8 @@ class FileStore(DeviceStore):
         return start, order, rows.shape[1:], rows.dtype
 
     def _get(self, kept: Any, start: int, length: int, device: torch.device) -> Tensor:
+        if isinstance(kept, Tensor):
+            return super()._get(kept, start, length, device)
         offset, order, shape, dtype = kept
         rows = torch.empty((length, *shape), dtype=dtype)
         self.file.seek(offset + start * shape.numel() * dtype.itemsize)
