@@ -5,7 +5,7 @@ handles among the arguments, and returns the result's :class:`~maisi_tools.tsp.n
 None when this use of the operation has no rule: then it runs on the gathered tensor.
 """
 
-from maisi_tools.tsp.rules import layout, norms, pointwise, resize, windows
+from maisi_tools.tsp.rules import attention, layout, norms, pointwise, resize, windows
 from maisi_tools.tsp.rules.table import RULES
 
-__all__ = ["RULES", "layout", "norms", "pointwise", "resize", "windows"]
+__all__ = ["RULES", "attention", "layout", "norms", "pointwise", "resize", "windows"]

@@ -434,21 +434,3 @@ def reduction(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     return _local(
         _plain_name(func), node, meta.shape, axis, lambda slab, _: func(slab, *args[1:], **kwargs), dtype=meta.dtype
     )
-
-
-@rule("matmul", "bmm")
-def matmul(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
-    """Matrices of two volumes whose rows are both in the same leading dimension."""
-    if len(args) != 2 or kwargs or not all(recorder.is_volume(x) for x in args):
-        return None
-    left, right = args[0].node, args[1].node
-    if left.axis is None or left.axis != right.axis or len(left.shape) != len(right.shape):
-        return None
-    if left.axis >= len(left.shape) - 2 or left.rows != right.rows:
-        return None
-    meta = recorder.infer(func, args, kwargs)
-
-    def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
-        return torch.matmul(slabs[0], slabs[1])
-
-    return Node("matrix product", (left, right), meta.shape, meta.dtype, left.axis, compute, cost=2.0 * left.shape[-1])
