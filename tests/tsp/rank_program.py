@@ -1,7 +1,8 @@
 """What test_ranks.py starts once a rank: runs networks over the ranks and saves this rank's results.
 
 usage: rank_program.py OUTPUT_DIR NETWORK:AXIS:SPLITS:OPTIONS ..., with the environment torchrun gives. OPTIONS are
-"first" (only rank 0 has the input), "shards" (results are not gathered), "die" (the last rank is killed in mid-run).
+"first" (only rank 0 has the input), "shards" (results are not gathered), "write" (shards are written into one file),
+"die" (the last rank is killed in mid-run).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import distributed, nn
 from maisi_tools.networks import Autoencoder, DiffusionUNet
 from maisi_tools.tsp.ranks import Shard
 from maisi_tools.tsp.run import Call, Settings
+from maisi_tools.volumes.writing import write_shard
 
 VAE = {
     "spatial_dims": 3,
@@ -82,6 +84,10 @@ def run(name: str, axis: str, splits: str, options: str, path: Path) -> None:
     settings = Settings(splits=int(splits) or None, axis=int(axis), devices="ranks", gather="shards" not in options)
     with torch.no_grad():
         result = Call(settings, function, args, {}).run(tick)
+    if "write" in options:
+        affine = [[2, 0, 0, -9], [0, 3, 0, 4], [0, 0, 1.5, 7], [0, 0, 0, 1]]
+        voxels = result.tensor[0, 0].mul(100).numpy()
+        write_shard(path.parent / "ct.nii", voxels, result.rows[0], result.axis - 2, result.shape[2:], affine)
     if isinstance(result, Shard):
         result = {"tensor": result.tensor, "rows": result.rows, "axis": result.axis, "shape": result.shape}
     torch.save(result, path)

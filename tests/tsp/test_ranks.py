@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -78,7 +80,7 @@ def bound(name: str) -> tuple[torch.Tensor, float]:
     ("ranks", "cases"),
     [
         (2, ["decoder:0:2:-", "unet:1:0:first", "segresnet:2:3:-", "encoder:0:1:-"]),
-        (3, ["encoder:2:2:first", "thin decoder:1:4:-", "unet:0:2:-", "decoder:2:2:shards,first"]),
+        (3, ["encoder:2:2:first", "thin decoder:1:4:-", "unet:0:2:-", "decoder:2:2:shards,first,write"]),
         (4, ["decoder:2:0:first", "thin decoder:0:1:first", "unet:0:2:-", "encoder:1:2:-"]),
     ],
 )
@@ -90,6 +92,11 @@ def test_ranks_equal_the_unsplit_network_and_one_another(tmp_path, ranks, cases)
             assert [shard["rows"] for shard in found] == [(0, 12), (12, 24), (24, 36)]
             assert all(shard["axis"] == 4 and shard["shape"] == exact.shape for shard in found)
             found = [torch.cat([shard["tensor"] for shard in found], 4)]
+        if "write" in options:
+            volume = nib.load(tmp_path / "ct.nii")
+            assert np.array_equal(np.asarray(volume.dataobj), np.rint(found[0][0, 0].numpy() * 100).astype(np.int16))
+            assert volume.affine.tolist() == [[2, 0, 0, -9], [0, 3, 0, 4], [0, 0, 1.5, 7], [0, 0, 0, 1]]
+            assert not list(tmp_path.glob("*.part"))
         for result in found:
             assert result.dtype == torch.float32 and result.shape == exact.shape
             assert torch.equal(result, found[0])

@@ -14,7 +14,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.volumes.reading import read_volume
-from maisi_tools.volumes.writing import WriteVolumed, write_sidecar, write_volume
+from maisi_tools.volumes.writing import WriteVolumed, write_shard, write_sidecar, write_volume
 
 from .conftest import OBLIQUE, SHAPE, ct_values
 
@@ -141,3 +141,18 @@ def test_failed_write_leaves_no_volume(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         WriteVolumed("ct", tmp_path / "out")({"ct": bad})
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "first", "message"),
+    [
+        ("ct.nii.gz", (4, 5, 2), 0, r"uncompressed.*name it \.nii"),
+        ("ct.nii", (4, 4, 2), 0, "does not fit"),
+        ("ct.nii", (4, 5, 2), 5, "does not fit"),
+        ("ct.nii", (4, 5, 2), -1, "does not fit"),
+    ],
+)
+def test_a_shard_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, name, part, first, message):
+    with pytest.raises(ValueError, match=message):
+        write_shard(tmp_path / name, np.zeros(part), first, 2, (4, 5, 6), np.eye(4))
+    assert not list(tmp_path.iterdir())

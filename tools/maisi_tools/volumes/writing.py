@@ -16,6 +16,7 @@ import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from numpy.typing import ArrayLike, DTypeLike
+from torch import distributed
 
 from maisi_tools.atomic import replacing
 from maisi_tools.volumes.inputs import stem_of
@@ -42,6 +43,73 @@ def write_volume(path: str | os.PathLike, array: np.ndarray, affine: ArrayLike, 
     """
     if array.ndim not in (3, 4):
         raise ValueError(f"array has the shape {array.shape}; allowed is (X, Y, Z) or (X, Y, Z, C)")
+    image = _nifti(_stored(array, dtype, path), affine)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+    return Path(path)
+
+
+def write_shard(
+    path: str | os.PathLike,
+    array: np.ndarray,
+    first: int,
+    axis: int,
+    shape: Sequence[int],
+    affine: ArrayLike,
+    dtype: DTypeLike = np.int16,
+    group: distributed.ProcessGroup | None = None,
+) -> Path:
+    """Write one rank's part of a volume into a NIfTI file that all ranks write together; none holds all of it.
+
+    Every rank of the process group calls this; the file appears under its name when all parts are in it.
+
+    Args:
+        path: file to write, .nii (parts cannot be put into a compressed file), on storage that all ranks see.
+        array: this rank's voxels, of ``shape`` but for ``axis``; may be empty.
+        first: where they begin along ``axis``.
+        axis: 0, 1 or 2.
+        shape: (X, Y, Z) of the whole volume.
+        affine, dtype: as in :func:`write_volume`.
+
+    Raises:
+        ValueError: a compressed file is asked for, or the part does not fit the volume.
+        OSError: the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix != ".nii":
+        raise ValueError(f"{path}: ranks can write together into an uncompressed file alone; name it .nii")
+    wanted = [n if d != axis else array.shape[axis] for d, n in enumerate(shape)]
+    if list(array.shape) != wanted or not 0 <= first <= shape[axis] - array.shape[axis]:
+        raise ValueError(
+            f"{path}: a part of shape {array.shape} from {first} on along axis {axis} does not fit {tuple(shape)}"
+        )
+    stored = _stored(array, dtype, path)
+    part = target.with_name(f"{target.name}.part")
+    leads = distributed.get_rank(group) == 0
+    if leads:
+        header = _nifti(np.broadcast_to(np.zeros((), stored.dtype), shape), affine).header
+        header.set_data_offset(header.single_vox_offset)
+        with open(part, "wb") as file:
+            header.write_to(file)
+            file.truncate(header.single_vox_offset + math.prod(shape) * stored.dtype.itemsize)
+    distributed.barrier(group)
+    if stored.size:
+        offset = nib.Nifti1Header.single_vox_offset
+        whole = np.memmap(part, stored.dtype, "r+", offset=offset, shape=tuple(shape), order="F")
+        place = [slice(None)] * len(shape)
+        place[axis] = slice(first, first + stored.shape[axis])
+        whole[tuple(place)] = stored
+        whole.flush()
+        del whole
+    distributed.barrier(group)
+    if leads:
+        os.replace(part, target)
+    distributed.barrier(group)
+    return target
+
+
+def _stored(array: np.ndarray, dtype: DTypeLike, path: str | os.PathLike) -> np.ndarray:
+    """The voxels in the type they are stored in, rounded and clipped where that is an integer."""
     dtype = np.dtype(dtype)
     if np.issubdtype(dtype, np.integer) and not np.can_cast(array.dtype, dtype):
         if not np.isfinite(array).all():
@@ -50,17 +118,19 @@ def write_volume(path: str | os.PathLike, array: np.ndarray, affine: ArrayLike, 
         # The float type holds both limits exactly, which numpy's clip needs.
         exact = array.astype(np.float32 if dtype.itemsize <= 2 else np.float64, copy=False)
         array = np.clip(np.rint(exact), limits.min, limits.max)
+    return array.astype(dtype)
+
+
+def _nifti(array: np.ndarray, affine: ArrayLike) -> nib.Nifti1Image:
     affine = np.asarray(affine, dtype=float)
-    image = nib.Nifti1Image(array.astype(dtype), affine)
+    image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, SCANNER)
     # A sheared grid (gantry tilt) fits no quaternion: qform is then marked unknown, so that all programs use sform.
     sheared = not np.allclose(image.get_qform(), affine, atol=1e-3)
     image.set_qform(affine, 0 if sheared else SCANNER)
     image.set_sform(affine, SCANNER)
-    with replacing(path) as temporary:
-        nib.save(image, temporary)
-    return Path(path)
+    return image
 
 
 def write_sidecar(path: str | os.PathLike, content: Mapping[str, Any]) -> Path:

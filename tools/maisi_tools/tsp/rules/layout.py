@@ -279,6 +279,23 @@ def flip(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     return _mapped("flip", node, node.shape, rows[::-1].copy() if node.axis in dims else rows, lambda s: s.flip(other))
 
 
+@rule("roll")
+def roll(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
+    """Rows moved on, those at the end coming in at the start."""
+    given = bind({"input": None, "shifts": None, "dims": None}, args, kwargs)
+    node, shifts, dims = given["input"].node, given["shifts"], given["dims"]
+    if node.axis is None or dims is None:
+        return None
+    shifts, dims = ((value,) if isinstance(value, int) else tuple(value) for value in (shifts, dims))
+    dims = tuple(d % len(node.shape) for d in dims)
+    moved = sum(shift for shift, d in zip(shifts, dims, strict=True) if d == node.axis)
+    rows = (np.arange(node.rows) - moved) % node.rows
+    other = [(shift, d) for shift, d in zip(shifts, dims, strict=True) if d != node.axis]
+    if not other:
+        return _mapped("roll", node, node.shape, rows, lambda slab: slab)
+    return _mapped("roll", node, node.shape, rows, lambda slab: torch.roll(slab, *map(list, zip(*other, strict=True))))
+
+
 @rule("cat", "concat", "concatenate")
 def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Volumes joined along another dimension, or along the axis itself."""
