@@ -10,6 +10,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
+from maisi_tools.tsp.inferer import TSPInferer
+
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (
     *("bundle_root", "dataset_dir", "input", "output_dir", "seed", "device", "network_def", "network"),
@@ -107,19 +109,26 @@ def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
 
 
 @pytest.mark.parametrize(
-    ("bundle", "overlay", "inferer"),
+    ("bundle", "config", "places"),
     [
-        ("maisi_vae", "full.json", "inferer#inferer"),
-        ("maisi_ldm", "full_rflow.json", "decoder#inferer"),
-        ("maisi_ldm", "full_ddpm.json", "decoder#inferer"),
-        ("maisi_controlnet", "full_rflow.json", "decoder#inferer"),
-        ("maisi_controlnet", "full_ddpm.json", "decoder#inferer"),
+        ("maisi_vae", ["inference.json", "full.json"], ["inferer#inferer"]),
+        ("maisi_vae", ["encode.json"], ["inferer#inferer"]),
+        ("maisi_vae", ["decode.json"], ["inferer#inferer"]),
+        ("maisi_ldm", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
+        ("maisi_ldm", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
     ],
 )
-def test_full_size_autoencoder_is_run_in_windows(bundles, bundle, overlay, inferer):
-    """Whole, one tensor of the decoder at 512 x 512 x 128 would take 17 GB."""
-    parser = parser_of(bundles, bundle, "inference.json", overlay)
-    assert parser.get_parsed_content(inferer).__class__.__name__ == "SlidingWindowInferer"
+def test_every_network_is_run_in_slabs_as_the_top_level_keys_say(bundles, bundle, config, places):
+    parser = parser_of(bundles, bundle, *config)
+    parser["splits" if bundle != "maisi_controlnet" else "displayable_configs#splits"] = 5
+    parser["memory_limit"] = "3GiB"
+    parser.parse()
+    for place in places:
+        inferer = parser.get_parsed_content(place)
+        assert isinstance(inferer, TSPInferer)
+        assert (inferer.settings.splits, inferer.settings.memory_limit) == (5, "3GiB")
 
 
 @pytest.mark.parametrize(

@@ -116,18 +116,64 @@ def weights(bundle: str, bundles: str | None = None) -> None:
         bundle: name (maisi_vae, maisi_ldm, maisi_controlnet) or folder of the bundle.
         bundles: folder with the bundles; by default the one of the checkout you are in.
     """
-    folder = Path(str(bundle))
-    if not (folder / "configs").is_dir():
-        root = _bundles(bundles)
-        folder = root / str(bundle)
-        if not (folder / "configs").is_dir():
-            names = ", ".join(sorted(config.parent.name for config in root.glob("*/configs")))
-            raise InputError(f"{bundle} is no bundle of {root} and no bundle's folder; choose among: {names}.")
+    folder = _bundle(bundle, bundles)
 
     from maisi_tools.weights import fetch_weights
 
     for path in fetch_weights(folder):
         print(path)
+
+
+def plan(
+    bundle: str,
+    output_size: Any,
+    memory_limit: Any = None,
+    splits: Any = None,
+    overlay: Any = None,
+    device: str = "cpu",
+    details: bool = False,
+    bundles: str | None = None,
+) -> None:
+    """Print what a bundle's run would need on a device, without computing: peak memory, FLOP, transfers.
+
+    Args:
+        bundle: name (maisi_vae, maisi_ldm, maisi_controlnet) or folder of the bundle.
+        output_size: voxels of the CT along x, y, z, for example 512,512,768.
+        memory_limit: what the run may take on the device, for example 16GiB; by default as much as the fastest plan.
+        splits: slabs for each step of a network; by default as many as are best.
+        overlay: a config over inference.json, such as full_rflow.json for the full-size networks.
+        device: cpu or cuda, whichever the run will have; it need not be in this machine.
+        details: print every pass of every plan, too.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    folder = _bundle(bundle, bundles) / "configs"
+    size = _triple("output_size", output_size, int)
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not usable; give cpu or cuda.")
+    configs = [folder / "inference.json"] + ([folder / str(overlay)] if overlay is not None else [])
+    for config in configs:
+        if not config.is_file():
+            names = ", ".join(sorted(path.name for path in folder.glob("full*.json")))
+            raise InputError(f"{config} does not exist; overlays of this bundle are: {names}.")
+
+    from maisi_tools.diffusion.footprint import footprints
+    from maisi_tools.tsp.plan import format_bytes
+
+    found = footprints(configs, size, splits, memory_limit, device)
+    print(f"{'network':<32}{'peak':>12}{'GFLOP':>14}{'moved off':>12}{'read back':>12}")
+    for footprint in found:
+        made = footprint.plan
+        if made is None:
+            print(f"{footprint.stage:<32}{footprint.refusal}")
+            continue
+        moved = "".join(f"{format_bytes(count) if count else '-':>12}" for count in made.moved)
+        print(f"{footprint.stage:<32}{format_bytes(made.peak):>12}{made.flop / 1e9:>14,.0f}{moved}")
+        if details:
+            print(f"{made}\n")
+    if any(footprint.plan is None for footprint in found):
+        raise InputError(
+            f"a memory limit of {memory_limit} is too small for a CT of {size[0]} x {size[1]} x {size[2]}."
+        )
 
 
 def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None) -> None:
@@ -178,7 +224,7 @@ def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> 
     print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map)))} masks")
 
 
-COMMANDS = (demo, phantom, preview, weights, datalist, complete_masks)
+COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,6 +284,18 @@ def _bundles(given: str | None) -> Path:
         f"there is no bundles/{CONTROLNET} in {here} or above it; change into the checkout of MAISI Bundles, or give "
         "its bundles folder with --bundles DIR."
     )
+
+
+def _bundle(bundle: Any, bundles: str | None) -> Path:
+    """The folder of a bundle given by name or by its folder."""
+    folder = Path(str(bundle))
+    if not (folder / "configs").is_dir():
+        root = _bundles(bundles)
+        folder = root / str(bundle)
+        if not (folder / "configs").is_dir():
+            names = ", ".join(sorted(config.parent.name for config in root.glob("*/configs")))
+            raise InputError(f"{bundle} is no bundle of {root} and no bundle's folder; choose among: {names}.")
+    return folder
 
 
 def _check_seed(seed: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+from maisi_tools.tsp.errors import TSPError
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.
@@ -13,8 +15,11 @@ class InputError(ValueError):
     """
 
 
-def find_input_error(error: BaseException | None) -> InputError | None:
+def find_input_error(error: BaseException | None) -> InputError | TSPError | None:
     """Return the first InputError among `error`, its causes and its contexts, or None.
+
+    What the TSP engine refuses (a memory limit that cannot be met, a lost rank) counts as one: its message, too, says
+    what to do.
 
     MONAI's ConfigParser wraps what a component raises into a RuntimeError, so the error at hand is rarely the cause.
     """
@@ -23,7 +28,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
         current = pending.pop(0)
         if current is None or id(current) in seen:
             continue
-        if isinstance(current, InputError):
+        if isinstance(current, (InputError, TSPError)):
             return current
         seen.add(id(current))
         pending += [current.__cause__, current.__context__]

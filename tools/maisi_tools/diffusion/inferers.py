@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
@@ -29,6 +29,7 @@ class LatentSampler(Inferer):
             the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
+        inferer: how the U-Net is run.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class LatentSampler(Inferer):
         condition_scale: float = 100.0,
         return_latent: bool = False,
         progress: bool = True,
+        inferer: Inferer | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -53,6 +55,7 @@ class LatentSampler(Inferer):
         self.condition_scale = float(condition_scale)
         self.return_latent = return_latent
         self.progress = progress
+        self.inferer = inferer or SimpleInferer()
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -70,8 +73,8 @@ class LatentSampler(Inferer):
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
         without = without_conditions(tensors, self.guided_conditions)
         denoiser = guided(
-            lambda x, t: network(x, t, **tensors),
-            lambda x, t: network(x, t, **without),
+            lambda x, t: self.inferer(x, network, t, **tensors),
+            lambda x, t: self.inferer(x, network, t, **without),
             self.guidance_scale,
         )
         generator = step_generator(noise, seed)
@@ -94,6 +97,7 @@ class MaskToCT(Inferer):
         keep_labels: labels these weights were trained with; None means the whole vocabulary.
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
         control_scale: weight of the ControlNet's contribution.
+        inferer: how the U-Net and the ControlNet are run.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class MaskToCT(Inferer):
         condition_scale: float = 100.0,
         control_scale: float = 1.0,
         progress: bool = True,
+        inferer: Inferer | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -128,6 +133,7 @@ class MaskToCT(Inferer):
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
+        self.inferer = inferer or SimpleInferer()
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -163,8 +169,8 @@ class MaskToCT(Inferer):
         without = without_conditions(tensors, self.guided_conditions)
 
         denoiser = guided(
-            lambda x, t: network(condition, x, t, self.control_scale, **tensors),
-            lambda x, t: network(condition, x, t, self.control_scale, **without),
+            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **tensors),
+            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **without),
             self.guidance_scale,
         )
         generator = step_generator(noise, self.seed)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.nodes import Constants, Node, gathered, source, split
-from maisi_tools.tsp.rules import RULES
+from maisi_tools.tsp.rules import MIXED, RULES
 
 _PROPERTIES = frozenset(
     """
@@ -42,6 +42,9 @@ _DRAWN = frozenset(
     "rand_like randn_like randint_like empty_like new_empty new_zeros new_ones new_full new_tensor".split()
 )
 """Operations that read nothing but shape, type and device of their input."""
+
+_LIKENESSES = frozenset(("to", "type_as", "expand_as", "view_as", "reshape_as"))
+"""Operations on a plain tensor that read nothing but shape, type and device of a volume."""
 
 _INPLACE_OPERATORS = {
     f"__i{name}__": f"__{name}__" for name in "add sub mul truediv floordiv pow and or xor mod".split()
@@ -212,6 +215,8 @@ class Recorder:
             raise TSPError(f"a network that sets the attribute {name[:-1]!r} of a tensor cannot be split")
         if name in _MOVES and self._elsewhere(args, kwargs, name):
             return self.now(func, name, args, kwargs)
+        if name in _LIKENESSES and not isinstance(args[0], Volume):
+            return func(args[0], *(_likeness(arg) for arg in args[1:]), **tree_map(_likeness, kwargs))
         if name in _DRAWN:
             like = torch.empty(args[0].shape, dtype=args[0].dtype, device=args[0].device)
             return func(like, *args[1:], **kwargs)
@@ -259,7 +264,8 @@ class Recorder:
 
     def _out(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         made = None
-        if name in RULES:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if name in RULES and (isinstance(first, Volume) or name in MIXED):
             try:
                 made = RULES[name](self, func, args, kwargs)
             except KeyError:  # a spelling of the arguments that the rule does not know
@@ -347,6 +353,13 @@ class Recorder:
                     "gradients are wanted, but a network is run in slabs without them; call it under torch.no_grad() "
                     "or torch.inference_mode(), or train on the network itself"
                 )
+
+
+def _likeness(value: Any) -> Any:
+    """A tensor of a volume's shape, type and device that takes no memory."""
+    if isinstance(value, Volume):
+        return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+    return value
 
 
 def _meta(value: Any) -> Any:

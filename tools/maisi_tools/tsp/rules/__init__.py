@@ -6,6 +6,6 @@ None when this use of the operation has no rule: then it runs on the gathered te
 """
 
 from maisi_tools.tsp.rules import attention, layout, norms, pointwise, resize, windows
-from maisi_tools.tsp.rules.table import RULES
+from maisi_tools.tsp.rules.table import MIXED, RULES
 
-__all__ = ["RULES", "attention", "layout", "norms", "pointwise", "resize", "windows"]
+__all__ = ["MIXED", "RULES", "attention", "layout", "norms", "pointwise", "resize", "windows"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maisi_tools.tsp.nodes import Node, Rows
+from maisi_tools.tsp.nodes import Node, Rows, split
 from maisi_tools.tsp.rules.table import bind, rule
 
 
@@ -28,7 +28,11 @@ def _product(
     ]
     letter = next((letter for letter in letters if letter in out), None)
     if letter is None:
-        return None
+        # All factors are gathered. Queries become rows again, for the product with all keys may be very large.
+        if letters or nodes[0] is None or len(terms[0]) < 3 or terms[0][-2] not in out:
+            return None
+        letter = terms[0][-2]
+        nodes[0] = split(nodes[0], len(terms[0]) - 2)
     sizes: dict[str, int] = {}
     for operand, term in zip(operands, terms, strict=True):
         for size, own in zip(operand.shape, term, strict=True):
@@ -61,7 +65,7 @@ def _product(
     return Node(name, inputs, shape, dtype, axis, compute, need, cost)
 
 
-@rule("einsum")
+@rule("einsum", mixed=True)
 def einsum(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """A product of two factors, every letter of the result in one of them."""
     if kwargs or len(args) < 2:
@@ -79,7 +83,7 @@ def einsum(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     return _product(recorder, "einsum", operands, terms, out, lambda *values: torch.einsum(equation, *values))
 
 
-@rule("matmul", "bmm")
+@rule("matmul", "bmm", mixed=True)
 def matmul(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """A product of matrices, or of batches of them."""
     if kwargs or len(args) != 2 or args[0].ndim != args[1].ndim or args[0].ndim < 2:
@@ -107,8 +111,11 @@ def attention(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         return None
     if not all(recorder.is_volume(part) for part in parts):
         return None
-    query, *others = nodes = [part.node for part in parts]
-    tokens = len(query.shape) - 2
+    nodes = [part.node for part in parts]
+    tokens = len(nodes[0].shape) - 2
+    if nodes[0].axis is None and tokens > 0:
+        nodes[0] = split(nodes[0], tokens)
+    query, *others = nodes
     if query.axis is None or query.axis > tokens or len({len(node.shape) for node in nodes}) != 1:
         return None
     batched = query.axis < tokens

@@ -296,7 +296,7 @@ def roll(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     return _mapped("roll", node, node.shape, rows, lambda slab: torch.roll(slab, *map(list, zip(*other, strict=True))))
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", mixed=True)
 def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Volumes joined along another dimension, or along the axis itself."""
     given = bind({"tensors": None, "dim": 0}, args, {("dim" if k == "axis" else k): v for k, v in kwargs.items()})
@@ -334,7 +334,7 @@ def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     return Node("concatenation", nodes, meta.shape, meta.dtype, axis, stacked, need)
 
 
-@rule("stack")
+@rule("stack", mixed=True)
 def stack(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Volumes joined along a new dimension."""
     given = bind({"tensors": None, "dim": 0}, args, kwargs)

@@ -24,7 +24,7 @@ _POINTWISE = """
 """.split()
 
 
-@rule(*_POINTWISE)
+@rule(*_POINTWISE, mixed=True)
 def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Rows of the result from the same rows of the inputs; what is broadcast along the rows is used whole."""
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}

@@ -14,12 +14,18 @@ RULES: dict[str, Callable[..., Any]] = {}
 """Operation name, as in ``torch`` without underscores -> rule."""
 
 
-def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter the decorated function into the table under ``names``."""
+MIXED: set[str] = set()
+"""Rules that also take calls whose first argument is no volume."""
+
+
+def rule(*names: str, mixed: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter the decorated function into the table under ``names``; ``mixed`` where any argument may be the volume."""
 
     def enter(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
             RULES[name] = function
+            if mixed:
+                MIXED.add(name)
         return function
 
     return enter
