@@ -241,3 +241,32 @@ def test_demo_runs_the_bundle_it_is_given(tmp_path, capfd):
 def test_demo_of_wrong_input(tmp_path, capsys):
     assert "inference.json does not exist" in fails(["demo", "--bundles", tmp_path], capsys)
     assert "nowhere does not exist" in fails(["demo", "--bundles", tmp_path / "nowhere"], capsys)
+
+
+def test_plan_prints_what_each_network_would_need(capsys, repo_root):
+    bundles = str(repo_root / "bundles")
+    line = ["plan", "maisi_vae", "--output_size=128,128,64", "--memory_limit=100MB", "--bundles", bundles]
+    assert main(line) == 0
+    rows = {words[0]: words for words in map(str.split, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {"network", "encoder", "decoder"}
+    for stage in ("encoder", "decoder"):
+        assert float(rows[stage][1]) * 2**20 <= 100e6 and rows[stage][2] == "MiB"
+        assert float(rows[stage][3].replace(",", "")) > 10  # GFLOP
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--output_size=128,128,64", "--memory_limit=1MB"], "the least that would do is"),
+        (["--output_size=128,128,64", "--memory_limit=lots"], "memory_limit is 'lots'; give a size such as 12GiB"),
+        (["--output_size=128,128,63"], "change z 63 -> 60 or 64"),
+        (["--output_size=128"], "output_size 128 is not usable"),
+        (["--output_size=128,128,64", "--device=tpu"], "give cpu or cuda"),
+        (["--output_size=128,128,64", "--overlay=big.json"], "overlays of this bundle are: full.json"),
+        (["--output_size=128,128,64", "--splits=0"], "splits is 0; give a whole number from 1 on"),
+    ],
+)
+def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
+    assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err and "Traceback" not in printed.err
