@@ -199,6 +199,22 @@ def gathered(
     ]
 
 
+def gather(node: Node) -> Node:
+    """Return a volume as a whole."""
+    if node.axis is None:
+        return node
+
+    def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
+        return slabs[0]
+
+    return gathered("gather", [node], [node.shape], [node.dtype], compute)[0]
+
+
+def along(node: Node, axis: int) -> Node:
+    """Return a volume with rows along another axis."""
+    return node if node.axis == axis else split(gather(node), axis)
+
+
 def clamp(lo: float, hi: float, rows: int) -> Rows:
     """Return the part of rows ``lo..hi`` that exists; at least one row, so that a slab is never empty."""
     a = min(max(math.floor(lo), 0), rows - 1)

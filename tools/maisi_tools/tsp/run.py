@@ -146,7 +146,7 @@ class Call:
         self.plan: Plan | None = None
         self.base = _bytes([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.device)
         self.base += _bytes([p for module in modules_of(network) for p in module.parameters()], self.device)
-        self.recorder = Recorder(axis + 2, self.device, self._execute, self.dtype)
+        self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
         wrapped = [
             Volume(self._source(leaf, axis + 2), self.recorder)

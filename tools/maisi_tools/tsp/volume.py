@@ -24,6 +24,9 @@ _PROPERTIES = frozenset(
 )
 """What the handle answers by itself, from shape, type and device."""
 
+_VALUES = frozenset(("__bool__", "__int__", "__float__", "__complex__", "__index__", "__contains__"))
+"""What Python asks a tensor's value with; without underscores some of these are names of casts."""
+
 _VIEWS = frozenset(
     """
     getitem narrow select split chunk tensor_split unbind split_with_sizes permute transpose swapaxes swapdims movedim
@@ -127,6 +130,7 @@ class Recorder:
 
     Args:
         axis: dimension along which volumes are split.
+        ndim: dimensions of the volume that the axis is counted in.
         device: of the handles.
         execute: computes nodes' values; called where the network asks for values while it is being recorded.
         dtype: floating type to compute in; None keeps the network's own.
@@ -135,11 +139,13 @@ class Recorder:
     def __init__(
         self,
         axis: int,
+        ndim: int,
         device: torch.device,
         execute: Callable[[Sequence[Node]], list[Any]],
         dtype: torch.dtype | None = None,
     ) -> None:
         self.axis = axis
+        self.back = ndim - axis
         self.device = device
         self.dtype = dtype
         self.constants = Constants()
@@ -222,6 +228,8 @@ class Recorder:
             return func(like, *args[1:], **kwargs)
         target = args[0] if args else None
         own = getattr(func, "__name__", "")
+        if own in _VALUES:
+            return self.now(func, own, args, kwargs)
         writes = (
             own in _INPLACE_OPERATORS
             or own in ("__setitem__", "__delitem__")

@@ -86,10 +86,11 @@ def einsum(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
 @rule("matmul", "bmm", mixed=True)
 def matmul(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """A product of matrices, or of batches of them."""
-    if kwargs or len(args) != 2 or args[0].ndim != args[1].ndim or args[0].ndim < 2:
+    if kwargs or len(args) != 2 or args[0].ndim < 2 or args[1].ndim not in (2, args[0].ndim):
         return None
     batch = "abcdefgh"[: args[0].ndim - 2]
-    return _product(recorder, "matrix product", args, [f"{batch}xy", f"{batch}yz"], f"{batch}xz", torch.matmul)
+    right = "yz" if args[1].ndim == 2 else f"{batch}yz"
+    return _product(recorder, "matrix product", args, [f"{batch}xy", right], f"{batch}xz", torch.matmul)
 
 
 @rule("scaled_dot_product_attention")

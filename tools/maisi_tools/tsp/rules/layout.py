@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maisi_tools.tsp.nodes import Node, Rows, clamp, split
+from maisi_tools.tsp.nodes import Node, Rows, along, clamp
 from maisi_tools.tsp.rules.table import bind, fit, rule
 
 
@@ -53,7 +53,7 @@ def same(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node:
     return args[0].node
 
 
-@rule("to", "type", "float", "half", "bfloat16", "double", "type_as", "cuda", "cpu")
+@rule("to", "type", "float", "half", "bfloat16", "double", "bool", "int", "long", "type_as", "cuda", "cpu")
 def cast(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Another type; between floating types nothing happens when the inferer was given its own ``dtype``."""
     node = args[0].node
@@ -302,14 +302,11 @@ def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     given = bind({"tensors": None, "dim": 0}, args, {("dim" if k == "axis" else k): v for k, v in kwargs.items()})
     parts = list(given["tensors"])
     axes = {p.node.axis for p in parts if recorder.is_volume(p) and p.node.axis is not None}
-    if len(axes) != 1 or len({p.ndim for p in parts}) != 1 or given.get("out") is not None:
+    if not axes or len({p.ndim for p in parts}) != 1:
         return None
-    axis = axes.pop()
+    axis = axes.pop() if len(axes) == 1 else max(parts[0].ndim - recorder.back, 0)
     dim = given["dim"] % parts[0].ndim
-    nodes = []
-    for part in parts:
-        node = part.node if recorder.is_volume(part) else recorder.source(part, axis)
-        nodes.append(split(node, axis) if node.axis is None else node)
+    nodes = [along(part.node, axis) if recorder.is_volume(part) else recorder.source(part, axis) for part in parts]
     meta = recorder.infer(torch.cat, (parts, dim), {})
     if dim != axis:
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
-from maisi_tools.tsp.nodes import Node, Rows, split
+from maisi_tools.tsp.nodes import Node, Rows, along, gather
 from maisi_tools.tsp.rules.table import bind, rule
 
 _POINTWISE = """
@@ -40,9 +40,10 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     from_end = {len(n.shape) - n.axis for n in nodes.values() if n.axis is not None and n.rows > 1}
     if not from_end:
         from_end = {len(n.shape) - n.axis for n in nodes.values() if n.axis is not None}
-    if len(from_end) != 1:
+    if not from_end:
         return None
-    back = from_end.pop()
+    # After an attention, volumes may have their rows along different axes: the usual one is kept.
+    back = from_end.pop() if len(from_end) == 1 else recorder.back
     axis = ndim - back
     rows = meta.shape[axis]
 
@@ -51,10 +52,10 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     places: dict[int, int] = {}
     for i, node in nodes.items():
         place = len(node.shape) - back
-        if node.axis is None and place >= 0 and node.shape[place] == rows:
-            node = split(node, place)
+        if place >= 0 and node.shape[place] == rows:
+            node = along(node, place)
         elif node.axis is not None and node.axis != place:
-            return None
+            node = gather(node)
         places[i] = len(inputs)
         inputs.append(node)
         aligned.append(node.axis is not None and node.shape[place] == rows)

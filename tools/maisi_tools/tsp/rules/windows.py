@@ -89,14 +89,14 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
     inner_extra = [0 if d == split else extra[d] for d in range(dims)]
 
     def want(a: int, b: int) -> tuple[int, int]:
-        return -((reach - 1 - a - lead) // step), (b - 1 + lead) // step + 1
+        end = (b - 1 + lead) // step + 1
+        return min(-((reach - 1 - a - lead) // step), end - 1), end
 
     def need(k: int, a: int, b: int) -> tuple[int, int]:
         return clamp(*want(a, b), rows)
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         lo, hi = want(a, b)
-        hi = max(hi, lo + 1)
         slab = fit(slabs[0], need(0, a, b), (lo, hi), axis)
         w = recorder.constants.get(weight, slab.device, slab.dtype)
         c = None if bias is None else recorder.constants.get(bias, slab.device, slab.dtype)
