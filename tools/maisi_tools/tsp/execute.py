@@ -28,7 +28,7 @@ class Execution:
 
     Args:
         plan: what to do.
-        devices: the steps of a pass are dealt out to them in consecutive ranges.
+        devices: those the plan counts, in its order.
         ranks: the plan's ranks, where there are several.
         given: the tensors of given nodes, on the rank that holds them.
         gather: return whole results on every rank, not each rank's :class:`~maisi_tools.tsp.ranks.Shard`.
@@ -70,9 +70,9 @@ class Execution:
                     t: [] for t in part.targets if t in self.graph.moments
                 }
                 queue: list[Any] = []
-                for number in self._turns(len(part.steps)):
-                    device = self.devices[number * len(self.devices) // len(part.steps)]
-                    self._step(part, part.steps[number], device, gathered)
+                for step in part.steps:
+                    device = self.devices[step.device]
+                    self._step(part, step, device, gathered)
                     self._wait(queue, device)
                     done += 1
                     if tick is not None:
@@ -133,12 +133,6 @@ class Execution:
         for rank, buffer in buffers.items():
             whole.narrow(node.axis, spans[rank][0], buffer.shape[node.axis]).copy_(buffer)
         return whole
-
-    def _turns(self, steps: int) -> list[int]:
-        """The order of a pass's steps: each device's own range in turn, the devices side by side."""
-        count = len(self.devices)
-        ranges = [[i for i in range(steps) if i * count // steps == d] for d in range(count)]
-        return [own[turn] for turn in range(max(map(len, ranges))) for own in ranges if turn < len(own)]
 
     def _open(self, part: Pass) -> None:
         if not part.keep:

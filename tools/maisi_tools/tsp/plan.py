@@ -36,12 +36,13 @@ HALO_ROWS = 4
 
 @dataclass
 class Step:
-    """One slab of a pass: the rows of each target, what is read for them, and what is free afterwards."""
+    """One slab of a pass: the rows of each target, what is read for them, where, and what is free afterwards."""
 
     rows: list[Rows | None]
     reads: dict[Node, Rows]
     work: int
     flop: float
+    device: int = 0
     free: list[tuple[Node, Rows]] = field(default_factory=list)
 
 
@@ -189,6 +190,7 @@ class Plan:
         in_flight: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        devices: int = 1,
         like: Plan | None = None,
     ) -> None:
         self.graph = graph
@@ -197,6 +199,7 @@ class Plan:
         self.slab_bytes = slab_bytes
         self.rank = rank
         self.ranks = ranks
+        self.devices = devices
         self.away = dict(away or {})
         self.where: dict[Node, str] = {}
         for node in graph.kept:
@@ -243,7 +246,13 @@ class Plan:
             for lo, hi in spans:
                 a, b = lo + (hi - lo) * i // steps, lo + (hi - lo) * (i + 1) // steps
                 ranges.append((a, b) if a < b else None)
-            done.steps.append(self._probe(done, ranges)[0])
+            step = self._probe(done, ranges)[0]
+            step.device = i * self.devices // steps
+            done.steps.append(step)
+        # Each device has a range of its own; the devices take turns, so that they compute side by side.
+        first = {step.device: place for place, step in reversed(list(enumerate(done.steps)))}
+        turns = {id(step): (place - first[step.device], step.device) for place, step in enumerate(done.steps)}
+        done.steps.sort(key=lambda step: turns[id(step)])
 
     def _exchange(self, done: Pass) -> None:
         if self.ranks == 1:
@@ -352,6 +361,7 @@ def make_plan(
     offload: str = "auto",
     rank: int = 0,
     ranks: int = 1,
+    devices: int = 1,
 ) -> Plan:
     """Return the first plan under the limit, from the fastest to the leanest.
 
@@ -362,6 +372,7 @@ def make_plan(
         splits: steps a pass; None chooses them by bytes.
         limit: bytes on the device; None for no limit.
         offload: "host", "disk", "none", or "auto", which is the host's memory for a GPU and the disk for a CPU.
+        devices: in this process; the slabs of a pass are dealt out to them in consecutive ranges.
         rank: whose plan; each of the ``ranks`` computes its share of the rows.
 
     Raises:
@@ -373,7 +384,7 @@ def make_plan(
     flights = 1 if device_type == "cpu" else 2  # a GPU's steps are queued ahead of what it computes
 
     def planned(size: int, away: Mapping[Node, float] | None = None, like: Plan | None = None) -> Plan:
-        return Plan(graph, base, size, splits, away, to, flights, rank, ranks, like)
+        return Plan(graph, base, size, splits, away, to, flights, rank, ranks, devices, like)
 
     plan = planned(slab_bytes)
     if limit is None or plan.peak <= limit:

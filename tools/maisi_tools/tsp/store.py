@@ -164,7 +164,7 @@ class FileStore(DeviceStore):
             if not got:
                 raise OSError("the temporary file of an offloaded volume was cut short")
             data = data[got:]
-        return rows.permute(order).to(device)
+        return rows.permute(order).contiguous().to(device)
 
     def close(self) -> None:
         """Remove the file."""

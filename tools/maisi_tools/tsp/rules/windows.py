@@ -89,8 +89,8 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
     inner_extra = [0 if d == split else extra[d] for d in range(dims)]
 
     def want(a: int, b: int) -> tuple[int, int]:
-        end = (b - 1 + lead) // step + 1
-        return min(-((reach - 1 - a - lead) // step), end - 1), end
+        # From the first input row that reaches row a; no later than row a where a stride leaves gaps.
+        return min(-((reach - 1 - a - lead) // step), (a + lead) // step), (b - 1 + lead) // step + 1
 
     def need(k: int, a: int, b: int) -> tuple[int, int]:
         return clamp(*want(a, b), rows)
