@@ -1,0 +1,262 @@
+"""What the benchmarks share: the networks, one process for each measurement, tables and dated pages."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import monai
+import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor
+
+from maisi_tools.atomic import replacing
+from maisi_tools.tsp.inferer import TSPInferer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+DIRECTIONS = ("decode", "encode")
+FACTOR = 4
+"""Image voxels per latent voxel along each axis."""
+SEED = 0
+WINDOWS: dict[str, Any] = {"sw_batch_size": 1, "overlap": 0.4, "mode": "gaussian"}
+"""How the released script runs the autoencoder in windows: the arguments of its SlidingWindowInferer."""
+WINDOW = {"decode": (80, 80, 80), "encode": (192, 192, 192)}
+"""The released script's window of the latent; encoding, which it does not do, had this one of the image here before."""
+
+
+def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
+    """Return the autoencoder's constructor arguments from the bundle's configs, the small or the full-size one's."""
+    configs = ROOT / "bundles" / "maisi_vae" / "configs"
+    found = json.loads((configs / "inference.json").read_text())["network_def"]
+    found.pop("_target_")
+    if full:
+        prefix = "network_def#"
+        for key, value in json.loads((configs / "full.json").read_text()).items():
+            if key.startswith(prefix):
+                found[key.removeprefix(prefix)] = value
+    return found | changes
+
+
+def autoencoder(arguments: dict[str, Any], device: str = "cpu") -> AutoencoderKlMaisi:
+    """Return MONAI's autoencoder with seeded random weights: the same ones for the same widths, however it splits."""
+    torch.manual_seed(SEED)
+    return AutoencoderKlMaisi(**arguments).to(device).eval()
+
+
+def volume(direction: str, image_size: Sequence[int], latent_channels: int) -> Tensor:
+    """Return a seeded random input: a latent (B, C, d, h, w), or an image (B, 1, D, H, W) in [0, 1]."""
+    generator = torch.Generator().manual_seed(SEED)
+    if direction == "decode":
+        return torch.randn(1, latent_channels, *(n // FACTOR for n in image_size), generator=generator)
+    return torch.rand(1, 1, *image_size, generator=generator)
+
+
+def call(
+    network: AutoencoderKlMaisi,
+    direction: str,
+    x: Tensor,
+    tsp: TSPInferer | None = None,
+    windows: SlidingWindowInferer | None = None,
+) -> Tensor:
+    """Decode a latent, or encode an image to the posterior's mean: by TSP, in windows, or in one go."""
+    if windows is not None:  # a window's result is a tensor, so that the means alone are stitched
+        return windows(x, network.decode if direction == "decode" else lambda window: network.encode(window)[0])
+    function = network.decode if direction == "decode" else network.encode
+    result = tsp(x, function) if tsp is not None else function(x)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def flop_per_voxel(arguments: dict[str, Any], direction: str) -> float:
+    """Return the floating point operations of the unsplit network for each voxel of the image."""
+    network = autoencoder(arguments | {"num_splits": 1})
+    size = (64, 64, 64)
+    x = volume(direction, size, arguments["latent_channels"])
+    with torch.no_grad():
+        return TSPInferer(splits=1).plan(x, getattr(network, direction)).flop / math.prod(size)
+
+
+class Failed(RuntimeError):
+    """A measurement that did not come to a result; the message is what the table says."""
+
+
+def in_own_process(
+    function: Callable[..., Any], *args: Any, fresh: bool = True, threads: int | None = None, limit: float | None = None
+) -> Any:
+    """Return ``function(*args)``, computed in a process of its own.
+
+    Args:
+        fresh: a new interpreter; False forks this process, which saves the imports (and shares their memory).
+        threads: computing threads of the process; None takes all cores.
+        limit: seconds after which it is ended.
+
+    Raises:
+        Failed: it raised, ran out of memory, was killed, or took longer than ``limit``.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("spawn" if fresh else "fork")
+    parent, child = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(child, threads, function, args))  # type: ignore[attr-defined]
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by the OpenMP library when a new interpreter loads it
+    process.start()
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+    child.close()
+    try:
+        if not parent.poll(limit):
+            process.kill()
+            raise Failed("not run (out of time)")
+        done, value = parent.recv()
+    except EOFError:  # the kernel ended it, most likely for its memory
+        process.join()
+        raise Failed(f"killed (exit code {process.exitcode})") from None
+    finally:
+        process.join()
+    if not done:
+        raise Failed(value)
+    return value
+
+
+def _answer(pipe: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    try:
+        pipe.send((True, function(*args)))
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        pipe.send((False, "out of memory"))
+    except Failed as error:
+        pipe.send((False, str(error)))
+    except Exception as error:  # whatever it is belongs into the table, and the next row is still measured
+        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+            pipe.send((False, "out of memory"))
+        else:
+            pipe.send((False, f"{type(error).__name__}: {error}".splitlines()[0][:80]))
+
+
+class PeakMemory:
+    """The peak of this process's resident memory above what is resident at the start, in bytes.
+
+    The kernel's high-water mark (VmHWM) is reset, so that neither the imports' nor a parent's peak counts. Where
+    that is not allowed, the mark may hold an earlier peak, which :func:`check_memory_reading` finds out.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+        self.start = self._status("VmRSS")
+
+    def above_start(self) -> int:
+        return self._status("VmHWM") - self.start
+
+    @staticmethod
+    def _status(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise Failed(f"this system's /proc/self/status has no {field}")
+
+
+def allocate_and_free(size: int) -> int:
+    """Return the peak that is read when ``size`` bytes were used and given back before."""
+    earlier = torch.ones(2 * size, dtype=torch.uint8)  # a higher peak from before, which must not count
+    del earlier
+    memory = PeakMemory()
+    block = torch.ones(size, dtype=torch.uint8)
+    del block
+    return memory.above_start()
+
+
+def check_memory_reading(fresh: bool = True, size: int = 256 * 2**20) -> str:
+    """Return a line that says how a known allocation was read.
+
+    Raises:
+        Failed: it was read wrong by more than 5 %.
+    """
+    read = in_own_process(allocate_and_free, size, fresh=fresh, threads=1)
+    line = (
+        f"an allocation of {size / 1e6:.0f} MB, after one of {2 * size / 1e6:.0f} MB, was read as {read / 1e6:.0f} MB"
+    )
+    if abs(read - size) > 0.05 * size:
+        raise Failed(f"peak memory cannot be measured here: {line}")
+    return line
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a markdown table, its columns lined up for reading as plain text; all but the first right-aligned."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def circumstances(threads: int | None = None) -> list[str]:
+    """Return what a page of results begins with: date, machine, versions, commit and command, as a markdown list."""
+    model = next(
+        (line.split(":")[1].strip() for line in _output("lscpu").splitlines() if line.startswith("Model name")),
+        platform.processor(),
+    )
+    cores = len(os.sched_getaffinity(0))
+    load = os.getloadavg()[0]
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD").strip() or "unknown"
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "tools", "benchmarks", "bundles")
+    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
+    return [
+        f"- date: {datetime.date.today().isoformat()}",
+        f"- CPU: {model}, {cores} cores, {threads or cores} threads; load of the machine at the start {load:.1f}",
+        f"- Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}",
+        f"- commit: {commit}{', with changes' if changed else ''}",
+        f"- command: `{shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`",
+    ]
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
+def write_page(name: str, lines: Sequence[str]) -> Path:
+    """Write ``results/<date>-<name>.md``; return its path."""
+    path = RESULTS / f"{datetime.date.today().isoformat()}-{name}.md"
+    with replacing(path) as part:
+        part.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class Progress:
+    """One line on stderr for each measurement, with the time since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.start:6.0f} s] {text}", file=sys.stderr, flush=True)
