@@ -75,7 +75,8 @@ def call(
 ) -> Tensor:
     """Decode a latent, or encode an image to the posterior's mean: by TSP, in windows, or in one go."""
     if windows is not None:  # a window's result is a tensor, so that the means alone are stitched
-        return windows(x, network.decode if direction == "decode" else lambda window: network.encode(window)[0])
+        whole: Any = windows(x, network.decode if direction == "decode" else lambda window: network.encode(window)[0])
+        return whole
     function = network.decode if direction == "decode" else network.encode
     result = tsp(x, function) if tsp is not None else function(x)
     return result if isinstance(result, Tensor) else result[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
-from maisi_tools.tsp.nodes import Constants, Node, gathered, source, split
+from maisi_tools.tsp.nodes import Constants, Node, arranged, gathered, source, split
 from maisi_tools.tsp.rules import MIXED, RULES
 
 _PROPERTIES = frozenset(
@@ -184,7 +184,7 @@ class Recorder:
         """Return the node of a plain tensor."""
         if self.dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(self.dtype)
-        return source(tensor.detach(), axis)
+        return source(arranged(tensor.detach()), axis)
 
     def constant(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a plain tensor on ``device``, in the type computed in."""

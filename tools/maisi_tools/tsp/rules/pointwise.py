@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.nodes import Node, Rows, along, gather
@@ -32,10 +32,13 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         return None
     leaves, spec = tree_flatten((args, kwargs))
     nodes = {i: leaf.node for i, leaf in enumerate(leaves) if recorder.is_volume(leaf)}
-    meta = recorder.infer(func, args, kwargs)
-    if not isinstance(meta, Tensor):
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    shape = torch.broadcast_shapes(*(leaf.shape for leaf in tensors))
+    # The type is that of the operation on single elements; the meta device would import torch's whole compiler for it.
+    probe = func(*tree_map(_element, tuple(args)), **tree_map(_element, kwargs))
+    if not isinstance(probe, Tensor):
         return None
-    ndim = meta.ndim
+    ndim = len(shape)
     # Broadcasting aligns the last dimensions, so the axis is counted from the end.
     from_end = {len(n.shape) - n.axis for n in nodes.values() if n.axis is not None and n.rows > 1}
     if not from_end:
@@ -45,7 +48,7 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     # After an attention, volumes may have their rows along different axes: the usual one is kept.
     back = from_end.pop() if len(from_end) == 1 else recorder.back
     axis = ndim - back
-    rows = meta.shape[axis]
+    rows = shape[axis]
 
     inputs: list[Node] = []
     aligned: list[bool] = []
@@ -78,17 +81,22 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         arguments, keywords = tree_unflatten(values, spec)
         return func(*arguments, **keywords)
 
-    same = all(node.shape == meta.shape for node in inputs)
+    same = all(node.shape == shape for node in inputs)
     return Node(
         _name(func),
         inputs,
-        meta.shape,
-        recorder.kept(meta.dtype, inputs[0].dtype),
+        shape,
+        recorder.kept(probe.dtype, inputs[0].dtype),
         axis,
         compute,
         need,
         elementwise=same,
     )
+
+
+def _element(value: Any) -> Any:
+    """One element of a tensor's type; a tensor without dimensions stays one, for type promotion treats it apart."""
+    return torch.ones([1] * value.ndim, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
 def _name(func: Any) -> str:

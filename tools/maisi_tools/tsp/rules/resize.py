@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,16 +36,21 @@ def interpolate(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
         return None
     axis, rows, dims = node.axis, node.rows, len(node.shape) - 2
     split = axis - 2
-    meta = recorder.infer(func, args, kwargs)
-    out_rows = meta.shape[axis]
     factors = None
-    if given["scale_factor"] is not None and not given["recompute_scale_factor"]:
-        factors = [given["scale_factor"]] * dims if isinstance(given["scale_factor"], (int, float)) else None
-        factors = [float(f) for f in (factors or given["scale_factor"])]
+    if given["scale_factor"] is not None:
+        one = isinstance(given["scale_factor"], (int, float))
+        factors = [float(f) for f in ([given["scale_factor"]] * dims if one else given["scale_factor"])]
+        sizes = [math.floor(n * f) for n, f in zip(node.shape[2:], factors, strict=True)]
+        if given["recompute_scale_factor"]:
+            factors = None
+    else:
+        sizes = per_axis(given["size"], dims)
+    shape = (*node.shape[:2], *sizes)
+    out_rows = shape[axis]
     factor = factors[split] if factors else out_rows / rows
 
     if factor == int(factor) and factor >= 1 and out_rows == rows * int(factor) and not corners:
-        return _integer(recorder, func, given, node, meta.shape, int(factor), factors)
+        return _integer(recorder, func, given, node, shape, int(factor), factors)
 
     linear = mode in ("linear", "bilinear", "trilinear")
     index = np.arange(out_rows, dtype=np.float32)
@@ -60,7 +66,6 @@ def interpolate(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
     low = np.minimum(np.floor(place).astype(np.int64), rows - 1)
     high = np.minimum(low + 1, rows - 1) if linear else low
     share = np.clip(place - low, 0, 1).astype(np.float32)
-    sizes = list(meta.shape[2:])
 
     def need(k: int, a: int, b: int) -> tuple[int, int]:
         return int(low[a]), int(high[b - 1]) + 1
@@ -81,7 +86,7 @@ def interpolate(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
         weight = torch.as_tensor(share[a:b], device=slab.device).to(slab.dtype)
         return torch.lerp(lower, upper, weight.reshape(-1, *[1] * (slab.ndim - 1 - axis)).expand_as(lower))
 
-    return Node("interpolation", (node,), meta.shape, node.dtype, axis, compute, need)
+    return Node("interpolation", (node,), shape, node.dtype, axis, compute, need)
 
 
 def _integer(
