@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parts
 import torch
 from monai.inferers import SlidingWindowInferer
 
+import parts
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.nodes import Rows

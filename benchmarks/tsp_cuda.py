@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import parts
 import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
+import parts
 from maisi_tools.atomic import replacing
 from maisi_tools.tsp.inferer import TSPInferer
 

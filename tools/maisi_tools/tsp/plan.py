@@ -177,6 +177,7 @@ class Plan:
         flop: floating point operations, those done twice in halos included.
         away: kept volume -> share of its slabs that are moved off the device.
         moved: bytes written to, and read from, host memory or disk.
+        limited: made for a memory limit that somebody set, so that memory goes before time.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class Plan:
         self.rank = rank
         self.ranks = ranks
         self.devices = devices
+        self.limited = False
         self.away = dict(away or {})
         self.where: dict[Node, str] = {}
         for node in graph.kept:
