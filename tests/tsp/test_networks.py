@@ -59,8 +59,9 @@ NETWORKS = {
     ),
 }
 
-# Attention makes tokens of all dimensions; where rows are not the first of these, the tokens are gathered.
-TOKENS = {"reshape", "flatten", "view"}
+# Attention makes tokens of all dimensions; where rows are not the first of these, the tokens are gathered. In
+# SwinUNETR, whose volumes have their channels last, rows can then be channels, which a layer norm needs all of.
+TOKENS = {"reshape", "flatten", "view", "layer_norm"}
 
 
 @cache
