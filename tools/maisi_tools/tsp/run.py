@@ -24,6 +24,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 OFFLOADS = ("auto", "host", "disk", "none")
 
+LIBRARY_BYTES = {"cpu": 48 * 2**20}
+"""What the convolution library keeps beside the slabs: up to 42 MB were measured on two cores (benchmarks)."""
+
 HEADROOM = 0.9
 """How much of a device's free memory is planned with; the rest is for the convolution library and fragmentation."""
 
@@ -146,6 +149,7 @@ class Call:
         self.plan: Plan | None = None
         self.base = _bytes([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.device)
         self.base += _bytes([p for module in modules_of(network) for p in module.parameters()], self.device)
+        self.base += LIBRARY_BYTES.get(self.kind, 0)
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
         wrapped = [
