@@ -275,7 +275,7 @@ def modules_of(network: Callable[..., Any]) -> list[nn.Module]:
 
 
 def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:
-    sizes = {id(t.untyped_storage()._cdata): t.nbytes for t in tensors if t.device == device}
+    sizes = {t.untyped_storage()._cdata: t.nbytes for t in tensors if t.device == device}  # shared ones count once
     return sum(sizes.values())
 
 
