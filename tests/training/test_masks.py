@@ -8,10 +8,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import Spacing
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.body import AIR_HU
 from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.training.masks import complete_masks
+from maisi_tools.volumes.reading import read_volume
 
 AFFINE = np.array([[3.0, 0, 0, -50], [0, 3, 0, 20], [0, 0, 4, 5], [0, 0, 0, 1]])
 BOX = (slice(6, 34), slice(8, 32), slice(None))
@@ -118,3 +121,36 @@ def test_unknown_label_is_refused(cases, tmp_path):
     (tmp_path / "map.json").write_text(json.dumps({"8": "liver"}))
     with pytest.raises(InputError, match="does not know: 7"):
         complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+
+
+def test_a_spacing_completes_what_is_air_after_resampling(tmp_path):
+    """A canal one voxel wide is air at 4 mm; at 2 mm its borders are half tissue, and only its middle is air."""
+    hu = np.full((40, 40, 16), -1000, dtype=np.int16)
+    hu[BOX] = 0
+    hu[20, 20, :] = -1000
+    labels = np.zeros(hu.shape, dtype=np.uint8)
+    labels[ORGAN] = 7
+    affine = np.diag([4.0, 4, 4, 1])
+    nib.save(nib.Nifti1Image(hu, affine), tmp_path / "p_ct.nii.gz")
+    nib.save(nib.Nifti1Image(labels, affine), tmp_path / "p_seg.nii.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"7": "liver"}))
+    case = {"image": str(tmp_path / "p_ct.nii.gz"), "label": str(tmp_path / "p_seg.nii.gz")}
+    (path,) = complete_masks([case], tmp_path / "out", tmp_path / "map.json", [2, 2, 4])
+    image = nib.load(path)
+    mask = np.asarray(image.dataobj)
+    assert np.allclose(image.header.get_zooms(), (2, 2, 4)) and image.shape == (79, 79, 16)
+    ct = Spacing((2, 2, 4), mode="bilinear")(read_volume(case["image"], "ct"))
+    airway = mask == label_id("airway")
+    assert airway.any() and (np.asarray(ct[0])[airway] < AIR_HU).all()
+    # In each plane its middle (-1000 HU) and the four sides (-500), not the four corners (-250).
+    assert airway.sum() == 5 * hu.shape[2]
+    liver = (mask == label_id("liver")).sum() * 2 * 2 * 4 / (labels.astype(bool).sum() * 4**3)
+    assert 0.75 < liver < 1.25
+    assert json.loads((tmp_path / "out" / "cases.json").read_text())[0]["image"] == case["image"]
+
+
+@pytest.mark.parametrize("spacing", [[2, 2], [2, 0, 2], [2, float("nan"), 2], "fine", [2, 2, "x"], 2])
+def test_a_spacing_that_is_none_is_refused_before_any_work(cases, tmp_path, spacing):
+    with pytest.raises(InputError, match="three positive numbers"):
+        complete_masks(cases, tmp_path / "out", tmp_path / "map.json", spacing)
+    assert not list((tmp_path / "out").glob("*"))

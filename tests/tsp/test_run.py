@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from maisi_tools.networks import Autoencoder
 from maisi_tools.tsp.errors import MemoryLimitError, TSPError
 from maisi_tools.tsp.execute import Execution
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.tsp.moments import BLOCK, moments
 from maisi_tools.tsp.run import LIBRARY_BYTES, Call, Settings, parse_bytes, run_in_slabs
 
 
@@ -284,3 +287,39 @@ def test_a_second_call_reads_the_weights_anew(volume):
     network.conv.weight.mul_(2)
     assert not torch.equal(inferer(volume, network), first)
     assert torch.allclose(inferer(volume, network), network(volume), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_moments_of_blocks_are_those_of_the_slab(monkeypatch, channels_last):
+    """Also where the values drift through the slab, far from the first block's mean."""
+    slab = torch.randn(2, 3, 40, 9, 7, generator=torch.Generator().manual_seed(0))
+    slab += torch.linspace(0, 1000, 40).reshape(-1, 1, 1)
+    if channels_last:
+        slab = slab.contiguous(memory_format=torch.channels_last_3d)
+    exact = slab.double().flatten(2)
+    for block in (1, 500, slab.numel()):
+        monkeypatch.setitem(BLOCK, "cpu", block)
+        found = moments(slab)
+        assert found.count == 40 * 9 * 7
+        assert torch.allclose(found.mean, exact.mean(-1), rtol=1e-6)
+        assert torch.allclose(found.m2, exact.var(-1, correction=0) * found.count, rtol=1e-6)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library's heap is left as it is")
+def test_memory_of_slabs_goes_back_to_the_system():
+    """In a process of its own: blocks freed between blocks that stay leave no holes."""
+    program = """
+import torch
+from maisi_tools.tsp.heap import map_slabs
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+assert map_slabs() and map_slabs()
+for count in (2**21, 2**22):  # glibc's own threshold would grow with what is freed
+    torch.ones(count)
+blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+before = held()
+del blocks[::2]
+print(before - held())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 0.9 * 32 * 4 * 2**20

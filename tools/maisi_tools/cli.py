@@ -204,7 +204,9 @@ def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None)
     print(f"{output}: {len(lists['training'])} to train on, {len(lists['validation'])} held out")
 
 
-def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> None:
+def complete_masks(
+    datalist: str, output_dir: str, label_map: str = "maisi", spacing: Sequence[float] | None = None
+) -> None:
     """Write the masks that maisi_controlnet trains on: a data set's own labels, completed from its CTs.
 
     Body, airway, lung and bone that the labels leave open are added by intensity. What is there already is kept, so an
@@ -214,6 +216,7 @@ def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> 
         datalist: JSON file as `maisi datalist` writes it.
         output_dir: folder for one NAME_ct_mask.nii.gz a case.
         label_map: maisi, totalsegmentator, openkbp or a JSON file: how the labels are to be read.
+        spacing: mm along x, y, z to resample the CTs to first, such as "[2.0,2.0,2.5]": what their latents have.
     """
     from maisi_tools.training.datalist import read_datalist
     from maisi_tools.training.masks import complete_masks as complete
@@ -221,7 +224,7 @@ def complete_masks(datalist: str, output_dir: str, label_map: str = "maisi") -> 
     items = [
         item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)
     ]
-    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map)))} masks")
+    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing))} masks")
 
 
 COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Orientation
+from monai.transforms import Compose, Orientation, Spacing
 from tqdm import tqdm
 
 from maisi_tools.atomic import replacing
@@ -26,7 +26,12 @@ CASES = "cases.json"
 """The datalist of CTs and regions that ``maisi_vae``'s encode.json takes as its input."""
 
 
-def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, label_map: str | Path) -> list[Path]:
+def complete_masks(
+    items: Sequence[Mapping[str, str]],
+    output_dir: str | Path,
+    label_map: str | Path,
+    spacing: Sequence[float] | None = None,
+) -> list[Path]:
     """Write ``<stem of the CT>_mask.nii.gz`` for every case, in the MAISI vocabulary and on the CT's grid.
 
     A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
@@ -37,11 +42,16 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
     Args:
         items: cases with ``image`` and, where there is one, ``label``.
         label_map: how the labels are to be read, see :func:`maisi_tools.masks.label_maps.read_label_map`.
+        spacing: mm along x, y, z (RAS): the CTs are resampled to it first (linear, own labels by nearest neighbour),
+            and the masks lie on that grid. Give what the latents are encoded at: an airway two voxels wide loses half
+            of its air in the resampling, and a mask of the original CT would still call all of it airway.
 
     Raises:
-        InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT.
+        InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
+            a spacing that is not three positive numbers.
     """
     folder = check_output_dir(output_dir)
+    regrid = {mode: _regrid(spacing, mode) for mode in ("bilinear", "nearest")}
     mapping = read_label_map(label_map)
     to_ras, restore = Orientation(axcodes="RAS", labels=None), RestoreOrientationd("mask", "ct")
     written = []
@@ -51,7 +61,7 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
         if path.exists():
             continue
         ct: Any = to_ras(read_volume(item["image"], "ct"))
-        labels = np.zeros(ct.shape[1:], dtype=np.uint8)
+        labels = None
         if "label" in item:
             own: Any = to_ras(read_volume(item["label"], "mask"))
             if own.shape != ct.shape or not np.allclose(own.affine, ct.affine, atol=1e-2):
@@ -59,7 +69,10 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
                     f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
                     f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
                 )
-            labels = apply_label_map(np.asarray(own[0]), mapping)
+            labels = apply_label_map(np.asarray(regrid["nearest"](own)[0]), mapping)
+        ct = regrid["bilinear"](ct)
+        if labels is None:
+            labels = np.zeros(ct.shape[1:], dtype=np.uint8)
         completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
         mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
         write_volume(path, np.asarray(mask[0]), mask.affine, "uint8")
@@ -73,3 +86,14 @@ def complete_masks(items: Sequence[Mapping[str, str]], output_dir: str | Path, l
     with replacing(folder / CASES) as part:
         part.write_text(json.dumps(cases, indent=1) + "\n")
     return written
+
+
+def _regrid(spacing: Sequence[float] | None, mode: str) -> Callable[[Any], Any]:
+    if spacing is None:
+        return Compose([])
+    mm = np.asarray(spacing, dtype=object)
+    if mm.shape != (3,) or not all(isinstance(n, (int, float)) and 0 < n < np.inf for n in mm):
+        raise InputError(
+            f"spacing is {spacing!r}; allowed are three positive numbers, mm along x, y, z: [2.0, 2.0, 2.5]"
+        )
+    return Spacing(pixdim=tuple(map(float, mm)), mode=mode)

@@ -9,5 +9,8 @@ the executor (:mod:`~maisi_tools.tsp.execute`) computes it slab by slab.
 """
 
 from maisi_tools.tsp.errors import MemoryLimitError, TSPError
+from maisi_tools.tsp.heap import ask_for_huge_pages
 
 __all__ = ["MemoryLimitError", "TSPError"]
+
+ask_for_huge_pages()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maisi_tools.tsp.heap import map_slabs
 from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
 from maisi_tools.tsp.nodes import Node, Rows
 from maisi_tools.tsp.plan import Graph, Pass, Plan, Step, is_given
@@ -60,10 +59,10 @@ class Execution:
     def run(self, outputs: Sequence[Node], tick: Tick | None = None) -> list[Any]:
         """Return the outputs' values."""
         total, done = sum(len(part.steps) for part in self.plan.passes), 0
+        if self.devices[0].type == "cpu":
+            map_slabs()
         try:
             for part in self.plan.passes:
-                if self.devices[0].type == "cpu":
-                    _return_free_memory()
                 self._open(part)
                 self._exchange(part)
                 gathered: dict[Node, list[tuple[Rows, Moments]]] = {
@@ -74,8 +73,6 @@ class Execution:
                     device = self.devices[step.device]
                     self._step(part, step, device, gathered)
                     self._wait(queue, device)
-                    if self.plan.limited and self.devices[0].type == "cpu":
-                        _return_free_memory()
                     done += 1
                     if tick is not None:
                         tick(done, total)
@@ -230,16 +227,3 @@ class Execution:
 def _own(slab: Tensor) -> Tensor:
     """The slab itself, or a copy where it is a part of a larger one that it would keep alive."""
     return slab.clone() if slab.untyped_storage().nbytes() > slab.nbytes else slab
-
-
-def _return_free_memory() -> None:
-    """Give the holes that freed slabs left in the heap back to the system, where the C library can (glibc).
-
-    After each pass it costs no time that could be measured. Under a memory limit it is done after each slab: about a
-    quarter slower, but the holes, up to a third of the peak otherwise, are not there.
-    """
-    if _trim is not None:
-        _trim(0)
-
-
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -34,10 +34,24 @@ class Moments:
         return centre.expand(shape).reshape(batch, channels), (within + between).expand(shape).reshape(batch, channels)
 
 
+BLOCK = {"cpu": 2**20}
+"""Elements whose moments are taken at a time: few enough that the passes over them stay in the cache."""
+
+
 def moments(slab: Tensor) -> Moments:
-    """Return the moments of a slab (B, C, ...) over all positions; the sums are float32 around a first mean."""
-    positions = tuple(range(2, slab.ndim))
-    values = slab.float()
+    """Return the moments of a slab (B, C, ...) over all positions; the sums are float32 around a block's mean."""
+    block = BLOCK.get(slab.device.type, slab.numel())
+    if slab.numel() <= block:
+        return _of_block(slab)
+    # Along the outermost dimension in memory, so that a block is one piece of it, or one for each channel.
+    along = max(range(2, slab.ndim), key=slab.stride)
+    rows = max(1, block * slab.shape[along] // slab.numel())
+    return merge([_of_block(part) for part in slab.split(rows, along)])
+
+
+def _of_block(block: Tensor) -> Moments:
+    positions = tuple(range(2, block.ndim))
+    values = block.float()
     count = values.shape[2:].numel()
     first = values.mean(positions, keepdim=True)
     deviation = values - first

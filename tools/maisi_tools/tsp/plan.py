@@ -22,7 +22,7 @@ from maisi_tools.tsp.store import is_moved
 
 SLAB_BYTES = {"cpu": 8 * 2**20}
 """How large a slab may be by default. On a CPU: measured as fast as 24 MiB in float32 and faster in bfloat16, with less
-memory; over 32 MiB the C library asks the system for fresh pages each time, about 0.5 s per GB."""
+memory."""
 
 GPU_SLAB_BYTES = 512 * 2**20
 """The same on a GPU: large enough to keep it busy, and far below 2**31 elements."""
@@ -177,7 +177,6 @@ class Plan:
         flop: floating point operations, those done twice in halos included.
         away: kept volume -> share of its slabs that are moved off the device.
         moved: bytes written to, and read from, host memory or disk.
-        limited: made for a memory limit that somebody set, so that memory goes before time.
     """
 
     def __init__(
@@ -201,7 +200,6 @@ class Plan:
         self.rank = rank
         self.ranks = ranks
         self.devices = devices
-        self.limited = False
         self.away = dict(away or {})
         self.where: dict[Node, str] = {}
         for node in graph.kept:

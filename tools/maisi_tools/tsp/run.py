@@ -230,11 +230,9 @@ class Call:
         if self.ranks is not None:
             rank, ranks = self.ranks.rank, self.ranks.count
             limit = self.ranks.least(limit, self.device)
-        plan = make_plan(
+        return make_plan(
             nodes, self.kind, self.base, splits, limit, self.settings.offload, rank, ranks, len(self.devices)
         )
-        plan.limited = self.settings.memory_limit is not None
-        return plan
 
     def _free(self) -> int | None:
         if self.device.type == "cuda":
