@@ -1,35 +1,62 @@
 """The three MAISI networks in the form a bundle's ``network_def`` needs.
 
 Each class keeps the parameter names of MONAI's network, so the released checkpoints and ours load into either. Two
-things differ. The group norms are :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result, about
-twice as fast). And ``forward`` runs from one tensor alone and returns one tensor in evaluation mode, which is what
-MONAI's evaluator, ``monai.bundle verify_net_in_out`` and MONAI Label call.
+things differ. The layers are plain ones: :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result,
+about twice as fast), and convolutions without the code that splits them (unless they are to be split). And ``forward``
+runs from one tensor alone and returns one tensor in evaluation mode, which is what MONAI's evaluator,
+``monai.bundle verify_net_in_out`` and MONAI Label call.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
+    AutoencoderKlMaisi,
+    MaisiConvolution,
+    MaisiGroupNorm3D,
+)
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
 
 
-def use_native_norms(module: nn.Module) -> None:
-    """Replace every ``MaisiGroupNorm3D`` below ``module`` by ``nn.GroupNorm`` with the same parameters, in place."""
+def use_plain_layers(module: nn.Module) -> None:
+    """Replace MAISI's own layers below ``module`` by plain ones with the same parameters and names, in place.
+
+    ``MaisiGroupNorm3D`` becomes ``nn.GroupNorm``; a ``MaisiConvolution`` that is not split becomes a module that holds
+    its convolution under the same name.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, MaisiGroupNorm3D):
                 norm = nn.GroupNorm(child.num_groups, child.num_channels, child.eps, child.affine)
                 norm.load_state_dict(child.state_dict())
                 setattr(parent, name, norm)
+            elif isinstance(child, MaisiConvolution) and child.num_splits <= 1:
+                setattr(parent, name, nn.Sequential(OrderedDict(conv=child.conv)))
+
+
+class CheckpointedBlocks(nn.ModuleList):
+    """Blocks run one after another that keep only their inputs in training; backward computes the rest again.
+
+    MONAI's ``use_checkpointing`` treats encoder and decoder as one block each, and so holds every activation of the
+    decoder at once after all.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        for block in super().__iter__():
+            yield partial(checkpoint, block, use_reentrant=False) if torch.is_grad_enabled() else block
 
 
 class Autoencoder(AutoencoderKlMaisi):
@@ -37,11 +64,17 @@ class Autoencoder(AutoencoderKlMaisi):
 
     In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior; in
     evaluation mode it returns the reconstruction from the posterior's mean, so the result does not depend on chance.
+
+    The arguments are ``AutoencoderKlMaisi``'s; ``use_checkpointing`` saves memory block by block
+    (:class:`CheckpointedBlocks`).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, use_checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        use_native_norms(self)
+        use_plain_layers(self)
+        if use_checkpointing:
+            for part in (self.encoder, self.decoder):
+                part.blocks = CheckpointedBlocks(part.blocks)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if self.training:
