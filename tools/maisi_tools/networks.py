@@ -10,7 +10,6 @@ runs from one tensor alone and returns one tensor in evaluation mode, which is w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
     AutoencoderKlMaisi,
     MaisiConvolution,
+    MaisiDecoder,
+    MaisiEncoder,
     MaisiGroupNorm3D,
 )
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
@@ -47,16 +48,31 @@ def use_plain_layers(module: nn.Module) -> None:
                 setattr(parent, name, nn.Sequential(OrderedDict(conv=child.conv)))
 
 
-class CheckpointedBlocks(nn.ModuleList):
-    """Blocks run one after another that keep only their inputs in training; backward computes the rest again.
+def checkpoint_blocks(network: nn.Module) -> nn.Module:
+    """Let the blocks of the networks below ``network`` recompute their activations in the backward pass.
 
-    MONAI's ``use_checkpointing`` treats encoder and decoder as one block each, and so holds every activation of the
-    decoder at once after all.
+    Costs one more forward pass and saves the memory of what lies inside a block (activation checkpointing); values
+    and gradients stay the same. MONAI's ``use_checkpointing`` covers the mask embedding of a ControlNet alone, and
+    recomputes an autoencoder's whole decoder at once, so that all its activations are held after all.
+
+    Raises:
+        ValueError: there are no such blocks.
     """
+    blocks: list[nn.Module] = []
+    for module in network.modules():
+        if isinstance(module, (MaisiEncoder, MaisiDecoder)):
+            blocks += module.blocks
+        elif hasattr(module, "down_blocks"):
+            blocks += [*module.down_blocks, module.middle_block, *getattr(module, "up_blocks", [])]  # type: ignore
+    if not blocks:
+        raise ValueError(f"{type(network).__name__} has no blocks to checkpoint")
+    for block in blocks:
+        block.forward = partial(_recomputed, type(block), block)
+    return network
 
-    def __iter__(self) -> Iterator[Any]:
-        for block in super().__iter__():
-            yield partial(checkpoint, block, use_reentrant=False) if torch.is_grad_enabled() else block
+
+def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(kind.forward, block), *args, use_reentrant=False, **kwargs)
 
 
 class Autoencoder(AutoencoderKlMaisi):
@@ -64,17 +80,11 @@ class Autoencoder(AutoencoderKlMaisi):
 
     In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior; in
     evaluation mode it returns the reconstruction from the posterior's mean, so the result does not depend on chance.
-
-    The arguments are ``AutoencoderKlMaisi``'s; ``use_checkpointing`` saves memory block by block
-    (:class:`CheckpointedBlocks`).
     """
 
-    def __init__(self, *args: Any, use_checkpointing: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         use_plain_layers(self)
-        if use_checkpointing:
-            for part in (self.encoder, self.decoder):
-                part.blocks = CheckpointedBlocks(part.blocks)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         if self.training:

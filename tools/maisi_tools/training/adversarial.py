@@ -7,34 +7,37 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.engines.utils import IterationEvents
+from monai.engines.utils import AdversarialIterationEvents, IterationEvents
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from maisi_tools.training.steps import is_optimizer_step
+
 
 class Adversary:
-    """A patch discriminator that learns to tell reconstructions from images, and what it says of a reconstruction.
+    """A patch discriminator that learns to tell reconstructions from images, and judges them for the autoencoder.
 
-    MONAI's ``AdversarialTrainer`` cannot express this step: it gives the generator's output as it is to the
-    discriminator, and the autoencoder's is a tuple; it has no gradient accumulation; and its discriminator runs from
-    the first step on. So the autoencoder is trained by MONAI's ``SupervisedTrainer`` with
-    :class:`maisi_tools.training.losses.AutoencoderLoss`, which asks :meth:`generator_loss`; and this, one of the trainer's handlers,
-    lets the discriminator take its own step after each of the autoencoder's, with the same accumulation. As in the
-    paper's code its loss is the mean of that on images and that on reconstructions.
+    MONAI's ``AdversarialTrainer`` cannot express this step: it hands the generator's output to the discriminator as it
+    is, and the autoencoder's is a tuple; it has no gradient accumulation; and its discriminator runs from the first
+    step on. So ``SupervisedTrainer`` trains the autoencoder with
+    :class:`maisi_tools.training.losses.AutoencoderLoss`, which asks :meth:`generator_loss`. This handler, the first in
+    the trainer's list, lets the discriminator step after the autoencoder, with the same gradient accumulation, and
+    fires MONAI's ``AdversarialIterationEvents.DISCRIMINATOR_LOSS_COMPLETED``. The discriminator's loss, the mean of
+    that on images and that on reconstructions, joins the ``terms`` of the autoencoder's as "discriminator".
 
     Args:
         discriminator: image (B, 1, D, H, W) -> list of features, the logits last
-            (``monai.networks.nets.PatchDiscriminator``); may be wrapped in ``DistributedDataParallel``. Its layers must
-            treat the items of a batch apart, as instance norm does: images and reconstructions are one batch.
+            (``monai.networks.nets.PatchDiscriminator``), plain or in ``DistributedDataParallel``. Its layers must treat
+            the items of a batch apart, as instance norm does: images and reconstructions are one batch.
         optimizer: of the discriminator.
         criterion: ``monai.losses.PatchAdversarialLoss``.
-        inferer: runs the discriminator, for mixed precision.
+        inferer: runs the discriminator, for mixed precision without a gradient scaler (bfloat16 or float32).
         weight: of the adversarial term in the autoencoder's loss; with 0 the discriminator is neither run nor trained.
-        start: number of the first iteration it takes part in.
-        max_norm: the discriminator's gradient is clipped to this norm; None for no clipping.
+        start: the discriminator, and the adversarial term, start after this many iterations.
+        max_norm: the discriminator's gradient is clipped to this norm.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class Adversary:
         inferer: Callable[..., Any],
         weight: float,
         start: int,
-        max_norm: float | None,
+        max_norm: float,
     ) -> None:
         self.discriminator = discriminator
         self.optimizer = optimizer
@@ -58,6 +61,7 @@ class Adversary:
 
     def attach(self, engine: Engine) -> None:
         """Take part in the training of a ``SupervisedTrainer``."""
+        engine.register_events(*AdversarialIterationEvents)
         if self.weight:
             engine.add_event_handler(Events.ITERATION_STARTED, self._begin)
             engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._step)
@@ -65,7 +69,7 @@ class Adversary:
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
         """How far the discriminator is from taking ``reconstruction`` (B, 1, D, H, W) for an image.
 
-        Gradients go to the reconstruction alone.
+        Gradients go to the reconstruction alone, not to the discriminator.
         """
         plain = self.discriminator
         if isinstance(plain, DistributedDataParallel):
@@ -75,26 +79,25 @@ class Adversary:
         return self.criterion(logits.float(), target_is_real=True, for_discriminator=False)
 
     def _begin(self, engine: Engine) -> None:
-        self.active = engine.state.iteration >= self.start
+        self.active = engine.state.iteration > self.start
 
     def _step(self, engine: Any) -> None:
         if not self.active:
             return
-        step, steps = (engine.state.iteration - 1) % engine.state.epoch_length + 1, engine.accumulation_steps
-        self.discriminator.train()
-        if step % steps == 1 % steps:
+        steps = engine.accumulation_steps
+        if (engine.state.iteration - 1) % steps == 0:
             self.optimizer.zero_grad()
         output = engine.state.output
-        images, reconstructions = output[CommonKeys.LABEL].detach().float(), output[CommonKeys.PRED][0].detach().float()
-        logits = self.inferer(torch.cat([images, reconstructions]), self.discriminator)[-1].float()
-        real, fake = logits.chunk(2)
+        images, reconstructions = output[CommonKeys.LABEL], output[CommonKeys.PRED][0]
+        both = torch.cat([images.float(), reconstructions.float()]).detach()
+        real, fake = self.inferer(both, self.discriminator)[-1].float().chunk(2)
         loss = (
             self.criterion(real, target_is_real=True, for_discriminator=True)
             + self.criterion(fake, target_is_real=False, for_discriminator=True)
         ) / 2
-        (loss / steps).backward()
         engine.loss_function.terms["discriminator"] = loss.detach()
-        if step % steps == 0 or step == engine.state.epoch_length:
-            if self.max_norm is not None:
-                clip_grad_norm_(self.discriminator.parameters(), self.max_norm)
+        engine.fire_event(AdversarialIterationEvents.DISCRIMINATOR_LOSS_COMPLETED)
+        (loss / steps).backward()
+        if is_optimizer_step(engine):
+            clip_grad_norm_(self.discriminator.parameters(), self.max_norm, error_if_nonfinite=True)
             self.optimizer.step()
