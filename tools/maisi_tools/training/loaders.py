@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,17 @@ ORDER, AUGMENTATION, STEP, NOISE = range(4)
 def seed_of(seed: int, purpose: int, *numbers: int) -> int:
     """A seed in 0..2^32 - 1 that depends on all of its arguments (non-negative) and differs between purposes."""
     return int(np.random.SeedSequence([seed, purpose, *numbers]).generate_state(1)[0])
+
+
+@contextmanager
+def sample_numbers(seed: int, draw: int, device: torch.device) -> Iterator[None]:
+    """Within it torch's global generators, of the CPU and of ``device``, are those of the sample numbered ``draw``.
+
+    For the noise of one sample of a batch; afterwards they go on as if nothing had been drawn.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(seed, NOISE, draw))
+        yield
 
 
 def ranks() -> tuple[int, int]:

@@ -23,7 +23,7 @@ def loss_terms(output: Mapping[str, Any], losses: Sequence[nn.Module] = ()) -> d
     found = {str(name): value for name, value in output.items() if isinstance(value, Tensor) and value.ndim == 0}
     for loss in losses:
         found.update(loss.terms)  # type: ignore[arg-type]
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value.detach()) for name, value in found.items()}
 
 
 class StepLog:
@@ -72,8 +72,8 @@ class StepLog:
             figures["learning_rate" + (f"_{name}" if name else "")] = optimizer.param_groups[0]["lr"]
         if hasattr(engine.state, "gradient_norm"):
             figures["gradient_norm"] = engine.state.gradient_norm
-        image = output["image"]
-        voxels = len(image) * image[0, 0].numel() * self.voxel_factor**3
+        batch: Any = engine.state.batch
+        voxels = len(batch["item"]) * output["image"][0, 0].numel() * self.voxel_factor**3
         figures["voxels_per_second"] = voxels * ranks()[1] / seconds
         figures["data_share"] = (self.got - self.asked) / seconds
         output[LOG] = figures
