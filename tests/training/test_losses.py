@@ -44,6 +44,41 @@ def test_half_precision_is_summed_in_single():
         assert AutoencoderLoss(1.0)(prediction, image).item() == pytest.approx(4 * 32**3 * 450, rel=1e-5)
 
 
+class Judge:
+    """An adversary that says a number."""
+
+    def __init__(self, active):
+        self.active = active
+
+    def generator_loss(self, reconstruction):
+        return (reconstruction**2).sum()
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_all_terms_are_weighted_and_reported_by_name(active):
+    image, reconstruction, mean = torch.rand(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    loss = AutoencoderLoss(
+        1e-3, perceptual=torch.nn.MSELoss(), perceptual_weight=0.3, adversary=Judge(active), adversarial_weight=0.1
+    )
+    total = loss((reconstruction, mean, torch.ones_like(mean)), image).item()
+    x, y = image.double().numpy(), reconstruction.double().numpy()
+    expected = {"l1": np.abs(x - y).mean(), "kl": 0.5 * (mean.double() ** 2).sum().item()}
+    expected["perceptual"] = ((x - y) ** 2).mean()
+    weights = {"l1": 1, "kl": 1e-3, "perceptual": 0.3, "adversarial": 0.1}
+    if active:
+        expected["adversarial"] = (y**2).sum()
+    assert total == pytest.approx(sum(weights[name] * value for name, value in expected.items()), rel=1e-5)
+    expected["scale_factor"] = 1 / mean.double().numpy().std(ddof=1)
+    assert {name: value.item() for name, value in loss.terms.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_of_zero_does_not_ask():
+    image, mean = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    loss = AutoencoderLoss(1e-7, perceptual=None, perceptual_weight=0.0, adversary=Judge(True), adversarial_weight=0.0)
+    loss((image, mean, torch.ones_like(mean)), image)
+    assert loss.terms.keys() == {"l1", "kl", "scale_factor"}
+
+
 def test_velocity_loss_weights_voxels():
     prediction, target = torch.randn(2, 4, 3, 2, 5), torch.randn(2, 4, 3, 2, 5)
     weight = torch.rand(2, 1, 3, 2, 5) * 100

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.engines.utils import AdversarialIterationEvents, IterationEvents
-from monai.utils.enums import CommonKeys
+from monai.engines import IterationEvents
+from monai.utils.enums import AdversarialIterationEvents, CommonKeys
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +33,7 @@ class Adversary:
             (``monai.networks.nets.PatchDiscriminator``), plain or in ``DistributedDataParallel``. Its layers must treat
             the items of a batch apart, as instance norm does: images and reconstructions are one batch.
         optimizer: of the discriminator.
+        lr_scheduler: of the optimizer, stepped with it: its first step is the discriminator's.
         criterion: ``monai.losses.PatchAdversarialLoss``.
         inferer: runs the discriminator, for mixed precision without a gradient scaler (bfloat16 or float32).
         weight: of the adversarial term in the autoencoder's loss; with 0 the discriminator is neither run nor trained.
@@ -44,6 +45,7 @@ class Adversary:
         self,
         discriminator: nn.Module,
         optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         criterion: Callable[..., Tensor],
         inferer: Callable[..., Any],
         weight: float,
@@ -52,6 +54,7 @@ class Adversary:
     ) -> None:
         self.discriminator = discriminator
         self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
         self.criterion = criterion
         self.inferer = inferer
         self.weight = weight
@@ -101,3 +104,4 @@ class Adversary:
         if is_optimizer_step(engine):
             clip_grad_norm_(self.discriminator.parameters(), self.max_norm, error_if_nonfinite=True)
             self.optimizer.step()
+            self.lr_scheduler.step()

@@ -23,15 +23,18 @@ class AutoencoderLoss(nn.Module):
 
     Called by MONAI's ``SupervisedTrainer`` with the training-mode output of
     :class:`maisi_tools.networks.Autoencoder`, ``(reconstruction, mean, sigma)``, and the image, both (B, 1, D, H, W) in
-    [0, 1]. Afterwards ``terms`` holds each term of this call without its weight, and ``scale_factor`` 1 / standard
-    deviation of the latents' means.
+    [0, 1].
 
     Args:
-        kl_weight: REFERENCE values are 1e-7 for the KL, 0.3 for the perceptual and 0.1 for the adversarial term.
+        kl_weight: MAISI's released training settings have 1e-7.
         perceptual: None for no such term.
-        perceptual_weight: see above.
+        perceptual_weight: there 0.3.
         adversary: None for no such term.
-        adversarial_weight: see above; with 0 the adversary is not asked.
+        adversarial_weight: there 0.1; with 0 the adversary is not asked.
+
+    Attributes:
+        terms: each term of the last call before its weight, and "scale_factor", 1 / standard deviation of the latents
+            (of the posteriors' means), which the KL weight should keep near 1.
     """
 
     def __init__(
@@ -52,7 +55,6 @@ class AutoencoderLoss(nn.Module):
             "adversarial": adversarial_weight,
         }
         self.terms: dict[str, Tensor] = {}
-        self.scale_factor = float("nan")
 
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         reconstruction, mean, sigma = (part.float() for part in prediction)
@@ -65,7 +67,7 @@ class AutoencoderLoss(nn.Module):
         if self.adversary is not None and self.weights["adversarial"] and self.adversary.active:
             terms["adversarial"] = self.adversary.generator_loss(reconstruction)
         self.terms = {name: term.detach() for name, term in terms.items()}
-        self.scale_factor = float(1 / mean.detach().std())
+        self.terms["scale_factor"] = 1 / mean.detach().std()
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
 

@@ -1,0 +1,154 @@
+"""The whole VAE-GAN recipe, every loss term included, from train.json on phantoms."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+models = pytest.importorskip("torchvision.models")
+pytest.importorskip("lpips")
+
+SMALL = {
+    "network_def#num_channels": [8, 8, 16],
+    "network_def#num_res_blocks": [1, 1, 1],
+    "discriminator_def#channels": 4,
+    "min_patch_size": [32, 32, 32],
+    "max_patch_size": [32, 32, 32],
+    "amp_dtype": "float32",
+    "cache_rate": 0.0,
+    "max_epochs": 2,
+    "val_interval": 1,
+    "adversarial_start": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, phantom_ct) -> dict:
+    """A CT and an MR to train on, a CT to validate on, and a backbone: random, but the same in every test."""
+    folder = tmp_path_factory.mktemp("data")
+    affine = np.diag([5.0, 5.0, 3.4, 1.0])
+    crops = [phantom_ct[i : i + 32, 4:36, 8:40] for i in range(3)]
+    crops[1] = (crops[1] + 1000) * 3  # MR: no negative values, no unit
+    for name, crop in zip(("ct", "mr", "val"), crops, strict=True):
+        nib.save(nib.Nifti1Image(crop.astype(np.int16), affine), folder / f"{name}.nii.gz")
+    items = [{"image": str(folder / "ct.nii.gz")}, {"image": str(folder / "mr.nii.gz"), "modality": "mri"}]
+    listed = {"training": items, "validation": [{"image": str(folder / "val.nii.gz")}]}
+    (folder / "datalist.json").write_text(json.dumps(listed))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        torch.save(models.squeezenet1_1().state_dict(), folder / "backbone.pth")
+    return {
+        **SMALL,
+        "datalist": str(folder / "datalist.json"),
+        "perceptual_backbone": str(folder / "backbone.pth"),
+    }
+
+
+def start(bundles: Path, out: Path, **overrides) -> ConfigWorkflow:
+    root = bundles / "maisi_vae"
+    workflow = ConfigWorkflow(
+        config_file=str(root / "configs" / "train.json"),
+        meta_file=str(root / "configs" / "metadata.json"),
+        logging_file=False,
+        bundle_root=str(root),
+        device="$torch.device('cpu')",
+        ckpt_dir=str(out),
+        **overrides,
+    )
+    workflow.initialize()
+    return workflow
+
+
+def same(one, other, name="") -> None:
+    assert type(one) is type(other), name
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), name
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            same(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, (list, tuple)):
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            same(*pair, f"{name}.{i}")
+    else:
+        assert one == other, name
+
+
+def test_recipe_and_resume(bundles, data, tmp_path):
+    whole = start(bundles, tmp_path / "whole", **data)
+    trainer = whole.parser.get_parsed_content("train#trainer")
+    logs, untrained = [], {}
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: logs.append(engine.state.output["log"]))
+    untrained |= {k: v.clone() for k, v in whole.parser.get_parsed_content("network_def").state_dict().items()}
+    whole.run()
+
+    terms = {"loss", "l1", "kl", "perceptual", "scale_factor"}
+    rates = {"learning_rate_autoencoder", "learning_rate_discriminator"}
+    others = {"gradient_norm", "voxels_per_second", "data_share"}
+    game = {"adversarial", "discriminator"}  # from the second iteration on
+    assert [set(log) for log in logs] == [terms | rates | others] + [terms | rates | others | game] * 3
+    for log in logs:
+        parts = log["l1"] + 1e-7 * log["kl"] + 0.3 * log["perceptual"] + 0.1 * log.get("adversarial", 0)
+        assert log["loss"] == pytest.approx(parts, rel=1e-4)
+
+    metrics = whole.parser.get_parsed_content("validate#evaluator").state.metrics
+    assert metrics.keys() == {"psnr_body", "ssim_body", "psnr", "ssim"} and all(np.isfinite(list(metrics.values())))
+    assert list((tmp_path / "whole").glob("events.out.tfevents.*"))
+
+    checkpoint = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
+    average = torch.load(tmp_path / "whole" / "model.pt", weights_only=True)["model"]
+    for name, value in checkpoint["ema"].items():
+        assert torch.equal(average[name], value.half()), name
+    assert any(not torch.equal(value, untrained[name]) for name, value in checkpoint["ema"].items())
+    best = torch.load(tmp_path / "whole" / "model_best.pt", weights_only=True)
+    assert best["model"].keys() == average.keys() and best["psnr_body"] >= metrics["psnr_body"]
+
+    # interrupted in the middle of the second epoch, then resumed: to the bit what was not interrupted
+    broken = start(bundles, tmp_path / "broken", checkpoint_minutes=0, **data)
+
+    def interrupt(engine):
+        raise KeyboardInterrupt
+
+    broken.parser.get_parsed_content("train#trainer").add_event_handler(Events.ITERATION_COMPLETED(once=3), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    assert torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 3
+    resumed = start(bundles, tmp_path / "broken", resume=True, **data)
+    resumed.run()
+    same(torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True), checkpoint)
+    assert "discriminator_optimizer" in checkpoint
+
+
+@pytest.mark.parametrize("schedule", ["@one_cycle", "@warm_up"])
+def test_learning_rates(bundles, data, tmp_path, schedule):
+    overrides = {**data, "schedule": schedule, "max_epochs": 30, "epoch_length": 4, "accumulation_steps": 2}
+    parser = start(bundles, tmp_path, **overrides, perceptual_weight=0).parser
+    rates = {"lr_scheduler": [], "discriminator_lr_scheduler": []}
+    for name, seen in rates.items():
+        scheduler = parser.get_parsed_content(name)
+        for _ in range(59):
+            seen.append(scheduler.get_last_lr()[0])
+            scheduler.optimizer.step()
+            scheduler.step()
+    if schedule == "@warm_up":  # two steps an epoch
+        assert rates["lr_scheduler"] == pytest.approx([1e-5] * 20 + [1e-4] * 20 + [1e-3] * 19)
+        assert rates["discriminator_lr_scheduler"] == pytest.approx([1e-6] * 20 + [1e-5] * 20 + [1e-4] * 19)
+    else:
+        assert max(rates["lr_scheduler"]) == pytest.approx(1e-3, rel=1e-3)
+        assert np.argmax(rates["lr_scheduler"]) == 2  # 5 % of 60 steps
+
+
+def test_a_wrong_patch_size_is_refused_before_anything_is_read(bundles, data, tmp_path, cause):
+    with pytest.raises(Exception) as raised:
+        start(bundles, tmp_path, **{**data, "min_patch_size": [16, 16, 16]})
+    assert "at least 24" in str(cause(raised.value))
