@@ -134,9 +134,7 @@ def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupt
 
 @pytest.mark.parametrize("key", ["image", "label"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_file(tmp_path, key):
-    items = [
-        {"image": torch.zeros(1, 2, 2, 2), "label": torch.zeros(1, 2, 2, 2), "file": f"case_{i}"} for i in range(3)
-    ]
+    items = [{"image": torch.zeros(1, 2, 2, 2), "label": torch.zeros(1, 2, 2, 2), "file": f"case_{i}"} for i in range(3)]
     items[1] = {**items[1], key: torch.full((1, 2, 2, 2), float("nan"))}
     run = Run(tmp_path, items=items)
     first = next(k for k, draw in zip(range(1, 9), run.loader.stream, strict=False) if draw.item == 1)

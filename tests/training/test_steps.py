@@ -78,7 +78,9 @@ def test_learning_rate_falls_once_an_optimizer_step(accumulation_steps):
 def test_average_in_closed_form_and_frozen_to_the_bit():
     run = Run(epochs=1)
     first, states = copy.deepcopy(run.network.state_dict()), []
-    run.trainer.add_event_handler("iteration_completed", lambda: states.append(copy.deepcopy(run.network.state_dict())))
+    run.trainer.add_event_handler(
+        "iteration_completed", lambda: states.append(copy.deepcopy(run.network.state_dict()))
+    )
     run.trainer.run()
     mean = run.ema.ema_model.state_dict()
     for name in ("2.weight", "2.bias"):
