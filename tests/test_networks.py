@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.networks import Autoencoder
+from maisi_tools.networks import Autoencoder, checkpoint_blocks
 
 
 def test_native_norms_change_nothing(tiny_settings):
@@ -73,3 +75,20 @@ def test_label_bits_are_little_endian(value):
     bits = label_bits(torch.full((1, 1, 2, 2, 2), float(value)))
     expected = np.unpackbits(np.uint8(value), bitorder="little")
     assert bits.shape == (1, 8, 2, 2, 2) and bits[0, :, 0, 0, 0].tolist() == expected.tolist()
+
+
+def test_recomputed_activations_give_the_same_gradients_and_copies_are_their_own(tiny_controlled):
+    plain, recomputed = tiny_controlled, checkpoint_blocks(deepcopy(tiny_controlled))
+    copied = deepcopy(recomputed)
+    x, t, mask = torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randint(0, 256, (1, 1, 16, 16, 16)).float()
+    calls: list[torch.nn.Module] = []
+    for network in (plain, recomputed, copied):
+        network.controlnet.down_blocks[0].resnets[0].register_forward_hook(lambda module, *_: calls.append(module))
+        network(mask, x, t, spacing_tensor=torch.ones(1, 3)).pow(2).sum().backward()
+    first = [network.controlnet.down_blocks[0].resnets[0] for network in (plain, recomputed, copied)]
+    assert [calls.count(module) for module in first] == [1, 2, 2]  # forward, and again on the way back
+    for name, parameter in plain.controlnet.named_parameters():
+        for other in (recomputed, copied):
+            torch.testing.assert_close(other.controlnet.get_parameter(name).grad, parameter.grad)
+    with pytest.raises(ValueError, match="no blocks"):
+        checkpoint_blocks(torch.nn.Linear(1, 1))

@@ -35,19 +35,21 @@ def use_native_norms(module: nn.Module) -> None:
 
 
 def checkpoint_blocks(network: nn.Module) -> nn.Module:
-    """Let the U-Net and ControlNet blocks below ``network`` recompute their activations in the backward pass.
+    """Let the U-Nets and ControlNets in ``network`` recompute their activations in the backward pass.
 
     Costs one more forward pass and saves the memory of what lies inside a block (activation checkpointing); values
-    and gradients stay the same. MONAI's ``use_checkpointing`` covers the mask embedding alone.
+    and gradients stay the same. MONAI's ``use_checkpointing``, which is set too, covers the mask's embedding alone.
 
     Raises:
         ValueError: there are no such blocks.
     """
-    lists = [module for module in network.modules() if hasattr(module, "down_blocks")]
-    if not lists:
+    owners: list[Any] = [module for module in network.modules() if hasattr(module, "down_blocks")]
+    if not owners:
         raise ValueError(f"{type(network).__name__} has no blocks to checkpoint")
-    for owner in lists:
-        for block in [*owner.down_blocks, owner.middle_block, *getattr(owner, "up_blocks", [])]:  # type: ignore
+    for owner in owners:
+        if isinstance(owner, ControlNetMaisi):
+            owner.use_checkpointing = True
+        for block in [*owner.down_blocks, owner.middle_block, *getattr(owner, "up_blocks", [])]:
             block.forward = partial(_recomputed, type(block), block)
     return network
 
