@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_convolutions_that_are_to_be_split_stay(tiny_settings):
 def test_recomputed_blocks_have_the_same_gradients_and_copies_of_their_own(tiny_settings):
     torch.manual_seed(0)
     plain = Autoencoder(**tiny_settings["vae"]).train()
-    leaner = checkpoint_blocks(copy.deepcopy(plain))
+    leaner = checkpoint_blocks(deepcopy(plain))
     kept = {}
     for name, network in (("plain", plain), ("leaner", leaner)):
         seen: dict[int, int] = {}
@@ -59,7 +59,7 @@ def test_recomputed_blocks_have_the_same_gradients_and_copies_of_their_own(tiny_
         torch.testing.assert_close(one.grad, other.grad)
     assert kept["leaner"] < kept["plain"] / 3
     # an average of the weights is a copy: its blocks run its own weights
-    copied = copy.deepcopy(leaner).eval()
+    copied = deepcopy(leaner).eval()
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.zero_()
@@ -116,3 +116,20 @@ def test_label_bits_are_little_endian(value):
     bits = label_bits(torch.full((1, 1, 2, 2, 2), float(value)))
     expected = np.unpackbits(np.uint8(value), bitorder="little")
     assert bits.shape == (1, 8, 2, 2, 2) and bits[0, :, 0, 0, 0].tolist() == expected.tolist()
+
+
+def test_recomputed_activations_give_the_same_gradients_and_copies_are_their_own(tiny_controlled):
+    plain, recomputed = tiny_controlled, checkpoint_blocks(deepcopy(tiny_controlled))
+    copied = deepcopy(recomputed)
+    x, t, mask = torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randint(0, 256, (1, 1, 16, 16, 16)).float()
+    calls: list[torch.nn.Module] = []
+    for network in (plain, recomputed, copied):
+        network.controlnet.down_blocks[0].resnets[0].register_forward_hook(lambda module, *_: calls.append(module))
+        network(mask, x, t, spacing_tensor=torch.ones(1, 3)).pow(2).sum().backward()
+    first = [network.controlnet.down_blocks[0].resnets[0] for network in (plain, recomputed, copied)]
+    assert [calls.count(module) for module in first] == [1, 2, 2]  # forward, and again on the way back
+    for name, parameter in plain.controlnet.named_parameters():
+        for other in (recomputed, copied):
+            torch.testing.assert_close(other.controlnet.get_parameter(name).grad, parameter.grad)
+    with pytest.raises(ValueError, match="no blocks"):
+        checkpoint_blocks(torch.nn.Linear(1, 1))

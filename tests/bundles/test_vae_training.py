@@ -51,19 +51,14 @@ def data(tmp_path_factory, phantom_ct) -> dict:
     }
 
 
-def start(bundles: Path, out: Path, **overrides) -> ConfigWorkflow:
-    root = bundles / "maisi_vae"
-    workflow = ConfigWorkflow(
-        config_file=str(root / "configs" / "train.json"),
-        meta_file=str(root / "configs" / "metadata.json"),
-        logging_file=False,
-        bundle_root=str(root),
-        device="$torch.device('cpu')",
-        ckpt_dir=str(out),
-        **overrides,
-    )
-    workflow.initialize()
-    return workflow
+@pytest.fixture
+def start(open_bundle, data):
+    """``start(out, key=value, ...)``: the small recipe, initialised, that writes to ``out``."""
+
+    def start(out: Path, **overrides) -> ConfigWorkflow:
+        return open_bundle("maisi_vae", "train.json", **{**data, "ckpt_dir": str(out), **overrides})
+
+    return start
 
 
 def same(one, other, name="") -> None:
@@ -81,8 +76,8 @@ def same(one, other, name="") -> None:
         assert one == other, name
 
 
-def test_recipe_and_resume(bundles, data, tmp_path):
-    whole = start(bundles, tmp_path / "whole", **data)
+def test_recipe_and_resume(start, tmp_path):
+    whole = start(tmp_path / "whole")
     trainer = whole.parser.get_parsed_content("train#trainer")
     logs, untrained = [], {}
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: logs.append(engine.state.output["log"]))
@@ -111,7 +106,7 @@ def test_recipe_and_resume(bundles, data, tmp_path):
     assert best["model"].keys() == average.keys() and best["psnr_body"] >= metrics["psnr_body"]
 
     # interrupted in the middle of the second epoch, then resumed: to the bit what was not interrupted
-    broken = start(bundles, tmp_path / "broken", checkpoint_minutes=0, **data)
+    broken = start(tmp_path / "broken", checkpoint_minutes=0)
 
     def interrupt(engine):
         raise KeyboardInterrupt
@@ -120,16 +115,16 @@ def test_recipe_and_resume(bundles, data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     assert torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 3
-    resumed = start(bundles, tmp_path / "broken", resume=True, **data)
+    resumed = start(tmp_path / "broken", resume=True)
     resumed.run()
     same(torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True), checkpoint)
     assert "discriminator_optimizer" in checkpoint
 
 
 @pytest.mark.parametrize("schedule", ["@one_cycle", "@warm_up"])
-def test_learning_rates(bundles, data, tmp_path, schedule):
-    overrides = {**data, "schedule": schedule, "max_epochs": 30, "epoch_length": 4, "accumulation_steps": 2}
-    parser = start(bundles, tmp_path, **overrides, perceptual_weight=0).parser
+def test_learning_rates(start, tmp_path, schedule):
+    overrides = {"schedule": schedule, "max_epochs": 30, "epoch_length": 4, "accumulation_steps": 2}
+    parser = start(tmp_path, **overrides, perceptual_weight=0).parser
     rates = {"lr_scheduler": [], "discriminator_lr_scheduler": []}
     for name, seen in rates.items():
         scheduler = parser.get_parsed_content(name)
@@ -145,7 +140,7 @@ def test_learning_rates(bundles, data, tmp_path, schedule):
         assert np.argmax(rates["lr_scheduler"]) == 2  # 5 % of 60 steps
 
 
-def test_a_wrong_patch_size_is_refused_before_anything_is_read(bundles, data, tmp_path, cause):
+def test_a_wrong_patch_size_is_refused_before_anything_is_read(start, tmp_path, cause):
     with pytest.raises(Exception) as raised:
-        start(bundles, tmp_path, **{**data, "min_patch_size": [16, 16, 16]})
+        start(tmp_path, min_patch_size=[16, 16, 16])
     assert "at least 24" in str(cause(raised.value))

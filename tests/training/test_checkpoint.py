@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import CacheDataset
 from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised
@@ -68,7 +69,7 @@ class Run:
         )
 
     def interrupt(self, iteration):
-        @self.trainer.on("iteration_completed")
+        @self.trainer.on(Events.ITERATION_COMPLETED)
         def stop(engine):
             if engine.state.iteration == iteration:
                 raise InterruptedError
@@ -134,7 +135,9 @@ def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupt
 
 @pytest.mark.parametrize("key", ["image", "label"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_file(tmp_path, key):
-    items = [{"image": torch.zeros(1, 2, 2, 2), "label": torch.zeros(1, 2, 2, 2), "file": f"case_{i}"} for i in range(3)]
+    items = [
+        {"image": torch.zeros(1, 2, 2, 2), "label": torch.zeros(1, 2, 2, 2), "file": f"case_{i}"} for i in range(3)
+    ]
     items[1] = {**items[1], key: torch.full((1, 2, 2, 2), float("nan"))}
     run = Run(tmp_path, items=items)
     first = next(k for k, draw in zip(range(1, 9), run.loader.stream, strict=False) if draw.item == 1)
@@ -150,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_file(tmp_path, ke
 def test_weights_that_are_not_finite_are_not_written(uninterrupted, tmp_path):
     run = Run(tmp_path)
 
-    @run.trainer.on("iteration_started")
+    @run.trainer.on(Events.ITERATION_STARTED)
     def spoil(engine):
         if engine.state.iteration == 7:
             run.ema.ema_model[0].weight[0] = float("inf")
@@ -162,7 +165,7 @@ def test_weights_that_are_not_finite_are_not_written(uninterrupted, tmp_path):
 
 def test_checkpoints_are_written_when_due_and_at_the_end_of_an_epoch(tmp_path):
     run, written = Run(tmp_path, minutes=60), []
-    run.trainer.add_event_handler("iteration_started", lambda: written.append(run.checkpointer.written))
+    run.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: written.append(run.checkpointer.written))
     run.trainer.run()
     assert written == [-1] * 4 + [4] * 4 and run.checkpointer.written == 8
 
@@ -188,7 +191,7 @@ def test_what_to_resume_from(tmp_path):
 
 def test_figures_of_a_step(tmp_path):
     run, logs = Run(tmp_path, epochs=1), []
-    run.trainer.add_event_handler("iteration_completed", lambda engine: logs.append(engine.state.output["log"]))
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: logs.append(engine.state.output["log"]))
     run.trainer.run()
     assert len(logs) == 4
     for figures in logs[1:]:

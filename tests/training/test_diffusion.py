@@ -160,7 +160,9 @@ def test_a_batch_with_a_contrast_label_is_doubled_with_the_label_replaced():
 
 def test_label_weights_are_averaged_over_a_latent_voxel():
     given = batch(2, (2, 3, 2))
-    prepare = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask", label_weights={"3": 100, 4: 0.5})  # JSON keys are text
+    prepare = DiffusionBatch(
+        flow(), 1.0, seed=0, mask_key="mask", label_weights={"3": 100, 4: 0.5}
+    )  # JSON keys are text
     target, weight, region = prepare(given, CPU)[1]
     voxels = np.select([given["mask"] == 3, given["mask"] == 4], [100.0, 0.5], 1.0)
     expected = voxels.reshape(2, 1, 2, 4, 3, 4, 2, 4).mean(axis=(3, 5, 7))

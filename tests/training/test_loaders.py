@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import CacheDataset
 from monai.transforms import Compose, RandGaussianNoised
 
@@ -55,12 +55,12 @@ def run(loader: TrainingLoader, start: int, steps: int) -> list[tuple]:
     engine = Engine(step)
     loader.attach(engine)
     engine.load_state_dict({"iteration": start, "max_epochs": 100, "epoch_length": 3})
-    with pytest.raises(StopIteration):
+    with pytest.raises(InterruptedError):
 
-        @engine.on("iteration_completed")
+        @engine.on(Events.ITERATION_COMPLETED)
         def stop(engine):
             if engine.state.iteration == steps:
-                raise StopIteration
+                raise InterruptedError
 
         engine.run(loader)
     return seen

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from ignite.engine import Events
 from monai.data import Dataset
 from monai.engines import SupervisedTrainer
 from monai.transforms import Compose
@@ -68,7 +69,7 @@ def test_accumulated_batches_step_like_one_batch_of_all():
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 4])
 def test_learning_rate_falls_once_an_optimizer_step(accumulation_steps):
     run, rates = Run(accumulation_steps=accumulation_steps), []
-    run.trainer.add_event_handler("iteration_started", lambda: rates.append(run.optimizer.param_groups[0]["lr"]))
+    run.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: rates.append(run.optimizer.param_groups[0]["lr"]))
     run.trainer.run()
     steps = 8 // accumulation_steps
     expected = [0.1 * (1 - k // accumulation_steps / steps) ** 2 for k in range(8)]
@@ -79,7 +80,7 @@ def test_average_in_closed_form_and_frozen_to_the_bit():
     run = Run(epochs=1)
     first, states = copy.deepcopy(run.network.state_dict()), []
     run.trainer.add_event_handler(
-        "iteration_completed", lambda: states.append(copy.deepcopy(run.network.state_dict()))
+        Events.ITERATION_COMPLETED, lambda: states.append(copy.deepcopy(run.network.state_dict()))
     )
     run.trainer.run()
     mean = run.ema.ema_model.state_dict()

@@ -52,18 +52,21 @@ def checkpoint_blocks(network: nn.Module) -> nn.Module:
     """Let the blocks of the networks below ``network`` recompute their activations in the backward pass.
 
     Costs one more forward pass and saves the memory of what lies inside a block (activation checkpointing); values
-    and gradients stay the same. MONAI's ``use_checkpointing`` covers the mask embedding of a ControlNet alone, and
-    recomputes an autoencoder's whole decoder at once, so that all its activations are held after all.
+    and gradients stay the same. MONAI's ``use_checkpointing`` covers a ControlNet's mask embedding alone, for which it
+    is set too, and recomputes an autoencoder's whole decoder at once, so that all its activations are held after all.
 
     Raises:
         ValueError: there are no such blocks.
     """
-    blocks: list[nn.Module] = []
+    blocks: list[Any] = []
     for module in network.modules():
         if isinstance(module, (MaisiEncoder, MaisiDecoder)):
             blocks += module.blocks
         elif hasattr(module, "down_blocks"):
-            blocks += [*module.down_blocks, module.middle_block, *getattr(module, "up_blocks", [])]  # type: ignore
+            owner: Any = module
+            blocks += [*owner.down_blocks, owner.middle_block, *getattr(owner, "up_blocks", [])]
+        if isinstance(module, ControlNetMaisi):
+            module.use_checkpointing = True
     if not blocks:
         raise ValueError(f"{type(network).__name__} has no blocks to checkpoint")
     for block in blocks:

@@ -150,14 +150,12 @@ class DiffusionBatch:
             labelled = interpolate(labelled, size=latent.shape[2:], mode="area")
             weight = labelled if weight is None else weight * labelled
         mask = mask * (chance[3] >= self.mask_dropout).to(mask.dtype).reshape(-1, 1, 1, 1, 1)
-        changed = torch.zeros_like(mask)
-        other = mask.clone()
+        other = mask.clone() if self.contrast_labels else mask
         for label, around in self.contrast_labels.items():
-            changed[mask == label] = 1
             other[mask == label] = around
-        if not changed.any():
+        if not self.contrast_labels or torch.equal(mask, other):
             return mask, target if weight is None else Target(target, weight), (), keywords
-        region = adaptive_max_pool3d(changed.float(), latent.shape[2:])
+        region = adaptive_max_pool3d((mask != other).float(), latent.shape[2:])
         weight = torch.ones_like(region) if weight is None else weight
         keywords = {name: torch.cat([value, value]) for name, value in keywords.items()}
         return torch.cat([mask, other]), Target(target, weight, region), (), keywords

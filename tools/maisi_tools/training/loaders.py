@@ -60,7 +60,9 @@ class Draw(NamedTuple):
 class SeededDataset(Dataset):
     """A MONAI data set whose random transforms are seeded by the :class:`Draw` that is asked for.
 
-    Items (dicts) get the keys ``item`` (index in the data set) and ``draw`` (number of the sample).
+    What is random in a transform has to come from MONAI's ``Randomizable.R``, not from global generators, which worker
+    processes seed in their own way. Items (dicts) get the keys ``item`` (index in the data set) and ``draw`` (number of
+    the sample).
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from monai.engines import IterationEvents
 from monai.handlers import LrScheduleHandler
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from maisi_tools.errors import TrainingError
@@ -38,6 +39,24 @@ class LrPerStep(LrScheduleHandler):
     def __call__(self, engine: Engine) -> None:
         if is_optimizer_step(engine):
             super().__call__(engine)
+
+
+class SyncPerStep:
+    """Lets the ranks exchange gradients only in the iterations that end with an optimizer step.
+
+    What ``DistributedDataParallel.no_sync`` does, which needs a trainer of one's own; nothing for any other network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        """Set it at the start of each iteration."""
+        if isinstance(self.network, DistributedDataParallel):
+            engine.add_event_handler(Events.ITERATION_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.network.require_backward_grad_sync = is_optimizer_step(engine)  # type: ignore[assignment]
 
 
 class Ema(EMAHandler):
