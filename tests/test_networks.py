@@ -31,6 +31,8 @@ def test_plain_layers_change_nothing(tiny_settings):
         torch.testing.assert_close(ours(x), expected, atol=1e-4, rtol=1e-4)
     reconstruction, mean, sigma = ours.train()(x)
     assert reconstruction.shape == x.shape and mean.shape == sigma.shape == (1, 4, 4, 5, 3)
+    noise = torch.randn_like(mean)
+    torch.testing.assert_close(ours(x, noise)[0], ours.decode(mean + noise * sigma))
 
 
 def test_convolutions_that_are_to_be_split_stay(tiny_settings):

@@ -205,13 +205,6 @@ def torchrun(bundles: Path, stage: str, settings: dict) -> None:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def test_two_ranks_of_the_autoencoder(cases, latents, bundles, tmp_path):
-    torchrun(bundles, "maisi_vae", overrides("maisi_vae", cases, latents, bundles, tmp_path))
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert all(torch.isfinite(value.float()).all() for value in saved["model"].values())
-    assert not any(name.startswith("module.") for name in saved["model"])
-
-
 @pytest.mark.parametrize("stage", ["maisi_ldm", "maisi_controlnet"])
 def test_two_ranks_with_half_the_batch_equal_one_process(run_bundle, tiny_overrides, bundles, stage, tmp_path):
     """With plain gradient descent, because Adam makes steps of rounding errors where a gradient is zero."""

@@ -81,19 +81,23 @@ def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: A
 class Autoencoder(AutoencoderKlMaisi):
     """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, D/4, H/4, W/4).
 
-    In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior; in
-    evaluation mode it returns the reconstruction from the posterior's mean, so the result does not depend on chance.
+    In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior, by
+    ``noise`` (B, 4, D/4, H/4, W/4) from a unit normal where it is given; in evaluation mode it returns the
+    reconstruction from the posterior's mean, so the result does not depend on chance.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         use_plain_layers(self)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        if self.training:
-            return super().forward(x)
-        mean, _ = self.encode(x)
-        return self.decode(mean)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, noise: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        mean, sigma = self.encode(x)
+        if not self.training:
+            return self.decode(mean)
+        latent = self.sampling(mean, sigma) if noise is None else mean + noise * sigma
+        return self.decode(latent), mean, sigma
 
 
 class DiffusionUNet(DiffusionModelUNetMaisi):
