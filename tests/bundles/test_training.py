@@ -146,9 +146,14 @@ def test_ddpm_with_all_options_is_logged(run_bundle, tiny_overrides, tmp_path):
     assert {"loss", "learning_rate", "gradient_norm", "voxels_per_second", "data_share", "L1"} <= set(logged)
     rates = [event.value for event in accumulated.Scalars("learning_rate")]
     np.testing.assert_allclose(rates, [4e-4, 4e-4, 1e-4, 1e-4], rtol=1e-5)  # 2 optimizer steps, polynomial of power 2
-    assert len(accumulated.Scalars("L1")) == 2
+    errors = [event.value for event in accumulated.Scalars("L1")]
+    assert len(errors) == 2
+    configs, settings = ["train.json", "evaluate.json"], tiny_overrides("maisi_ldm", tmp_path, **options)
+    evaluation = run_bundle("maisi_ldm", configs, **settings, ckpt_path=str(tmp_path / "model.pt"))
+    evaluator = evaluation.parser.get_parsed_content("validate#evaluator")
+    assert evaluator.state.metrics["L1"] == pytest.approx(errors[-1], rel=1e-2)  # model.pt is float16
     with pytest.raises(RuntimeError) as error:  # once more, without saying that it goes on
-        run_bundle("maisi_ldm", "train.json", **tiny_overrides("maisi_ldm", tmp_path, **options))
+        run_bundle("maisi_ldm", "train.json", **settings)
     assert "--resume True" in str(find_input_error(error.value))
 
 
