@@ -91,7 +91,7 @@ class Clock:
         self.steps.append((time.perf_counter() - self.asked, self.got - self.asked, voxels))
 
 
-def measure(bundle: str, folder: str, steps: int, device: str) -> tuple[float, float, float, int]:
+def measure(bundle: str, folder: str, size: Sequence[int], steps: int, device: str) -> tuple[float, float, float, int]:
     """Train a stage; return steps a second, image voxels a second, data-loading share, and voxels of a step."""
     data = Path(folder)
     # One epoch, and no validation: its interval is longer than the run.
@@ -106,6 +106,7 @@ def measure(bundle: str, folder: str, steps: int, device: str) -> tuple[float, f
         torch.save(squeezenet1_1().state_dict(), data / "backbone.pth")  # random weights cost what trained ones do
         overrides |= {
             "datalist": str(data / "datalist.json"),
+            "max_patch_size": list(size),
             "perceptual_backbone": str(data / "backbone.pth"),
             "adversarial_start": 0,
         }
@@ -139,7 +140,7 @@ def compare(options: argparse.Namespace) -> list[str]:
         parts.in_own_process(encode, folder, options.device, **run)
         for bundle, name in STAGES.items():
             try:
-                got = parts.in_own_process(measure, bundle, folder, options.steps, options.device, **run)
+                got = parts.in_own_process(measure, bundle, folder, options.size, options.steps, options.device, **run)
             except parts.Failed as error:
                 rows.append([name, str(error), "", "", ""])
                 progress(f"{name}: {error}")

@@ -148,9 +148,14 @@ def test_ddpm_with_all_options_is_logged(run_bundle, tiny_overrides, tmp_path):
     assert {"loss", "learning_rate", "gradient_norm", "voxels_per_second", "data_share", "L1"} <= set(logged)
     rates = [event.value for event in accumulated.Scalars("learning_rate")]
     np.testing.assert_allclose(rates, [4e-4, 4e-4, 1e-4, 1e-4], rtol=1e-5)  # 2 optimizer steps, polynomial of power 2
-    assert len(accumulated.Scalars("L1")) == 2
+    errors = [event.value for event in accumulated.Scalars("L1")]
+    assert len(errors) == 2
+    configs, settings = ["train.json", "evaluate.json"], tiny_overrides("maisi_ldm", tmp_path, **options)
+    evaluation = run_bundle("maisi_ldm", configs, **settings, ckpt_path=str(tmp_path / "model.pt"))
+    evaluator = evaluation.parser.get_parsed_content("validate#evaluator")
+    assert evaluator.state.metrics["L1"] == pytest.approx(errors[-1], rel=1e-2)  # model.pt is float16
     with pytest.raises(RuntimeError) as error:  # once more, without saying that it goes on
-        run_bundle("maisi_ldm", "train.json", **tiny_overrides("maisi_ldm", tmp_path, **options))
+        run_bundle("maisi_ldm", "train.json", **settings)
     assert "--resume True" in str(find_input_error(error.value))
 
 
@@ -207,8 +212,12 @@ def torchrun(bundles: Path, stage: str, settings: dict) -> None:
 
 @pytest.mark.parametrize("stage", ["maisi_ldm", "maisi_controlnet"])
 def test_two_ranks_with_half_the_batch_equal_one_process(run_bundle, tiny_overrides, bundles, stage, tmp_path):
-    """With plain gradient descent, because Adam makes steps of rounding errors where a gradient is zero."""
+    """The weights, and the validation's figure, for which each rank sees one of the two kept-out cases.
+
+    With plain gradient descent, because Adam makes steps of rounding errors where a gradient is zero.
+    """
     more = {"optimizer#_target_": "torch.optim.SGD", "learning_rate": 0.05, "epoch_length": 4, "clip_norm": 100.0}
+    more |= {"held_out": ["p2", "p3"], "tensorboard": True}
     torchrun(bundles, stage, tiny_overrides(stage, tmp_path / "ranks", **more, batch_size=1))
     run_bundle(stage, "train.json", **tiny_overrides(stage, tmp_path / "one", **more, batch_size=2))
     ranks, one = read(tmp_path / "ranks"), read(tmp_path / "one")
@@ -220,3 +229,9 @@ def test_two_ranks_with_half_the_batch_equal_one_process(run_bundle, tiny_overri
         torch.testing.assert_close(ranks["ema"][name], one["ema"][name], atol=1e-5, rtol=1e-4)
         moved = max(moved, float((value - one["ema"][name]).abs().max()))
     assert moved > 1e-3  # the tolerance is not met by standing still
+    figures = []
+    for folder in ("ranks", "one"):
+        logged = event_accumulator.EventAccumulator(str(tmp_path / folder)).Reload()
+        figures.append([event.value for event in logged.Scalars("L1")])
+        assert len(list((tmp_path / folder).glob("events.*"))) == 2  # the trainer's and the evaluator's: rank 0's alone
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4) and len(figures[0]) == 2

@@ -74,7 +74,7 @@ def test_a_sample_follows_the_seed_and_its_number_and_leaves_all_else_alone():
 
 
 def test_logit_normal_timesteps_have_their_distribution():
-    """Esser et al. 2024, eq. 19: logit(t) is normal, so t has median 1/2 and quartiles 1 / (1 + exp(-+0.6745))."""
+    """Esser et al. 2024, section 3.1: logit(t) is normal, so t has median 1/2 and quartiles 1 / (1 + exp(-+0.6745))."""
     prepare = DiffusionBatch(flow(sample_method="logit-normal"), 1.0, seed=0)
     share = prepare(batch(2000, (1, 1, 1)), CPU)[3]["timesteps"] / 1000
     quartiles = np.quantile(share.numpy(), [0.25, 0.5, 0.75])
@@ -83,7 +83,7 @@ def test_logit_normal_timesteps_have_their_distribution():
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_min_snr_weights_in_closed_form(kind):
-    """Hang et al. 2023, section 3.4: min(SNR, g) on the sample is min(SNR, g) / SNR on the noise, / (SNR + 1) on v."""
+    """Hang et al. 2023: min(SNR, g) on the sample is min(SNR, g) / SNR on the noise, / (SNR + 1) on v."""
     scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=kind, **BETAS)
     given = batch(64, (1, 2, 1))
     _, target, _, keywords = DiffusionBatch(scheduler, 1.0, seed=0, min_snr_gamma=5)(given, CPU)

@@ -79,12 +79,12 @@ class DiffusionBatch:
         modality_coarsening: probability of replacing a modality by the one above it: CT with or without contrast
             (2, 3) by CT (1), the kinds of MR (9 and up) by MR (8) (MAISI: 0.1).
         min_snr_gamma: weights a sample's loss by its signal-to-noise ratio clipped at this (Hang et al. 2023, arXiv
-            2303.09556, section 3.4; they take 5); None for weight 1. Not for rectified flow, which has no such ratio.
+            2303.09556; they take 5); None for weight 1. Not for rectified flow, which has no such ratio.
         mask_key: key of the label mask (B, 1, D, H, W) when a ControlNet is trained; the mask is then the network's
             input and the noisy latent the keyword ``latent``.
         mask_dropout: probability of replacing the whole mask by zeros.
         label_weights: label -> weight of its voxels in the loss (the paper weights tumours with 100); 1 elsewhere.
-        contrast_labels: label -> label around it, for the region-contrastive loss (MAISI-v2 section 3.2): a batch that
+        contrast_labels: label -> label around it, for the region-contrastive loss of MAISI-v2: a batch that
             shows such a label is doubled, and the second half sees the mask with the label replaced.
 
     Raises:
@@ -184,7 +184,7 @@ class DiffusionBatch:
             target, scale = noise, 1 / snr
         elif kind == DDPMPredictionType.SAMPLE:
             target, scale = latent, torch.ones_like(snr)
-        else:  # v, Salimans and Ho 2022 (arXiv 2202.00512), appendix D
+        else:  # v, Salimans and Ho 2022 (arXiv 2202.00512)
             target, scale = kept.sqrt() * noise - (1 - kept).sqrt() * latent, 1 / (snr + 1)
         return target, None if self.min_snr_gamma is None else snr.clamp_max(self.min_snr_gamma) * scale
 

@@ -84,7 +84,7 @@ class WeightedVelocityLoss(nn.Module):
 
 
 class RegionContrastiveLoss(nn.Module):
-    """:class:`WeightedVelocityLoss` plus MAISI-v2's region-specific contrastive loss (arXiv 2508.05772, section 3.2).
+    """:class:`WeightedVelocityLoss` plus MAISI-v2's region-specific contrastive loss (arXiv 2508.05772).
 
     Where the target has a ``region``, the prediction has two halves (2 B, 4, d, h, w): from the mask as it is, and from
     the mask whose labels in the region are replaced. They should differ inside the region and agree outside it, away
