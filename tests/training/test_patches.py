@@ -94,6 +94,7 @@ def test_a_turned_patch_shows_the_place_its_affine_names():
         ([16, 32, 32], [64, 64, 64], 1, "at least 24"),
         ([32, 32, 34], [64, 64, 64], 1, "multiples of 4"),
         ([32, 32], [64, 64, 64], 1, "three multiples"),
+        (32, [64, 64, 64], 1, "min_patch_size is 32; allowed are three multiples"),
         ([64, 32, 32], [48, 64, 64], 1, "larger than max_patch_size"),
         ([32, 32, 32], [64, 64, 64], 2, "accumulation_steps"),
     ],

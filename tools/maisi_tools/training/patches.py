@@ -32,10 +32,10 @@ def check_patches(
             or several sizes in a batch.
     """
     for name, size in (("min_patch_size", min_size), ("max_patch_size", max_size)):
-        whole = [isinstance(n, int) and n >= smallest and n % multiple == 0 for n in size]
-        if len(whole) != 3 or not all(whole):
+        numbers = size if isinstance(size, Sequence) else [size]
+        if len(numbers) != 3 or not all(isinstance(n, int) and n >= smallest and n % multiple == 0 for n in numbers):
             raise InputError(
-                f"{name} is {list(size)}; allowed are three multiples of {multiple}, at least {smallest} voxels, which "
+                f"{name} is {size!r}; allowed are three multiples of {multiple}, at least {smallest} voxels, which "
                 "the losses need: give larger patches"
             )
     if any(low > high for low, high in zip(min_size, max_size, strict=True)):
