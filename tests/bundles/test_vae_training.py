@@ -130,7 +130,7 @@ def test_two_ranks_with_half_the_batch_equal_one_process(bundles, start, data, t
     Without the perceptual term, which draws its slices from the whole batch.
     """
     descent = {f"{name}#_target_": "torch.optim.SGD" for name in ("optimizer", "discriminator_optimizer")}
-    rates = {"learning_rate": 0.05, "discriminator_learning_rate": 0.05, "schedule": "@warm_up", "warm_up_factors": []}
+    rates = {"learning_rate": 0.01, "discriminator_learning_rate": 0.01, "schedule": "@warm_up", "warm_up_factors": []}
     more = {**descent, **rates, "clip_norm": 100.0, "perceptual_weight": 0, "epoch_length": 2, "val_interval": 2}
     settings = {**data, **more, "adversarial_weight": 1.0, "ckpt_dir": str(tmp_path / "ranks")}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle"]
