@@ -100,11 +100,12 @@ def measure(bundle: str, folder: str, size: Sequence[int], steps: int, device: s
         "val_interval": 2,
         "ckpt_dir": str(data / bundle),
         "device": f"$torch.device({device!r})",
+        "tensorboard": False,
     }
     if bundle == "maisi_vae":
         overrides |= {"datalist": str(data / "datalist.json"), "max_patch_size": list(size)}
     else:
-        overrides |= {"dataset_dir": str(data / "latents"), "tensorboard": False}
+        overrides["dataset_dir"] = str(data / "latents")
     if bundle == "maisi_controlnet":
         overrides["masks_dir"] = folder
     workflow = open_bundle(bundle, "train.json", **overrides)
