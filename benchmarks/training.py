@@ -101,6 +101,7 @@ def measure(bundle: str, folder: str, size: Sequence[int], steps: int, device: s
         "val_interval": 2,
         "ckpt_dir": str(data / bundle),
         "device": f"$torch.device({device!r})",
+        "tensorboard": False,
     }
     if bundle == "maisi_vae":
         torch.save(squeezenet1_1().state_dict(), data / "backbone.pth")  # random weights cost what trained ones do
@@ -111,7 +112,7 @@ def measure(bundle: str, folder: str, size: Sequence[int], steps: int, device: s
             "adversarial_start": 0,
         }
     else:
-        overrides |= {"dataset_dir": str(data / "latents"), "tensorboard": False}
+        overrides["dataset_dir"] = str(data / "latents")
     if bundle == "maisi_controlnet":
         overrides["masks_dir"] = folder
     workflow = open_bundle(bundle, "train.json", **overrides)

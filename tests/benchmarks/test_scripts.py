@@ -79,5 +79,5 @@ def test_the_training_of_each_stage_is_timed(repo_root: Path) -> None:
     assert [row[0] for row in found] == ["VAE", "LDM", "ControlNet"]
     for _, steps, voxels, waiting, size in found:
         a_step = int(size.replace(",", ""))
-        assert float(voxels) == pytest.approx(float(steps) * a_step, rel=0.01) and 0 <= float(waiting[:-2]) < 100
+        assert float(voxels) == pytest.approx(float(steps) * a_step, rel=0.02) and 0 <= float(waiting[:-2]) < 100
     assert [row[4] for row in found[1:]] == ["32,768"] * 2  # 32^3 image voxels; the patches of the VAE vary
