@@ -9,6 +9,17 @@ from monai.inferers import SimpleInferer
 from torch import nn
 
 
+def fastest_dtype(device: torch.device) -> str:
+    """The dtype to train in: "bfloat16" where the hardware computes in it, else "float16" on CUDA, "float32" on a CPU.
+
+    float16 needs a gradient scaler: give the trainer ``amp: true``.
+    """
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if onednn else "float32"
+
+
 class AutocastInferer(SimpleInferer):
     """Runs the network under ``torch.autocast`` on whatever device the input is on.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> Controlle
     encoder = {name: value for name, value in encoder.items() if name in own and own[name].shape == value.shape}
     copy_model_state(network.controlnet, encoder, inplace=True)
     return network
+
+
+def check_labels(keep: Sequence[int] | None, **asked: Mapping[int | str, float]) -> None:
+    """Refuse weights and contrasts for labels that masks no longer have after merging.
+
+    Args:
+        keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; None for all.
+        asked: config key -> {label: ...}.
+
+    Raises:
+        InputError: a label is not kept.
+    """
+    for name, labels in asked.items():
+        if keep is not None and (lost := sorted({int(label) for label in labels} - {int(label) for label in keep})):
+            raise InputError(
+                f"{name} has {', '.join(map(str, lost))}, but keep_labels merges these labels into others; allowed are "
+                f"{', '.join(map(str, keep))}: add them to keep_labels"
+            )
 
 
 class FitMaskd(MapTransform):
