@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -41,7 +42,7 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "datalist", "complete_masks"):
+    for command in ("demo", "phantom", "preview", "plan", "weights", "prepare", "complete_masks"):
         assert f" {command}\n" in text
 
 
@@ -50,7 +51,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | datalist | complete_masks" in listed
+    assert "demo | phantom | preview | plan | weights | prepare | complete_masks" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -126,54 +127,50 @@ def test_weights_of_an_unknown_bundle(tmp_path, capsys, monkeypatch):
     assert "--bundles DIR" in fails(["weights", "maisi_vae"], capsys)
 
 
-# --- datalist ---------------------------------------------------------------------------------------------------------
+# --- prepare ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cases(tmp_path):
-    for name in ("a/pt_1_ct", "a/pt_1_seg", "a/pt_2_ct", "b/deep/pt_3_ct", "b/7_ct"):
-        path = tmp_path / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    for name in ("a/pt_1_ct", "a/pt_2_ct", "b/deep/pt_3_ct", "b/7_ct"):
+        save(tmp_path / f"{name}.nii.gz", hu)
+    save(tmp_path / "a" / "pt_1_seg.nii.gz", (hu > 0).astype(np.uint8))
     return tmp_path
 
 
 @pytest.mark.parametrize("held_out", ["pt_2,7", "list", "dict"])
-def test_datalist_of_several_folders(cases, capsys, held_out):
+def test_prepare_of_several_folders(cases, capsys, held_out):
     if held_out in ("list", "dict"):
         names = ["pt_2", "7"]
         (cases / "h.json").write_text(json.dumps(names if held_out == "list" else {"held_out": names}))
         held_out = str(cases / "h.json")
     output = cases / "out" / "datalist.json"
     folders = [str(cases / "a"), str(cases / "b"), str(cases / "a")]  # one twice
-    assert main(["datalist", *folders, "-o", str(output), "--held_out", held_out]) == 0
+    assert main(["prepare", *folders, "-o", str(output), "--held_out", held_out]) == 0
     lists = json.loads(output.read_text())
     assert sorted(item["name"] for item in lists["training"]) == ["pt_1", "pt_3"]
-    assert sorted(item["name"] for item in lists["validation"]) == ["7", "pt_2"]
-    with_mask = [item for item in lists["training"] if "label" in item]
-    assert with_mask == [
-        {"name": "pt_1", "image": str(cases / "a/pt_1_ct.nii.gz"), "label": str(cases / "a/pt_1_seg.nii.gz")}
-    ]
-    assert "2 to train on, 2 held out" in capsys.readouterr().out
+    assert sorted(item["name"] for item in lists["validation"]) == sorted(lists["held_out"]) == ["7", "pt_2"]
+    assert [Path(item["label"]).name for item in lists["training"] if "label" in item] == ["pt_1_seg.nii.gz"]
+    assert "2 volumes of 2 patients to train on, 2 of 2 held out" in capsys.readouterr().out
 
 
-def test_datalist_without_held_out(cases):
-    output = cases / "datalist.json"
-    assert main(["datalist", str(cases), "-o", str(output)]) == 0
-    lists = json.loads(output.read_text())
-    assert (len(lists["training"]), len(lists["validation"])) == (4, 0)
-
-
-def test_datalist_of_wrong_input(cases, capsys):
+def test_prepare_of_wrong_input(cases, capsys):
     output = cases / "datalist.json"
     (cases / "h.json").write_text('{"names": []}')
-    assert "no folder was given" in fails(["datalist", "-o", output], capsys)
-    assert "*_ct.nii.gz" in fails(["datalist", cases / "nowhere", "-o", output], capsys)
-    assert "pt_9" in fails(["datalist", cases / "a", "-o", output, "--held_out=pt_9,pt_1"], capsys)
+    (cases / "empty").mkdir()
+    assert "no data set was given" in fails(["prepare", "-o", output], capsys)
+    assert "neither a folder nor a JSON" in fails(["prepare", cases / "nowhere", "-o", output], capsys)
+    assert "no volume" in fails(["prepare", cases / "empty", "-o", output], capsys)
+    assert "is no .json file" in fails(["prepare", cases / "a", "-o", cases / "list"], capsys)
+    assert "pt_9" in fails(["prepare", cases / "a", "-o", output, "--held_out=pt_9,pt_1"], capsys)
     assert "is no list of names" in fails(
-        ["datalist", cases / "a", "-o", output, "--held_out", cases / "h.json"], capsys
+        ["prepare", cases / "a", "-o", output, "--held_out", cases / "h.json"], capsys
     )
-    assert "does not exist" in fails(["datalist", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
+    assert "does not exist" in fails(["prepare", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
+    assert "seed 'x'" in fails(["prepare", cases / "a", "-o", output, "--seed=x"], capsys)
+    assert "label_map 'mine' is neither" in fails(["prepare", cases / "a", "-o", output, "--label_map=mine"], capsys)
     assert not output.exists()
 
 

@@ -17,7 +17,9 @@ from maisi_tools.masks.vocabulary import (
     label_id,
     labels_in_group,
     merge_labels,
+    other_side,
     region_of,
+    swap_sides,
 )
 
 
@@ -134,3 +136,20 @@ def test_merge_labels_transform():
     item = {"mask": torch.tensor([[[[0.0, 1.0, 40.0]]]]), "name": "a"}
     assert MergeLabelsd("mask", KEEP, MERGE)(item)["mask"].flatten().tolist() == [0, 200, 120]
     assert MergeLabelsd("mask", None)(item)["mask"] is item["mask"]
+
+
+def test_sides_are_exchanged_and_back():
+    for label in VOCABULARY.values():
+        other = VOCABULARY[other_side(label.id)]
+        assert other_side(other.id) == label.id
+        if other.id != label.id:
+            assert {label.side, other.side} == {"left", "right"}
+            assert other.name.split()[1:] == label.name.split()[1:]
+    alone = {label.name for label in VOCABULARY.values() if label.side and other_side(label.id) == label.id}
+    assert alone == {"left atrial appendage", "right lung middle lobe"}
+    assert [other_side(id) for id in (5, 14, 1, BODY, 0)] == [14, 5, 1, BODY, 0]
+    mask = np.array([[0, 1, 5, 14], [18, 20, 200, 31]], dtype=np.uint8)
+    swapped = swap_sides(mask, [(18, 20)])
+    assert swapped.dtype == np.uint8 and swapped.tolist() == [[0, 1, 14, 5], [20, 18, 200, 31]]
+    assert swap_sides(swapped, [(18, 20)]).tolist() == mask.tolist()
+    assert swap_sides(torch.tensor([18.0, 87.0])).tolist() == [18, 88]

@@ -176,47 +176,75 @@ def plan(
         )
 
 
-def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None) -> None:
-    """List the CT volumes below folders as a MONAI datalist, with patients held out of training.
+def prepare(
+    *datasets: str,
+    output: str = "datalist.json",
+    label_map: str = "maisi",
+    validation: float | None = None,
+    held_out: Any = None,
+    patient_pattern: str | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Check data sets, report what they hold, and write the MONAI datalist that training reads.
+
+    Every file is read. What cannot be used is listed with the reason and left out. The report goes beside the
+    datalist, too, as NAME_report.json.
 
     Args:
-        folders: searched for NAME_ct.nii.gz with NAME_seg.nii.gz beside it.
-        output: the JSON file to write.
-        held_out: names to hold out, as NAME,NAME or as a JSON file (a list, or one under "held_out").
+        datasets: folders with NAME_ct and NAME_seg (or any volumes), MONAI datalists, dataset.json of nnU-Net or MSD.
+        output: the JSON file to write; its "held_out" is what --held_out of the other stages takes.
+        label_map: maisi, totalsegmentator, openkbp or a JSON file: how the masks' labels are to be read.
+        validation: share of the patients to hold out of training, such as 0.1.
+        held_out: names to hold out instead, as NAME,NAME or as a JSON file (a list, or one under "held_out").
+        patient_pattern: regular expression that finds the patient in a name, such as "^(.*)_scan"; by default every
+            name is a patient.
+        seed: of the choice by --validation.
+        workers: processes that read.
     """
-    if not folders:
-        raise InputError("no folder was given; name at least one: maisi datalist FOLDER [FOLDER ...] -o datalist.json.")
+    if not datasets:
+        raise InputError("no data set was given; name at least one: maisi prepare FOLDER [FOLDER ...] -o datalist.json")
+    if not str(output).endswith(".json"):
+        raise InputError(f"output {output} is no .json file; give a name such as datalist.json.")
+    _check_seed(seed)
     names = _names(held_out)
 
-    from maisi_tools.training.datalist import make_datalist
+    from maisi_tools.training import prepare as steps
 
-    items = {item["image"]: item for folder in folders for item in make_datalist(str(folder))["training"]}
-    if unknown := sorted(names - {item["name"] for item in items.values()}):
-        raise InputError(
-            f"held-out cases {', '.join(unknown)} are in none of {', '.join(map(str, folders))}; a case is named by "
-            "its file without _ct.nii.gz."
-        )
-    lists: dict[str, list[dict]] = {"training": [], "validation": []}
-    for item in items.values():
-        lists["validation" if item["name"] in names else "training"].append(item)
-    with replacing(str(output)) as part:
-        part.write_text(json.dumps(lists, indent=1) + "\n")
-    print(f"{output}: {len(lists['training'])} to train on, {len(lists['validation'])} held out")
+    findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
+    placed = steps.split([finding.case for finding in findings], validation, names, patient_pattern, seed)
+    report = steps.describe(findings, placed, str(label_map), label_names)
+    path = Path(str(output))
+    _write_json(path.with_name(f"{path.stem}_report.json"), report)
+    print(steps.as_text(report))
+    if not report["usable"]:
+        raise InputError(f"none of the {report['volumes']} volumes can be used; correct what is listed as refused.")
+    lists = steps.make_datalist(findings, placed)
+    _write_json(path, lists)
+    print(
+        f"{path}: {len(lists['training'])} volumes of {report['patients']['training']} patients to train on, "
+        f"{len(lists['validation'])} of {report['patients']['validation']} held out"
+    )
 
 
 def complete_masks(
-    datalist: str, output_dir: str, label_map: str = "maisi", spacing: Sequence[float] | None = None
+    datalist: str,
+    output_dir: str,
+    label_map: str = "maisi",
+    spacing: Sequence[float] | None = None,
+    workers: int = 0,
 ) -> None:
     """Write the masks that maisi_controlnet trains on: a data set's own labels, completed from its CTs.
 
-    Body, airway, lung and bone that the labels leave open are added by intensity. What is there already is kept, so an
-    interrupted run goes on where it stopped.
+    Body, airway, lung and bone that the labels leave open are added by intensity. What is there and up to date is kept,
+    so an interrupted run goes on where it stopped.
 
     Args:
-        datalist: JSON file as `maisi datalist` writes it.
+        datalist: JSON file as `maisi prepare` writes it.
         output_dir: folder for one NAME_ct_mask.nii.gz a case.
         label_map: maisi, totalsegmentator, openkbp or a JSON file: how the labels are to be read.
         spacing: mm along x, y, z to resample the CTs to first, such as "[2.0,2.0,2.5]": what their latents have.
+        workers: processes that work beside one another.
     """
     from maisi_tools.training.datalist import read_datalist
     from maisi_tools.training.masks import complete_masks as complete
@@ -224,10 +252,10 @@ def complete_masks(
     items = [
         item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)
     ]
-    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing))} masks")
+    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing, workers))} masks")
 
 
-COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks)
+COMMANDS = (demo, phantom, preview, plan, weights, prepare, complete_masks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -314,6 +342,11 @@ def _triple(name: str, value: Any, kind: type) -> tuple:
     except (TypeError, ValueError):
         raise InputError(f"{name} {value!r} is not usable; give three numbers, for x, y, z: --{name} A,B,C.") from None
     return x, y, z
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _names(held_out: Any) -> set[str]:

@@ -51,6 +51,10 @@ OPENKBP = {
 The vocabulary has no brainstem, larynx and parotid glands; they take placeholder ids. These are part of what the small
 weights were trained with, and the phantoms of :mod:`maisi_tools.masks.phantom` use the same."""
 
+OPENKBP_SIDES = ((label_id("placeholder 18"), label_id("placeholder 20")),)
+"""Placeholders that are one structure's left and right in :data:`OPENKBP`, for
+:func:`maisi_tools.masks.vocabulary.swap_sides`."""
+
 LABEL_MAPS: dict[str, dict[int, int]] = {
     "maisi": {label: label for label in VOCABULARY},
     "totalsegmentator": {number: label_id(name) for number, name in enumerate(_TOTALSEGMENTATOR, start=1)},

@@ -267,6 +267,38 @@ def region_of(labels: Iterable[int]) -> tuple[str, ...]:
     return tuple(region for region, names in REGIONS.items() if present & {label_id(name) for name in names})
 
 
+def other_side(label: int) -> int:
+    """The label of the same structure on the other side of the body; the label itself where there is none.
+
+    None is there for what has no side, and for what is on one side alone: the left atrial appendage and the middle
+    lobe of the right lung keep their label in a mirrored body, as the liver does.
+    """
+    entry = VOCABULARY.get(label)
+    if entry is None or entry.side is None:
+        return label
+    other = "right" if entry.side == "left" else "left"
+    return _BY_NAME.get(entry.name.replace(entry.side, other, 1).casefold(), label)
+
+
+def swap_sides(mask: Array, placeholders: Iterable[tuple[int, int]] = ()) -> Array:
+    """Exchange left and right labels, as a mask of the vocabulary needs it when the body it shows is mirrored.
+
+    Args:
+        mask: label values of any shape, array or tensor (also floating point).
+        placeholders: pairs of labels to exchange beyond the vocabulary's: what free ids stand for has sides, too.
+
+    Returns:
+        Same type, shape and dtype.
+    """
+    table = np.arange(BODY + 1)
+    for label in VOCABULARY:
+        table[label] = other_side(label)
+    for one, another in placeholders:
+        table[[one, another]] = another, one
+    values = torch.as_tensor(mask).as_subclass(torch.Tensor).long()
+    return convert_to_dst_type(torch.from_numpy(table).to(values.device)[values], dst=mask)[0]
+
+
 def merge_labels(mask: Array, keep: Iterable[int], merge: Mapping[str, int]) -> Array:
     """Reduce a mask to the labels that weights trained on fewer classes know.
 

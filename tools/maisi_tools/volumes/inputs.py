@@ -33,7 +33,7 @@ def stem_of(path: str | os.PathLike) -> str:
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
-def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
+def find_inputs(input: Any, key: str = "image", all_sections: bool = False) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
     Args:
@@ -43,9 +43,11 @@ def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
             - a folder of volume files and folders of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
-              "testing", "validation" or "training" (the first one present); paths are relative to the JSON file;
+              "testing", "validation" or "training" (the first one present, or `all_sections`); paths are relative to
+              the JSON file;
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
         key: the entry of an item that holds the path.
+        all_sections: take all sections of a datalist instead of the first one.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
@@ -56,7 +58,7 @@ def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
     entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
     if not isinstance(entries, Sequence):
         raise InputError(f"input is {input!r}; allowed is {ALLOWED}")
-    items = [item for entry in entries for item in _items_of(entry, key)]
+    items = [item for entry in entries for item in _items_of(entry, key, all_sections)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     by_stem: dict[str, str] = {}
@@ -90,14 +92,16 @@ def check_output_dir(path: str | os.PathLike) -> Path:
     return folder
 
 
-def _items_of(entry: Any, key: str) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, all_sections: bool) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
         return [_item(entry, key, Path())]
     if not isinstance(entry, (str, os.PathLike)):
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
     path = Path(entry).expanduser()
-    return _read_datalist(path, key) if path.suffix.lower() == ".json" else [{key: found} for found in _expand(path)]
+    if path.suffix.lower() == ".json":
+        return _read_datalist(path, key, all_sections)
+    return [{key: found} for found in _expand(path)]
 
 
 def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
@@ -113,7 +117,7 @@ def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
     return {**entry, key: _single(path)}
 
 
-def _read_datalist(path: Path, key: str) -> list[dict[str, str]]:
+def _read_datalist(path: Path, key: str, all_sections: bool) -> list[dict[str, str]]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -121,15 +125,18 @@ def _read_datalist(path: Path, key: str) -> list[dict[str, str]]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); allowed as .json is a datalist: correct the file") from error
     if isinstance(content, Mapping):
-        section = next((name for name in DATALIST_SECTIONS if content.get(name)), None)
-        if section is None:
+        sections = [name for name in DATALIST_SECTIONS if content.get(name)]
+        if not sections:
             raise InputError(
                 f"datalist {path} has the keys {sorted(content)}; allowed is a list, or a list under one of "
                 f"{', '.join(DATALIST_SECTIONS)}"
             )
-        content = content[section]
-    if not isinstance(content, list):
-        raise InputError(f"datalist {path} holds a {type(content).__name__}; allowed is a list of {{{key!r}: path}}")
+        chosen = [content[name] for name in (sections if all_sections else sections[:1])]
+    else:
+        chosen = [content]
+    if wrong := [part for part in chosen if not isinstance(part, list)]:
+        raise InputError(f"datalist {path} holds a {type(wrong[0]).__name__}; allowed is a list of {{{key!r}: path}}")
+    content = [entry for part in chosen for entry in part]
     entries = [{key: entry} if isinstance(entry, str) else entry for entry in content]
     for entry in entries:
         if not isinstance(entry, Mapping):
