@@ -273,15 +273,15 @@ def compare(
 
             bundle = _bundle(name, bundles)
             folders[name] = str(output / name)
-            run(
-                config_file=str(bundle / "configs" / "inference.json"),
-                meta_file=str(bundle / "configs" / "metadata.json"),
-                logging_file=str(bundle / "configs" / "logging.conf"),
-                bundle_root=str(bundle),
-                input=[item[key] for item in items],
-                output_dir=folders[name],
-                **({"seed": seed} if name == CONTROLNET else {}),
-            )
+            options: dict[str, Any] = {
+                "config_file": str(bundle / "configs" / "inference.json"),
+                "meta_file": str(bundle / "configs" / "metadata.json"),
+                "logging_file": str(bundle / "configs" / "logging.conf"),
+                "bundle_root": str(bundle),
+                "input": [item[key] for item in items],
+                "output_dir": folders[name],
+            }
+            run(**options, **({"seed": seed} if name == CONTROLNET else {}))
     pages = []
     for item in items:
         ct, mask = Path(item["ct"]), Path(item["image"])

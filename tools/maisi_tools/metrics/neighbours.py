@@ -102,19 +102,19 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
         for row, (query, ours) in enumerate(zip(queries, spectra, strict=True)):
             shift = _best_shift(ours, theirs, reach, shape)
             distances[row, column] = np.inf if shift is None else _distance(query, other, shift)
-    rows = []
-    for query, row in zip(queries, distances, strict=True):
-        order = np.argsort(row)
-        second = row[order[1]] if len(order) > 1 else row[order[0]]
-        rows.append(
+    found = []
+    for query, to_training in zip(queries, distances, strict=True):
+        order = np.argsort(to_training)
+        first, second = to_training[order[0]], to_training[order[1 if len(order) > 1 else 0]]
+        found.append(
             {
                 "case": query.name,
-                "distance_hu": round(float(row[order[0]]), 2),
+                "distance_hu": round(float(first), 2),
                 "nearest": stem_of(training[order[0]]),
-                "to_second": round(float(row[order[0]] / second), 4) if second > 0 else 1.0,
+                "to_second": round(float(first / second), 4) if second > 0 else 1.0,
             }
         )
-    return rows
+    return found
 
 
 def score_samples(
@@ -218,5 +218,5 @@ def _file_shape(path: str | Path) -> tuple[int, ...]:
     if not str(path).lower().endswith((".nii", ".nii.gz")) or not Path(path).is_file():
         return read_coarse(path).hu.shape
     image: Any = nib.load(path)
-    order = np.argsort(nib.io_orientation(image.affine)[:, 0])
-    return _coarse_shape(np.asarray(image.shape)[order], np.asarray(image.header.get_zooms())[order])
+    order = [int(axis) for axis in np.argsort(nib.io_orientation(image.affine)[:, 0])]
+    return _coarse_shape([image.shape[axis] for axis in order], [image.header.get_zooms()[axis] for axis in order])

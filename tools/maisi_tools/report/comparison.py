@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ def _picture(case: Comparison, window: Sequence[float]) -> bytes:
     reference = first if labels is None else last
     centre = centre_of(np.asanyarray(reference.dataobj), labels)
     place = reference.affine @ [*centre, 1]  # mm, the same in every volume of the patient
-    columns = [(title, image, None) for title, image in images.items()]
+    columns: list[tuple[str, Any, np.ndarray | None]] = [(title, image, None) for title, image in images.items()]
     if labels is not None:
         columns.append(("mask", last, labels))
 
