@@ -158,6 +158,19 @@ def test_the_mask_itself_is_the_reference_without_labels(run, mask):
     assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == ""
 
 
+def test_a_mask_on_another_grid_than_the_real_ct(run, mask):
+    """As `maisi complete_masks --spacing` makes them: the labels follow the generated CT."""
+    items, out, label, half = run
+    affine = np.diag([2 * SPACING[0], SPACING[1], SPACING[2], 1.0])
+    for array, suffix in ((half, "ct"), (mask, "mask")):
+        nib.save(nib.Nifti1Image(array[::2], affine), out / f"p_ct_mask_{suffix}.nii.gz")
+    rows = {row["structure"]: row for row in score_generated(items, out, Threshold())}
+    bone, wanted = half[::2] > 300, label[::2]
+    expected = 2 * np.count_nonzero(bone & wanted) / (bone.sum() + wanted.sum())
+    assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == 1
+    assert rows["body"]["real"] > 0.9
+
+
 def test_thresholds_alone(run):
     items, out, *_ = run
     rows = {row["structure"] for row in score_generated(items, out)}
@@ -172,7 +185,7 @@ def test_what_is_refused(run, tmp_path):
         pair_masks([{"image": str(tmp_path / "q_ct.nii.gz")}], tmp_path / "masks")
     save(tmp_path / "p_ct.nii.gz", paint(make_phantom("head_neck", size=(48, 48, 32), spacing=SPACING)))
     with pytest.raises(InputError, match="another grid"):
-        score_generated(items, out)
+        score_generated(items, out, Threshold())
     (out / "p_ct_mask_ct.nii.gz").unlink()
     with pytest.raises(InputError, match="p_ct_mask_ct.nii.gz does not exist"):
         score_generated(items, out)

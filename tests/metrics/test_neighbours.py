@@ -108,7 +108,7 @@ def test_table_of_samples_and_kept_out(training, tmp_path):
     summary = score_samples(samples, [{"image": path} for path in training], kept_out, tmp_path / "out")
     with open(tmp_path / "out" / "metrics.csv") as file:
         rows = {row["case"]: row for row in csv.DictReader(file)}
-    usual = np.mean([float(rows[f"k{seed}_ct"]["kept_out_distance_hu"]) for seed in (11, 12)])
+    usual = np.mean([float(rows[f"kept out: k{seed}_ct"]["kept_out_distance_hu"]) for seed in (11, 12)])
     assert summary["kept_out_distance_hu"]["mean"] == pytest.approx(usual) and summary["ratio"]["cases"] == 2
     assert float(rows["new"]["ratio"]) == pytest.approx(float(rows["new"]["distance_hu"]) / usual, abs=1e-4)
     assert 0.6 < float(rows["new"]["ratio"]) < 1.7

@@ -281,7 +281,9 @@ def compare(
                 "input": [item[key] for item in items],
                 "output_dir": folders[name],
             }
-            run(**options, **({"seed": seed} if name == CONTROLNET else {}))
+            if name == CONTROLNET:
+                options["seed"] = seed
+            run(**options)
     pages = []
     for item in items:
         ct, mask = Path(item["ct"]), Path(item["image"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from monai.data import MetaTensor
-from monai.transforms import Orientation
+from monai.transforms import Orientation, SpatialResample
 from tqdm import tqdm
 
 from maisi_tools.atomic import replacing
@@ -95,8 +95,9 @@ def score_generated(
     not find in a real CT, it cannot be expected to find in a generated one.
 
     Args:
-        items: ``image`` (the mask), optionally ``ct`` (the real CT) and ``label`` (labels of its structures, on the
-            mask's grid; without it the mask itself is the reference).
+        items: ``image`` (the mask), optionally ``ct`` (the real CT) and ``label`` (labels of its structures, on its
+            grid; without it the mask itself is the reference). Where the mask has another grid, the labels follow the
+            generated CT by nearest neighbour, and the real CT's tissues are found on the mask's grid.
         output_dir: has ``NAME_ct.nii.gz``, its sidecar and ``NAME_mask.nii.gz`` of every mask NAME.
         segmenter: CT file -> labels, with ``classes`` (name -> label), such as
             :class:`maisi_tools.metrics.segmentation.BundleSegmenter`; None for thresholds alone.
@@ -106,8 +107,8 @@ def score_generated(
         Rows of the table, see :func:`conditioning_table`.
 
     Raises:
-        InputError: a CT was not generated, a CT and its reference have different grids, or `structures` names a class
-            that the network does not have.
+        InputError: a CT was not generated, a real CT and its labels have different grids, or `structures` names a
+            class that the network does not have.
     """
     folder = Path(output_dir).expanduser()
     if segmenter is not None and structures is not None and (unknown := structures.keys() - segmenter.classes.keys()):
@@ -118,21 +119,24 @@ def score_generated(
     cases = []
     for item in tqdm(items, desc="measuring anatomy", unit="case", delay=2):
         stem = stem_of(item["image"])
-        generated, mask = folder / f"{stem}_ct.nii.gz", folder / f"{stem}_mask.nii.gz"
-        cts = {"generated": generated} | ({"real": Path(item["ct"])} if "ct" in item else {})
-        labels = read_ras(mask, "mask")
-        case: dict[str, Any] = {"ml": {}, **{kind: {} for kind in cts}}
-        for kind, path in cts.items():
-            ct = read_ras(path, "ct", like=labels)
-            case[kind] |= tissue_dice(channel_of(ct), channel_of(labels).astype(int), [float(mm) for mm in ct.pixdim])
+        generated = folder / f"{stem}_ct.nii.gz"
+        paths = {"generated": generated} | ({"real": Path(item["ct"])} if "ct" in item else {})
+        mask = read_ras(folder / f"{stem}_mask.nii.gz", "mask")
+        volumes = {"generated": read_ras(generated, "ct", like=mask)}
+        volumes |= {kind: read_ras(path, "ct") for kind, path in paths.items() if kind != "generated"}
+        case: dict[str, Any] = {kind: {} for kind in ("ml", *paths)}
+        for kind, ct in volumes.items():
+            on_mask = channel_of(_on_grid(ct, mask, "bilinear"))
+            case[kind] |= tissue_dice(on_mask, channel_of(mask).astype(np.uint8), [float(mm) for mm in mask.pixdim])
         case["ml"] |= {tissue: np.inf for tissue in case["generated"]}
         if segmenter is not None:
-            reference = read_ras(Path(item["label"]), "mask", like=labels) if "label" in item else labels
+            reference = read_ras(item["label"], "mask", like=volumes.get("real")) if "label" in item else mask
             wanted = segmenter.classes if structures is None else structures
             case["ml"] |= _volumes(reference, wanted)
-            for kind, path in cts.items():
+            for kind, path in paths.items():
                 predicted: Any = Orientation(axcodes="RAS", labels=None)(segmenter(path))
-                case[kind] |= structure_dice(channel_of(predicted), channel_of(reference), segmenter.classes, wanted)
+                labels = _on_grid(reference, volumes[kind], "nearest")
+                case[kind] |= structure_dice(channel_of(predicted), channel_of(labels), segmenter.classes, wanted)
         _add_metrics(generated, case)
         cases.append(case)
     rows = conditioning_table(cases)
@@ -207,3 +211,11 @@ def _volumes(reference: MetaTensor, structures: Mapping[str, int]) -> Row:
     voxel_ml = float(np.prod([float(mm) for mm in reference.pixdim])) / 1000
     counts = {name: np.count_nonzero(channel_of(reference) == label) for name, label in structures.items()}
     return {name: count * voxel_ml for name, count in counts.items() if count}
+
+
+def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str) -> MetaTensor:
+    """Resample a volume to the grid of another, unless it lies on it."""
+    if volume.shape == like.shape and np.allclose(volume.affine, like.affine, atol=1e-2):
+        return volume
+    resample: Any = SpatialResample(mode=mode, padding_mode="border", align_corners=False)
+    return resample(volume, dst_affine=like.affine, spatial_size=like.shape[1:])

@@ -22,8 +22,10 @@ from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.reading import read_volume
 
 GRID_MM = 10.0
-"""Voxels of the comparison: coarse enough that noise and sharpness, in which a copy differs from its original, do not
-count, and fine enough to tell patients apart (docs/results.md has both distances)."""
+"""Voxels of the comparison: coarse enough that noise and sharpness, in which a copy differs from its original, hardly
+count, and fine enough to tell patients apart. Measured on OpenKBP: 14 kept-out patients are 201 to 379 HU away from the
+nearest of 223 others, VAE reconstructions of six of these 62 to 77 HU from their originals, and cut by some centimetres
+102 to 132 HU."""
 
 SEARCH_MM = (80.0, 80.0)
 """How far volumes are shifted against each other in plane; along the patient, as far as :data:`OVERLAP` allows."""
@@ -31,7 +33,8 @@ SEARCH_MM = (80.0, 80.0)
 OVERLAP = 0.5
 """Share of the smaller body that must lie in the other."""
 
-AIR_HU = HU_RANGE[0]
+LOWEST_HU = HU_RANGE[0]
+"""Stands for 0 in :class:`CoarseVolume`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class CoarseVolume:
 
     Attributes:
         name: of the case.
-        hu: (X, Y, Z), float32, in HU above air, so that air is 0.
+        hu: (X, Y, Z), float32, in HU above :data:`LOWEST_HU`, so that air is 0.
         body: voxels denser than :data:`maisi_tools.masks.body.SKIN_HU`.
     """
 
@@ -66,8 +69,10 @@ def coarse_volume(ct: np.ndarray, spacing: Sequence[float], name: str = "") -> C
     smooth = ndimage.gaussian_filter(ct, steps / 2, mode="nearest", truncate=2)
     # Sampled at the middles of the coarse voxels, in voxels of the CT.
     shape = _coarse_shape(ct.shape, spacing)
-    hu = ndimage.affine_transform(smooth, steps, (steps - 1) / 2, shape, order=1, mode="nearest") - np.float32(AIR_HU)
-    return CoarseVolume(name, hu, hu > SKIN_HU - AIR_HU)
+    hu = ndimage.affine_transform(smooth, steps, (steps - 1) / 2, shape, order=1, mode="nearest") - np.float32(
+        LOWEST_HU
+    )
+    return CoarseVolume(name, hu, hu > SKIN_HU - LOWEST_HU)
 
 
 def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -111,7 +116,7 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
                 "case": query.name,
                 "distance_hu": round(float(first), 2),
                 "nearest": stem_of(training[order[0]]),
-                "to_second": round(float(first / second), 4) if second > 0 else 1.0,
+                "to_second": round(float(first / second), 4) if 0 < second < np.inf else 1.0,
             }
         )
     return found
@@ -149,7 +154,7 @@ def score_samples(
     for row in found[:number]:
         rows[row.pop("case")] = {**row, "ratio": round(row["distance_hu"] / usual, 4)}
     for row in found[number:]:
-        name = row.pop("case")
+        name = f"kept out: {row.pop('case')}"
         rows[name] = {f"kept_out_{key}": value for key, value in row.items()}
     return tabulate(folder, rows)
 
