@@ -282,7 +282,7 @@ def kept_out(tmp_path):
 
     cases = []
     for name in ("a", "b"):
-        labels = make_phantom("head_neck", size=(48, 48, 48), spacing=(5.0, 5.0, 3.4), seed=3)
+        labels = make_phantom("head_neck", size=(32, 32, 32), spacing=(5.0, 5.0, 3.4), seed=3)
         affine = np.diag([5.0, 5.0, 3.4, 1.0])
         ct = np.where(labels == 120, 600, np.where(labels > 0, 40, -1000)).astype(np.int16)
         for data, suffix in ((ct, "ct"), (labels, "ct_mask")):
