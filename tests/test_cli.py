@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -293,8 +294,17 @@ def kept_out(tmp_path):
 
 
 def test_compare_computes_what_it_shows(kept_out, tmp_path, capsys, repo_root):
+    # The shipped bundles, but with two sampling steps in place of thirty.
+    root = tmp_path / "bundles"
+    for name in ("maisi_vae", "maisi_controlnet"):
+        shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")
+        (root / name / "models").symlink_to(repo_root / "bundles" / name / "models")
+    config = root / "maisi_controlnet" / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    content["displayable_configs"]["num_inference_steps"] = 2
+    config.write_text(json.dumps(content))
     line = ["compare", str(kept_out), str(tmp_path), f"--output_dir={tmp_path / 'out'}", "--cases=1"]
-    assert main([*line, f"--bundles={repo_root / 'bundles'}"]) == 0
+    assert main([*line, f"--bundles={root}"]) == 0
     page = tmp_path / "out" / "comparison.html"
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     text = page.read_text()
