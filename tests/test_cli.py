@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "prepare", "complete_masks"):
+    for command in ("demo", "phantom", "preview", "plan", "weights", "prepare", "complete_masks", "compare"):
         assert f" {command}\n" in text
 
 
@@ -51,7 +52,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | prepare | complete_masks" in listed
+    assert "demo | phantom | preview | plan | weights | prepare | complete_masks | compare" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -267,3 +268,64 @@ def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
     assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
     printed = capsys.readouterr()
     assert said in printed.out + printed.err and "Traceback" not in printed.err
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept_out(tmp_path):
+    """Two kept-out cases with their masks, and a datalist; the CTs are phantoms."""
+    from maisi_tools.masks.phantom import make_phantom
+
+    cases = []
+    for name in ("a", "b"):
+        labels = make_phantom("head_neck", size=(32, 32, 32), spacing=(5.0, 5.0, 3.4), seed=3)
+        affine = np.diag([5.0, 5.0, 3.4, 1.0])
+        ct = np.where(labels == 120, 600, np.where(labels > 0, 40, -1000)).astype(np.int16)
+        for data, suffix in ((ct, "ct"), (labels, "ct_mask")):
+            nib.save(nib.Nifti1Image(data, affine), tmp_path / f"{name}_{suffix}.nii.gz")
+        cases.append({"image": f"{name}_ct.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps({"validation": cases}))
+    return tmp_path / "list.json"
+
+
+def test_compare_computes_what_it_shows(kept_out, tmp_path, capsys, repo_root):
+    # The shipped bundles, but with two sampling steps in place of thirty.
+    root = tmp_path / "bundles"
+    for name in ("maisi_vae", "maisi_controlnet"):
+        shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")
+        (root / name / "models").symlink_to(repo_root / "bundles" / name / "models")
+    config = root / "maisi_controlnet" / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    content["displayable_configs"]["num_inference_steps"] = 2
+    config.write_text(json.dumps(content))
+    line = ["compare", str(kept_out), str(tmp_path), f"--output_dir={tmp_path / 'out'}", "--cases=1"]
+    assert main([*line, f"--bundles={root}"]) == 0
+    page = tmp_path / "out" / "comparison.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    text = page.read_text()
+    assert text.count("data:image/png") == 1 and "psnr_body" in text and "hu_bone" in text
+    made = sorted(path.name for path in (tmp_path / "out").glob("*/*.nii.gz"))
+    assert made == ["a_ct_mask_ct.nii.gz", "a_ct_mask_mask.nii.gz", "a_ct_recon.nii.gz"]
+
+
+def test_compare_shows_what_was_computed(kept_out, tmp_path, capsys):
+    done = tmp_path / "done"
+    done.mkdir()
+    for name in ("a", "b"):
+        for suffix in ("ct_recon", "ct_mask_ct"):
+            nib.load(tmp_path / f"{name}_ct.nii.gz").to_filename(done / f"{name}_{suffix}.nii.gz")
+    line = ["compare", str(kept_out), str(tmp_path), f"--output_dir={tmp_path / 'out'}", "--cases=0"]
+    assert main([*line, f"--reconstructed={done}", f"--generated={done}"]) == 0
+    assert (tmp_path / "out" / "comparison.html").read_text().count("data:image/png") == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.html"]
+
+
+def test_compare_of_wrong_input(kept_out, tmp_path, capsys):
+    assert "list2.json does not exist" in fails(["compare", tmp_path / "list2.json", tmp_path], capsys)
+    assert "maisi complete_masks" in fails(["compare", kept_out, tmp_path / "nowhere"], capsys)
+    assert "cases -1 is not usable" in fails(["compare", kept_out, tmp_path, "--cases=-1"], capsys)
+    assert "'training'" in fails(["compare", kept_out, tmp_path, "--section=training"], capsys)
+    given = [f"--{name}={tmp_path}" for name in ("reconstructed", "generated", "output_dir")]
+    assert "a_ct_recon.nii.gz does not exist" in fails(["compare", kept_out, tmp_path, *given], capsys)

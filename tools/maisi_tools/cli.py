@@ -102,9 +102,7 @@ def preview(volume: str, mask: str | None = None, output: str = "preview.png", w
     """
     from maisi_tools.report.preview import preview as draw
 
-    if not isinstance(window, (tuple, list)) or not all(isinstance(value, (int, float)) for value in window):
-        raise InputError(f"window {window!r} is not usable; give two values in HU, such as --window=-160,240.")
-    print(draw(str(volume), None if mask is None else str(mask), str(output), window))
+    print(draw(str(volume), None if mask is None else str(mask), str(output), _window(window)))
 
 
 def weights(bundle: str, bundles: str | None = None) -> None:
@@ -255,7 +253,79 @@ def complete_masks(
     print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing, workers))} masks")
 
 
-COMMANDS = (demo, phantom, preview, plan, weights, prepare, complete_masks)
+def compare(
+    datalist: str,
+    masks_dir: str,
+    output_dir: str = "comparison",
+    cases: int = 4,
+    section: str = "validation",
+    reconstructed: str | None = None,
+    generated: str | None = None,
+    seed: int = 0,
+    window: Any = (-160, 240),
+    bundles: str | None = None,
+) -> None:
+    """Make a page: real CT, its reconstruction, and a CT generated from the same mask, for kept-out patients.
+
+    The page and the CTs show patients: keep them out of any repository (git ignores `comparison/`).
+
+    Args:
+        datalist: JSON file as `maisi prepare` writes it.
+        masks_dir: the masks of its CTs, as `maisi complete_masks` writes them.
+        output_dir: folder for comparison.html, and for the CTs that are computed.
+        cases: how many of the section to show, from its beginning; 0 for all.
+        section: of the datalist.
+        reconstructed: folder with NAME_recon.nii.gz from maisi_vae; by default they are computed.
+        generated: folder with NAME_mask_ct.nii.gz from maisi_controlnet; by default they are computed.
+        seed: of the generated CTs.
+        window: HU shown as black and as white, for example -160,240.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    _check_seed(seed)
+    if not isinstance(cases, int) or cases < 0:
+        raise InputError(f"cases {cases!r} is not usable; give how many to show, 0 for all.")
+    window = _window(window)
+
+    from maisi_tools.metrics.conditioning import pair_masks
+    from maisi_tools.report.comparison import Comparison, write_comparison
+    from maisi_tools.training.datalist import read_datalist
+    from maisi_tools.volumes.inputs import check_output_dir, stem_of
+
+    listed = read_datalist(str(datalist), str(section))
+    items = pair_masks(listed[: cases or None], str(masks_dir))
+    output = check_output_dir(str(output_dir))
+    folders = {"maisi_vae": reconstructed, CONTROLNET: generated}
+    for name, key in (("maisi_vae", "ct"), (CONTROLNET, "image")):
+        if folders[name] is None:
+            from monai.bundle import run
+
+            bundle = _bundle(name, bundles)
+            folders[name] = str(output / name)
+            options: dict[str, Any] = {
+                "config_file": str(bundle / "configs" / "inference.json"),
+                "meta_file": str(bundle / "configs" / "metadata.json"),
+                "logging_file": str(bundle / "configs" / "logging.conf"),
+                "bundle_root": str(bundle),
+                "input": [item[key] for item in items],
+                "output_dir": folders[name],
+            }
+            if name == CONTROLNET:
+                options["seed"] = seed
+            run(**options)
+    pages = []
+    for item in items:
+        ct, mask = Path(item["ct"]), Path(item["image"])
+        volumes = {
+            "real": ct,
+            "reconstruction": Path(str(folders["maisi_vae"])) / f"{stem_of(ct)}_recon.nii.gz",
+            "generated": Path(str(folders[CONTROLNET])) / f"{stem_of(mask)}_ct.nii.gz",
+        }
+        pages.append(Comparison(stem_of(ct), volumes, mask))
+    title = "Real CT, its reconstruction, and a CT generated from the same mask"
+    print(write_comparison(pages, output / "comparison.html", title, window))
+
+
+COMMANDS = (demo, phantom, preview, plan, weights, prepare, complete_masks, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,6 +402,12 @@ def _bundle(bundle: Any, bundles: str | None) -> Path:
 def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
+
+
+def _window(window: Any) -> Sequence[float]:
+    if not isinstance(window, (tuple, list)) or not all(isinstance(value, (int, float)) for value in window):
+        raise InputError(f"window {window!r} is not usable; give two values in HU, such as --window=-160,240.")
+    return window
 
 
 def _triple(name: str, value: Any, kind: type) -> tuple:
