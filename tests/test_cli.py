@@ -41,7 +41,7 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "datalist", "complete_masks"):
+    for command in ("demo", "phantom", "preview", "plan", "weights", "datalist", "complete_masks", "edit"):
         assert f" {command}\n" in text
 
 
@@ -50,7 +50,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | datalist | complete_masks" in listed
+    assert "demo | phantom | preview | plan | weights | datalist | complete_masks | edit" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -270,3 +270,44 @@ def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
     assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
     printed = capsys.readouterr()
     assert said in printed.out + printed.err and "Traceback" not in printed.err
+
+
+# --- edit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torso(tmp_path):
+    path = tmp_path / "torso.nii.gz"
+    assert main(["phantom", str(path), "--kind=torso", "--size=48,36,52", "--spacing=7.5,7.5,8.5"]) == 0
+    return path
+
+
+def test_edit(tmp_path, torso, capsys):
+    capsys.readouterr()
+    options = ["--insert", "{hepatic tumor: 40}", "--resize", "{spleen: 1.3, liver: 0.9}", "--flip", "--seed=2"]
+    for name in ("a", "b"):
+        assert main(["edit", str(torso), "-o", str(tmp_path / f"{name}.nii.gz"), *options]) == 0
+    printed = capsys.readouterr().out
+    a, b, given = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii.gz", "b.nii.gz", torso.name))
+    assert np.array_equal(a, b) and a.shape == given.shape
+    counts, before = np.bincount(a.ravel(), minlength=201), np.bincount(given.ravel(), minlength=201)
+    assert counts[26] == round(np.pi / 6 * 40**3 / (7.5 * 7.5 * 8.5)) and counts[3] == round(1.3 * before[3])
+    assert abs(counts[1] + counts[26] - 0.9 * before[1]) <= 1
+    assert f"hepatic tumor{'':<23}{0.0:>10.1f} ml -> {counts[26] * 7.5 * 7.5 * 8.5 / 1000:>8.1f} ml" in printed
+    assert printed.endswith(f"{tmp_path / 'b.nii.gz'}\n")
+
+    again = ["edit", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "c.nii.gz"), "--remove", "hepatic tumor"]
+    assert main([*again, "--spacing=8,8,8", "--size=40,32,48", "--keep=liver,spleen"]) == 0
+    assert nib.load(tmp_path / "c.nii.gz").shape == (40, 32, 48)
+
+
+def test_edit_of_wrong_input(tmp_path, torso, capsys):
+    capsys.readouterr()
+    line = ["edit", torso, "-o", tmp_path / "x.nii.gz"]
+    assert "'lever' is no label" in fails([*line, "--resize={lever: 2}"], capsys)
+    assert "is not usable; give a number for each name" in fails([*line, "--resize=liver"], capsys)
+    assert "hepatic tumor is not in the mask" in fails([*line, "--augment", "{hepatic tumor: 1.1}"], capsys)
+    assert "does not exist" in fails(["edit", tmp_path / "nope.nii.gz", "-o", tmp_path / "x.nii.gz"], capsys)
+    assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
+    assert "size 40" in fails([*line, "--size=40"], capsys)
+    assert not (tmp_path / "x.nii.gz").exists()

@@ -227,7 +227,70 @@ def complete_masks(
     print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing))} masks")
 
 
-COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks)
+def edit(
+    mask: str,
+    output: str,
+    label_map: str = "maisi",
+    remove: Any = (),
+    resize: Any = None,
+    insert: Any = None,
+    augment: Any = None,
+    shift: float = 0.0,
+    elastic: float = 0.0,
+    flip: bool = False,
+    spacing: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    keep: Any = (),
+    seed: int = 0,
+) -> None:
+    """Edit a mask, in the order of the options, and write it in MAISI's vocabulary.
+
+    Args:
+        mask: a mask file, or a folder of one file a class.
+        output: the NIfTI file to write.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
+        remove: lesions, for example "hepatic tumor,lung tumor".
+        resize: organ -> factor of its volume, for example "{liver: 1.2}".
+        insert: lesion -> its diameter in mm, for example "{hepatic tumor: 25}".
+        augment: lesion -> factor of its diameter, for example "{hepatic tumor: 1.1}".
+        shift: mm by which augmented lesions are moved.
+        elastic: mm by which augmented lesions are deformed.
+        flip: exchange left and right.
+        spacing: mm along x, y, z of a new grid, for example 2,2,2.5.
+        size: voxels along x, y, z of a new grid.
+        keep: organs that must survive on the new grid, for example liver,spleen; it is laid about them.
+        seed: of all that is drawn; the same seed gives the same file.
+    """
+    _check_seed(seed)
+    grid = {
+        "spacing": None if spacing is None else _triple("spacing", spacing, float),
+        "size": None if size is None else _triple("size", size, int),
+    }
+    amounts = {name: _amounts(name, value) for name, value in (("resize", resize), ("insert", insert))}
+
+    from maisi_tools.masks.edits import edit_file
+    from maisi_tools.masks.label_maps import read_label_map
+
+    changes = edit_file(
+        str(mask),
+        str(output),
+        read_label_map(str(label_map)),
+        remove=_listed(remove),
+        augment=_amounts("augment", augment),
+        shift_mm=shift,
+        elastic_mm=elastic,
+        flip=bool(flip),
+        organs=_listed(keep),
+        seed=seed,
+        **amounts,
+        **grid,
+    )
+    for name, (before, after) in changes.items():
+        print(f"{name:<36}{before:>10.1f} ml -> {after:>8.1f} ml")
+    print(output)
+
+
+COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks, edit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,6 +362,25 @@ def _bundle(bundle: Any, bundles: str | None) -> Path:
             names = ", ".join(sorted(config.parent.name for config in root.glob("*/configs")))
             raise InputError(f"{bundle} is no bundle of {root} and no bundle's folder; choose among: {names}.")
     return folder
+
+
+def _amounts(option: str, value: Any) -> dict[str, float]:
+    """Name -> number, of an option; Fire leaves names with a space in it as text."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
+        value = {name.strip(" \"'"): amount for name, _, amount in pairs}
+    try:
+        return {str(name): float(amount) for name, amount in value.items()}
+    except (AttributeError, ValueError, TypeError):
+        raise InputError(f'{option} {value!r} is not usable; give a number for each name: "{{liver: 1.2}}".') from None
+
+
+def _listed(value: Any) -> list[str]:
+    """Names given as a list, or as one text with commas."""
+    names = value.split(",") if isinstance(value, str) else value
+    return [str(name).strip() for name in names if str(name).strip()]
 
 
 def _check_seed(seed: Any) -> None:

@@ -66,7 +66,7 @@ def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    mm = _checked(ct_hu.shape, spacing)
+    mm = checked_spacing(ct_hu.shape, spacing)
     tissue = ct_hu > SKIN_HU
     solid = _filled(tissue)
     coarse_tissue, steps = _coarsen(tissue, mm, np.mean)
@@ -100,7 +100,7 @@ def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: 
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    mm = _checked(labels.shape, spacing)
+    mm = checked_spacing(labels.shape, spacing)
     present = labels > 0
     if not present.any():
         return present
@@ -157,7 +157,7 @@ def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float
         InputError: the shapes differ, or as :func:`body_envelope`.
     """
     _check_same(ct_hu, labels)
-    mm = _checked(ct_hu.shape, spacing)
+    mm = checked_spacing(ct_hu.shape, spacing)
     voxel_ml = float(np.prod(mm)) / 1000
     completed = labels.astype(np.uint8)
     free = body_envelope(ct_hu, spacing) & (labels == 0)
@@ -215,7 +215,12 @@ def _lung(ct_hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray
     return _distance(~lung, spacing) <= OPENING_MM + spacing.max() if lung.any() else lung
 
 
-def _checked(shape: tuple[int, ...], spacing: Sequence[float]) -> np.ndarray:
+def checked_spacing(shape: tuple[int, ...], spacing: Sequence[float]) -> np.ndarray:
+    """The spacing of a volume of `shape` as an array.
+
+    Raises:
+        InputError: not three axes, or spacings that are not three positive numbers of mm.
+    """
     mm = np.asarray(spacing, dtype=float)
     if len(shape) != 3 or mm.shape != (3,) or not (np.isfinite(mm) & (mm > 0)).all():
         raise InputError(
