@@ -41,7 +41,18 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "datalist", "complete_masks", "edit"):
+    for command in (
+        "demo",
+        "phantom",
+        "preview",
+        "plan",
+        "weights",
+        "datalist",
+        "complete_masks",
+        "edit",
+        "index",
+        "find",
+    ):
         assert f" {command}\n" in text
 
 
@@ -50,7 +61,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | datalist | complete_masks | edit" in listed
+    assert "demo | phantom | preview | plan | weights | datalist | complete_masks | edit |" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -311,3 +322,22 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
     assert "size 40" in fails([*line, "--size=40"], capsys)
     assert not (tmp_path / "x.nii.gz").exists()
+
+
+# --- index, find ------------------------------------------------------------------------------------------------------
+
+
+def test_index_and_find(tmp_path, torso, capsys):
+    capsys.readouterr()
+    save(tmp_path / "bad.nii.gz", np.full((4, 4, 4), 150, np.uint8))
+    for read in (1, 0):  # the second run reads nothing again
+        assert main(["index", str(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{tmp_path}: 1 masks, {read} read, 0 gone, 1 skipped" and "150" in lines[0]
+    assert (
+        main(["find", str(tmp_path), "--region=abdomen", "--organs=liver,prostate", "--field_of_view=300,200,900"]) == 0
+    )
+    assert capsys.readouterr().out == f"{torso}: has no prostate; is 442 mm long along z instead of 900\n"
+    assert "allowed are head, chest" in fails(["find", tmp_path, "--region=foot"], capsys)
+    assert "field_of_view 3" in fails(["find", tmp_path, "--field_of_view=3"], capsys)
+    assert "is no folder" in fails(["index", tmp_path / "nowhere"], capsys)

@@ -290,7 +290,51 @@ def edit(
     print(output)
 
 
-COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks, edit)
+def index(folder: str, label_map: str = "maisi") -> None:
+    """Look through a folder of masks once, for `maisi find`; a second run reads only what is new or has changed.
+
+    Args:
+        folder: the library; the index is written into it.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
+    """
+    from maisi_tools.masks.label_maps import read_label_map
+    from maisi_tools.masks.library import index_library
+
+    report = index_library(str(folder), read_label_map(str(label_map)))
+    for name, reason in report.skipped.items():
+        print(f"skipped {name}: {reason}")
+    print(f"{folder}: {report.total} masks, {report.new} read, {report.gone} gone, {len(report.skipped)} skipped")
+
+
+def find(
+    folder: str,
+    region: Any = (),
+    organs: Any = (),
+    field_of_view: Sequence[float] | None = None,
+    count: int = 5,
+    label_map: str = "maisi",
+) -> None:
+    """List the masks of an indexed folder that fit best, each with what does not fit.
+
+    Args:
+        folder: the library, see `maisi index`.
+        region: head, chest, abdomen or lower, or several: chest,abdomen.
+        organs: what must be in the mask, for example liver,spleen.
+        field_of_view: least extent in mm along x, y, z, for example 300,300,200.
+        count: how many to list.
+        label_map: the one that the index was made with.
+    """
+    view = None if field_of_view is None else _triple("field_of_view", field_of_view, float)
+
+    from maisi_tools.masks.label_maps import read_label_map
+    from maisi_tools.masks.library import MaskRequest, read_index, search
+
+    request = MaskRequest(_listed(region), _listed(organs), view)
+    for path, misfits in search(read_index(str(folder), read_label_map(str(label_map))), request)[: int(count)]:
+        print(f"{path}: {'; '.join(misfits) or 'fits'}")
+
+
+COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks, edit, index, find)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
