@@ -262,11 +262,9 @@ def edit(
         seed: of all that is drawn; the same seed gives the same file.
     """
     _check_seed(seed)
-    grid = {
-        "spacing": None if spacing is None else _triple("spacing", spacing, float),
-        "size": None if size is None else _triple("size", size, int),
-    }
-    amounts = {name: _amounts(name, value) for name, value in (("resize", resize), ("insert", insert))}
+    new_spacing = None if spacing is None else _triple("spacing", spacing, float)
+    new_size = None if size is None else _triple("size", size, int)
+    factors, diameters, zooms = _amounts("resize", resize), _amounts("insert", insert), _amounts("augment", augment)
 
     from maisi_tools.masks.edits import edit_file
     from maisi_tools.masks.label_maps import read_label_map
@@ -276,14 +274,16 @@ def edit(
         str(output),
         read_label_map(str(label_map)),
         remove=_listed(remove),
-        augment=_amounts("augment", augment),
+        resize=factors,
+        insert=diameters,
+        augment=zooms,
         shift_mm=shift,
         elastic_mm=elastic,
         flip=bool(flip),
+        spacing=new_spacing,
+        size=new_size,
         organs=_listed(keep),
         seed=seed,
-        **amounts,
-        **grid,
     )
     for name, (before, after) in changes.items():
         print(f"{name:<36}{before:>10.1f} ml -> {after:>8.1f} ml")

@@ -249,8 +249,8 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
             f"{_ranges(sorted(mapping))}: {JSON_HELP}"
         )
     unread = sorted(classes.keys() - mapping.keys())
-    counts = np.bincount(numbers[np.isin(numbers, unread)], minlength=len(table)) if unread else np.zeros(len(table))
-    without = ", ".join(f"{classes[label]} ({int(counts[label])} voxels)" for label in unread if counts[label])
+    sizes = np.bincount(numbers[np.isin(numbers, unread)], minlength=len(table)) if unread else np.zeros(len(table))
+    without = ", ".join(f"{classes[label]} ({int(sizes[label])} voxels)" for label in unread if sizes[label])
     if not labels.any():
         given = "every voxel is 0" if not values.any() else "the label map drops every label it has"
         given = f"MAISI's vocabulary has no {without}" if without else given
