@@ -54,6 +54,7 @@ def test_insert_then_remove(torsos, seed):
     new = edited == lesion
     assert new.sum() == round(np.pi / 6 * diameter**3 / VOXEL_MM3)
     assert set(np.unique(labels[new])) <= set(hosts_of(lesion)) and len(np.unique(labels[new])) == 1
+    assert ndimage.label(new, np.ones((3, 3, 3)))[1] == 1
     assert np.array_equal(edited[~new], labels[~new])
     assert np.isin(remove_lesion(edited, SPACING, lesion)[new], hosts_of(lesion)).all()
 

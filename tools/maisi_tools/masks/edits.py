@@ -108,7 +108,7 @@ def insert_lesion(
         spacing: mm along x, y, z.
         lesion: one of :data:`~maisi_tools.masks.vocabulary.HOSTS`, as an id.
         diameter_mm: of the sphere that has the lesion's volume.
-        rng: draws organ, place and shape.
+        rng: draws organ, place and shape; the lesion is one piece, where the organ is.
         host: the organ; by default drawn among those that are large enough, by volume.
 
     Returns:
@@ -143,7 +143,8 @@ def insert_lesion(
     depth = ndimage.distance_transform_edt(np.pad(largest, 1), sampling=mm)[1:-1, 1:-1, 1:-1]
     radius = diameter_mm / 2
     places = np.argwhere(depth >= min(radius, 0.8 * depth.max()))
-    center = places[rng.integers(len(places))] * mm
+    start = places[rng.integers(len(places))]
+    center = start * mm
 
     axes = rng.uniform(0.75, 1.3, 3)
     turned = Rotation.random(random_state=int(rng.integers(2**32))).as_matrix() / (axes / np.cbrt(axes.prod()))[:, None]
@@ -151,7 +152,7 @@ def insert_lesion(
     distance = np.linalg.norm(offset @ turned.T, axis=1).reshape(largest.shape)
     score = distance * (1 + _ROUGHNESS * _smooth_noise(largest.shape, radius / 2 / mm, rng))
     result = labels.copy()
-    result[box][_lowest(score, largest, count)] = lesion
+    result[box][_lowest(score, _piece(score, largest, start, count), count)] = lesion
     return result
 
 
@@ -570,6 +571,22 @@ def _lowest(score: np.ndarray, room: np.ndarray, count: int) -> np.ndarray:
         places = places[np.argpartition(score.ravel()[places], count)[:count]]
     chosen.ravel()[places] = True
     return chosen
+
+
+def _piece(score: np.ndarray, room: np.ndarray, start: np.ndarray, count: int) -> np.ndarray:
+    """What of `room` hangs together with `start` below the lowest score at which that is `count` voxels, or all."""
+
+    def below(threshold: float) -> np.ndarray:
+        parts, _ = ndimage.label(room & (score <= threshold))
+        return parts == parts[tuple(start)]
+
+    low, high = float(score[tuple(start)]), float(score[room].max())
+    if np.count_nonzero(below(high)) < count:
+        return room
+    for _ in range(20):  # halvings: a millionth of the range is far less than a voxel
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.count_nonzero(below(middle)) >= count else (middle, high)
+    return below(high)
 
 
 def _signed_distance(inside: np.ndarray, spacing: np.ndarray) -> np.ndarray:
