@@ -321,6 +321,9 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     assert "does not exist" in fails(["edit", tmp_path / "nope.nii.gz", "-o", tmp_path / "x.nii.gz"], capsys)
     assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
     assert "size 40" in fails([*line, "--size=40"], capsys)
+    assert "'7' is no label" in fails([*line, "--remove=7"], capsys)
+    shifted = [*line, "--insert={hepatic tumor: 30}", "--augment={hepatic tumor: 1}", "--shift=far"]
+    assert "shift is 'far'" in fails(shifted, capsys)
     assert not (tmp_path / "x.nii.gz").exists()
 
 
@@ -340,4 +343,5 @@ def test_index_and_find(tmp_path, torso, capsys):
     assert capsys.readouterr().out == f"{torso}: has no prostate; is 442 mm long along z instead of 900\n"
     assert "allowed are head, chest" in fails(["find", tmp_path, "--region=foot"], capsys)
     assert "field_of_view 3" in fails(["find", tmp_path, "--field_of_view=3"], capsys)
+    assert "count 0" in fails(["find", tmp_path, "--count=0"], capsys)
     assert "is no folder" in fails(["index", tmp_path / "nowhere"], capsys)

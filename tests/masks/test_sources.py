@@ -79,6 +79,10 @@ def test_damaged_or_other_index_is_made_anew(library):
     assert index_library(library, MAISI).new == 3
     with pytest.raises(InputError, match="no index for the label map btcv"):
         read_index(library, read_label_map("btcv"))
+    names = library / "names.json"
+    for content in ({str(id): id for id in MAISI}, {str(id): 200 for id in MAISI}):  # a JSON that changes its mind
+        names.write_text(json.dumps(content))
+        assert index_library(library, read_label_map(names)).new == 3
 
 
 def test_masks_that_cannot_be_read_are_skipped(library):

@@ -324,13 +324,15 @@ def find(
         count: how many to list.
         label_map: the one that the index was made with.
     """
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"count {count!r} is not usable; give a whole number from 1 up.")
     view = None if field_of_view is None else _triple("field_of_view", field_of_view, float)
 
     from maisi_tools.masks.label_maps import read_label_map
     from maisi_tools.masks.library import MaskRequest, read_index, search
 
     request = MaskRequest(_listed(region), _listed(organs), view)
-    for path, misfits in search(read_index(str(folder), read_label_map(str(label_map))), request)[: int(count)]:
+    for path, misfits in search(read_index(str(folder), read_label_map(str(label_map))), request)[:count]:
         print(f"{path}: {'; '.join(misfits) or 'fits'}")
 
 
@@ -423,7 +425,7 @@ def _amounts(option: str, value: Any) -> dict[str, float]:
 
 def _listed(value: Any) -> list[str]:
     """Names given as a list, or as one text with commas."""
-    names = value.split(",") if isinstance(value, str) else value
+    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
     return [str(name).strip() for name in names if str(name).strip()]
 
 

@@ -184,8 +184,9 @@ def augment_lesion(
     """
     mm = checked_spacing(labels.shape, spacing)
     _positive("zoom", zoom)
-    if not (np.isfinite([shift_mm, elastic_mm]).all() and shift_mm >= 0 and elastic_mm >= 0):
-        raise InputError(f"shift is {shift_mm} mm and elastic {elastic_mm} mm; allowed are numbers from 0 on")
+    for what, value in (("shift", shift_mm), ("elastic", elastic_mm)):
+        if not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+            raise InputError(f"{what} is {value!r}; allowed is a number of mm from 0 on")
     parts, number = ndimage.label(labels == lesion, np.ones((3, 3, 3)))
     result = remove_lesion(labels, spacing, lesion)
     for index in range(1, number + 1):

@@ -133,7 +133,7 @@ def index_library(folder: str | os.PathLike, label_map: LabelMap) -> IndexReport
         OSError: the index cannot be written.
     """
     root = _folder(folder)
-    known = _read(root, label_map.name)
+    known = _read(root, label_map)
     places = list(_masks(root, label_map))
     if not places:
         raise InputError(f"{root} holds no mask; allowed are {', '.join(SUFFIXES)} files, and folders of one a class")
@@ -151,9 +151,9 @@ def index_library(folder: str | os.PathLike, label_map: LabelMap) -> IndexReport
             continue
         report.new += 1
         if report.new % _SAVED_EVERY == 0:
-            _write(root, label_map.name, {**known, **entries})
+            _write(root, label_map, {**known, **entries})
     report.total = len(entries)
-    _write(root, label_map.name, entries)
+    _write(root, label_map, entries)
     return report
 
 
@@ -164,7 +164,7 @@ def read_index(folder: str | os.PathLike, label_map: LabelMap) -> dict[Path, Mas
         InputError: no folder, no index of this version and label map, or none of its masks is left.
     """
     root = _folder(folder)
-    known = {root / key: entry for key, entry in _read(root, label_map.name).items()}
+    known = {root / key: entry for key, entry in _read(root, label_map).items()}
     if not known:
         raise InputError(f"{root} has no index for the label map {label_map.name}; make one with: maisi index {root}")
     fresh = {
@@ -221,21 +221,26 @@ def _key(root: Path, place: Path) -> str:
     return place.relative_to(root).as_posix()
 
 
-def _read(root: Path, label_map: str) -> dict[str, MaskEntry]:
+def _reading(label_map: LabelMap) -> dict[str, object]:
+    """What of a label map an index depends on; a JSON may change under its name."""
+    return {"name": label_map.name, "ids": {str(label): id for label, id in sorted(label_map.items())}}
+
+
+def _read(root: Path, label_map: LabelMap) -> dict[str, MaskEntry]:
     """The entries of a folder's index; none where it is missing, damaged, or of another version or label map."""
     try:
         content = json.loads((root / INDEX).read_text())
-        if (content["version"], content["label_map"]) != (VERSION, label_map):
+        if (content["version"], content["label_map"]) != (VERSION, _reading(label_map)):
             return {}
         return {key: MaskEntry(**entry) for key, entry in content["masks"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _write(root: Path, label_map: str, entries: dict[str, MaskEntry]) -> None:
+def _write(root: Path, label_map: LabelMap, entries: dict[str, MaskEntry]) -> None:
     content = {
         "version": VERSION,
-        "label_map": label_map,
+        "label_map": _reading(label_map),
         "masks": {key: asdict(entry) for key, entry in sorted(entries.items())},
     }
     with replacing(root / INDEX) as part:
