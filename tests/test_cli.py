@@ -43,7 +43,19 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "prepare", "complete_masks", "compare"):
+    for command in (
+        "demo",
+        "phantom",
+        "preview",
+        "plan",
+        "weights",
+        "prepare",
+        "complete_masks",
+        "compare",
+        "edit",
+        "index",
+        "find",
+    ):
         assert f" {command}\n" in text
 
 
@@ -52,7 +64,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | prepare | complete_masks | compare" in listed
+    assert "demo | phantom | preview | plan | weights | prepare | complete_masks | compare |" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -329,3 +341,67 @@ def test_compare_of_wrong_input(kept_out, tmp_path, capsys):
     assert "'training'" in fails(["compare", kept_out, tmp_path, "--section=training"], capsys)
     given = [f"--{name}={tmp_path}" for name in ("reconstructed", "generated", "output_dir")]
     assert "a_ct_recon.nii.gz does not exist" in fails(["compare", kept_out, tmp_path, *given], capsys)
+
+
+# --- edit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torso(tmp_path):
+    path = tmp_path / "torso.nii.gz"
+    assert main(["phantom", str(path), "--kind=torso", "--size=48,36,52", "--spacing=7.5,7.5,8.5"]) == 0
+    return path
+
+
+def test_edit(tmp_path, torso, capsys):
+    capsys.readouterr()
+    options = ["--insert", "{hepatic tumor: 40}", "--resize", "{spleen: 1.3, liver: 0.9}", "--flip", "--seed=2"]
+    for name in ("a", "b"):
+        assert main(["edit", str(torso), "-o", str(tmp_path / f"{name}.nii.gz"), *options]) == 0
+    printed = capsys.readouterr().out
+    a, b, given = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii.gz", "b.nii.gz", torso.name))
+    assert np.array_equal(a, b) and a.shape == given.shape
+    counts, before = np.bincount(a.ravel(), minlength=201), np.bincount(given.ravel(), minlength=201)
+    assert counts[26] == round(np.pi / 6 * 40**3 / (7.5 * 7.5 * 8.5)) and counts[3] == round(1.3 * before[3])
+    assert abs(counts[1] + counts[26] - 0.9 * before[1]) <= 1
+    assert f"hepatic tumor{'':<23}{0.0:>10.1f} ml -> {counts[26] * 7.5 * 7.5 * 8.5 / 1000:>8.1f} ml" in printed
+    assert printed.endswith(f"{tmp_path / 'b.nii.gz'}\n")
+
+    again = ["edit", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "c.nii.gz"), "--remove", "hepatic tumor"]
+    assert main([*again, "--spacing=8,8,8", "--size=40,32,48", "--keep=liver,spleen"]) == 0
+    assert nib.load(tmp_path / "c.nii.gz").shape == (40, 32, 48)
+
+
+def test_edit_of_wrong_input(tmp_path, torso, capsys):
+    capsys.readouterr()
+    line = ["edit", torso, "-o", tmp_path / "x.nii.gz"]
+    assert "'lever' is no label" in fails([*line, "--resize={lever: 2}"], capsys)
+    assert "is not usable; give a number for each name" in fails([*line, "--resize=liver"], capsys)
+    assert "hepatic tumor is not in the mask" in fails([*line, "--augment", "{hepatic tumor: 1.1}"], capsys)
+    assert "does not exist" in fails(["edit", tmp_path / "nope.nii.gz", "-o", tmp_path / "x.nii.gz"], capsys)
+    assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
+    assert "size 40" in fails([*line, "--size=40"], capsys)
+    assert "'7' is no label" in fails([*line, "--remove=7"], capsys)
+    shifted = [*line, "--insert={hepatic tumor: 30}", "--augment={hepatic tumor: 1}", "--shift=far"]
+    assert "shift is 'far'" in fails(shifted, capsys)
+    assert not (tmp_path / "x.nii.gz").exists()
+
+
+# --- index, find ------------------------------------------------------------------------------------------------------
+
+
+def test_index_and_find(tmp_path, torso, capsys):
+    capsys.readouterr()
+    save(tmp_path / "bad.nii.gz", np.full((4, 4, 4), 150, np.uint8))
+    for read in (1, 0):  # the second run reads nothing again
+        assert main(["index", str(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{tmp_path}: 1 masks, {read} read, 0 gone, 1 skipped" and "150" in lines[0]
+    assert (
+        main(["find", str(tmp_path), "--region=abdomen", "--organs=liver,prostate", "--field_of_view=300,200,900"]) == 0
+    )
+    assert capsys.readouterr().out == f"{torso}: has no prostate; is 442 mm long along z instead of 900\n"
+    assert "allowed are head, chest" in fails(["find", tmp_path, "--region=foot"], capsys)
+    assert "field_of_view 3" in fails(["find", tmp_path, "--field_of_view=3"], capsys)
+    assert "count 0" in fails(["find", tmp_path, "--count=0"], capsys)
+    assert "is no folder" in fails(["index", tmp_path / "nowhere"], capsys)

@@ -63,7 +63,7 @@ def pair_masks(cases: Sequence[Mapping[str, str]], masks_dir: str | Path) -> lis
     """The items that ``maisi_controlnet``'s evaluate.json takes: masks, with the CTs and labels they came from.
 
     Args:
-        cases: ``image`` (CT) and, where there is one, ``label``, as `maisi datalist` lists them.
+        cases: ``image`` (CT) and, where there is one, ``label``, as `maisi prepare` lists them.
         masks_dir: has ``<stem of the CT>_mask.nii.gz`` for each, as `maisi complete_masks` writes them.
 
     Returns:

@@ -13,8 +13,8 @@ from monai.transforms import MapTransform, SpatialResample
 from torch.nn.functional import pad
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import OPENKBP_SIDES
-from maisi_tools.masks.vocabulary import swap_sides
+from maisi_tools.masks.edits import swap_sides
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.latents import FACTOR
@@ -63,19 +63,16 @@ class FitMaskd(MapTransform):
     Args:
         keys: key of the mask, in the vocabulary.
         latent_key: key of the latent, with ``meta["sidecar"]``.
-        placeholder_sides: placeholder ids that stand for a left and a right structure, in pairs; by default those of
-            the openkbp label map.
+        label_map: tells which placeholder ids stand for a left and a right structure.
 
     Raises:
         InputError: the mask does not belong to the latent (it does not cover the image the latent stands for).
     """
 
-    def __init__(
-        self, keys: str, latent_key: str, placeholder_sides: Sequence[tuple[int, int]] = OPENKBP_SIDES
-    ) -> None:
+    def __init__(self, keys: str, latent_key: str, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> None:
         super().__init__(keys)
         self.latent_key = latent_key
-        self.placeholder_sides = placeholder_sides
+        self.label_map = label_map
         self.resample = SpatialResample(mode="nearest", padding_mode="border", align_corners=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -94,7 +91,7 @@ class FitMaskd(MapTransform):
             )
         image: Any = self.resample(mask.float(), dst_affine=torch.as_tensor(affine), spatial_size=size)
         if np.linalg.det(affine[:3, :3]) < 0:
-            image = swap_sides(image, self.placeholder_sides)
+            image = swap_sides(image, self.label_map)
         missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         widths = [width for axis in reversed(missing) for width in (0, axis)]
         padded = pad(image.as_tensor()[None], widths, mode="replicate")[0]

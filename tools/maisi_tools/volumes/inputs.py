@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ ALLOWED = (
 )
 
 
+IsOne = Callable[[Path], bool]
+
+
 def stem_of(path: str | os.PathLike) -> str:
     """Name that the outputs of an input carry: the file name without its volume suffix, or the folder's name."""
     name = Path(path).name
@@ -33,7 +36,12 @@ def stem_of(path: str | os.PathLike) -> str:
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
-def find_inputs(input: Any, key: str = "image", all_sections: bool = False) -> list[dict[str, str]]:
+def find_inputs(
+    input: Any,
+    key: str = "image",
+    all_sections: bool = False,
+    folder_is_one: Callable[[Path], bool] | None = None,
+) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
     Args:
@@ -48,6 +56,7 @@ def find_inputs(input: Any, key: str = "image", all_sections: bool = False) -> l
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
         key: the entry of an item that holds the path.
         all_sections: take all sections of a datalist instead of the first one.
+        folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
@@ -58,7 +67,11 @@ def find_inputs(input: Any, key: str = "image", all_sections: bool = False) -> l
     entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
     if not isinstance(entries, Sequence):
         raise InputError(f"input is {input!r}; allowed is {ALLOWED}")
-    items = [item for entry in entries for item in _items_of(entry, key, all_sections)]
+
+    def is_one(folder: Path) -> bool:
+        return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
+
+    items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     by_stem: dict[str, str] = {}
@@ -92,19 +105,19 @@ def check_output_dir(path: str | os.PathLike) -> Path:
     return folder
 
 
-def _items_of(entry: Any, key: str, all_sections: bool) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
-        return [_item(entry, key, Path())]
+        return [_item(entry, key, Path(), is_one)]
     if not isinstance(entry, (str, os.PathLike)):
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
     path = Path(entry).expanduser()
     if path.suffix.lower() == ".json":
-        return _read_datalist(path, key, all_sections)
-    return [{key: found} for found in _expand(path)]
+        return _read_datalist(path, key, all_sections, is_one)
+    return [{key: found} for found in _expand(path, is_one)]
 
 
-def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
+def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]:
     """One datalist entry with its path made relative to `base` and checked."""
     if not isinstance(entry.get(key), (str, os.PathLike)):
         raise InputError(
@@ -114,10 +127,10 @@ def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
     path = base / Path(entry[key]).expanduser()
     if not path.exists():
         raise InputError(f"{path} (named in a datalist) does not exist; correct the path, relative to the datalist")
-    return {**entry, key: _single(path)}
+    return {**entry, key: _single(path, is_one)}
 
 
-def _read_datalist(path: Path, key: str, all_sections: bool) -> list[dict[str, str]]:
+def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -141,14 +154,16 @@ def _read_datalist(path: Path, key: str, all_sections: bool) -> list[dict[str, s
     for entry in entries:
         if not isinstance(entry, Mapping):
             raise InputError(f"datalist {path} has an entry {entry!r}; allowed are paths and {{{key!r}: path}}")
-    return [_item(entry, key, path.parent) for entry in entries]
+    return [_item(entry, key, path.parent, is_one) for entry in entries]
 
 
-def _expand(path: Path) -> list[str]:
+def _expand(path: Path, is_one: IsOne) -> list[str]:
     """All inputs that one path or glob pattern stands for, sorted."""
     if path.is_dir():
+        if is_one(path) and not holds_dicom(path):
+            return [str(path)]
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        found = [entry for entry in entries if (holds_dicom(entry) if entry.is_dir() else _volume_suffix(entry.name))]
+        found = [entry for entry in entries if (is_one(entry) if entry.is_dir() else _volume_suffix(entry.name))]
         if not holds_dicom(path):
             if not found:
                 raise InputError(f"folder {path} holds no volume and no DICOM series; allowed is {ALLOWED}")
@@ -159,19 +174,19 @@ def _expand(path: Path) -> list[str]:
                 "volume itself, or put the series into a folder of its own"
             )
     if path.exists():
-        return [_single(path)]
+        return [_single(path, is_one)]
     if glob.has_magic(str(path)):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        found = [match for match in matches if (holds_dicom(match) if match.is_dir() else _volume_suffix(match.name))]
+        found = [match for match in matches if (is_one(match) if match.is_dir() else _volume_suffix(match.name))]
         if not found:
             raise InputError(f"glob {path} matches {len(matches)} files and none is a volume; allowed is {ALLOWED}")
         return [str(match) for match in found]
     raise InputError(f"input {path} does not exist; allowed is {ALLOWED}: correct the path")
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, is_one: IsOne) -> str:
     """A volume file, or a folder of one DICOM series, as a string."""
-    if not (holds_dicom(path) if path.is_dir() else _volume_suffix(path.name)):
+    if not (is_one(path) if path.is_dir() else _volume_suffix(path.name)):
         what = "a folder without DICOM files" if path.is_dir() else "no supported file type"
         raise InputError(
             f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders of one DICOM series: "
