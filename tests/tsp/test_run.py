@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import re
 import subprocess
 import sys
@@ -321,6 +322,29 @@ def test_a_slab_gets_a_mapping_that_nothing_else_uses(channels_last):
     third = pool.store(slab[:, :, 1:])  # one row less, and a part of a larger tensor
     assert third.data_ptr() == place and torch.equal(third, slab[:, :, 1:]) and torch.equal(second, slab + 1)
     assert third.untyped_storage().nbytes() == third.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries' heaps are left as they are")
+def test_under_a_limit_temporaries_leave_no_holes():
+    """In a process of its own: blocks freed between blocks that stay go back to the system."""
+    program = """
+import torch
+from maisi_tools.tsp.heap import set_heap
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def given_back():
+    blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+    before = held()
+    del blocks[::2]
+    return before - held()
+set_heap(lean=True)
+lean = given_back()
+set_heap(lean=False)
+print(lean, given_back())
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    lean, fast = map(int, found.stdout.split())
+    assert lean > 0.9 * 32 * 4 * 2**20 and fast < 0.1 * 32 * 4 * 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maisi_tools.tsp.heap import SlabPool, keep_heap, trim_heap
+from maisi_tools.tsp.heap import SlabPool, reset_heap, set_heap, trim_heap
 from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
 from maisi_tools.tsp.nodes import Node, Rows
 from maisi_tools.tsp.plan import Graph, Pass, Plan, Step, is_given
@@ -31,6 +31,7 @@ class Execution:
         ranks: the plan's ranks, where there are several.
         given: the tensors of given nodes, on the rank that holds them.
         gather: return whole results on every rank, not each rank's :class:`~maisi_tools.tsp.ranks.Shard`.
+        lean: memory goes before time, for the plan was made for a limit that somebody set.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Execution:
         ranks: Ranks | None = None,
         given: Mapping[Node, Tensor] | None = None,
         gather: bool = True,
+        lean: bool = False,
     ) -> None:
         self.plan = plan
+        self.lean = lean
         self.ranks = ranks
         self.gather = gather
         self.graph: Graph = plan.graph
@@ -61,7 +64,7 @@ class Execution:
         """Return the outputs' values."""
         total, done = sum(len(part.steps) for part in self.plan.passes), 0
         if self.pool is not None:
-            keep_heap()
+            set_heap(self.lean)
         try:
             for part in self.plan.passes:
                 if self.pool is not None:
@@ -89,7 +92,7 @@ class Execution:
                 store.close()
             if self.pool is not None:
                 self.pool.close()
-                trim_heap()
+                reset_heap()
 
     def _exchange(self, part: Pass) -> None:
         """Send and fetch the rows that this pass reads across the ranks' borders."""

@@ -2,7 +2,8 @@
 
 Fresh memory is dear: the kernel clears every page at its first use. Were stored slabs, which live long, among the
 temporaries in the heap, a third of the peak would be holes between them. So a stored slab is copied into a mapping that
-an earlier slab left, and the temporaries of every step find the places of the step before.
+an earlier slab left, and the temporaries of every step find the places of the step before. The holes that these leave
+(about 100 MB at a peak of 660 MB) are too many where a memory limit has to hold; there temporaries are mapped, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import mmap
 import os
 import platform
+import sys
 import weakref
 
 import numpy as np
@@ -25,16 +27,20 @@ POOLED_BYTES = 2**20
 FIT = 1.125
 """A slab is put into a mapping up to this much larger than it is: slabs of a pass differ by one row."""
 
-# Of glibc's malloc.h. The values are those that its own adaption ends at, taken from the start (mallopt(3)).
-_M_TRIM_THRESHOLD, _TRIM_THRESHOLD = -1, 2**30
-_M_MMAP_THRESHOLD, _MMAP_THRESHOLD = -3, 32 * 2**20
+MAPPED_BYTES = 2**20
+"""Temporaries from this size on are mapped under a limit; what a convolution's bookkeeping allocates is smaller."""
+
+# Of glibc's malloc.h; see mallopt(3). The first two values are those at which its own adaption ends.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20
+_NEVER_TRIM = 2**30
 
 
 class SlabPool:
     """Mappings for slabs; one whose slab is gone, and every view of it, is given to the next slab of about its size.
 
-    A mapping is made only after others that are not in use have been given back, so that no more is resident than what
-    was in use at some moment.
+    Memory is asked of the system only once nothing is left unused, so that no more is resident than what was in use at
+    some moment.
     """
 
     def __init__(self) -> None:
@@ -59,9 +65,15 @@ class SlabPool:
         fitting = [place for place, mapping in enumerate(self._unused) if size <= len(mapping) <= FIT * size]
         if fitting:
             return self._unused.pop(min(fitting, key=lambda place: len(self._unused[place])))
-        given_back = 0
-        while self._unused and given_back < size:
-            given_back += len(self._unused.pop(0))
+        mapping = None
+        if self._unused and sys.platform == "linux":  # which can move pages into a mapping of another size
+            mapping = self._unused.pop(max(range(len(self._unused)), key=lambda place: len(self._unused[place])))
+        wanted = size - (len(mapping) if mapping else 0)
+        while self._unused and wanted > 0:
+            wanted -= len(self._unused.pop(0))
+        if mapping is not None:
+            mapping.resize(size)
+            return mapping
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # clearing 2 MiB at a time takes half the time
             with contextlib.suppress(OSError):  # a kernel without
@@ -78,16 +90,24 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-def keep_heap() -> None:
-    """Have the C library keep for the next step what a step's temporaries leave; only glibc is known how to ask."""
+def set_heap(lean: bool) -> None:
+    """Have the C library keep what a step's temporaries leave, or, ``lean``, give it back; glibc alone can be asked."""
     if (library := _glibc()) is not None:
-        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-        library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+        library.mallopt(_M_MMAP_THRESHOLD, MAPPED_BYTES if lean else _MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
 
 
 def trim_heap() -> None:
     """Give what is not in use back to the system."""
     if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def reset_heap() -> None:
+    """Give what is not in use back, and have the C library do so by itself again."""
+    if (library := _glibc()) is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         library.malloc_trim(0)
 
 
