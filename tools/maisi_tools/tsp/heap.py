@@ -3,7 +3,8 @@
 Fresh memory is dear: the kernel clears every page at its first use. Were stored slabs, which live long, among the
 temporaries in the heap, a third of the peak would be holes between them. So a stored slab is copied into a mapping that
 an earlier slab left, and the temporaries of every step find the places of the step before. The holes that these leave
-(about 100 MB at a peak of 660 MB) are too many where a memory limit has to hold; there temporaries are mapped, too.
+(measured: 14 MB at a peak of 221 MB) are too many where a memory limit has to hold; there temporaries are mapped, too,
+which took a fourth more processor time.
 """
 
 from __future__ import annotations
