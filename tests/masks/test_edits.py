@@ -191,6 +191,11 @@ def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
     labels[:, 0, 0] = [18, 2, 0, 20]
     assert flip_sides(labels)[:, 0, 0].tolist() == [18, 0, 2, 20]
 
+    assert twins()[18] == 20 and twins()[20] == 18 and 16 not in twins()
+    path = tmp_path / "map.json"
+    path.write_text('{"1": "placeholder 129: left eye", "2": "placeholder 130: right eye", "3": "liver"}')
+    assert twins(read_label_map(path))[129] == 130 and 18 not in twins(read_label_map(path))
+
 
 def test_sides_of_arrays_and_tensors():
     mask = np.array([[0, 1, 5, 14], [18, 20, 200, 31]], dtype=np.uint8)
@@ -198,10 +203,6 @@ def test_sides_of_arrays_and_tensors():
     assert swapped.dtype == np.uint8 and swapped.tolist() == [[0, 1, 14, 5], [20, 18, 200, 28]]
     values = swap_sides(torch.tensor([18.0, 87.0]))
     assert values.dtype == torch.float32 and values.tolist() == [20, 88]
-    assert twins()[18] == 20 and twins()[20] == 18 and 16 not in twins()
-    path = tmp_path / "map.json"
-    path.write_text('{"1": "placeholder 129: left eye", "2": "placeholder 130: right eye", "3": "liver"}')
-    assert twins(read_label_map(path))[129] == 130 and 18 not in twins(read_label_map(path))
     both = twins()
     assert all(both[both[id]] == id for id in both if id not in (28, 30, 31))
 
