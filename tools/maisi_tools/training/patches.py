@@ -99,7 +99,7 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
             if not in_tissue or image[(0, *middle)] > self.threshold:
                 break
 
-        turn = np.asarray(create_rotate(3, self.R.uniform(-self.rotation, self.rotation, 3)))[:3, :3]
+        turn = np.asarray(create_rotate(3, self.R.uniform(-self.rotation, self.rotation, 3).tolist()))[:3, :3]
         affine = np.asarray(image.affine, dtype=float)
         patch = affine.copy()
         patch[:3, :3] = affine[:3, :3] / np.asarray(image.pixdim) @ turn * spacing

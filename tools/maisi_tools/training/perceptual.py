@@ -44,7 +44,7 @@ class SliceLPIPS(PerceptualLoss):
             warnings.simplefilter("ignore")  # lpips calls torchvision in a way that is deprecated
             self.perceptual_function = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
         # lpips cuts the backbone into parts, whose layers keep their index as name.
-        for part in self.perceptual_function.net.children():
+        for part in self.perceptual_function.net.children():  # type: ignore[union-attr]
             for index, layer in part.named_children():
                 layer.load_state_dict(backbone.features[int(index)].state_dict())  # type: ignore[index, union-attr]
         self.requires_grad_(False)
