@@ -39,8 +39,8 @@ def stem_of(path: str | os.PathLike) -> str:
 def find_inputs(
     input: Any,
     key: str = "image",
-    all_sections: bool = False,
     folder_is_one: Callable[[Path], bool] | None = None,
+    all_sections: bool = False,
 ) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
@@ -55,8 +55,8 @@ def find_inputs(
               the JSON file;
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
         key: the entry of an item that holds the path.
-        all_sections: take all sections of a datalist instead of the first one.
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
+        all_sections: take all sections of a datalist instead of the first one.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
