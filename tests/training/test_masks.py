@@ -74,7 +74,7 @@ def test_what_a_mask_was_made_from_decides_whether_it_is_made_again(cases, tmp_p
         path = Path(cases[0]["image" if change == "ct" else "label"])
         image = nib.load(path)
         array = np.asarray(image.dataobj).copy()
-        array[14, 14, 7] = 0
+        array[14, 14, 7] = 50 if change == "ct" else 0
         nib.save(nib.Nifti1Image(array, image.affine), path)
     elif change == "label_map":
         label_map.write_text(json.dumps({"7": "spleen"}))

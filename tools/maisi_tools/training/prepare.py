@@ -219,7 +219,7 @@ def as_text(report: Mapping[str, Any], most: int = 20) -> str:
     lines.append(f"with a mask: {report['masks']}, labels read as {report['label_map']}")
     for entry in report["labels"]:
         called = f" (called {entry['called']})" if "called" in entry else ""
-        lines.append(f"  {entry['label']} = {entry['read_as']}{called}: {entry['cases']} cases")
+        lines.append(f"  {entry['label']} = {entry['read_as']}{called}: in {entry['cases']}")
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     refused = list(report["refused"].items())
     lines += [f"refused: {file}: {reason}" for file, reason in refused[:most]]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
@@ -39,8 +40,9 @@ def in_order(
                 yield function(item)
                 bar.update()
             return
-        # Not forked: torch's threads do not survive that.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        # Not forked: torch's threads do not survive that. One thread each: more would wait for one another.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(function, item) for item in items]
             try:
                 for future in futures:
