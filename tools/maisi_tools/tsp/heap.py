@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import functools
 import mmap
-import os
 import platform
 import sys
 import weakref
@@ -110,11 +109,3 @@ def reset_heap() -> None:
         library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         library.malloc_trim(0)
-
-
-def ask_for_huge_pages() -> None:
-    """Have torch ask for pages of 2 MiB, which makes a block's first use twice as fast.
-
-    Torch looks when it allocates its first CPU tensor, so this is called on import; a user's own setting stays.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
