@@ -15,6 +15,9 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
+from maisi_tools.training.latents import encoder_fingerprint
+from maisi_tools.weights import read_weights
+
 models = pytest.importorskip("torchvision.models")
 pytest.importorskip("lpips")
 
@@ -172,6 +175,30 @@ def test_learning_rates(start, tmp_path, schedule):
     else:
         assert max(rates["lr_scheduler"]) == pytest.approx(1e-3, rel=1e-3)
         assert np.argmax(rates["lr_scheduler"]) == 2  # 5 % of 60 steps
+
+
+def test_a_sharpened_decoder_keeps_the_latents(open_bundle, bundles, data, tmp_path):
+    patches = {"min_patch_size": [16, 16, 16], "max_patch_size": [28, 24, 24], "amp_dtype": "float32"}
+    settings = {"datalist": data["datalist"], "ckpt_dir": str(tmp_path), "cache_rate": 0.0, **patches}
+    workflow = open_bundle(
+        "maisi_vae", ["train.json", "sharpen_decoder.json"], **settings, max_epochs=1, epoch_length=2
+    )
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    workflow.run()
+    assert trainer.state.iteration == 2 and set(trainer.state.output["log"]) >= {"loss", "l1"}
+    assert not {"perceptual", "adversarial", "discriminator"} & set(trainer.state.output["log"])
+    shipped = read_weights(bundles / "maisi_vae" / "models" / "model.pt")
+    for file, key in (("model.pt", None), ("checkpoint.pt", "model"), ("checkpoint.pt", "ema")):
+        trained = read_weights(tmp_path / file, key)
+        assert encoder_fingerprint(trained) == encoder_fingerprint(shipped), (file, key)
+        assert any(not torch.equal(trained[name], value.to(trained[name])) for name, value in shipped.items())
+
+
+@pytest.mark.parametrize("layers", ["^endocer", ".", "("])
+def test_layers_that_cannot_be_frozen_are_refused(start, tmp_path, cause, layers):
+    with pytest.raises(Exception) as raised:
+        start(tmp_path, frozen_layers=layers).parser.get_parsed_content("optimizer")
+    assert "frozen_layers" in str(cause(raised.value))
 
 
 def test_a_wrong_patch_size_is_refused_before_anything_is_read(start, tmp_path, cause):

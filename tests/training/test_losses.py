@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from maisi_tools.errors import InputError
 from maisi_tools.training.diffusion import Target
 from maisi_tools.training.losses import AutoencoderLoss, RegionContrastiveLoss, WeightedVelocityLoss
 
@@ -77,6 +78,22 @@ def test_a_weight_of_zero_does_not_ask():
     loss = AutoencoderLoss(1e-7, perceptual=None, perceptual_weight=0.0, adversary=Judge(True), adversarial_weight=0.0)
     loss((image, mean, torch.ones_like(mean)), image)
     assert loss.terms.keys() == {"l1", "kl", "scale_factor"}
+
+
+def test_l1_by_ranges_of_intensity():
+    """Each image by hand: weight 6 up to 0.3, 3 from 0.25 up to 0.28 (the later range counts), 1 above."""
+    image = torch.tensor([[0.0, 0.26, 0.3, 0.9], [0.5, 0.6, 0.7, 0.8]]).reshape(2, 1, 1, 1, 4)
+    reconstruction = image + torch.tensor([0.1, -0.2, 0.3, 0.4])
+    zeros = torch.zeros(2, 4, 1, 1, 1)
+    loss = AutoencoderLoss(0.0, intensity_weights=[[0.0, 0.3, 6.0], [0.25, 0.28, 3.0]])
+    first = (6 * 0.1 + 3 * 0.2 + 6 * 0.3 + 0.4) / (6 + 3 + 6 + 1)
+    assert loss((reconstruction, zeros, zeros), image).item() == pytest.approx((first + 0.25) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranges", [[[0.0, 0.3]], [[0.3, 0.0, 2.0]], [[0.0, 0.3, 0.0]], [["0", 0.3, 2.0]], 6.0])
+def test_wrong_ranges_are_refused(ranges):
+    with pytest.raises(InputError, match="intensity_weights"):
+        AutoencoderLoss(0.0, intensity_weights=ranges)
 
 
 def test_velocity_loss_weights_voxels():

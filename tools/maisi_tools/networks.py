@@ -9,6 +9,7 @@ runs from one tensor alone and returns one tensor in evaluation mode, which is w
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,11 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 )
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.utils import freeze_layers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
@@ -71,6 +74,30 @@ def checkpoint_blocks(network: nn.Module) -> nn.Module:
         raise ValueError(f"{type(network).__name__} has no blocks to checkpoint")
     for block in blocks:
         block.forward = partial(_recomputed, type(block), block)
+    return network
+
+
+def freeze(network: nn.Module, layers: str) -> nn.Module:
+    """Freeze parameters in place with MONAI's ``freeze_layers``, and return the network.
+
+    Args:
+        layers: regular expression, searched for in the parameters' names.
+
+    Raises:
+        InputError: it is no regular expression, or fits none or all of the names.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    try:
+        fitting = sum(re.search(layers, name) is not None for name in names)
+    except re.error as error:
+        raise InputError(f"frozen_layers is {layers!r}, which is no regular expression: {error}; correct it") from error
+    if fitting in (0, len(names)):
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+        raise InputError(
+            f"frozen_layers is {layers!r}, which fits {fitting} of {len(names)} parameters; allowed is what fits some, "
+            f"but not all; their names begin with {parts}: correct it, or leave it out"
+        )
+    freeze_layers(network, freeze_vars=layers)
     return network
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from maisi_tools.errors import InputError
 from maisi_tools.training.adversarial import Adversary
 from maisi_tools.training.diffusion import Target
 
@@ -13,7 +17,7 @@ class AutoencoderLoss(nn.Module):
     """Loss of the VAE-GAN's autoencoder (paper section 3.1): the sum of these terms, each times its weight.
 
     ======================  ==========================================================================================
-    ``l1``                  mean absolute error, weight 1
+    ``l1``                  mean absolute error, weight 1; with ``intensity_weights`` a weighted mean over each image
     ``kl``                  KL divergence of the posterior from a unit normal, summed over a latent and averaged over
                             the batch as in the paper's code; so its weight is small (1e-7): it only keeps the latents'
                             scale in check
@@ -31,10 +35,16 @@ class AutoencoderLoss(nn.Module):
         perceptual_weight: there 0.3.
         adversary: None for no such term.
         adversarial_weight: there 0.1; with 0 the adversary is not asked.
+        intensity_weights: (lowest, highest, weight) for ranges of the image's intensities whose voxels have this weight
+            in ``l1``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin, such as an
+            airway between two walls, to the tissue around it.
 
     Attributes:
         terms: each term of the last call before its weight, and "scale_factor", 1 / standard deviation of the latents
             (of the posteriors' means), which the KL weight should keep near 1.
+
+    Raises:
+        InputError: ``intensity_weights`` is not a list of such ranges with positive weights.
     """
 
     def __init__(
@@ -44,8 +54,15 @@ class AutoencoderLoss(nn.Module):
         perceptual_weight: float = 0.0,
         adversary: Adversary | None = None,
         adversarial_weight: float = 0.0,
+        intensity_weights: Sequence[Sequence[float]] = (),
     ) -> None:
         super().__init__()
+        if not isinstance(intensity_weights, Sequence) or not all(map(_is_weighted_range, intensity_weights)):
+            raise InputError(
+                f"intensity_weights is {intensity_weights!r}; allowed is a list of [lowest, highest, weight] with "
+                "lowest <= highest in the image's intensities (0 to 1) and a weight above 0: [[0.0, 0.3, 6.0]]"
+            )
+        self.intensity_weights = intensity_weights
         self.perceptual = perceptual
         self.adversary = adversary
         self.weights = {
@@ -61,7 +78,7 @@ class AutoencoderLoss(nn.Module):
         target = target.float()
         variance = sigma.pow(2).clamp_min(1e-12)
         kl = 0.5 * (mean.pow(2) + variance - variance.log() - 1)
-        terms = {"l1": nn.functional.l1_loss(reconstruction, target), "kl": kl.sum() / kl.shape[0]}
+        terms = {"l1": self._l1(reconstruction, target), "kl": kl.sum() / kl.shape[0]}
         if self.perceptual is not None and self.weights["perceptual"]:
             terms["perceptual"] = self.perceptual(reconstruction, target)
         if self.adversary is not None and self.weights["adversarial"] and self.adversary.active:
@@ -69,6 +86,22 @@ class AutoencoderLoss(nn.Module):
         self.terms = {name: term.detach() for name, term in terms.items()}
         self.terms["scale_factor"] = 1 / mean.detach().std()
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
+    def _l1(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        if not self.intensity_weights:
+            return nn.functional.l1_loss(reconstruction, target)
+        weight = torch.ones_like(target)
+        for lowest, highest, value in self.intensity_weights:
+            weight[(target >= lowest) & (target <= highest)] = value
+        axes = (1, 2, 3, 4)  # image by image, so that the ranks' mean is that of the whole batch
+        return ((reconstruction - target).abs() * weight).sum(axes).div(weight.sum(axes)).mean()
+
+
+def _is_weighted_range(entry: object) -> bool:
+    if not isinstance(entry, Sequence) or len(entry) != 3:
+        return False
+    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in entry)
+    return numbers and entry[0] <= entry[1] and entry[2] > 0
 
 
 class WeightedVelocityLoss(nn.Module):
