@@ -172,6 +172,13 @@ def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_ove
     assert not any(parameter.requires_grad for parameter in network.unet.parameters())
 
 
+def test_a_controlnet_goes_on_with_the_scale_factor_of_its_weights(open_bundle, tiny_overrides, tmp_path):
+    save_weights(tmp_path / "start.pt", {"weight": torch.ones(1)}, scale_factor=2.5)
+    settings = tiny_overrides("maisi_controlnet", tmp_path / "out")
+    parser = open_bundle("maisi_controlnet", "train.json", **settings, init_ckpt=str(tmp_path / "start.pt")).parser
+    assert parser.get_parsed_content("scale_factor") == 2.5
+
+
 @pytest.mark.parametrize("stage", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
 def test_train_config(run_bundle, stage, cases, latents, bundles, tmp_path):
     workflow = run_bundle(stage, "train.json", **overrides(stage, cases, latents, bundles, tmp_path / "out"))

@@ -177,6 +177,15 @@ def test_learning_rates(start, tmp_path, schedule):
         assert np.argmax(rates["lr_scheduler"]) == 2  # 5 % of 60 steps
 
 
+def test_one_cycle_of_any_length(start, tmp_path):
+    """At 20 steps a start of exactly 5 % would be one step long, and PyTorch then divides by zero."""
+    parser = start(tmp_path, max_epochs=20, epoch_length=1, perceptual_weight=0).parser
+    scheduler = parser.get_parsed_content("lr_scheduler")
+    for _ in range(20):
+        scheduler.optimizer.step()
+        scheduler.step()
+
+
 def test_a_sharpened_decoder_keeps_the_latents(open_bundle, bundles, data, tmp_path):
     patches = {"min_patch_size": [16, 16, 16], "max_patch_size": [28, 24, 24], "amp_dtype": "float32"}
     settings = {"datalist": data["datalist"], "ckpt_dir": str(tmp_path), "cache_rate": 0.0, **patches}

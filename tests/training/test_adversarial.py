@@ -12,6 +12,7 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
+from maisi_tools.errors import TrainingError
 from maisi_tools.training.adversarial import Adversary
 from maisi_tools.training.autocast import AutocastInferer
 from maisi_tools.training.losses import AutoencoderLoss
@@ -79,6 +80,21 @@ def test_a_step_is_gradient_descent_on_the_mean_of_both_losses():
     assert trainer.loss_function.terms["discriminator"].item() == pytest.approx(loss.item(), rel=1e-5)
     for (name, now), then in zip(adversary.discriminator.named_parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(now.detach(), (then - 0.1 * then.grad).detach(), msg=name)
+
+
+def test_a_gradient_is_clipped_or_stops_the_run():
+    for max_norm in (None, 1e-3):
+        adversary = make()
+        adversary.max_norm = max_norm
+        before = copy.deepcopy(adversary.discriminator)
+        train(adversary, [torch.rand(1, 24, 24, 24)])
+        pairs = zip(adversary.discriminator.parameters(), before.parameters(), strict=True)
+        moved = torch.stack([(now - then).norm() for now, then in pairs]).norm().item()
+        assert moved > 2e-4 if max_norm is None else moved == pytest.approx(0.1 * max_norm, rel=0.1)
+    adversary = make()
+    next(adversary.discriminator.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(TrainingError, match="discriminator's gradient"):
+        train(adversary, [torch.rand(1, 24, 24, 24)])
 
 
 def test_the_autoencoder_sees_the_discriminator_as_it_was_before_the_step():

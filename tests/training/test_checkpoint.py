@@ -178,6 +178,11 @@ def test_another_run_is_refused(tmp_path):
         Run(tmp_path, resume=True, epochs=3).trainer.run()
     with pytest.raises(InputError, match="it has to hold .*killer"):
         Run(tmp_path, resume=True, parts={"killer": Killer()}).trainer.run()
+    other = torch.nn.Linear(2, 3)
+    with pytest.raises(InputError, match="model in checkpoint .* does not fit this run"):
+        Run(tmp_path, resume=True, parts={"model": other}).trainer.run()
+    with pytest.raises(InputError, match="optimizer in checkpoint .* does not fit this run"):
+        Run(tmp_path, resume=True, parts={"optimizer": torch.optim.Adam([other.weight])}).trainer.run()
     (tmp_path / NAME).write_bytes(b"nothing")
     with pytest.raises(InputError, match="cannot be read"):
         Run(tmp_path, resume=True).trainer.run()

@@ -25,6 +25,13 @@ def test_sections_without_entries_are_refused(tmp_path, content):
     assert read_datalist(tmp_path / "datalist.json", "training", required=False) == []
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"training": ["x.nii.gz"]}', '{"training": {"image": "x"}}'])
+def test_what_is_no_datalist_is_refused(tmp_path, text):
+    (tmp_path / "datalist.json").write_text(text)
+    with pytest.raises(InputError, match="maisi prepare"):
+        read_datalist(tmp_path / "datalist.json", "training")
+
+
 def test_missing_datalist_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match="maisi prepare"):
         read_datalist(tmp_path / "none.json", "training")

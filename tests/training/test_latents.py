@@ -166,6 +166,15 @@ def test_ranks_that_are_none_are_refused(volumes, tmp_path, tiny_autoencoder, ra
         jobs(volumes, tmp_path, tiny_autoencoder, rank=rank, ranks=ranks)
 
 
+def test_an_item_has_its_own_modality_but_is_a_ct(volumes, tmp_path, tiny_autoencoder):
+    volumes[1]["modality"] = "ct_contrast"
+    everything = jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
+    assert [job["modality"] for job in everything] == ["ct", "ct_contrast", "ct"]
+    volumes[1]["modality"] = "mri"
+    with pytest.raises(InputError, match=r"b_ct\.nii\.gz has the modality 'mri'"):
+        jobs(volumes, tmp_path, tiny_autoencoder)
+
+
 def test_two_latents_of_one_name_are_refused(volumes, tmp_path, tiny_autoencoder):
     volumes.append({"image": str(tmp_path / "a_ct_flip.nii.gz")})
     with pytest.raises(InputError, match=r"would both be a_ct_flip_latent\.nii\.gz"):

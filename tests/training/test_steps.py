@@ -11,7 +11,7 @@ from monai.data import Dataset
 from monai.engines import SupervisedTrainer
 from monai.transforms import Compose
 
-from maisi_tools.errors import TrainingError
+from maisi_tools.errors import InputError, TrainingError
 from maisi_tools.training.loaders import TrainingLoader
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep, whole_steps
 
@@ -111,3 +111,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
 
 def test_an_epoch_is_whole_steps():
     assert [whole_steps(n, 4) for n in (1, 4, 5, 8)] == [4, 4, 8, 8]
+    for accumulation_steps in (0, 1.5):
+        with pytest.raises(InputError, match="accumulation_steps"):
+            whole_steps(4, accumulation_steps)

@@ -12,9 +12,8 @@ from monai.utils.enums import AdversarialIterationEvents, CommonKeys
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
-from maisi_tools.training.steps import is_optimizer_step
+from maisi_tools.training.steps import check_norm, clip_gradients, is_optimizer_step
 
 
 class Adversary:
@@ -38,7 +37,10 @@ class Adversary:
         inferer: runs the discriminator, for mixed precision without a gradient scaler (bfloat16 or float32).
         weight: of the adversarial term in the autoencoder's loss; with 0 the discriminator is neither run nor trained.
         start: the discriminator, and the adversarial term, start after this many iterations.
-        max_norm: the discriminator's gradient is clipped to this norm.
+        max_norm: the discriminator's gradient is clipped to this norm; None does not clip it.
+
+    Raises:
+        TrainingError: the discriminator's gradient is not finite.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class Adversary:
         inferer: Callable[..., Any],
         weight: float,
         start: int,
-        max_norm: float,
+        max_norm: float | None,
     ) -> None:
         self.discriminator = discriminator
         self.optimizer = optimizer
@@ -102,6 +104,6 @@ class Adversary:
         engine.fire_event(AdversarialIterationEvents.DISCRIMINATOR_LOSS_COMPLETED)
         (loss / steps).backward()
         if is_optimizer_step(engine):
-            clip_grad_norm_(self.discriminator.parameters(), self.max_norm, error_if_nonfinite=True)
+            check_norm(clip_gradients(self.optimizer, self.max_norm), engine, "discriminator's gradient")
             self.optimizer.step()
             self.lr_scheduler.step()

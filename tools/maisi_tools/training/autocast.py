@@ -8,6 +8,8 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import nn
 
+from maisi_tools.errors import InputError
+
 
 def fastest_dtype(device: torch.device) -> str:
     """The dtype to train in: "bfloat16" where the hardware computes in it, else "float16" on CUDA, "float32" on a CPU.
@@ -25,11 +27,14 @@ class AutocastInferer(SimpleInferer):
 
     Args:
         dtype: "bfloat16", "float16" or "float32" (no autocast). bfloat16 needs no loss scaling.
+
+    Raises:
+        InputError: another dtype.
     """
 
     def __init__(self, dtype: str = "bfloat16") -> None:
         if dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype is {dtype!r}; allowed are 'bfloat16', 'float16' and 'float32'")
+            raise InputError(f"amp_dtype is {dtype!r}; allowed are 'bfloat16', 'float16' and 'float32'")
         self.dtype = getattr(torch, dtype)
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]

@@ -123,7 +123,16 @@ class Checkpointer:
                 "new run from its weights with --init_ckpt"
             )
         for name, thing in self.objects.items():
-            thing.load_state_dict(state[name])
+            try:
+                thing.load_state_dict(state[name])
+            except InputError:
+                raise
+            except (RuntimeError, ValueError, KeyError) as error:  # other shapes, other names, another optimizer
+                reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+                raise InputError(
+                    f"{name} in checkpoint {path} does not fit this run ({reason}); to resume give the settings it was "
+                    "written with, or start a new run from its weights with --init_ckpt"
+                ) from error
         for name, scaler in _scalers(engine):
             scaler.load_state_dict(state["scalers"][name])
         engine.state.iteration = then["iteration"]
@@ -163,10 +172,9 @@ class Checkpointer:
 
 
 def _scalers(engine: Any) -> list[tuple[str, Any]]:
-    """The gradient scalers of MONAI's trainers, as far as they are in use."""
-    found = {"scaler": getattr(engine, "scaler", None)}
-    found |= {name: getattr(engine.state, name, None) for name in ("g_scaler", "d_scaler")}
-    return [(name, scaler) for name, scaler in found.items() if scaler is not None]
+    """The gradient scaler of MONAI's ``SupervisedTrainer``, where one is in use."""
+    scaler = getattr(engine, "scaler", None)
+    return [] if scaler is None else [("scaler", scaler)]
 
 
 def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

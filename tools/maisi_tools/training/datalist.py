@@ -21,7 +21,7 @@ def read_datalist(
         required: whether a missing or empty section is an error.
 
     Raises:
-        InputError: no such file, or the section is missing or empty.
+        InputError: no such file, it is not JSON or not such a list, or the section is missing or empty.
     """
     path = Path(datalist)
     if not path.is_file():
@@ -29,8 +29,18 @@ def read_datalist(
             f"datalist {path} does not exist; make one with `maisi prepare FOLDER -o datalist.json`, "
             "or give a MONAI datalist with --datalist"
         )
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"datalist {path} cannot be read as JSON ({error}); make one with `maisi prepare`") from error
+    listed = content.get(section, []) if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and "image" in item for item in listed):
+        raise InputError(
+            f"datalist {path} has no list of {{'image': path}} under {section!r}, as training needs it; "
+            "`maisi prepare` makes one of any data set"
+        )
     items: list[dict] = []
-    if json.loads(path.read_text()).get(section):
+    if listed:
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
     if required and not items:
         raise InputError(f"datalist {path} has no entries under {section!r}; it needs at least one")

@@ -70,21 +70,21 @@ def latents_to_encode(
     A latent whose region or modality alone is to change has its sidecar rewritten here; it is not encoded again.
 
     Args:
-        items: volumes under ``image``, with their body ``region`` where it is known.
+        items: CTs under ``image``, with their body ``region`` and their ``modality`` (a kind of CT) where it is known.
         output_dir: the cache.
         autoencoder: the network with its weights.
         views: see :func:`maisi_tools.training.views.make_views`.
         settings: what else the latents depend on, JSON values (the padding, the HU window).
-        modality: the condition that is written.
+        modality: the condition that is written for items without one of their own.
         seed: of what views draw.
         rank, ranks: this process takes every ``ranks``-th latent, from the ``rank``-th on.
 
     Returns:
-        Items with ``image``, ``region`` where it is known, ``case`` (the volume's stem), ``stem`` (what the latent's
-        file name begins with) and :data:`CACHED`.
+        Items with ``image``, ``modality``, ``region`` where it is known, ``case`` (the volume's stem), ``stem`` (what
+        the latent's file name begins with) and :data:`CACHED`.
 
     Raises:
-        InputError: bad views, two latents of one name, or a rank that is none.
+        InputError: bad views, two latents of one name, an item that says it is an MR, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
@@ -92,6 +92,12 @@ def latents_to_encode(
     jobs: dict[str, dict[str, Any]] = {}
     for item in items:
         case = stem_of(item["image"])
+        own = item.get("modality") or modality
+        if own != modality and not str(own).lower().startswith("ct"):
+            raise InputError(
+                f"{item['image']} has the modality {own!r} in its datalist; encode.json scales HU, so allowed are 'ct' "
+                "and names that begin so: leave it out of the input"
+            )
         for view in make_views(views):
             stem = f"{case}_{view.name}" if view.name else case
             if stem in jobs:
@@ -103,7 +109,7 @@ def latents_to_encode(
             entries = {"case": case, "stem": stem, "view": view.name, "autoencoder": encoder, "settings": made}
             # An empty list does not survive MONAI's collation.
             region = {"region": list(item["region"])} if item.get("region") else {}
-            jobs[stem] = {"image": str(item["image"]), **region, **entries}
+            jobs[stem] = {"image": str(item["image"]), "modality": own, **region, **entries}
     share = list(jobs.values())[rank::ranks]
     sources: dict[str, str] = {}
     outdated = []
@@ -111,7 +117,7 @@ def latents_to_encode(
         if job["image"] not in sources:
             sources[job["image"]] = fingerprints.of_file(job["image"])
         job["source"] = sources[job["image"]]
-        if not _is_up_to_date(Path(output_dir) / f"{job['stem']}{SUFFIX}", job, {"modality": modality}):
+        if not _is_up_to_date(Path(output_dir) / f"{job['stem']}{SUFFIX}", job):
             outdated.append(job)
     logger.info("%s: %d latents up to date, %d to encode", output_dir, len(share) - len(outdated), len(outdated))
     return outdated
@@ -178,14 +184,14 @@ def belongs(stem: str, name: str) -> bool:
     return stem == name or stem.startswith(f"{name}_")
 
 
-def _is_up_to_date(path: Path, job: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
+def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
     except (OSError, ValueError):
         return False
     if not path.is_file() or any(sidecar.get(name) != job[name] for name in MADE_FROM):
         return False
-    wanted = {**sidecar, "region": job.get("region", []), **conditions}
+    wanted = {**sidecar, "region": job.get("region", []), "modality": job["modality"]}
     if wanted != sidecar:
         write_sidecar(path, wanted)
     return True

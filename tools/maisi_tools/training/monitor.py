@@ -84,8 +84,7 @@ class NanGuard:
 
     Args:
         losses: modules with ``terms``, see :func:`loss_terms`.
-        events: when to look; by default when ``SupervisedTrainer`` has its loss and has not gone backward. For
-            ``AdversarialTrainer`` give its ``GENERATOR_LOSS_COMPLETED`` and ``DISCRIMINATOR_LOSS_COMPLETED``.
+        events: when to look; by default when ``SupervisedTrainer`` has its loss and has not gone backward.
 
     Raises:
         TrainingError: names the loss terms, the inputs or outputs, and the files of the batch's items that broke.

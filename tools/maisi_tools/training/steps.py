@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +13,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from maisi_tools.errors import TrainingError
+from maisi_tools.errors import InputError, TrainingError
 
 
 def whole_steps(iterations: int, accumulation_steps: int) -> int:
     """The length of an epoch: ``iterations``, rounded up so that it ends with an optimizer step.
 
     So every optimizer step is the average of ``accumulation_steps`` batches, the last one of an epoch too.
+
+    Raises:
+        InputError: one of them is not a whole number above 0.
     """
+    for name, value in (("epoch_length", iterations), ("accumulation_steps", accumulation_steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} is {value!r}; allowed is a whole number of batches, at least 1")
     return -(-iterations // accumulation_steps) * accumulation_steps
 
 
@@ -94,42 +99,50 @@ class ClipGradients:
 
     Args:
         optimizer: whose parameters.
-        max_norm: Euclidean norm over all gradients; None only measures.
-        event: of the trainer, after backward and before the step. ``AdversarialTrainer`` has
-            ``AdversarialIterationEvents.GENERATOR_BACKWARD_COMPLETED``.
-        scaler: the gradient scaler in use, if any, given the engine; ``AdversarialTrainer`` keeps ``g_scaler`` and
-            ``d_scaler`` in its state.
+        max_norm: see :func:`clip_gradients`.
 
     Raises:
         TrainingError: a gradient is not finite (with a scaler this is left to the scaler, which skips the step).
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_norm: float | None,
-        event: Any = IterationEvents.BACKWARD_COMPLETED,
-        scaler: Callable[[Engine], Any] = lambda engine: engine.scaler,  # type: ignore[attr-defined]
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float | None) -> None:
         self.optimizer = optimizer
-        self.max_norm = float("inf") if max_norm is None else float(max_norm)
-        self.event = event
-        self.scaler = scaler
+        self.max_norm = max_norm
 
     def attach(self, engine: Engine) -> None:
-        """Act at the event given."""
-        engine.add_event_handler(self.event, self)
+        """Act between a ``SupervisedTrainer``'s backward pass and its step."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: Any) -> None:
         if not is_optimizer_step(engine):
             return
-        if scaler := self.scaler(engine):
-            scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(clip_grad_norm_(parameters, self.max_norm))
-        engine.state.gradient_norm = norm  # type: ignore[attr-defined]
-        if scaler is None and not norm < float("inf"):
-            raise TrainingError(
-                f"the gradient's norm is {norm} in iteration {engine.state.iteration}, though the loss is finite; the "
-                "optimizer was not stepped. Resume from the last checkpoint with a lower learning rate or another seed"
-            )
+        if engine.scaler:
+            engine.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.optimizer, self.max_norm)
+        engine.state.gradient_norm = norm
+        if engine.scaler is None:
+            check_norm(norm, engine)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> float:
+    """Scale the gradients of an optimizer's parameters, and return their norm before.
+
+    Args:
+        optimizer: whose parameters.
+        max_norm: largest Euclidean norm over all gradients; None only measures.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return float(clip_grad_norm_(parameters, float("inf") if max_norm is None else float(max_norm)))
+
+
+def check_norm(norm: float, engine: Engine, whose: str = "gradient") -> None:
+    """Stop before a step along gradients that are not finite.
+
+    Raises:
+        TrainingError: the norm is not finite.
+    """
+    if not norm < float("inf"):
+        raise TrainingError(
+            f"the {whose}'s norm is {norm} in iteration {engine.state.iteration}, though the loss is finite; the "
+            "optimizer was not stepped. Resume from the last checkpoint with a lower learning rate or another seed"
+        )

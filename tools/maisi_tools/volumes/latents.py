@@ -28,7 +28,7 @@ class DescribeLatentd(MapTransform):
         keys: key of the latent (4, d, h, w), or of a dict with its ``mean`` and ``sigma`` as
             :class:`maisi_tools.diffusion.autoencoder.EncodeInferer` returns it; then ``data["sigma"]`` gets the latter.
         image_key: key of the image it was encoded from, a ``MetaTensor`` (1, D, H, W) in RAS.
-        modality: written as condition; ``region`` is taken from the data when a datalist gives it.
+        modality: written as condition of data that have none of their own; ``region`` is the data's own alone.
     """
 
     def __init__(self, keys: str, image_key: str, modality: str = "ct") -> None:
@@ -52,7 +52,7 @@ class DescribeLatentd(MapTransform):
             "spacing": [round(float(mm), 6) for mm in image.pixdim],
             "orientation": "".join(nib.aff2axcodes(np.asarray(image.meta["original_affine"], dtype=float))),
             "region": list(data.get("region") or []),
-            "modality": self.modality,
+            "modality": data.get("modality", self.modality),
             "scale_factor": 1.0,
         }
 
