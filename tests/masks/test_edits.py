@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks import edits
 from maisi_tools.masks.edits import (
     augment_lesion,
+    edit_file,
     fit_field_of_view,
     flip_sides,
     insert_lesion,
@@ -272,3 +274,25 @@ def test_transforms_are_seeded_and_keep_the_affine():
 
 def test_every_lesion_has_a_name_in_the_vocabulary():
     assert all(label_id(name) and hosts_of(label_id(name)) for name in HOSTS)
+
+
+def test_lesions_that_are_moved_onto_each_other_stay_in_their_organ():
+    labels = np.full((24, 12, 12), label_id("liver"), np.uint8)
+    labels[2:5, 4:7, 4:7] = labels[8:11, 4:7, 4:7] = TUMOR
+    for seed in range(10):
+        edited = augment_lesion(labels, SPACING, TUMOR, np.random.default_rng(seed), zoom=1.2, shift_mm=45)
+        assert (edited == TUMOR).sum() == 2 * round(27 * 1.2**3)
+
+
+def test_an_organ_of_a_mask_without_body_shrinks_inside_one(tmp_path):
+    labels = np.zeros((24, 24, 24), np.uint8)
+    labels[8:16, 8:16, 8:16] = label_id("liver")
+    path, output = tmp_path / "liver.nii.gz", tmp_path / "edited.nii.gz"
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5, 5, 1])), path)
+    edit_file(path, output, read_label_map("maisi"), resize={"liver": 0.8})
+    edited = np.asarray(nib.load(output).dataobj)
+    assert (edited == label_id("liver")).sum() == round(0.8 * 512)
+    assert (edited == BODY)[labels == 0].any()  # a body all around, not the organ's rim alone
+    for wrong in ({"size": (0, 10, 10)}, {"spacing": (-1, 2, 2)}, {"shift_mm": 5}):
+        with pytest.raises(InputError):
+            edit_file(path, output, read_label_map("maisi"), **wrong)

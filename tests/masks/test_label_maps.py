@@ -87,6 +87,7 @@ def test_json_in_both_directions(write, entries):
         ({"-3": "liver"}, "names no label number"),
         ({"1000000000": "liver"}, "names no label number"),
         ({"1": "liver", "spleen": 1}, "two meanings"),
+        ({"0": "liver"}, "0 is always the background"),
     ],
 )
 def test_bad_json(write, content, said):

@@ -175,3 +175,12 @@ def test_phantoms_of_a_request():
     assert torso.misfits == () and torso.mask.shape == (1, 40, 30, 40) and torso.origin == "phantom torso seed 0"
     (head,) = source.masks(MaskRequest(["head"], ["prostate"], (300, 300, 300)), 1, seed=7)
     assert head.misfits == ("has no prostate",) and head.origin == "phantom head_neck seed 7"
+
+
+def test_a_renamed_class_is_a_changed_mask(tmp_path):
+    file = save(tmp_path / "case" / "kidney_left.nii.gz", ["left kidney"])
+    labels = read_label_map("totalsegmentator")
+    index_library(tmp_path, labels)
+    file.rename(file.with_name("kidney_right.nii.gz"))
+    assert index_library(tmp_path, labels).new == 1
+    assert list(next(iter(read_index(tmp_path, labels).values())).volumes_ml) == ["right kidney"]

@@ -192,7 +192,7 @@ def prepare(
     Args:
         datasets: folders with NAME_ct and NAME_seg (or any volumes), MONAI datalists, dataset.json of nnU-Net or MSD.
         output: the JSON file to write; its "held_out" is what --held_out of the other stages takes.
-        label_map: maisi, totalsegmentator, openkbp or a JSON file: how the masks' labels are to be read.
+        label_map: how the masks' labels are to be read: a name such as totalsegmentator, or a JSON file.
         validation: share of the patients to hold out of training, such as 0.1.
         held_out: names to hold out instead, as NAME,NAME or as a JSON file (a list, or one under "held_out").
         patient_pattern: regular expression that finds the patient in a name, such as "^(.*)_scan"; by default every
@@ -240,7 +240,7 @@ def complete_masks(
     Args:
         datalist: JSON file as `maisi prepare` writes it.
         output_dir: folder for one NAME_ct_mask.nii.gz a case.
-        label_map: maisi, totalsegmentator, openkbp or a JSON file: how the labels are to be read.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
         spacing: mm along x, y, z to resample the CTs to first, such as "[2.0,2.0,2.5]": what their latents have.
         workers: processes that work beside one another.
     """
@@ -295,6 +295,9 @@ def compare(
     items = pair_masks(listed[: cases or None], str(masks_dir))
     output = check_output_dir(str(output_dir))
     folders = {"maisi_vae": reconstructed, CONTROLNET: generated}
+    for given in (reconstructed, generated):
+        if given is not None and not Path(str(given)).is_dir():
+            raise InputError(f"folder {given} does not exist; give the one with the CTs, or none.")
     for name, key in (("maisi_vae", "ct"), (CONTROLNET, "image")):
         if folders[name] is None:
             from monai.bundle import run
@@ -533,9 +536,15 @@ def _check_seed(seed: Any) -> None:
 
 
 def _window(window: Any) -> Sequence[float]:
-    if not isinstance(window, (tuple, list)) or not all(isinstance(value, (int, float)) for value in window):
-        raise InputError(f"window {window!r} is not usable; give two values in HU, such as --window=-160,240.")
-    return window
+    try:
+        lowest, highest = window
+        if lowest < highest:
+            return lowest, highest
+    except (TypeError, ValueError):
+        pass
+    raise InputError(
+        f"window {window!r} is not usable; give two values in HU, the lower one first, such as --window=-160,240."
+    )
 
 
 def _triple(name: str, value: Any, kind: type) -> tuple:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.body import checked_spacing
+from maisi_tools.masks.body import add_body, checked_spacing
 from maisi_tools.masks.class_folder import ReadMaskd
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, ReadLabelsd
 from maisi_tools.masks.vocabulary import (
@@ -190,10 +190,11 @@ def augment_lesion(
         if not isinstance(value, (int, float)) or not 0 <= value < np.inf:
             raise InputError(f"{what} is {value!r}; allowed is a number of mm from 0 on")
     parts, number = ndimage.label(labels == lesion, np.ones((3, 3, 3)))
-    result = remove_lesion(labels, spacing, lesion)
+    healthy = remove_lesion(labels, spacing, lesion)
+    result = healthy.copy()
     for index in range(1, number + 1):
         old = parts == index
-        hosts = np.unique(result[old])
+        hosts = np.unique(healthy[old])  # a lesion that was moved here before is none
         box = _box(np.isin(result, hosts) | old)
         inside, room = old[box], np.isin(result[box], hosts)
         count = max(1, round(np.count_nonzero(inside) * zoom**3))
@@ -340,8 +341,13 @@ def fit_field_of_view(
         kept: least share of each organ's volume.
 
     Raises:
-        InputError: an organ is not in the mask, or too little of it is left; the message has the shares.
+        InputError: an organ is not in the mask, or too little of it is left; the message has the shares. Or a spacing
+            or size that is not three positive numbers.
     """
+    if spacing is not None:
+        checked_spacing(tuple(mask.shape[1:]), spacing)
+    if size is not None and (len(size) != 3 or not all(int(n) == n > 0 for n in size)):
+        raise InputError(f"size is {tuple(size)}; allowed are three whole numbers of voxels from 1 up, along x, y, z")
     wanted = [int(organ) for organ in organs]
     before = volumes_ml(mask.as_tensor()[0].numpy(), [float(mm) for mm in mask.pixdim])
     for organ in wanted:
@@ -388,6 +394,8 @@ def edit_file(
 ) -> dict[str, tuple[float, float]]:
     """Edit a mask file, in the order of the arguments, and write it in the vocabulary.
 
+    A mask without a body gets one before an organ is resized, since that takes room from it or leaves room to it.
+
     Args:
         path: a mask, or a folder of one file a class.
         output: NIfTI file to write, in the mask's orientation.
@@ -408,8 +416,14 @@ def edit_file(
         Structure -> its volume before and after in ml, of all that changed.
 
     Raises:
-        InputError: as the edits, or a name that is no label, or `output` is no NIfTI name.
+        InputError: as the edits, or a name that is no label, or `output` is no NIfTI name, or a shift or deformation of
+            no lesion.
     """
+    if (shift_mm or elastic_mm) and not augment:
+        raise InputError(
+            "shift and elastic move the lesions that augment names, and it names none; allowed is, for instance, "
+            "augment {hepatic tumor: 1}, which keeps their size"
+        )
     target = Path(output)
     if not target.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"output {output} has no NIfTI name; allowed are .nii and .nii.gz: name it {output}.nii.gz")
@@ -423,6 +437,8 @@ def edit_file(
     mask: MetaTensor = item["mask"]  # type: ignore[index, call-overload]
     mm = [float(value) for value in mask.pixdim]
     labels, rng = mask.as_tensor()[0].numpy(), np.random.default_rng(seed)
+    if resize:
+        labels = add_body(labels, mm)
     before = volumes_ml(labels, mm)
     for name in remove:
         labels = remove_lesion(labels, mm, label_id(name))

@@ -197,6 +197,8 @@ def read_label_map(
             classes[label] = asked[2] or f"label {label}"
             continue
         ids[label] = _target(path, meaning)
+        if label == 0 and ids[label]:
+            raise InputError(f"label map {path} gives 0 a meaning, {_shown(meaning)}; 0 is always the background")
         classes[label] = VOCABULARY[ids[label]].name if _is_number(meaning) and ids[label] else str(meaning).strip()
     try:
         return LabelMap(str(path), ids, classes).with_placeholders(new).with_placeholders(placeholders)

@@ -70,6 +70,7 @@ class MaskEntry:
         volumes_ml: structure -> its volume in ml.
         modified: time stamp of the file in ns, the latest one of a class folder.
         bytes: size of the file or files.
+        files: names in a class folder, which say what the masks are; empty for a file.
     """
 
     size: Sequence[int]
@@ -78,6 +79,12 @@ class MaskEntry:
     volumes_ml: dict[str, float]
     modified: int
     bytes: int
+    files: Sequence[str]
+
+    @property
+    def stamp(self) -> tuple[int, int, list[str]]:
+        """What changes with the file or files."""
+        return self.modified, self.bytes, list(self.files)
 
     def misfits(self, request: MaskRequest) -> list[str]:
         """What of a request the mask does not fulfil, in words; empty where it fits."""
@@ -101,14 +108,14 @@ class IndexReport:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def describe(mask: MetaTensor, modified: int = 0, bytes: int = 0) -> MaskEntry:
+def describe(mask: MetaTensor, modified: int = 0, bytes: int = 0, files: Sequence[str] = ()) -> MaskEntry:
     """The entry of a mask (1, X, Y, Z), RAS, in the vocabulary."""
     labels, spacing = mask.as_tensor()[0].cpu().numpy(), [float(mm) for mm in mask.pixdim]
     found, counts = np.unique(labels, return_counts=True)
     voxel_ml = float(np.prod(spacing)) / 1000
     volumes = {VOCABULARY[int(id)].name: round(int(n) * voxel_ml, 3) for id, n in zip(found, counts, strict=True) if id}
     size = [int(n) for n in labels.shape]
-    return MaskEntry(size, [round(mm, 5) for mm in spacing], list(region_of(found)), volumes, modified, bytes)
+    return MaskEntry(size, [round(mm, 5) for mm in spacing], list(region_of(found)), volumes, modified, bytes, files)
 
 
 def read_mask(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
@@ -141,7 +148,7 @@ def index_library(folder: str | os.PathLike, label_map: LabelMap) -> IndexReport
     entries: dict[str, MaskEntry] = {}
     for place in tqdm(places, desc="indexing masks", unit="mask", delay=2):
         key, stamp = _key(root, place), _stamp(place)
-        if key in known and (known[key].modified, known[key].bytes) == stamp:
+        if key in known and known[key].stamp == stamp:
             entries[key] = known[key]
             continue
         try:
@@ -167,11 +174,7 @@ def read_index(folder: str | os.PathLike, label_map: LabelMap) -> dict[Path, Mas
     known = {root / key: entry for key, entry in _read(root, label_map).items()}
     if not known:
         raise InputError(f"{root} has no index for the label map {label_map.name}; make one with: maisi index {root}")
-    fresh = {
-        place: entry
-        for place, entry in known.items()
-        if place.exists() and _stamp(place) == (entry.modified, entry.bytes)
-    }
+    fresh = {place: entry for place, entry in known.items() if place.exists() and _stamp(place) == entry.stamp}
     if not fresh:
         raise InputError(f"every mask of the index of {root} changed or vanished since; run: maisi index {root}")
     if stale := len(known) - len(fresh):
@@ -210,11 +213,13 @@ def _masks(folder: Path, label_map: LabelMap) -> Iterator[Path]:
             yield entry
 
 
-def _stamp(place: Path) -> tuple[int, int]:
-    """When a mask was changed last (ns), and its size in bytes."""
-    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file() and file.name != INDEX]
+def _stamp(place: Path) -> tuple[int, int, list[str]]:
+    """When a mask was changed last (ns), its size in bytes and, of a class folder, the names of the files."""
+    folder = place.is_dir()
+    files = sorted(file for file in place.iterdir() if file.is_file() and file.name != INDEX) if folder else [place]
     stats = [file.stat() for file in files]
-    return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats)
+    names = [file.name for file in files] if folder else []
+    return max((stat.st_mtime_ns for stat in stats), default=0), sum(stat.st_size for stat in stats), names
 
 
 def _key(root: Path, place: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
 
 
 def tabulate(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Write cases and their figures as ``metrics.csv`` and ``summary.json``; what is no number is in the former alone.
+    """Write cases and their figures as ``metrics.csv`` and, those that are finite numbers, ``summary.json``.
 
     Args:
         folder: where the files go.
@@ -54,7 +55,8 @@ def tabulate(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, d
         writer.writerows({"case": case, **row} for case, row in rows.items())
     summary = {}
     for name in names:
-        values = [row[name] for row in rows.values() if isinstance(row.get(name), (int, float))]
+        numbers = [row[name] for row in rows.values() if isinstance(row.get(name), (int, float))]
+        values = [number for number in numbers if math.isfinite(number)]
         if not values:
             continue
         summary[name] = {
