@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from maisi_tools.errors import InputError
-from maisi_tools.metrics.overlap import dice, read_ras, score_segmentations, structure_dice
+from maisi_tools.metrics.overlap import dice, score_segmentations, structure_dice
+from maisi_tools.volumes.reading import read_ras
 
 CLASSES = {"cord": 1, "left parotid": 2, "mandible": 3}
 

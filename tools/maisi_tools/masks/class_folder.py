@@ -8,7 +8,6 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -16,6 +15,7 @@ from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import SUFFIXES, stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -72,7 +72,7 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
             )
         if mask is None:
             mask, values, first = part, torch.zeros_like(part.as_tensor()), file
-        elif part.shape != mask.shape or not np.allclose(part.affine, mask.affine, atol=1e-2):
+        elif not same_grid(part, mask):
             raise InputError(f"{file} and {first} lie on different grids; allowed is one grid for all files of a mask")
         overlap += int((inside & (values > 0)).sum())
         values[inside] = label

@@ -18,9 +18,10 @@ from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
-from maisi_tools.metrics.overlap import Row, channel_of, dice, read_ras, structure_dice
+from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
+from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import find_inputs, stem_of
-from maisi_tools.volumes.reading import read_sidecar
+from maisi_tools.volumes.reading import read_ras, read_sidecar
 from maisi_tools.volumes.writing import write_sidecar
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ def _volumes(reference: MetaTensor, structures: Mapping[str, int]) -> Row:
 
 def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str) -> MetaTensor:
     """Resample a volume to the grid of another, unless it lies on it."""
-    if volume.shape == like.shape and np.allclose(volume.affine, like.affine, atol=1e-2):
+    if same_grid(volume, like):
         return volume
     resample: Any = SpatialResample(mode=mode, padding_mode="border", align_corners=False)
     return resample(volume, dst_affine=like.affine, spatial_size=like.shape[1:])

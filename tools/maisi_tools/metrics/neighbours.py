@@ -10,7 +10,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.transforms import Orientation
 from scipy import fft, ndimage
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from maisi_tools.masks.body import SKIN_HU
 from maisi_tools.metrics.reconstruction import HU_RANGE
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
-from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.reading import read_ras
 
 GRID_MM = 10.0
 """Voxels of the comparison: coarse enough that noise and sharpness, in which a copy differs from its original, hardly
@@ -165,7 +164,7 @@ def read_coarse(path: str | Path) -> CoarseVolume:
     Raises:
         InputError: it is no CT, or has no tissue.
     """
-    ct: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, "ct"))
+    ct = read_ras(path, "ct")
     return coarse_volume(ct.as_tensor()[0].numpy(), [float(mm) for mm in ct.pixdim], stem_of(path))
 
 

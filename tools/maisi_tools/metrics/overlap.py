@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.metrics import compute_dice
-from monai.transforms import Orientation
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import stem_of
-from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.reading import read_ras
 
 Row = dict[str, float]
 """Figures of one case: name -> value."""
@@ -84,27 +82,6 @@ def score_segmentations(
         if found:
             rows[stem]["dice_mean"] = round(float(np.mean(list(found.values()))), 4)
     return tabulate(folder, rows)
-
-
-def read_ras(path: str | Path, kind: str, like: MetaTensor | None = None) -> MetaTensor:
-    """Read a volume (1, X, Y, Z), turn it to RAS, and make sure that it lies on the grid of another.
-
-    Args:
-        path: see :func:`maisi_tools.volumes.reading.read_volume`.
-        kind: "ct" or "mask".
-        like: a volume in RAS.
-
-    Raises:
-        InputError: the file cannot be read as that kind, or its grid is not that of `like`.
-    """
-    volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, kind))
-    if like is not None and (volume.shape != like.shape or not np.allclose(volume.affine, like.affine, atol=1e-2)):
-        raise InputError(
-            f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
-            f"({tuple(volume.shape[1:])} and {tuple(like.shape[1:])} voxels, in RAS); allowed is one grid for both: "
-            "resample one to the other"
-        )
-    return volume
 
 
 def channel_of(volume: MetaTensor) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose, Orientation, Spacing
+from monai.transforms import Compose, Spacing
 
 from maisi_tools import fingerprints
 from maisi_tools.atomic import replacing
@@ -19,9 +19,10 @@ from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.training.workers import in_order
+from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
-from maisi_tools.volumes.reading import read_sidecar, read_volume, sidecar_path
+from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
 SUFFIX = "_mask.nii.gz"
@@ -102,12 +103,11 @@ def _completed(
     item: Mapping[str, Any], mapping: Mapping[int, int], spacing: Sequence[float] | None
 ) -> tuple[np.ndarray, Any]:
     """The mask (X, Y, Z) of one case, in the orientation of the CT's file, and its affine."""
-    to_ras, restore = Orientation(axcodes="RAS", labels=None), RestoreOrientationd("mask", "ct")
-    ct: Any = to_ras(read_volume(item["image"], "ct"))
+    ct: Any = read_ras(item["image"], "ct")
     labels = None
     if "label" in item:
-        own: Any = to_ras(read_volume(item["label"], "mask"))
-        if own.shape != ct.shape or not np.allclose(own.affine, ct.affine, atol=1e-2):
+        own = read_ras(item["label"], "mask")
+        if not same_grid(own, ct):
             raise InputError(
                 f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
                 f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
@@ -117,7 +117,7 @@ def _completed(
     if labels is None:
         labels = np.zeros(ct.shape[1:], dtype=np.uint8)
     completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
-    mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
+    mask = RestoreOrientationd("mask", "ct")({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
     return np.asarray(mask[0]), mask.affine
 
 

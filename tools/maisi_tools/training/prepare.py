@@ -18,6 +18,7 @@ from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.training.sources import Case, find_cases
 from maisi_tools.training.workers import in_order
+from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -199,7 +200,7 @@ def describe(
             {
                 "label": label,
                 "cases": counts[label],
-                "read_as": VOCABULARY[mapping[label]].name if mapping[label] else "background",
+                "read_as": _meaning(mapping[label]),
                 **({"called": label_names[label]} if label in label_names else {}),
             }
             for label in sorted(counts)
@@ -235,7 +236,7 @@ def _read(case: Case, mapping: Mapping[int, int]) -> Finding:
         labels = None
         if case.label is not None:
             mask = read_volume(case.label, "mask")
-            if mask.shape != image.shape or not np.allclose(mask.affine, image.affine, atol=1e-2):
+            if not same_grid(mask, image):
                 raise InputError(
                     f"the mask {case.label} lies on another grid than the volume ({tuple(mask.shape[1:])} and {size} "
                     "voxels); resample it to the volume"
@@ -269,12 +270,16 @@ def _range(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     return {axis: [float(lows[i]), float(middles[i]), float(highs[i])] for i, axis in enumerate("xyz")}
 
 
+def _meaning(id: int) -> str:
+    return VOCABULARY[id].name if id else "background"
+
+
 def _warnings(
     usable: Sequence[Finding], counts: Mapping[int, int], mapping: Mapping[int, int], names: Mapping[int, str]
 ) -> list[str]:
     warnings = []
     for label in sorted(set(counts) & set(names)):
-        read_as = VOCABULARY[mapping[label]].name if mapping[label] else "background"
+        read_as = _meaning(mapping[label])
         try:
             same = label_id(names[label]) == mapping[label]
         except InputError:

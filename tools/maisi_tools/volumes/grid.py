@@ -101,6 +101,11 @@ def _latent_to_image(factor: int | Sequence[int]) -> np.ndarray:
     return matrix
 
 
+def same_grid(one: MetaTensor, other: MetaTensor) -> bool:
+    """Whether two volumes (C, X, Y, Z) have the same voxels: as many, and their affines agree to 0.01 mm."""
+    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-2)
+
+
 def regrid_mask(
     mask: MetaTensor, spacing: Sequence[float] | None = None, size: Sequence[int] | None = None
 ) -> MetaTensor:

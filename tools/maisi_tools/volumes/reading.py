@@ -13,7 +13,7 @@ import nrrd
 import numpy as np
 from monai.config import KeysCollection
 from monai.data import ImageReader, MetaTensor, NibabelReader, NrrdReader
-from monai.transforms import EnsureChannelFirst, MapTransform
+from monai.transforms import EnsureChannelFirst, MapTransform, Orientation
 from monai.utils import ImageMetaKey, MetaKeys
 
 from maisi_tools.errors import InputError
@@ -24,6 +24,7 @@ from maisi_tools.volumes.checks import (
     check_mask_values,
     check_shape,
 )
+from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, stem_of
 from maisi_tools.volumes.series import SeriesReader
 
@@ -116,6 +117,27 @@ class ReadVolumed(MapTransform):
         for key in self.key_iterator(items):
             items[key] = read_volume(items[key], self.kind, self.intensity_check)
         return items
+
+
+def read_ras(path: str | os.PathLike, kind: str, like: MetaTensor | None = None) -> MetaTensor:
+    """Read a volume (1, X, Y, Z), turn it to RAS, and make sure that it lies on the grid of another.
+
+    Args:
+        path: see :func:`read_volume`.
+        kind: "ct" or "mask".
+        like: a volume in RAS.
+
+    Raises:
+        InputError: the file cannot be read as that kind, or its grid is not that of `like`.
+    """
+    volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, kind))
+    if like is not None and not same_grid(volume, like):
+        raise InputError(
+            f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
+            f"({tuple(volume.shape[1:])} and {tuple(like.shape[1:])} voxels, in RAS); allowed is one grid for both: "
+            "resample one to the other"
+        )
+    return volume
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
