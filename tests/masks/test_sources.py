@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.label_maps import read_label_map
-from maisi_tools.masks.library import INDEX, MaskRequest, describe, index_library, read_index, read_mask, search
+from maisi_tools.masks.library import INDEX, MaskRequest, describe, index_library, read_index, search
 from maisi_tools.masks.sources import FileSource, LibrarySource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
 

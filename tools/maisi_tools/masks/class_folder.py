@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Orientation
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
 from maisi_tools.volumes.grid import same_grid
-from maisi_tools.volumes.inputs import SUFFIXES, stem_of
+from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.reading import read_volume
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,17 @@ class ReadMaskd(MapTransform):
         return items
 
 
+def read_mask(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
+    """A mask file or class folder as (1, X, Y, Z), uint8, in the vocabulary, RAS.
+
+    Raises:
+        InputError: see :class:`ReadMaskd` and
+            :func:`~maisi_tools.masks.label_maps.apply_label_map`.
+    """
+    item = ReadLabelsd("mask", label_map)(ReadMaskd("mask", label_map)({"mask": str(path)}))
+    turned: MetaTensor = Orientation(axcodes="RAS", labels=None)(item["mask"])  # type: ignore[assignment]
+    return turned
+
+
 def _volumes(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-    )
+    return sorted(file for file in folder.iterdir() if is_volume(file))

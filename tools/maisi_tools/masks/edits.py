@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Compose, MapTransform, Orientationd, Randomizable, ResizeWithPadOrCrop, SpatialCrop
+from monai.transforms import MapTransform, Randomizable, ResizeWithPadOrCrop, SpatialCrop
 from monai.utils import convert_to_dst_type
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import add_body, checked_spacing
-from maisi_tools.masks.class_folder import ReadMaskd
-from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, ReadLabelsd
+from maisi_tools.masks.class_folder import read_mask
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.vocabulary import (
     ALLOWED,
     BODY,
@@ -427,14 +427,7 @@ def edit_file(
     target = Path(output)
     if not target.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"output {output} has no NIfTI name; allowed are .nii and .nii.gz: name it {output}.nii.gz")
-    item = Compose(
-        [
-            ReadMaskd("mask", label_map),
-            Orientationd("mask", axcodes="RAS", labels=None),
-            ReadLabelsd("mask", label_map),
-        ]
-    )({"mask": str(path)})
-    mask: MetaTensor = item["mask"]  # type: ignore[index, call-overload]
+    mask = read_mask(path, label_map)
     mm = [float(value) for value in mask.pixdim]
     labels, rng = mask.as_tensor()[0].numpy(), np.random.default_rng(seed)
     if resize:

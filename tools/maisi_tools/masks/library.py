@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 from monai.data import MetaTensor
-from monai.transforms import Orientation
 from tqdm import tqdm
 
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
-from maisi_tools.masks.class_folder import ReadMaskd, is_class_folder
-from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
+from maisi_tools.masks.class_folder import is_class_folder, read_mask
+from maisi_tools.masks.edits import volumes_ml
+from maisi_tools.masks.label_maps import LabelMap
 from maisi_tools.masks.vocabulary import REGIONS, VOCABULARY, label_id, region_of
-from maisi_tools.volumes.inputs import SUFFIXES
+from maisi_tools.volumes.inputs import SUFFIXES, is_volume
 
 logger = logging.getLogger(__name__)
 
@@ -111,23 +111,10 @@ class IndexReport:
 def describe(mask: MetaTensor, modified: int = 0, bytes: int = 0, files: Sequence[str] = ()) -> MaskEntry:
     """The entry of a mask (1, X, Y, Z), RAS, in the vocabulary."""
     labels, spacing = mask.as_tensor()[0].cpu().numpy(), [float(mm) for mm in mask.pixdim]
-    found, counts = np.unique(labels, return_counts=True)
-    voxel_ml = float(np.prod(spacing)) / 1000
-    volumes = {VOCABULARY[int(id)].name: round(int(n) * voxel_ml, 3) for id, n in zip(found, counts, strict=True) if id}
+    found = volumes_ml(labels, spacing)
+    volumes = {VOCABULARY[id].name: round(ml, 3) for id, ml in found.items()}
     size = [int(n) for n in labels.shape]
     return MaskEntry(size, [round(mm, 5) for mm in spacing], list(region_of(found)), volumes, modified, bytes, files)
-
-
-def read_mask(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
-    """A mask file or class folder as (1, X, Y, Z), uint8, in the vocabulary, RAS.
-
-    Raises:
-        InputError: see :class:`~maisi_tools.masks.class_folder.ReadMaskd` and
-            :func:`~maisi_tools.masks.label_maps.apply_label_map`.
-    """
-    item = ReadLabelsd("mask", label_map)(ReadMaskd("mask", label_map)({"mask": str(path)}))
-    turned: MetaTensor = Orientation(axcodes="RAS", labels=None)(item["mask"])  # type: ignore[assignment]
-    return turned
 
 
 def index_library(folder: str | os.PathLike, label_map: LabelMap) -> IndexReport:
@@ -209,7 +196,7 @@ def _masks(folder: Path, label_map: LabelMap) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _masks(entry, label_map)
-        elif entry.name.lower().endswith(SUFFIXES):
+        elif is_volume(entry):
             yield entry
 
 

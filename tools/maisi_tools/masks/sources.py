@@ -13,8 +13,9 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
-from maisi_tools.masks.library import MaskRequest, describe, read_index, read_mask, search
+from maisi_tools.masks.library import MaskRequest, describe, read_index, search
 from maisi_tools.masks.phantom import make_phantom
 
 

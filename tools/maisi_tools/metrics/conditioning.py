@@ -17,6 +17,7 @@ from tqdm import tqdm
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
+from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
 from maisi_tools.volumes.grid import same_grid
@@ -209,9 +210,8 @@ def _add_metrics(ct: Path, case: Mapping[str, Row]) -> None:
 
 
 def _volumes(reference: MetaTensor, structures: Mapping[str, int]) -> Row:
-    voxel_ml = float(np.prod([float(mm) for mm in reference.pixdim])) / 1000
-    counts = {name: np.count_nonzero(channel_of(reference) == label) for name, label in structures.items()}
-    return {name: count * voxel_ml for name, count in counts.items() if count}
+    found = volumes_ml(channel_of(reference), [float(mm) for mm in reference.pixdim])
+    return {name: found[label] for name, label in structures.items() if label in found}
 
 
 def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str) -> MetaTensor:

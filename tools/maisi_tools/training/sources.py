@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import SUFFIXES, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, is_volume, stem_of
 
 CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
 """``NAME_ct`` with ``NAME_seg`` beside it: how this project's folders name a volume and its mask."""
@@ -69,7 +69,7 @@ def find_cases(source: str | os.PathLike) -> tuple[list[Case], dict[int, str]]:
 
 def _of_folder(folder: Path) -> list[Case]:
     """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``."""
-    volumes = [file for file in sorted(folder.rglob("*")) if _is_volume(file)]
+    volumes = [file for file in sorted(folder.rglob("*")) if is_volume(file) and file.is_file()]
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
     images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
     if not images:
@@ -194,7 +194,3 @@ def _from(listing: Path, file: str | Path) -> Path:
 
 def _resolved(path: Path | None) -> Path | None:
     return path.resolve() if path else None
-
-
-def _is_volume(file: Path) -> bool:
-    return not file.name.startswith(".") and file.name.lower().endswith(SUFFIXES) and file.is_file()

@@ -205,5 +205,10 @@ def holds_dicom(folder: Path) -> bool:
     return any(is_dicom(entry) for entry in folder.iterdir())
 
 
+def is_volume(path: Path) -> bool:
+    """Whether a path has the name of a volume file, and not of a hidden one."""
+    return not path.name.startswith(".") and _volume_suffix(path.name) is not None
+
+
 def _volume_suffix(name: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix) and len(name) > len(suffix)), None)
