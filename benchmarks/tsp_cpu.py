@@ -1,6 +1,6 @@
 """Tensor splitting parallelism against MONAI's own ways, on the CPU: seconds, peak memory, difference. See README.md.
 
-python benchmarks/tsp_cpu.py --write          # the comparison; about 25 minutes on two cores
+python benchmarks/tsp_cpu.py --write          # the comparison
 python benchmarks/tsp_cpu.py --ones           # the seam check: a constant volume through the encoder
 """
 

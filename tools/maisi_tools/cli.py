@@ -17,7 +17,7 @@ from typing import Any
 
 import fire
 
-from maisi_tools.atomic import replacing
+from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError, find_input_error
 
 CONTROLNET = "maisi_controlnet"
@@ -51,15 +51,7 @@ def demo(output_dir: str = "demo_output", seed: int = 0, bundles: str | None = N
     start = time.perf_counter()
     phantom = output / "phantom.nii.gz"
     write_phantom(phantom, KIND, SIZE, SPACING, seed)
-    options: dict[str, Any] = {
-        "config_file": str(config),
-        "meta_file": str(bundle / "configs" / "metadata.json"),
-        "logging_file": str(bundle / "configs" / "logging.conf"),
-        "bundle_root": str(bundle),
-        "input": str(phantom),
-        "output_dir": str(output),
-        "seed": seed,
-    }
+    options = _inference(bundle) | {"input": str(phantom), "output_dir": str(output), "seed": seed}
     run(**options)
     ct, mask = output / "phantom_ct.nii.gz", output / "phantom_mask.nii.gz"
     picture = preview(ct, mask, output / "preview.png")
@@ -213,12 +205,12 @@ def prepare(
     placed = steps.split([finding.case for finding in findings], validation, names, patient_pattern, seed)
     report = steps.describe(findings, placed, str(label_map), label_names)
     path = Path(str(output))
-    _write_json(path.with_name(f"{path.stem}_report.json"), report)
+    write_json(path.with_name(f"{path.stem}_report.json"), report)
     print(steps.as_text(report))
     if not report["usable"]:
         raise InputError(f"none of the {report['volumes']} volumes can be used; correct what is listed as refused.")
     lists = steps.make_datalist(findings, placed)
-    _write_json(path, lists)
+    write_json(path, lists)
     print(
         f"{path}: {len(lists['training'])} volumes of {report['patients']['training']} patients to train on, "
         f"{len(lists['validation'])} of {report['patients']['validation']} held out"
@@ -298,23 +290,14 @@ def compare(
     for given in (reconstructed, generated):
         if given is not None and not Path(str(given)).is_dir():
             raise InputError(f"folder {given} does not exist; give the one with the CTs, or none.")
-    for name, key in (("maisi_vae", "ct"), (CONTROLNET, "image")):
+    runs: tuple[tuple[str, str, dict[str, Any]], ...] = (("maisi_vae", "ct", {}), (CONTROLNET, "image", {"seed": seed}))
+    for name, key, own in runs:
         if folders[name] is None:
             from monai.bundle import run
 
-            bundle = _bundle(name, bundles)
             folders[name] = str(output / name)
-            options: dict[str, Any] = {
-                "config_file": str(bundle / "configs" / "inference.json"),
-                "meta_file": str(bundle / "configs" / "metadata.json"),
-                "logging_file": str(bundle / "configs" / "logging.conf"),
-                "bundle_root": str(bundle),
-                "input": [item[key] for item in items],
-                "output_dir": folders[name],
-            }
-            if name == CONTROLNET:
-                options["seed"] = seed
-            run(**options)
+            inputs = [item[key] for item in items]
+            run(**_inference(_bundle(name, bundles)), input=inputs, output_dir=folders[name], **own)
     pages = []
     for item in items:
         ct, mask = Path(item["ct"]), Path(item["image"])
@@ -511,6 +494,17 @@ def _bundle(bundle: Any, bundles: str | None) -> Path:
     return folder
 
 
+def _inference(bundle: Path) -> dict[str, Any]:
+    """Options of `monai.bundle run` for a bundle's inference.json."""
+    configs = bundle / "configs"
+    return {
+        "config_file": str(configs / "inference.json"),
+        "meta_file": str(configs / "metadata.json"),
+        "logging_file": str(configs / "logging.conf"),
+        "bundle_root": str(bundle),
+    }
+
+
 def _amounts(option: str, value: Any) -> dict[str, float]:
     """Name -> number, of an option; Fire leaves names with a space in it as text."""
     if value is None:
@@ -555,11 +549,6 @@ def _triple(name: str, value: Any, kind: type) -> tuple:
     except (TypeError, ValueError):
         raise InputError(f"{name} {value!r} is not usable; give three numbers, for x, y, z: --{name} A,B,C.") from None
     return x, y, z
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _names(held_out: Any) -> set[str]:

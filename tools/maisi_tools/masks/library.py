@@ -13,7 +13,7 @@ import numpy as np
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from maisi_tools.atomic import replacing
+from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError
 from maisi_tools.masks.class_folder import is_class_folder, read_mask
 from maisi_tools.masks.edits import volumes_ml
@@ -235,5 +235,4 @@ def _write(root: Path, label_map: LabelMap, entries: dict[str, MaskEntry]) -> No
         "label_map": _reading(label_map),
         "masks": {key: asdict(entry) for key, entry in sorted(entries.items())},
     }
-    with replacing(root / INDEX) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(root / INDEX, content)

@@ -89,6 +89,14 @@ def latents_to_encode(
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
     encoder = encoder_fingerprint(autoencoder)
+    seen = [
+        {
+            "view": view.name,
+            "autoencoder": encoder,
+            "settings": fingerprints.of_settings({**settings, "view": view.settings(seed)}),
+        }
+        for view in make_views(views)
+    ]
     jobs: dict[str, dict[str, Any]] = {}
     for item in items:
         case = stem_of(item["image"])
@@ -98,18 +106,16 @@ def latents_to_encode(
                 f"{item['image']} has the modality {own!r} in its datalist; encode.json scales HU, so allowed are 'ct' "
                 "and names that begin so: leave it out of the input"
             )
-        for view in make_views(views):
-            stem = f"{case}_{view.name}" if view.name else case
+        for view in seen:
+            stem = f"{case}_{view['view']}" if view["view"] else case
             if stem in jobs:
                 raise InputError(
-                    f"view {view.name!r} of {item['image']} and {jobs[stem]['image']} would both be {stem}{SUFFIX}; "
+                    f"view {view['view']!r} of {item['image']} and {jobs[stem]['image']} would both be {stem}{SUFFIX}; "
                     "rename the file or the view"
                 )
-            made = fingerprints.of_settings({**settings, "view": view.settings(seed)})
-            entries = {"case": case, "stem": stem, "view": view.name, "autoencoder": encoder, "settings": made}
             # An empty list does not survive MONAI's collation.
             region = {"region": list(item["region"])} if item.get("region") else {}
-            jobs[stem] = {"image": str(item["image"]), "modality": own, **region, **entries}
+            jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
     share = list(jobs.values())[rank::ranks]
     sources: dict[str, str] = {}
     outdated = []
@@ -206,11 +212,11 @@ def _check_autoencoder(root: Path, sidecars: Mapping[str, Mapping], wanted: str 
     if len(by_autoencoder) > 1:
         counts = ", ".join(f"{len(of)} of {name or 'unknown weights'} ({of[0]})" for name, of in by_autoencoder.items())
         raise InputError(f"the latents in {root} come from different autoencoders: {counts}; allowed is one: {do}")
-    if wanted is not None and encoder_fingerprint(wanted) not in by_autoencoder:
+    if wanted is not None and (other := encoder_fingerprint(wanted)) not in by_autoencoder:
         (name,) = by_autoencoder
         raise InputError(
             f"the latents in {root} come from an autoencoder with {name or 'unknown weights'}, not from {wanted} "
-            f"({encoder_fingerprint(wanted)}); {do}, or give the weights that made them"
+            f"({other}); {do}, or give the weights that made them"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from monai.transforms import Compose, Spacing
 
 from maisi_tools import fingerprints
-from maisi_tools.atomic import replacing
+from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
@@ -71,8 +70,7 @@ def complete_masks(
         {"image": str(Path(item["image"]).resolve()), "region": region}
         for item, region in zip(items, regions, strict=True)
     ]
-    with replacing(folder / CASES) as part:
-        part.write_text(json.dumps(cases, indent=1) + "\n")
+    write_json(folder / CASES, cases)
     return [folder / f"{stem}{SUFFIX}" for stem in stems]
 
 

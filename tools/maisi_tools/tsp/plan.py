@@ -36,8 +36,8 @@ HALO_ROWS = 4
 
 CHEAP = 64
 """Floating point operations for each byte of a result, up to which it is computed again from the inputs rather than
-moved off the device: a core does that many in the time in which a disk takes a byte. The first convolution of an
-encoder, from one channel to many, takes 14."""
+moved off the device: a core of 64 GFLOP/s does that many in the time in which a disk of 1 GB/s (assumed, not measured)
+takes a byte. The first convolution of an encoder, from one channel to many, takes 14."""
 
 
 @dataclass
