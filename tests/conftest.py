@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,27 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[[Any, Any], None]:
+    """Asserts that two nested states, such as checkpoints, are equal to the bit; where they are not is named."""
+
+    def check(one: Any, other: Any, name: str = "") -> None:
+        assert type(one) is type(other), name
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), name
+        elif isinstance(one, dict):
+            assert one.keys() == other.keys(), name
+            for key in one:
+                check(one[key], other[key], f"{name}.{key}")
+        elif isinstance(one, (list, tuple)):
+            for i, pair in enumerate(zip(one, other, strict=True)):
+                check(*pair, f"{name}.{i}")
+        else:
+            assert one == other, name
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -40,18 +40,20 @@ def datalist(save, phantom_ct, phantom_labels, tmp_path):
     return tmp_path / "datalist.json"
 
 
-def test_controlnet(run_bundle, segmentation, datalist, tmp_path):
-    run_bundle(
-        "maisi_controlnet",
-        ["inference.json", "evaluate.json"],
-        datalist=str(datalist),
-        masks_dir=str(tmp_path / "in"),
-        output_dir=str(tmp_path / "out"),
-        segmenter_config=segmentation[0],
-        segmenter_ckpt=segmentation[1],
-        num_inference_steps=2,
-        progress=False,
-    )
+@pytest.fixture
+def evaluate(run_bundle, segmentation, datalist, tmp_path):
+    """``evaluate(key=value, ...)``: ControlNet's evaluate.json on the kept-out case, with the segmentation network."""
+
+    def run(**overrides) -> None:
+        given = {"datalist": str(datalist), "masks_dir": str(tmp_path / "in"), "output_dir": str(tmp_path / "out")}
+        configs = ["inference.json", "evaluate.json"]
+        run_bundle("maisi_controlnet", configs, **given, segmenter_config=segmentation[0], **overrides)
+
+    return run
+
+
+def test_controlnet(evaluate, segmentation, tmp_path):
+    evaluate(segmenter_ckpt=segmentation[1], num_inference_steps=2, progress=False)
     with open(tmp_path / "out" / "conditioning.csv") as file:
         rows = {row["structure"]: row for row in csv.DictReader(file)}
     assert {"bone", "airway", "body", "brainstem", "spinal cord", "left parotid", "all structures"} <= rows.keys()
@@ -77,16 +79,9 @@ def test_controlnet_of_masks_alone(run_bundle, mask_file, tmp_path):
     assert {"hu_bone", "dice_bone", "dice_body"} <= summary.keys() and "real_dice_bone" not in summary
 
 
-def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, run_bundle, segmentation, datalist, tmp_path):
+def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, evaluate, tmp_path):
     with pytest.raises(Exception) as raised:
-        run_bundle(
-            "maisi_controlnet",
-            ["inference.json", "evaluate.json"],
-            datalist=str(datalist),
-            masks_dir=str(tmp_path / "in"),
-            output_dir=str(tmp_path / "out"),
-            segmenter_config=segmentation[0],
-        )
+        evaluate()
     assert "model.pt" in str(cause(raised.value)) and not list((tmp_path / "out").glob("*"))
 
 

@@ -67,22 +67,7 @@ def start(open_bundle, data):
     return start
 
 
-def same(one, other, name="") -> None:
-    assert type(one) is type(other), name
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), name
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), name
-        for key in one:
-            same(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, (list, tuple)):
-        for i, pair in enumerate(zip(one, other, strict=True)):
-            same(*pair, f"{name}.{i}")
-    else:
-        assert one == other, name
-
-
-def test_recipe_and_resume(start, tmp_path):
+def test_recipe_and_resume(start, assert_same, tmp_path):
     whole = start(tmp_path / "whole")
     trainer = whole.parser.get_parsed_content("train#trainer")
     logs, untrained = [], {}
@@ -123,7 +108,7 @@ def test_recipe_and_resume(start, tmp_path):
     assert torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 3
     resumed = start(tmp_path / "broken", resume=True)
     resumed.run()
-    same(torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True), checkpoint)
+    assert_same(torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True), checkpoint)
     assert "discriminator_optimizer" in checkpoint
 
 

@@ -78,15 +78,6 @@ class Run:
             self.trainer.run()
 
 
-def same(a, b) -> bool:
-    """Whether two checkpoints are equal to the bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 def read(folder):
     return torch.load(folder / NAME, weights_only=True)
 
@@ -99,7 +90,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("iteration", "last"), [(3, 2), (4, 4), (5, 4), (7, 6)])
-def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, iteration, last):
+def test_resumed_equals_uninterrupted(uninterrupted, assert_same, tmp_path, iteration, last):
     """In the middle of an epoch, at its end, and between two optimizer steps."""
     Run(tmp_path).interrupt(iteration)
     assert read(tmp_path)["trainer"]["iteration"] == last
@@ -107,18 +98,19 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, iteration, last):
     resumed = Run(tmp_path, resume=True)
     resumed.trainer.run()
     assert resumed.trainer.state.iteration == 8 and resumed.trainer.state.epoch == 2
-    assert same(read(tmp_path), uninterrupted)
+    assert_same(read(tmp_path), uninterrupted)
     assert uninterrupted["scale_factor"] == 1.5 and uninterrupted["optimizer"]["state"]
 
 
-def test_a_finished_run_is_resumed_at_its_end(uninterrupted, tmp_path):
+def test_a_finished_run_is_resumed_at_its_end(uninterrupted, assert_same, tmp_path):
     Run(tmp_path).trainer.run()
     resumed = Run(tmp_path, resume=str(tmp_path / NAME))
     resumed.trainer.run()
-    assert resumed.trainer.state.iteration == 8 and same(resumed.network.state_dict(), uninterrupted["model"])
+    assert resumed.trainer.state.iteration == 8
+    assert_same(resumed.network.state_dict(), uninterrupted["model"])
 
 
-def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupted, tmp_path):
+def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupted, assert_same, tmp_path):
     child = os.fork()
     if child == 0:
         try:
@@ -130,7 +122,8 @@ def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupt
     assert len(list(tmp_path.iterdir())) == 2  # the checkpoint and the half of the next
     assert read(tmp_path)["trainer"]["iteration"] == 4
     Run(tmp_path, resume=True).trainer.run()
-    assert same(read(tmp_path), uninterrupted) and [path.name for path in tmp_path.iterdir()] == [NAME]
+    assert_same(read(tmp_path), uninterrupted)
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 @pytest.mark.parametrize("key", ["image", "label"])

@@ -35,16 +35,21 @@ def test_sizes_and_spacings_cover_what_is_allowed_and_no_more():
     assert (np.ptp(spacings, axis=0) > [1.2, 0.8, 1.6]).all()
 
 
+def voxels_in_place(patch) -> int:
+    """Check that every voxel inside the volume has the value of the place that the affine names; how many these are."""
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, patch.shape[1:]), indexing="ij"), -1).double()
+    place = grid @ patch.affine[:3, :3].T + patch.affine[:3, 3]
+    voxel = (place - torch.tensor([-50.0, 7.0, 11.0])) / torch.tensor([3.0, 2.0, 2.5])
+    known = ((voxel >= 0) & (voxel <= torch.tensor([39, 35, 29]))).all(-1)
+    wanted = (place @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) / 100 + 10
+    assert (patch[0].as_tensor().double() - wanted)[known].abs().max() < 1e-3
+    return int(known.sum())
+
+
 def test_a_patch_shows_the_place_its_affine_names():
     inside = 0
     for patch in patches():
-        grid = torch.stack(torch.meshgrid(*map(torch.arange, patch.shape[1:]), indexing="ij"), -1).double()
-        place = grid @ patch.affine[:3, :3].T + patch.affine[:3, 3]
-        voxel = (place - torch.tensor([-50.0, 7.0, 11.0])) / torch.tensor([3.0, 2.0, 2.5])
-        known = ((voxel >= 0) & (voxel <= torch.tensor([39, 35, 29]))).all(-1)
-        wanted = (place @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) / 100 + 10
-        inside += int(known.sum())
-        assert (patch[0].as_tensor().double() - wanted)[known].abs().max() < 1e-3
+        inside += voxels_in_place(patch)
     assert inside > 10000
 
 
@@ -77,13 +82,7 @@ def test_a_turned_patch_shows_the_place_its_affine_names():
         axes = patch.affine[:3, :3] / patch.pixdim
         torch.testing.assert_close(axes.T @ axes, torch.eye(3, dtype=axes.dtype))
         angles.append(np.degrees(np.arccos((np.trace(axes.numpy()) - 1) / 2)))
-        grid = torch.stack(torch.meshgrid(*map(torch.arange, patch.shape[1:]), indexing="ij"), -1).double()
-        place = grid @ patch.affine[:3, :3].T + patch.affine[:3, 3]
-        voxel = (place - torch.tensor([-50.0, 7.0, 11.0])) / torch.tensor([3.0, 2.0, 2.5])
-        known = ((voxel >= 0) & (voxel <= torch.tensor([39, 35, 29]))).all(-1)
-        wanted = (place @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) / 100 + 10
-        inside += int(known.sum())
-        assert (patch[0].as_tensor().double() - wanted)[known].abs().max() < 1e-3
+        inside += voxels_in_place(patch)
     assert inside > 10000
     assert 5 < max(angles) < 10 * 3**0.5 + 0.1
 
