@@ -24,7 +24,7 @@ from maisi_tools.volumes.checks import (
     check_mask_values,
     check_shape,
 )
-from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
 from maisi_tools.volumes.series import SeriesReader
 
 KINDS = ("ct", "mask", "latent")
@@ -40,7 +40,7 @@ def read_volume(path: str | os.PathLike, kind: str, intensity_check: bool = True
     """Read one volume and check it.
 
     Args:
-        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder of one DICOM series.
+        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder or zip file of one DICOM series.
         kind: "ct" (HU), "mask" (label values) or "latent" (four channels on the file's last axis).
         intensity_check: whether values of a CT must look like HU.
 
@@ -146,14 +146,15 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:
 
 def _reader_for(path: Path, kind: str) -> ImageReader:
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
-    allowed += " or a folder of one DICOM series" if kind == "ct" else ""
+    allowed += " or a folder or zip file of one DICOM series" if kind == "ct" else ""
     if not path.exists():
         raise InputError(f"{path} does not exist; allowed is {allowed}: correct the path")
     name = path.name.lower()
-    if path.is_dir():
+    if path.is_dir() or is_zip(path):
         if kind == "ct" and holds_dicom(path):
             return SeriesReader()
-        raise InputError(f"{path} is a folder and holds no DICOM series; allowed as {kind} is {allowed}")
+        what = "folder" if path.is_dir() else "zip file"
+        raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
     if name.endswith((".nii", ".nii.gz")):
         return NibabelReader()
     if name.endswith(".nrrd") and kind != "latent":
