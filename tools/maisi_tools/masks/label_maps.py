@@ -95,7 +95,7 @@ def read_label_map(label_map: str | os.PathLike) -> dict[int, int]:
         number, meaning = (key, value) if _is_number(key) else (value, key)
         if not _is_number(number) or not 0 <= int(number) <= LARGEST_LABEL:
             raise InputError(f"label map {path}: the entry {_shown({key: value})} names no label number; {JSON_HELP}")
-        target = _target(path, meaning)
+        target = label_target(path, meaning)
         if mapping.setdefault(int(number), target) != target:
             raise InputError(f"label map {path} gives label {int(number)} two meanings; keep one entry for it")
     return mapping
@@ -174,8 +174,12 @@ class ReadLabelsd(MapTransform):
         return items
 
 
-def _target(path: Path, meaning: Any) -> int:
-    """The vocabulary's id for a name or an id in a JSON."""
+def label_target(path: Path, meaning: Any) -> int:
+    """The id for a name or an id in the JSON file `path`; 0 for "background".
+
+    Raises:
+        InputError: there is no such label; the message names the file.
+    """
     if _is_number(meaning):
         if int(meaning) == 0 or int(meaning) in VOCABULARY:
             return int(meaning)
