@@ -47,10 +47,6 @@ SCANNED_TAGS = (
     *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
     "LossyImageCompression",
 )
-PIXEL_TAGS = (
-    *("SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns"),
-    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
-)
 
 
 class SeriesReader(PydicomReader):
@@ -99,13 +95,16 @@ class SeriesReader(PydicomReader):
         return values, meta
 
 
-def read_slices(path: str | os.PathLike, series: str | None = None, pixels: bool = True) -> list[Dataset]:
+def read_slices(
+    path: str | os.PathLike, series: str | None = None, pixels: bool = True, tags: Sequence[str] = ()
+) -> list[Dataset]:
     """The slices of the one CT series in a folder or zip file, ordered along the slice normal.
 
     Args:
         path: folder (searched deeper only where it holds no DICOM itself) or zip file.
         series: Series Instance UID to take where there are several.
         pixels: with their pixel data, decompressed; else only the headers (:data:`SCANNED_TAGS`).
+        tags: further keywords to read of headers.
 
     Returns:
         One dataset a slice; each frame of an Enhanced CT becomes one, too.
@@ -117,7 +116,7 @@ def read_slices(path: str | os.PathLike, series: str | None = None, pixels: bool
     files = list_dicom(path)
     headers, origin = [], []
     for number, read in enumerate(files):
-        header = read(stop_before_pixels=True, specific_tags=list(SCANNED_TAGS))
+        header = read(stop_before_pixels=True, specific_tags=[*SCANNED_TAGS, *tags])
         frames = _frames(header)
         headers += frames
         origin += [(number, frame) for frame in range(len(frames))]
@@ -229,9 +228,9 @@ def _frames(dataset: Dataset) -> list[Dataset]:
     frames = []
     for number, own in enumerate(dataset.PerFrameFunctionalGroupsSequence):
         frame = Dataset()
-        for tag in (*SCANNED_TAGS, *PIXEL_TAGS):
-            if tag in dataset and tag not in FRAME_TAGS:
-                frame.add(copy.copy(dataset[tag]))
+        for element in dataset:
+            if element.keyword not in (*FRAME_TAGS, "PixelData"):
+                frame.add(copy.copy(element))
         for group in (shared, own):
             for sequence in (
                 *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
