@@ -100,7 +100,8 @@ def slice_headers(grid: Grid, study: Study) -> list[Dataset]:
     for number in range(grid.shape[2]):
         ds = new_object(study, CTImageStorage, "CT", SERIES, SERIES_NUMBER, number + 1)
         _image(ds, grid, study)
-        ds.ImageType = list(IMAGE_TYPE)
+        ds.ImageType, ds.DerivationDescription = list(IMAGE_TYPE), study.description
+        ds.Laterality = ""  # of the body part, unless that is known to be unpaired
         ds.AcquisitionNumber = None
         ds.KVP = None
         ds.PatientPosition = study.attributes["PatientPosition"]
@@ -126,12 +127,11 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     """The volume as one Enhanced CT object, its frames from the feet to the head."""
     ds = new_object(study, EnhancedCTImageStorage, "CT", SERIES, SERIES_NUMBER, 1)
     _image(ds, grid, study)
-    ds.ImageType = list(FRAME_TYPE)
+    ds.ImageType, ds.ImageComments = list(FRAME_TYPE), study.description
     ds.PatientPosition = study.attributes["PatientPosition"]
     ds.ContentQualification = "RESEARCH"
     ds.PixelPresentation, ds.VolumetricProperties = "MONOCHROME", "VOLUME"
     ds.VolumeBasedCalculationTechnique, ds.PresentationLUTShape = "NONE", "IDENTITY"
-    ds.MultienergyCTAcquisition = "NO"
     ds.AcquisitionContextSequence = []
     ds.NumberOfFrames = grid.shape[2]
     organization, index = Dataset(), Dataset()
@@ -140,20 +140,23 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     ds.DimensionOrganizationType = "3D"
     ds.DimensionOrganizationSequence, ds.DimensionIndexSequence = [organization], [index]
 
-    measures, orientation, values, kind, window, region, anatomy = (Dataset() for _ in range(7))
+    measures, orientation, values, kind, window, region, anatomy, event = (Dataset() for _ in range(8))
     measures.PixelSpacing = _ds(grid.pixel_spacing)
     measures.SliceThickness, measures.SpacingBetweenSlices = _ds([grid.slice_spacing, grid.slice_spacing])
     orientation.ImageOrientationPatient = grid.orientation
     values.RescaleIntercept, values.RescaleSlope, values.RescaleType = 0, 1, "HU"
     kind.FrameType = list(FRAME_TYPE)
     kind.PixelPresentation, kind.VolumetricProperties = "MONOCHROME", "VOLUME"
-    kind.VolumeBasedCalculationTechnique, kind.MultienergyCTAcquisition = "NONE", "NO"
+    kind.VolumeBasedCalculationTechnique = "NONE"
     window.WindowCenter, window.WindowWidth = WINDOW
     region.CodeValue, region.CodingSchemeDesignator, region.CodeMeaning = "38266002", "SCT", "Entire body"
     anatomy.FrameLaterality, anatomy.AnatomicRegionSequence = "U", [region]
     shared = Dataset()
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
     shared.PixelValueTransformationSequence, shared.CTImageFrameTypeSequence = [values], [kind]
+    # Mandatory in Enhanced CT (DICOM PS3.3 table A.38-2), though nothing was irradiated: the event of the making.
+    event.IrradiationEventUID = study.uid(SERIES, "event")
+    shared.IrradiationEventIdentificationSequence = [event]
     shared.FrameVOILUTSequence, shared.FrameAnatomySequence = [window], [anatomy]
     ds.SharedFunctionalGroupsSequence = [shared]
     frames = []
@@ -170,10 +173,9 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
 
 
 def _image(ds: Dataset, grid: Grid, study: Study) -> None:
-    """What slices and Enhanced CT share: frame of reference, derivation, pixels."""
+    """What slices and Enhanced CT share: frame of reference, pixels."""
     ds.FrameOfReferenceUID = study.attributes["FrameOfReferenceUID"]
     ds.PositionReferenceIndicator = study.attributes["PositionReferenceIndicator"]
-    ds.DerivationDescription = study.description
     ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
     ds.Columns, ds.Rows = grid.shape[:2]
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"

@@ -63,7 +63,7 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
         device_serial_number=SERIAL_NUMBER,
         content_label="MAISI",
         content_description="Mask of a synthetic CT",
-        content_creator_name=MODEL,
+        content_creator_name=f"{MODEL}^",  # a name of one part, as PN wants it
     )
     ds.SeriesDescription = SERIES
     organization = study.uid(SERIES, "dimensions")

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from contourpy import FillType, contour_generator
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 from pydicom.uid import RTStructureSetStorage
-from pydicom.valuerep import DSfloat
 
 from maisi_tools.dicom.ct import RAS_TO_LPS, Grid
-from maisi_tools.dicom.objects import MODEL, Study, new_object
+from maisi_tools.dicom.objects import Study, new_object
 from maisi_tools.dicom.painting import Structure
 from maisi_tools.dicom.segmentation import label_color
 from maisi_tools.errors import InputError
@@ -25,6 +26,8 @@ SERIES, SERIES_NUMBER = "Structures of synthetic CT", 3
 
 PLANE_TOLERANCE = 0.5
 """A contour belongs to the slice it is nearest to, when that is within this share of the slice distance."""
+
+CONTOUR_DATA = 0x30060050
 
 DECIMALS = 4
 """Of contour points in mm: a thousandth of a pixel."""
@@ -51,6 +54,7 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
     if not labels:
         raise InputError("the mask is empty; allowed is a mask with at least one label: leave it out")
     ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", SERIES, SERIES_NUMBER, 1)
+    ds.OperatorsName = ""
     ds.StructureSetLabel, ds.StructureSetName = "MAISI", "Mask of a synthetic CT"
     ds.StructureSetDate, ds.StructureSetTime = ds.InstanceCreationDate, ds.InstanceCreationTime
     ds.StructureSetDescription = study.description
@@ -69,7 +73,7 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
         contour.ContourSequence = _contours(inside, grid, images)
         observation.ObservationNumber = observation.ReferencedROINumber = number
         observation.RTROIInterpretedType = "EXTERNAL" if label == BODY else "ORGAN"
-        observation.ROIInterpreter = MODEL
+        observation.ROIInterpreter = ""
         observation.RTROIIdentificationCodeSequence = [_identification(label)]
         ds.StructureSetROISequence.append(roi)
         ds.ROIContourSequence.append(contour)
@@ -167,8 +171,16 @@ def outline(inside: np.ndarray) -> list[np.ndarray]:
     polygons = []
     for points, offsets in zip(*filled, strict=True):
         rings = [points[start:stop] - 1 for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
-        polygons.append(_cut_in(rings[0][:-1], [ring[:-1] for ring in rings[1:]]))
+        outer, *holes = (_corners(ring[:-1]) for ring in rings)
+        polygons.append(_cut_in(outer, holes))
     return polygons
+
+
+def _corners(ring: np.ndarray) -> np.ndarray:
+    """A closed ring without the points on straight stretches."""
+    before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+    turns = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0]
+    return ring[np.abs(turns) > 1e-9]
 
 
 def _cut_in(outer: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
@@ -194,7 +206,10 @@ def _contours(inside: np.ndarray, grid: Grid, images: Sequence[Dataset]) -> list
             contour.ContourImageSequence = [_reference(images, int(k))]
             contour.ContourGeometricType = "CLOSED_PLANAR"
             contour.NumberOfContourPoints = len(points)
-            contour.ContourData = [DSfloat(float(value)) for value in np.round(points, DECIMALS).ravel()]
+            text = "\\".join(f"{value:.{DECIMALS}f}" for value in points.ravel()).encode()
+            text += b" " * (len(text) % 2)
+            # As it is stored: pydicom would take most of the time to turn the numbers into objects of its own.
+            contour[CONTOUR_DATA] = RawDataElement(Tag(CONTOUR_DATA), "DS", len(text), text, 0, False, True)
             contours.append(contour)
     return contours
 
