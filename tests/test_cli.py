@@ -41,7 +41,17 @@ def test_help_names_every_command(arguments, capsys):
         main(arguments)
     assert caught.value.code == 0
     text = "".join(capsys.readouterr())
-    for command in ("demo", "phantom", "preview", "plan", "weights", "datalist", "complete_masks"):
+    for command in (
+        "demo",
+        "phantom",
+        "preview",
+        "plan",
+        "weights",
+        "datalist",
+        "complete_masks",
+        "dicom_read",
+        "dicom_write",
+    ):
         assert f" {command}\n" in text
 
 
@@ -50,7 +60,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | datalist | complete_masks" in listed
+    assert "demo | phantom | preview | plan | weights | datalist | complete_masks | dicom_read | dicom_write" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):

@@ -95,14 +95,16 @@ def segments(ds: Dataset, table: Mapping[str, int]) -> tuple[list[Structure], np
             unknown.append(name or f"segment {number}")
         elif label:
             structures.append(Structure(name, label, _drawing(segmentation, number)))
-    affine = RAS_TO_LPS @ geometry.affine @ np.eye(4)[[2, 1, 0, 3]]  # highdicom's order is slice, row, column
+    # highdicom's axes are slice, row, column, its slices in the order opposite to that of the normal.
+    turn = np.array([[0, 0, -1, geometry.spatial_shape[0] - 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    affine = RAS_TO_LPS @ geometry.affine @ turn
     return structures, affine, unknown
 
 
 def _drawing(segmentation: Segmentation, number: int) -> Callable[[], np.ndarray]:
     def draw() -> np.ndarray:
         volume = segmentation.get_volume(segment_numbers=[number], combine_segments=False)
-        return volume.array[..., 0].T >= 0.5
+        return volume.array[::-1, :, :, 0].T >= 0.5
 
     return draw
 
