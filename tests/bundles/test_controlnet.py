@@ -100,3 +100,31 @@ def test_small_field_of_view_only_warns(run_bundle, save, phantom_labels, tmp_pa
     run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
     assert any("field of view" in record.message for record in caplog.records)
     assert (tmp_path / "out" / "tiny_ct.nii.gz").exists()
+
+
+def test_dicom_overlay_writes_a_study_beside_the_volume(run_bundle, save, phantom_labels, tmp_path):
+    pydicom = pytest.importorskip("pydicom", minversion="3")
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    from maisi_tools.dicom.study import read_mask
+    from maisi_tools.volumes.reading import read_volume
+
+    path = save(phantom_labels[:32, :32, :32], "case.nii.gz")
+    for seed in (0, 4):  # a second run replaces the first one's study
+        run_bundle(
+            "maisi_controlnet",
+            ["inference.json", "dicom.json"],
+            input=str(path),
+            output_dir=str(tmp_path),
+            seed=seed,
+            **FAST,
+        )
+    study = tmp_path / "case_dicom"
+    written, volume = nib.load(tmp_path / "case_ct.nii.gz"), read_volume(study / "CT", "ct")
+    mask = read_mask(study / "RTSTRUCT.dcm", study / "CT")
+    for index in ((3, 4, 5), (20, 30, 8)):
+        found = np.rint(np.linalg.inv(np.asarray(volume.affine)) @ written.affine @ [*index, 1]).astype(int)[:3]
+        assert volume[(0, *found)] == np.asarray(written.dataobj)[index]
+        assert mask[(0, *found)] == np.asarray(nib.load(tmp_path / "case_mask.nii.gz").dataobj)[index]
+    text = pydicom.dcmread(next((study / "CT").iterdir())).DerivationDescription
+    recorded = json.loads(text[text.index("{") :])
+    assert recorded["seed"] == 4 and recorded["num_inference_steps"] == 3

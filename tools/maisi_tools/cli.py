@@ -6,6 +6,7 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import shlex
 import sys
@@ -242,6 +243,7 @@ def dicom_read(
         names: for a mask, a JSON file with your own names of structures, such as {"Leber": "liver", "PTV": 0}.
     """
     target = _nifti_path(output)
+    _need_dicom()
 
     import numpy as np
 
@@ -295,6 +297,8 @@ def dicom_write(
         _check_seed(seed)
     if conditions is not None and not isinstance(conditions, dict):
         raise InputError(f"conditions {conditions!r} are not usable; give them as \"{{'steps': 30}}\".")
+
+    _need_dicom()
 
     import datetime
 
@@ -406,6 +410,11 @@ def _bundle(bundle: Any, bundles: str | None) -> Path:
 def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
+
+
+def _need_dicom() -> None:
+    if importlib.util.find_spec("highdicom") is None:
+        raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
 
 
 def _nifti_path(output: Any) -> Path:

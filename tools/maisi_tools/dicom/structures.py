@@ -189,10 +189,10 @@ def _cut_in(outer: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
         nearest = []
         for number, hole in enumerate(holes):
             distances = ((outer[:, None] - hole[None]) ** 2).sum(axis=2)
-            at, start = np.unravel_index(int(np.argmin(distances)), distances.shape)
-            nearest.append((float(distances[at, start]), number, int(at), int(start)))
-        _, number, at, start = min(nearest)
-        hole = np.roll(holes.pop(number), -start, axis=0)
+            at, start = divmod(int(np.argmin(distances)), len(hole))
+            nearest.append((float(distances[at, start]), number, at, start))
+        _, nearest_hole, at, start = min(nearest)
+        hole = np.roll(holes.pop(nearest_hole), -start, axis=0)
         outer = np.concatenate([outer[: at + 1], hole, hole[:1], outer[at:]])
     return outer
 

@@ -28,6 +28,9 @@ from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.inputs import is_dicom, stem_of
 from maisi_tools.volumes.series import list_dicom, read_slices, slice_affine
 
+STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
+"""What a study's folder holds; of a folder with anything else, nothing is ever replaced."""
+
 
 def write_study(
     folder: str | os.PathLike,
@@ -39,6 +42,7 @@ def write_study(
     conditions: Mapping[str, Any] | None = None,
     enhanced: bool = False,
     created: datetime.datetime | None = None,
+    replace: bool = False,
 ) -> list[Path]:
     """Write a generated CT, and its mask, as a DICOM study.
 
@@ -57,6 +61,7 @@ def write_study(
         enhanced: one Enhanced CT object instead of a series of slices.
         created: date and time to write, by default now. The UIDs follow from it and from the content, so that writing
             the same again for the same time gives the same bytes.
+        replace: whether a study that this function wrote into `folder` before may be replaced.
 
     Returns:
         The files, CT first.
@@ -66,7 +71,8 @@ def write_study(
             that is no CT series.
     """
     target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    present = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if (target.exists() and not target.is_dir()) or present - (STUDY_FILES if replace else set()):
         raise InputError(f"{target} is there already; allowed is a new or empty folder: give another one")
     if mask is not None and mask.shape != hu.shape:
         raise InputError(f"the mask has the shape {mask.shape} and the CT {hu.shape}; allowed are both on one grid")
@@ -98,7 +104,7 @@ def write_study(
             for name in ("SEG.dcm", "RTSTRUCT.dcm"):
                 _save(files[name], part / name)
         if target.exists():
-            target.rmdir()
+            shutil.rmtree(target)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -179,7 +185,7 @@ class WriteStudyd(MapTransform):
     """MONAI dict transform: writes a generated CT as a DICOM study, see :func:`write_study`.
 
     Args:
-        keys: of the CT (1, X, Y, Z) in HU; the study goes to ``output_dir/STEM_dicom``.
+        keys: of the CT (1, X, Y, Z) in HU; the study goes to ``output_dir/STEM_dicom``, in place of one written before.
         output_dir: folder, made if missing.
         mask_key: of the mask (1, X, Y, Z) in the vocabulary, on the CT's grid; None for none.
         seed, conditions: to be recorded.
@@ -199,7 +205,7 @@ class WriteStudyd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.output_dir, self.mask_key, self.source_key = Path(output_dir).expanduser(), mask_key, source_key
-        self.options = {"seed": seed, "conditions": conditions, "enhanced": enhanced}
+        self.seed, self.conditions, self.enhanced = seed, conditions, enhanced
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the study of one item.
@@ -217,7 +223,10 @@ class WriteStudyd(MapTransform):
                 volume.affine.cpu().numpy(),
                 mask,
                 source,
-                **self.options,
+                self.seed,
+                self.conditions,
+                self.enhanced,
+                replace=True,
             )
         return dict(data)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing, SpatialResample
@@ -132,7 +133,9 @@ def straighten(volume: MetaTensor, mode: str, fill: float) -> MetaTensor:
     straight[:3, 3] += straight[:3, :2] @ low
     size = [volume.shape[1] + int(grow[0]), volume.shape[2] + int(grow[1]), volume.shape[3]]
     resample = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True, dtype=np.float64)
-    return resample(volume - fill, dst_affine=straight, spatial_size=size) + fill  # zeros lie outside
+    # What lies outside becomes 0.
+    resampled: Any = resample(volume - fill, dst_affine=torch.as_tensor(straight), spatial_size=size)
+    return resampled + fill
 
 
 def regrid_mask(
