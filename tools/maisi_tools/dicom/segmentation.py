@@ -16,7 +16,16 @@ from maisi_tools.dicom.ct import RAS_TO_LPS
 from maisi_tools.dicom.objects import MANUFACTURER, MODEL, SERIAL_NUMBER, Study, finish, software_version
 from maisi_tools.dicom.painting import Structure
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import CATEGORIES, CODES, PRIVATE, SIDES, SNOMED, label_of_code, label_of_name
+from maisi_tools.masks.codes import (
+    CATEGORIES,
+    CODES,
+    PRIVATE,
+    SIDES,
+    SNOMED,
+    display_name,
+    label_of_code,
+    label_of_name,
+)
 from maisi_tools.masks.vocabulary import VOCABULARY
 
 SERIES, SERIES_NUMBER = "Mask of synthetic CT", 2
@@ -133,7 +142,7 @@ def _description(number: int, label: int) -> SegmentDescription:
     code = CODES[label]
     description = SegmentDescription(
         segment_number=number,
-        segment_label=VOCABULARY[label].name,
+        segment_label=display_name(label),
         segmented_property_category=Code(code.category, SNOMED, CATEGORIES[code.category]),
         segmented_property_type=Code(code.code, code.scheme, code.meaning),
         algorithm_type="AUTOMATIC",

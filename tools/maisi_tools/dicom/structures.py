@@ -18,8 +18,8 @@ from maisi_tools.dicom.objects import Study, new_object
 from maisi_tools.dicom.painting import Structure
 from maisi_tools.dicom.segmentation import label_color
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import CODES, PRIVATE, label_of_name
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.codes import CODES, PRIVATE, display_name, label_of_name
+from maisi_tools.masks.vocabulary import BODY
 from maisi_tools.volumes.series import slice_affine
 
 SERIES, SERIES_NUMBER = "Structures of synthetic CT", 3
@@ -68,7 +68,7 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
         roi, contour, observation = Dataset(), Dataset(), Dataset()
         roi.ROINumber = contour.ReferencedROINumber = number
         roi.ReferencedFrameOfReferenceUID = ds.FrameOfReferenceUID
-        roi.ROIName, roi.ROIGenerationAlgorithm = _roi_name(label), "AUTOMATIC"
+        roi.ROIName, roi.ROIGenerationAlgorithm = display_name(label), "AUTOMATIC"
         contour.ROIDisplayColor = list(label_color(label))
         contour.ContourSequence = _contours(inside, grid, images)
         observation.ObservationNumber = observation.ReferencedROINumber = number
@@ -239,11 +239,6 @@ def _referenced(images: Sequence[Dataset], study: Study) -> Dataset:
     frame.FrameOfReferenceUID = study.attributes["FrameOfReferenceUID"]
     frame.RTReferencedStudySequence = [referenced_study]
     return frame
-
-
-def _roi_name(label: int) -> str:
-    name = VOCABULARY[label].name
-    return f"{CODES[label].side} {CODES[label].meaning}".strip().lower() if name.startswith("placeholder") else name
 
 
 def _identification(label: int) -> Any:

@@ -70,6 +70,12 @@ CODES, _BY_CODE = _read()
 """Label -> code that is written. Labels without a SNOMED CT code (free placeholders, body) have a private one."""
 
 
+def display_name(label: int) -> str:
+    """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
+    code, name = CODES[label], VOCABULARY[label].name
+    return f"{code.side} {code.meaning}".strip().lower() if name.startswith("placeholder") else name
+
+
 def label_of_code(code: str, side: str = "", region: str = "") -> int | None:
     """The label that a SNOMED CT code stands for, None where the vocabulary has none.
 
