@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -47,8 +49,12 @@ def test_help_names_every_command(arguments, capsys):
         "preview",
         "plan",
         "weights",
-        "datalist",
+        "prepare",
         "complete_masks",
+        "compare",
+        "edit",
+        "index",
+        "find",
         "dicom_read",
         "dicom_write",
     ):
@@ -60,7 +66,7 @@ def test_unknown_command(capsys):
         main(["picture"])
     assert caught.value.code == 2
     listed = " ".join(capsys.readouterr().err.split())  # wrapped to the width of the terminal
-    assert "demo | phantom | preview | plan | weights | datalist | complete_masks | dicom_read | dicom_write" in listed
+    assert "demo | phantom | preview | plan | weights | prepare | complete_masks | compare |" in listed
 
 
 def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsys, monkeypatch):
@@ -99,6 +105,7 @@ def test_preview_of_wrong_input(tmp_path, volume, capsys):
     assert "does not exist" in fails(["preview", tmp_path / "nope.nii.gz"], capsys)
     assert "ends in .png" in fails(["preview", volume, "-o", tmp_path / "x.gif"], capsys)
     assert "window" in fails(["preview", volume, "-o", tmp_path / "x.png", "--window=soft"], capsys)
+    assert "lower one first" in fails(["preview", volume, "-o", tmp_path / "x.png", "--window=240,-160"], capsys)
     (tmp_path / "file").touch()  # a file where the output's folder should be
     assert "file" in fails(["preview", volume, "-o", tmp_path / "file" / "x.png"], capsys)
 
@@ -136,54 +143,50 @@ def test_weights_of_an_unknown_bundle(tmp_path, capsys, monkeypatch):
     assert "--bundles DIR" in fails(["weights", "maisi_vae"], capsys)
 
 
-# --- datalist ---------------------------------------------------------------------------------------------------------
+# --- prepare ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cases(tmp_path):
-    for name in ("a/pt_1_ct", "a/pt_1_seg", "a/pt_2_ct", "b/deep/pt_3_ct", "b/7_ct"):
-        path = tmp_path / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    for name in ("a/pt_1_ct", "a/pt_2_ct", "b/deep/pt_3_ct", "b/7_ct"):
+        save(tmp_path / f"{name}.nii.gz", hu)
+    save(tmp_path / "a" / "pt_1_seg.nii.gz", (hu > 0).astype(np.uint8))
     return tmp_path
 
 
 @pytest.mark.parametrize("held_out", ["pt_2,7", "list", "dict"])
-def test_datalist_of_several_folders(cases, capsys, held_out):
+def test_prepare_of_several_folders(cases, capsys, held_out):
     if held_out in ("list", "dict"):
         names = ["pt_2", "7"]
         (cases / "h.json").write_text(json.dumps(names if held_out == "list" else {"held_out": names}))
         held_out = str(cases / "h.json")
     output = cases / "out" / "datalist.json"
     folders = [str(cases / "a"), str(cases / "b"), str(cases / "a")]  # one twice
-    assert main(["datalist", *folders, "-o", str(output), "--held_out", held_out]) == 0
+    assert main(["prepare", *folders, "-o", str(output), "--held_out", held_out]) == 0
     lists = json.loads(output.read_text())
     assert sorted(item["name"] for item in lists["training"]) == ["pt_1", "pt_3"]
-    assert sorted(item["name"] for item in lists["validation"]) == ["7", "pt_2"]
-    with_mask = [item for item in lists["training"] if "label" in item]
-    assert with_mask == [
-        {"name": "pt_1", "image": str(cases / "a/pt_1_ct.nii.gz"), "label": str(cases / "a/pt_1_seg.nii.gz")}
-    ]
-    assert "2 to train on, 2 held out" in capsys.readouterr().out
+    assert sorted(item["name"] for item in lists["validation"]) == sorted(lists["held_out"]) == ["7", "pt_2"]
+    assert [Path(item["label"]).name for item in lists["training"] if "label" in item] == ["pt_1_seg.nii.gz"]
+    assert "2 volumes of 2 patients to train on, 2 of 2 held out" in capsys.readouterr().out
 
 
-def test_datalist_without_held_out(cases):
-    output = cases / "datalist.json"
-    assert main(["datalist", str(cases), "-o", str(output)]) == 0
-    lists = json.loads(output.read_text())
-    assert (len(lists["training"]), len(lists["validation"])) == (4, 0)
-
-
-def test_datalist_of_wrong_input(cases, capsys):
+def test_prepare_of_wrong_input(cases, capsys):
     output = cases / "datalist.json"
     (cases / "h.json").write_text('{"names": []}')
-    assert "no folder was given" in fails(["datalist", "-o", output], capsys)
-    assert "*_ct.nii.gz" in fails(["datalist", cases / "nowhere", "-o", output], capsys)
-    assert "pt_9" in fails(["datalist", cases / "a", "-o", output, "--held_out=pt_9,pt_1"], capsys)
+    (cases / "empty").mkdir()
+    assert "no data set was given" in fails(["prepare", "-o", output], capsys)
+    assert "neither a folder nor a JSON" in fails(["prepare", cases / "nowhere", "-o", output], capsys)
+    assert "no volume" in fails(["prepare", cases / "empty", "-o", output], capsys)
+    assert "is no .json file" in fails(["prepare", cases / "a", "-o", cases / "list"], capsys)
+    assert "pt_9" in fails(["prepare", cases / "a", "-o", output, "--held_out=pt_9,pt_1"], capsys)
     assert "is no list of names" in fails(
-        ["datalist", cases / "a", "-o", output, "--held_out", cases / "h.json"], capsys
+        ["prepare", cases / "a", "-o", output, "--held_out", cases / "h.json"], capsys
     )
-    assert "does not exist" in fails(["datalist", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
+    assert "does not exist" in fails(["prepare", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
+    assert "seed 'x'" in fails(["prepare", cases / "a", "-o", output, "--seed=x"], capsys)
+    assert "label_map 'mine' is neither" in fails(["prepare", cases / "a", "-o", output, "--label_map=mine"], capsys)
     assert not output.exists()
 
 
@@ -280,3 +283,128 @@ def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
     assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
     printed = capsys.readouterr()
     assert said in printed.out + printed.err and "Traceback" not in printed.err
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept_out(tmp_path):
+    """Two kept-out cases with their masks, and a datalist; the CTs are phantoms."""
+    from maisi_tools.masks.phantom import make_phantom
+
+    cases = []
+    for name in ("a", "b"):
+        labels = make_phantom("head_neck", size=(32, 32, 32), spacing=(5.0, 5.0, 3.4), seed=3)
+        affine = np.diag([5.0, 5.0, 3.4, 1.0])
+        ct = np.where(labels == 120, 600, np.where(labels > 0, 40, -1000)).astype(np.int16)
+        for data, suffix in ((ct, "ct"), (labels, "ct_mask")):
+            nib.save(nib.Nifti1Image(data, affine), tmp_path / f"{name}_{suffix}.nii.gz")
+        cases.append({"image": f"{name}_ct.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps({"validation": cases}))
+    return tmp_path / "list.json"
+
+
+def test_compare_computes_what_it_shows(kept_out, tmp_path, capsys, repo_root):
+    # The shipped bundles, but with two sampling steps in place of thirty.
+    root = tmp_path / "bundles"
+    for name in ("maisi_vae", "maisi_controlnet"):
+        shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")
+        (root / name / "models").symlink_to(repo_root / "bundles" / name / "models")
+    config = root / "maisi_controlnet" / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    content["displayable_configs"]["num_inference_steps"] = 2
+    config.write_text(json.dumps(content))
+    line = ["compare", str(kept_out), str(tmp_path), f"--output_dir={tmp_path / 'out'}", "--cases=1"]
+    assert main([*line, f"--bundles={root}"]) == 0
+    page = tmp_path / "out" / "comparison.html"
+    assert capsys.readouterr().out.splitlines()[-1] == str(page)
+    text = page.read_text()
+    assert text.count("data:image/png") == 1 and "psnr_body" in text and "hu_bone" in text
+    made = sorted(path.name for path in (tmp_path / "out").glob("*/*.nii.gz"))
+    assert made == ["a_ct_mask_ct.nii.gz", "a_ct_mask_mask.nii.gz", "a_ct_recon.nii.gz"]
+
+
+def test_compare_shows_what_was_computed(kept_out, tmp_path, capsys):
+    done = tmp_path / "done"
+    done.mkdir()
+    for name in ("a", "b"):
+        for suffix in ("ct_recon", "ct_mask_ct"):
+            nib.load(tmp_path / f"{name}_ct.nii.gz").to_filename(done / f"{name}_{suffix}.nii.gz")
+    line = ["compare", str(kept_out), str(tmp_path), f"--output_dir={tmp_path / 'out'}", "--cases=0"]
+    assert main([*line, f"--reconstructed={done}", f"--generated={done}"]) == 0
+    assert (tmp_path / "out" / "comparison.html").read_text().count("data:image/png") == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["comparison.html"]
+
+
+def test_compare_of_wrong_input(kept_out, tmp_path, capsys):
+    assert "list2.json does not exist" in fails(["compare", tmp_path / "list2.json", tmp_path], capsys)
+    assert "maisi complete_masks" in fails(["compare", kept_out, tmp_path / "nowhere"], capsys)
+    assert "cases -1 is not usable" in fails(["compare", kept_out, tmp_path, "--cases=-1"], capsys)
+    assert "'training'" in fails(["compare", kept_out, tmp_path, "--section=training"], capsys)
+    given = [f"--{name}={tmp_path}" for name in ("reconstructed", "generated", "output_dir")]
+    assert "a_ct_recon.nii.gz does not exist" in fails(["compare", kept_out, tmp_path, *given], capsys)
+
+
+# --- edit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torso(tmp_path):
+    path = tmp_path / "torso.nii.gz"
+    assert main(["phantom", str(path), "--kind=torso", "--size=48,36,52", "--spacing=7.5,7.5,8.5"]) == 0
+    return path
+
+
+def test_edit(tmp_path, torso, capsys):
+    capsys.readouterr()
+    options = ["--insert", "{hepatic tumor: 40}", "--resize", "{spleen: 1.3, liver: 0.9}", "--flip", "--seed=2"]
+    for name in ("a", "b"):
+        assert main(["edit", str(torso), "-o", str(tmp_path / f"{name}.nii.gz"), *options]) == 0
+    printed = capsys.readouterr().out
+    a, b, given = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii.gz", "b.nii.gz", torso.name))
+    assert np.array_equal(a, b) and a.shape == given.shape
+    counts, before = np.bincount(a.ravel(), minlength=201), np.bincount(given.ravel(), minlength=201)
+    assert counts[26] == round(np.pi / 6 * 40**3 / (7.5 * 7.5 * 8.5)) and counts[3] == round(1.3 * before[3])
+    assert abs(counts[1] + counts[26] - 0.9 * before[1]) <= 1
+    assert f"hepatic tumor{'':<23}{0.0:>10.1f} ml -> {counts[26] * 7.5 * 7.5 * 8.5 / 1000:>8.1f} ml" in printed
+    assert printed.endswith(f"{tmp_path / 'b.nii.gz'}\n")
+
+    again = ["edit", str(tmp_path / "a.nii.gz"), "-o", str(tmp_path / "c.nii.gz"), "--remove", "hepatic tumor"]
+    assert main([*again, "--spacing=8,8,8", "--size=40,32,48", "--keep=liver,spleen"]) == 0
+    assert nib.load(tmp_path / "c.nii.gz").shape == (40, 32, 48)
+
+
+def test_edit_of_wrong_input(tmp_path, torso, capsys):
+    capsys.readouterr()
+    line = ["edit", torso, "-o", tmp_path / "x.nii.gz"]
+    assert "'lever' is no label" in fails([*line, "--resize={lever: 2}"], capsys)
+    assert "is not usable; give a number for each name" in fails([*line, "--resize=liver"], capsys)
+    assert "hepatic tumor is not in the mask" in fails([*line, "--augment", "{hepatic tumor: 1.1}"], capsys)
+    assert "does not exist" in fails(["edit", tmp_path / "nope.nii.gz", "-o", tmp_path / "x.nii.gz"], capsys)
+    assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
+    assert "size 40" in fails([*line, "--size=40"], capsys)
+    assert "'7' is no label" in fails([*line, "--remove=7"], capsys)
+    shifted = [*line, "--insert={hepatic tumor: 30}", "--augment={hepatic tumor: 1}", "--shift=far"]
+    assert "shift is 'far'" in fails(shifted, capsys)
+    assert not (tmp_path / "x.nii.gz").exists()
+
+
+# --- index, find ------------------------------------------------------------------------------------------------------
+
+
+def test_index_and_find(tmp_path, torso, capsys):
+    capsys.readouterr()
+    save(tmp_path / "bad.nii.gz", np.full((4, 4, 4), 150, np.uint8))
+    for read in (1, 0):  # the second run reads nothing again
+        assert main(["index", str(tmp_path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-1] == f"{tmp_path}: 1 masks, {read} read, 0 gone, 1 skipped" and "150" in lines[0]
+    assert (
+        main(["find", str(tmp_path), "--region=abdomen", "--organs=liver,prostate", "--field_of_view=300,200,900"]) == 0
+    )
+    assert capsys.readouterr().out == f"{torso}: has no prostate; is 442 mm long along z instead of 900\n"
+    assert "allowed are head, chest" in fails(["find", tmp_path, "--region=foot"], capsys)
+    assert "field_of_view 3" in fails(["find", tmp_path, "--field_of_view=3"], capsys)
+    assert "count 0" in fails(["find", tmp_path, "--count=0"], capsys)
+    assert "is no folder" in fails(["index", tmp_path / "nowhere"], capsys)

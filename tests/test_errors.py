@@ -25,8 +25,9 @@ RAISE = "raise InputError('size 17 is not usable')"
         f"try: {RAISE}\nexcept ValueError as error: raise RuntimeError('parsing failed') from error",
         f"try: {RAISE}\nexcept ValueError: {{}}['key']",
         f"report_input_errors()\n{RAISE}",
+        "from maisi_tools.errors import TrainingError; raise TrainingError('size 17 is not usable')",
     ],
-    ids=["plain", "cause", "context", "installed twice"],
+    ids=["plain", "cause", "context", "installed twice", "training stopped"],
 )
 def test_input_error_is_one_line_and_status_1(code, repo_root):
     done = run(code, repo_root)

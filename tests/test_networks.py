@@ -2,26 +2,71 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
+    AutoencoderKlMaisi,
+    MaisiConvolution,
+    MaisiGroupNorm3D,
+)
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.networks import Autoencoder
+from maisi_tools.networks import Autoencoder, checkpoint_blocks
 
 
-def test_native_norms_change_nothing(tiny_settings):
+def test_plain_layers_change_nothing(tiny_settings):
     torch.manual_seed(0)
     settings = tiny_settings["vae"]
     ours, theirs = Autoencoder(**settings).eval(), AutoencoderKlMaisi(**settings).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
+    kinds = {type(module) for module in ours.modules()}
+    assert MaisiConvolution not in kinds and MaisiGroupNorm3D not in kinds
     x = torch.rand(1, 1, 16, 20, 12) * 3 + 5
     with torch.no_grad():
         expected = theirs.decode(theirs.encode(x)[0])
         torch.testing.assert_close(ours(x), expected, atol=1e-4, rtol=1e-4)
     reconstruction, mean, sigma = ours.train()(x)
     assert reconstruction.shape == x.shape and mean.shape == sigma.shape == (1, 4, 4, 5, 3)
+    noise = torch.randn_like(mean)
+    torch.testing.assert_close(ours(x, noise)[0], ours.decode(mean + noise * sigma))
+
+
+def test_convolutions_that_are_to_be_split_stay(tiny_settings):
+    network = Autoencoder(**{**tiny_settings["vae"], "num_splits": 2})
+    assert MaisiConvolution in {type(module) for module in network.modules()}
+    assert list(network.state_dict()) == list(Autoencoder(**tiny_settings["vae"]).state_dict())
+
+
+def test_recomputed_blocks_have_the_same_gradients_and_copies_of_their_own(tiny_settings):
+    torch.manual_seed(0)
+    plain = Autoencoder(**tiny_settings["vae"]).train()
+    leaner = checkpoint_blocks(deepcopy(plain))
+    kept = {}
+    for name, network in (("plain", plain), ("leaner", leaner)):
+        seen: dict[int, int] = {}
+        keep = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, seen=seen: seen.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x,
+            lambda x: x,
+        )
+        torch.manual_seed(1)
+        with keep:
+            output = network(torch.linspace(0, 1, 16**3).reshape(1, 1, 16, 16, 16))
+        kept[name] = sum(seen.values())
+        sum(part.pow(2).mean() for part in output).backward()
+    for one, other in zip(plain.parameters(), leaner.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert kept["leaner"] < kept["plain"] / 3
+    # an average of the weights is a copy: its blocks run its own weights
+    copied = deepcopy(leaner).eval()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(torch.rand(1, 1, 8, 8, 8)).any()
+        assert leaner.eval()(torch.rand(1, 1, 8, 8, 8)).any()
 
 
 def test_unet_with_all_conditions_equals_monais(tiny_settings, tiny_unet):
@@ -73,3 +118,20 @@ def test_label_bits_are_little_endian(value):
     bits = label_bits(torch.full((1, 1, 2, 2, 2), float(value)))
     expected = np.unpackbits(np.uint8(value), bitorder="little")
     assert bits.shape == (1, 8, 2, 2, 2) and bits[0, :, 0, 0, 0].tolist() == expected.tolist()
+
+
+def test_recomputed_activations_give_the_same_gradients_and_copies_are_their_own(tiny_controlled):
+    plain, recomputed = tiny_controlled, checkpoint_blocks(deepcopy(tiny_controlled))
+    copied = deepcopy(recomputed)
+    x, t, mask = torch.randn(1, 4, 4, 4, 4), torch.tensor([500.0]), torch.randint(0, 256, (1, 1, 16, 16, 16)).float()
+    calls: list[torch.nn.Module] = []
+    for network in (plain, recomputed, copied):
+        network.controlnet.down_blocks[0].resnets[0].register_forward_hook(lambda module, *_: calls.append(module))
+        network(mask, x, t, spacing_tensor=torch.ones(1, 3)).pow(2).sum().backward()
+    first = [network.controlnet.down_blocks[0].resnets[0] for network in (plain, recomputed, copied)]
+    assert [calls.count(module) for module in first] == [1, 2, 2]  # forward, and again on the way back
+    for name, parameter in plain.controlnet.named_parameters():
+        for other in (recomputed, copied):
+            torch.testing.assert_close(other.controlnet.get_parameter(name).grad, parameter.grad)
+    with pytest.raises(ValueError, match="no blocks"):
+        checkpoint_blocks(torch.nn.Linear(1, 1))

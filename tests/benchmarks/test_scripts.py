@@ -72,3 +72,12 @@ def test_without_a_gpu_it_says_so(repo_root: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert run(repo_root, "tsp_cuda.py", "--sizes", "24x24x24").startswith("skipped: ")
+
+
+def test_the_training_of_each_stage_is_timed(repo_root: Path) -> None:
+    found = rows(run(repo_root, "training.py", "--quick", "--device", "cpu", "--threads", "1"))
+    assert [row[0] for row in found] == ["VAE", "LDM", "ControlNet"]
+    for _, steps, voxels, waiting, size in found:
+        a_step = int(size.replace(",", ""))
+        assert float(voxels) == pytest.approx(float(steps) * a_step, rel=0.02) and 0 <= float(waiting[:-2]) < 100
+    assert [row[4] for row in found[1:]] == ["32,768"] * 2  # 32^3 image voxels; the patches of the VAE vary

@@ -23,11 +23,11 @@ def bundles(repo_root: Path) -> Path:
     return repo_root / "bundles"
 
 
-@pytest.fixture
-def run_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
-    """``run_bundle("maisi_vae", "inference.json", key=value, ...)`` runs a config to its end, returns the workflow."""
+@pytest.fixture(scope="session")
+def open_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
+    """``open_bundle("maisi_vae", "inference.json", key=value, ...)`` returns a config's workflow, ready to run."""
 
-    def run(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
+    def ready(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
         root = bundles / bundle
         files = [str(root / "configs" / name) for name in ([config] if isinstance(config, str) else config)]
         workflow = ConfigWorkflow(
@@ -38,6 +38,17 @@ def run_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
             **{"device": "$torch.device('cpu')", **overrides},
         )
         workflow.initialize()
+        return workflow
+
+    return ready
+
+
+@pytest.fixture(scope="session")
+def run_bundle(open_bundle: Callable[..., ConfigWorkflow]) -> Callable[..., ConfigWorkflow]:
+    """``run_bundle("maisi_vae", "inference.json", key=value, ...)`` runs a config to its end, returns the workflow."""
+
+    def run(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
+        workflow = open_bundle(bundle, config, **overrides)
         workflow.run()
         workflow.finalize()
         return workflow

@@ -8,6 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from maisi_tools.errors import find_input_error
+from maisi_tools.masks.phantom import make_phantom
+
 FAST = {"num_inference_steps": 3, "progress": False}
 
 
@@ -72,6 +75,32 @@ def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path)
     assert set(np.unique(used)) == {0, 120, 200}
 
 
+def test_class_folder_in_and_its_labels_out(run_bundle, tmp_path):
+    """One file a class, as TotalSegmentator writes them; a class that MAISI lacks has a placeholder and comes back."""
+    folder = tmp_path / "case7"
+    folder.mkdir()
+    labels = make_phantom("torso", size=(48, 48, 48), spacing=(5.0, 5.0, 3.4), seed=3)
+    given = {"liver": (labels == 1, 5), "sacrum": (labels == 97, 92), "face": (labels == 3, 93)}
+    for name, (inside, _) in given.items():
+        nib.save(nib.Nifti1Image(inside.astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1])), folder / f"{name}.nii.gz")
+    run_bundle(
+        "maisi_controlnet",
+        "inference.json",
+        input=str(folder),
+        output_dir=str(tmp_path / "out"),
+        label_map="totalsegmentator_v1",
+        placeholders="auto",
+        output_labels="input",
+        **FAST,
+    )
+    expected = sum(number * inside.astype(int) for inside, number in given.values())
+    np.testing.assert_array_equal(np.asarray(nib.load(tmp_path / "out" / "case7_mask.nii.gz").dataobj), expected)
+    record = json.loads((tmp_path / "out" / "case7_mask.json").read_text())["labels"]
+    assert record["placeholders"] == {"pulmonary_artery": 21, "face": 129} and record["numbering"] == "input"
+    assert set(record["without_counterpart"]) == {"body"}
+    assert nib.load(tmp_path / "out" / "case7_ct.nii.gz").shape == labels.shape
+
+
 @pytest.mark.parametrize(
     ("change", "override", "words"),
     [
@@ -82,6 +111,8 @@ def test_label_map_file_and_new_grid(run_bundle, save, phantom_labels, tmp_path)
         (lambda m: m, {"output_size": [100, 48, 48]}, ["100", "96", "112"]),
         (lambda m: m, {"spacing": [1.0, 1.0, 1.0]}, ["1", "2.5"]),
         (lambda m: m, {"label_map": "nothing_like_it"}, ["nothing_like_it", "totalsegmentator"]),
+        (lambda m: m, {"output_labels": "maisi"}, ["output_labels", "vocabulary and input"]),
+        (lambda m: m, {"placeholders": {"liver": 2}}, ["liver", "reads as 1"]),
     ],
 )
 def test_bad_masks_are_refused(cause, run_bundle, save, phantom_labels, tmp_path, change, override, words):
@@ -128,3 +159,13 @@ def test_dicom_overlay_writes_a_study_beside_the_volume(run_bundle, save, phanto
     text = pydicom.dcmread(next((study / "CT").iterdir())).DerivationDescription
     recorded = json.loads(text[text.index("{") :])
     assert recorded["seed"] == 4 and recorded["num_inference_steps"] == 3
+
+
+def test_dicom_overlay_refuses_masks_in_the_inputs_numbering(run_bundle, save, phantom_labels, tmp_path):
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    path = save(phantom_labels[:32, :32, :32], "case.nii.gz")
+    files, out = ["inference.json", "dicom.json"], tmp_path / "out"
+    with pytest.raises(Exception) as caught:
+        run_bundle("maisi_controlnet", files, input=str(path), output_dir=str(out), output_labels="input", **FAST)
+    assert "allowed with DICOM output is 'vocabulary'" in str(find_input_error(caught.value))
+    assert not list(out.iterdir())

@@ -8,8 +8,16 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.body import AddBodyd, add_body, body_envelope, envelope_of_labels, label_from_ct
+from maisi_tools.masks.body import (
+    AddBodyd,
+    add_body,
+    body_envelope,
+    envelope_of_labels,
+    envelope_of_organs,
+    label_from_ct,
+)
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
+from maisi_tools.masks.phantom import make_phantom
 
 SPACING = (4.0, 4.0, 2.5)
 SIZE = (64, 48, 40)
@@ -104,6 +112,38 @@ def test_envelope_of_labels_bridges_organs_and_adds_the_margin():
     assert envelope[15:46, 30].all()  # 60 mm apart: closed
     assert envelope[12, 30, 4] and not envelope[9, 30, 4]  # 6 and 12 mm outside, on a grid of 2 mm
     assert not envelope[:, 0].any() and not envelope[:, -1].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "data_set", "size", "spacing"),
+    [("head_neck", "openkbp", (64, 44, 56), (6.0, 6.0, 5.0)), ("torso", "btcv", (52, 40, 44), (8.0, 8.0, 9.0))],
+)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_body_around_few_organs(kind, data_set, size, spacing, seed):
+    """Dice with the skin of another phantom, of which only a data set's organs are known."""
+
+    def dice(envelope):
+        return 2 * (envelope & body).sum() / (envelope.sum() + body.sum())
+
+    labels = make_phantom(kind, size, spacing, seed)
+    body = labels > 0
+    organs = np.where(np.isin(labels, list(read_label_map(data_set).values())), labels, 0).astype(np.uint8)
+    organs[organs == 120] = 0  # of the skull, OpenKBP has the mandible only
+    fitted = add_body(organs, spacing) > 0
+    assert fitted[organs > 0].all()
+    assert dice(fitted) > 0.85 and dice(fitted) > dice(envelope_of_labels(organs, spacing)) + 0.05
+
+
+def test_organs_that_tell_no_body():
+    labels = make_phantom("torso", (52, 40, 44), (8.0, 8.0, 9.0), 3)
+    organs = np.where(np.isin(labels, (1, 3, 5, 14)), labels, 0)
+    spacing = (8.0, 8.0, 9.0)
+    assert envelope_of_organs(organs, spacing) is not None
+    assert envelope_of_organs(np.where(organs < 5, organs, 0), spacing) is None  # two are too few
+    assert envelope_of_organs(np.where(labels == 80, 80, organs), spacing) is None  # a rib tells better
+    liver = np.argwhere(organs == 1)
+    cut = organs[liver[:, 0].min() + 1 : liver[:, 0].max()]  # the liver is cut, one kidney and the spleen, too
+    assert envelope_of_organs(cut, spacing) is None
 
 
 def test_add_body(chest):

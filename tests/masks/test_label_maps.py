@@ -10,8 +10,15 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import LABEL_MAPS, ReadLabelsd, apply_label_map, read_label_map
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.label_maps import (
+    LABEL_MAPS,
+    ReadLabelsd,
+    RestoreLabelsd,
+    apply_label_map,
+    read_label_map,
+    restore_labels,
+)
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 
 
 @pytest.fixture
@@ -54,11 +61,6 @@ def test_openkbp():
     assert read_label_map("openkbp") == {1: 2, 2: 121, 3: 11, 4: 16, 5: 120, 6: 18, 7: 20}
 
 
-def test_returned_map_is_a_copy():
-    read_label_map("openkbp").clear()
-    assert len(LABEL_MAPS["openkbp"]) == 7
-
-
 @pytest.mark.parametrize(
     "entries",
     [
@@ -67,8 +69,7 @@ def test_returned_map_is_a_copy():
     ],
 )
 def test_json_in_both_directions(write, entries):
-    mapping = read_label_map(write(entries))
-    mapping.pop(0, None)
+    mapping = {label: id for label, id in read_label_map(write(entries)).items() if label}
     assert mapping == {1: 1, 2: 63, 300: 200, 4: 3, 5: 0, 6: 0}
 
 
@@ -86,6 +87,7 @@ def test_json_in_both_directions(write, entries):
         ({"-3": "liver"}, "names no label number"),
         ({"1000000000": "liver"}, "names no label number"),
         ({"1": "liver", "spleen": 1}, "two meanings"),
+        ({"0": "liver"}, "0 is always the background"),
     ],
 )
 def test_bad_json(write, content, said):
@@ -152,3 +154,156 @@ def test_transform_names_the_file():
         ReadLabelsd("mask", "openkbp")({"mask": mask})
     with pytest.raises(InputError, match="neither"):
         ReadLabelsd("mask", "no such map")
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "expected"),
+    [
+        ("totalsegmentator_v1", range(1, 105), {1: 3, 7: 6, 18: 33, 41: 56, 50: 22, 58: 63, 92: 97, 104: 15}),
+        ("btcv", range(1, 14), {1: 3, 2: 5, 3: 14, 9: 7, 10: 17, 12: 8, 13: 9}),
+        ("amos", range(1, 16), {4: 10, 9: 7, 11: 8, 12: 9, 14: 15, 15: 118}),
+        ("msd_liver", (1, 2), {1: 1, 2: 26}),
+        ("msd_lung", (1,), {1: 23}),
+        ("msd_pancreas", (1, 2), {1: 4, 2: 24}),
+        ("msd_hepaticvessel", (1, 2), {1: 25, 2: 26}),
+        ("msd_spleen", (1,), {1: 3}),
+        ("msd_colon", (1,), {1: 27}),
+        ("msd_prostate", (1, 2), {1: 118, 2: 118}),
+        ("msd_braintumour", (1, 2, 3), {}),
+        ("msd_heart", (1,), {}),
+        ("msd_hippocampus", (1, 2), {}),
+    ],
+)
+def test_data_sets(name, labels, expected):
+    label_map = read_label_map(name)
+    assert sorted(label_map.classes) == list(labels)
+    assert {label: label_map[label] for label in expected} == expected
+    assert expected or len(label_map) == 0
+
+
+def test_version_1_of_totalsegmentator():
+    label_map = read_label_map("totalsegmentator_v1")
+    assert {label_map.classes[label] for label in label_map.classes if label not in label_map} == {
+        "pulmonary_artery",
+        "face",
+    }
+    assert label_map.merged == {115: [44, 45, 46, 47, 48]}  # the heart's chambers and its muscle
+    for label, name in label_map.classes.items():
+        if name in {entry.totalsegmentator for entry in VOCABULARY.values()}:
+            assert VOCABULARY[label_map[label]].totalsegmentator == name
+
+
+# --- classes without counterpart --------------------------------------------------------------------------------------
+
+
+def test_classes_without_counterpart_are_counted_and_become_background(caplog):
+    labels = apply_label_map(np.array([5, 49, 49, 93, 0]), read_label_map("totalsegmentator_v1"))
+    assert labels.tolist() == [1, 0, 0, 0, 0]
+    assert "pulmonary_artery (2 voxels), face (1 voxels)" in caplog.text
+    with pytest.raises(
+        InputError, match=r"empty: MAISI's vocabulary has no left atrium \(3 voxels\).*placeholders: auto"
+    ):
+        apply_label_map(np.ones(3), read_label_map("msd_heart"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("auto", {49: 21, 93: 129}),
+        ({"face": "auto"}, {93: 21}),
+        ({"pulmonary artery": "auto", "93": 21}, {49: 129, 93: 21}),
+        ({"FACE": 2, 200: "131"}, {93: 2, 200: 131}),
+    ],
+)
+def test_placeholders_on_request(asked, expected):
+    label_map = read_label_map("totalsegmentator_v1", asked)
+    assert dict(label_map.placeholders) == expected
+    assert {label: label_map[label] for label in expected} == expected
+    labels = np.array([5, *expected])
+    assert restore_labels(apply_label_map(labels, label_map), label_map).labels.tolist() == labels.tolist()
+    assert 49 not in read_label_map("totalsegmentator_v1")  # the map of that name stays
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"liver": "auto"}, "'liver', which totalsegmentator_v1 reads as 1"),
+        ({"nose": "auto"}, "'nose'.*does not have.*pulmonary_artery, face"),
+        ({"face": 1}, "id 1; allowed are 2, 16, 18"),
+        ({"face": None}, "id None"),
+        ({"face": 2, "pulmonary_artery": 2}, "id 2 is taken"),
+        ({str(label): "auto" for label in range(200, 209)}, "more new classes than placeholder ids"),
+        ("always", "'always'; allowed are auto"),
+    ],
+)
+def test_wrong_placeholders(asked, said):
+    with pytest.raises(InputError, match=said):
+        read_label_map("totalsegmentator_v1", asked)
+
+
+def test_placeholders_in_a_json(write):
+    entries = {"1": "liver", "2": "placeholder 18: left parotid gland", "3": "placeholder", "4": "Placeholder: nodule"}
+    label_map = read_label_map(write(entries), {"9": "auto"})
+    assert label_map == {1: 1, 2: 18, 3: 21, 4: 129, 9: 130}
+    assert label_map.classes == {1: "liver", 2: "left parotid gland", 3: "label 3", 4: "nodule", 9: "label 9"}
+    with pytest.raises(InputError, match="map.json gives label 2 two meanings"):
+        read_label_map(write({"2": "placeholder", "liver": 2}))
+    with pytest.raises(InputError, match="map.json: placeholders gives label 2 the id '5'"):
+        read_label_map(write({"2": "placeholder 5"}))
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, label_map in LABEL_MAPS.items() if len(label_map)])
+def test_round_trip_loses_only_what_is_listed(name):
+    """Vocabulary -> data set -> vocabulary."""
+    label_map = read_label_map(name)
+    mask = np.repeat(np.array([0, *VOCABULARY]), 2)
+    restored = restore_labels(mask, label_map)
+    assert restored.labels.dtype == np.uint8
+    again = apply_label_map(restored.labels, label_map)
+    lost = np.isin(mask, list(restored.without_counterpart))
+    assert np.array_equal(again, np.where(lost, 0, mask))
+    assert set(restored.without_counterpart) == VOCABULARY.keys() - set(label_map.values())
+    assert set(restored.without_counterpart.values()) <= {2}
+
+
+def test_round_trip_from_totalsegmentator_loses_nothing():
+    labels = np.arange(118)
+    label_map = read_label_map("totalsegmentator")
+    restored = restore_labels(apply_label_map(labels, label_map), label_map)
+    assert np.array_equal(restored.labels, labels) and not restored.without_counterpart and not restored.merged
+
+
+def test_merged_labels_are_told():
+    label_map = read_label_map("totalsegmentator_v1")
+    restored = restore_labels(apply_label_map(np.array([44, 46, 5]), label_map), label_map)
+    assert restored.labels.tolist() == [44, 44, 5] and restored.merged == {115: [44, 45, 46, 47, 48]}
+
+
+def test_large_labels_come_back(write):
+    label_map = read_label_map(write({"300": "liver", "60000": "spleen"}))
+    labels = restore_labels(np.array([0, 1, 3]), label_map).labels
+    assert labels.dtype == np.uint16 and labels.tolist() == [0, 300, 60000]
+    with pytest.raises(InputError, match=r"the labels \[150\]"):
+        restore_labels(np.array([150]), label_map)
+
+
+def test_restore_transform(caplog):
+    label_map = read_label_map("openkbp")
+    mask = MetaTensor(torch.tensor([0, 2, 121, BODY, BODY], dtype=torch.uint8).view(1, 1, 1, 5))
+    kept = RestoreLabelsd("mask", label_map)({"mask": mask})
+    assert kept["mask"] is mask and kept["labels"] == {
+        "numbering": "vocabulary",
+        "label_map": "openkbp",
+        "placeholders": {},
+    }
+    back = RestoreLabelsd("mask", label_map, "input")({"mask": mask})
+    assert back["mask"].flatten().tolist() == [0, 1, 2, 0, 0] and torch.equal(back["mask"].affine, mask.affine)
+    assert back["labels"]["without_counterpart"] == {"body": 2} and "'body': 2" in caplog.text
+    with pytest.raises(InputError, match="'maisi'; allowed are vocabulary and input"):
+        RestoreLabelsd("mask", label_map, "maisi")

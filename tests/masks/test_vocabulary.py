@@ -14,9 +14,11 @@ from maisi_tools.masks.vocabulary import (
     GROUPS,
     VOCABULARY,
     MergeLabelsd,
+    hosts_of,
     label_id,
     labels_in_group,
     merge_labels,
+    other_side,
     region_of,
 )
 
@@ -41,14 +43,43 @@ def test_groups_cover_the_vocabulary_and_do_not_overlap():
         labels_in_group("bones")
 
 
-def test_sides_agree_with_totalsegmentator():
+def test_sides_agree_with_totalsegmentator_and_come_in_pairs():
     for label in VOCABULARY.values():
         words = (label.totalsegmentator or "").split("_")
-        if label.side and label.totalsegmentator:
-            assert label.side in words, label
+        if label.name == "right lung middle lobe":  # the left lung has two lobes
+            assert label.side == "right"
+        elif label.side:
+            twin = VOCABULARY[label_id(other_side(label.name))]
+            assert {twin.side, label.side} == {"left", "right"} and twin.group == label.group
+            assert label.totalsegmentator is None or label.side in words
         # TotalSegmentator names a side of this one, MAISI only its place in the heart.
         elif label.name != "left atrial appendage":
             assert not {"left", "right"} & set(words), label
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("left hip", "right hip"),
+        ("lung_upper_lobe_right", "lung_upper_lobe_left"),
+        ("Left parotid gland", "right parotid gland"),
+        ("cleft palate", None),
+        ("liver", None),
+    ],
+)
+def test_other_side(name, other):
+    assert other_side(name) == other
+
+
+def test_hosts_of_lesions():
+    assert hosts_of(23) == (28, 29, 30, 31, 32) and hosts_of(26) == (1,) and hosts_of(117) == (5,)
+    assert hosts_of(128) == labels_in_group("bone")
+    tumors = {label.id for label in VOCABULARY.values() if label.group == "tumor"}
+    assert all(hosts_of(tumor) for tumor in tumors)
+    with pytest.raises(InputError, match="label 1 .liver. is no lesion; allowed are lung tumor"):
+        hosts_of(1)
+    with pytest.raises(InputError, match="label 199"):
+        hosts_of(199)
 
 
 def test_atrial_appendage_is_named_as_in_totalsegmentator():
@@ -78,9 +109,13 @@ def test_unknown_name_suggests_one():
 
 
 def test_hu_ranges_hold_real_medians():
-    ranges = {label.name: label.hu_range for label in VOCABULARY.values() if label.hu_range}
-    assert set(ranges) == {"liver", "spleen", "pancreas", "left kidney", "right kidney"}
-    assert all(low < 40 < high for low, high in ranges.values())  # soft tissue without contrast
+    """Textbook values: lung -700, brain 35, soft organs 50, trabecular bone 200 HU."""
+    ranges = {label.id: label.hu_range for label in VOCABULARY.values() if label.hu_range}
+    typical = {1: 55, 3: 50, 4: 40, 5: 30, 14: 30, 22: 35}
+    typical |= dict.fromkeys(labels_in_group("lung"), -700) | dict.fromkeys(labels_in_group("bone"), 200)
+    assert ranges.keys() == typical.keys()
+    assert all(low < typical[id] < high for id, (low, high) in ranges.items())
+    assert VOCABULARY[30].hu_range == (-1089, -367) and VOCABULARY[95].hu_range == (71, 1000)
 
 
 def test_regions_from_top_to_bottom():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi_tools.training.autocast import AutocastInferer
+from maisi_tools.training.autocast import AutocastInferer, fastest_dtype
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -26,3 +26,10 @@ def test_arguments_are_passed_on():
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match="allowed are 'bfloat16', 'float16' and 'float32'"):
         AutocastInferer(dtype)
+
+
+def test_fastest_dtype_on_this_cpu():
+    with open("/proc/cpuinfo") as file:
+        flags = set(next((line for line in file if line.startswith("flags")), "").split())
+    expected = "bfloat16" if "amx_tile" in flags else "float32"
+    assert fastest_dtype(torch.device("cpu")) == expected

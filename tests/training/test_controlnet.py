@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.controlnet import FitMaskd, start_from_unet
+from maisi_tools.training.controlnet import FitMaskd, check_labels, start_from_unet
 from maisi_tools.volumes.grid import latent_affine
 
 
@@ -93,3 +93,10 @@ def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):
     torch.save({"model": {"conv_in.conv.weight": torch.zeros(8, 4, 3, 3, 3)}}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="do not fit DiffusionUNet"):
         start_from_unet(tiny_controlled, tmp_path / "other.pt")
+
+
+def test_labels_that_are_merged_away_are_refused():
+    check_labels([1, 26], label_weights={"26": 100}, contrast_labels={"26": 1})
+    check_labels(None, label_weights={"26": 100})
+    with pytest.raises(InputError, match=r"contrast_labels has 23, 26, but keep_labels .* allowed are 1, 2: add them"):
+        check_labels([1, 2], label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})

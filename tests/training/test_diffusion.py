@@ -27,6 +27,7 @@ def batch(size: int = 3, grid: tuple[int, int, int] = (4, 6, 2)) -> dict[str, to
         "bottom_region_index_tensor": torch.rand(size, 4) + 1,
         "spacing_tensor": torch.rand(size, 3) + 1,
         "class_labels": torch.arange(1, size + 1),
+        "draw": torch.arange(size),
         "mask": torch.randint(1, 5, (size, 1, *(4 * n for n in grid))).float(),
     }
 
@@ -34,7 +35,7 @@ def batch(size: int = 3, grid: tuple[int, int, int] = (4, 6, 2)) -> dict[str, to
 @pytest.mark.parametrize("scheduler", [flow(), flow(use_timestep_transform=True, base_img_size_numel=4096)])
 def test_rectified_flow_interpolates_and_asks_for_the_velocity(scheduler):
     given = batch(64)
-    noisy, target, args, keywords = DiffusionBatch(scheduler, scale_factor=1.5)(given, CPU)
+    noisy, target, args, keywords = DiffusionBatch(scheduler, 1.5, seed=0)(given, CPU)
     data = 1.5 * given["latent"].numpy()
     noise = data - target.numpy()
     share = keywords["timesteps"].numpy().reshape(-1, 1, 1, 1, 1) / 1000
@@ -46,7 +47,7 @@ def test_rectified_flow_interpolates_and_asks_for_the_velocity(scheduler):
 def test_ddpm_adds_noise_by_its_schedule_and_asks_for_it():
     given = batch(64)
     scheduler = DDPMScheduler(num_train_timesteps=1000, **BETAS)
-    noisy, noise, _, keywords = DiffusionBatch(scheduler, scale_factor=0.5)(given, CPU)
+    noisy, noise, _, keywords = DiffusionBatch(scheduler, 0.5, seed=0)(given, CPU)
     timesteps = keywords["timesteps"].numpy()
     assert timesteps.dtype == np.int64 and 0 <= timesteps.min() < 200 and 800 < timesteps.max() < 1000
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
@@ -56,22 +57,69 @@ def test_ddpm_adds_noise_by_its_schedule_and_asks_for_it():
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
 
 
-def test_a_batch_follows_the_seed_and_leaves_its_input_alone():
-    given = batch()
+def test_a_sample_follows_the_seed_and_its_number_and_leaves_all_else_alone():
+    given = batch(4)
     before = {name: value.clone() for name, value in given.items()}
-    draws = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        draws.append(DiffusionBatch(flow(), 2.0)(given, CPU)[0])
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    state = torch.get_rng_state()
+    whole = DiffusionBatch(flow(), 2.0, seed=5)(given, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(given[name], before[name]) for name in before)
+    half = DiffusionBatch(flow(), 2.0, seed=5)({name: value[2:] for name, value in given.items()}, CPU)
+    assert torch.equal(half[0], whole[0][2:]) and torch.equal(half[3]["timesteps"], whole[3]["timesteps"][2:])
+    other = DiffusionBatch(flow(), 2.0, seed=6)(given, CPU)
+    renumbered = DiffusionBatch(flow(), 2.0, seed=5)({**given, "draw": given["draw"] + 1}, CPU)
+    assert not torch.equal(other[0], whole[0]) and not torch.equal(renumbered[0], whole[0])
+    noise = whole[1] - 2 * given["latent"]
+    assert noise.flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.3  # each sample has its own
+
+
+def test_logit_normal_timesteps_have_their_distribution():
+    """Esser et al. 2024, section 3.1: logit(t) is normal, so t has median 1/2 and quartiles 1 / (1 + exp(-+0.6745))."""
+    prepare = DiffusionBatch(flow(sample_method="logit-normal"), 1.0, seed=0)
+    share = prepare(batch(2000, (1, 1, 1)), CPU)[3]["timesteps"] / 1000
+    quartiles = np.quantile(share.numpy(), [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(quartiles, [0.3375, 0.5, 0.6625], atol=0.025)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weights_in_closed_form(kind):
+    """Hang et al. 2023: min(SNR, g) on the sample is min(SNR, g) / SNR on the noise, / (SNR + 1) on v."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=kind, **BETAS)
+    given = batch(64, (1, 2, 1))
+    _, target, _, keywords = DiffusionBatch(scheduler, 1.0, seed=0, min_snr_gamma=5)(given, CPU)
+    kept = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)[keywords["timesteps"].numpy()]
+    snr = kept / (1 - kept)
+    clipped = np.minimum(snr, 5)
+    assert (clipped < snr).any() and (clipped == snr).any()
+    expected = {"epsilon": clipped / snr, "sample": clipped, "v_prediction": clipped / (snr + 1)}[kind]
+    assert target.weight.shape == (64, 1, 1, 1, 1)
+    np.testing.assert_allclose(target.weight.flatten().numpy(), expected, rtol=1e-3)
+    if kind == "sample":
+        assert torch.equal(target.value, given["latent"])
+
+
+def test_min_snr_is_refused_for_rectified_flow():
+    with pytest.raises(InputError, match="min_snr_gamma is 5, but rectified flow .* logit-normal"):
+        DiffusionBatch(flow(), 1.0, seed=0, min_snr_gamma=5)
+
+
+def test_modalities_become_more_general_or_unknown():
+    given = batch(6, (1, 1, 1)) | {"class_labels": torch.tensor([1, 2, 3, 8, 9, 29])}
+    labels = DiffusionBatch(flow(), 1.0, seed=0, modality_coarsening=1)(given, CPU)[3]["class_labels"]
+    assert labels.tolist() == [1, 1, 1, 8, 8, 8] and labels.dtype == torch.int64
+    keywords = DiffusionBatch(flow(), 1.0, seed=0, modality_dropout=1)(given, CPU)[3]
+    assert not keywords["class_labels"].any() and torch.equal(keywords["spacing_tensor"], given["spacing_tensor"])
+    many = batch(1000, (1, 1, 1)) | {"class_labels": torch.full((1000,), 3)}
+    labels = DiffusionBatch(flow(), 1.0, seed=0, modality_coarsening=0.1, modality_dropout=0.1)(many, CPU)[3]
+    shares = labels["class_labels"].bincount(minlength=4) / 1000
+    np.testing.assert_allclose(shares, [0.1, 0.09, 0, 0.81], atol=0.04)
 
 
 def test_conditions_are_kept_dropped_or_dropped_together():
     given = batch(40)
-    kept = DiffusionBatch(flow(), 1.0, condition_dropout=0.0)(given, CPU)[3]
-    dropped = DiffusionBatch(flow(), 1.0, condition_dropout=1.0)(given, CPU)[3]
-    half = DiffusionBatch(flow(), 1.0, condition_dropout=0.5)(given, CPU)[3]
+    kept = DiffusionBatch(flow(), 1.0, seed=0, condition_dropout=0.0)(given, CPU)[3]
+    dropped = DiffusionBatch(flow(), 1.0, seed=0, condition_dropout=1.0)(given, CPU)[3]
+    half = DiffusionBatch(flow(), 1.0, seed=0, condition_dropout=0.5)(given, CPU)[3]
     rows = half["class_labels"] > 0
     assert 5 < int(rows.sum()) < 35
     for name in CONDITIONS:
@@ -82,22 +130,43 @@ def test_conditions_are_kept_dropped_or_dropped_together():
 
 def test_with_a_mask_the_noisy_latent_is_a_keyword():
     given = batch()
-    torch.manual_seed(1)
-    noisy, target, _, plain = DiffusionBatch(flow(), 1.0)(given, CPU)
-    torch.manual_seed(1)
-    mask, same_target, args, keywords = DiffusionBatch(flow(), 1.0, mask_key="mask")(given, CPU)
+    noisy, target, _, plain = DiffusionBatch(flow(), 1.0, seed=0)(given, CPU)
+    mask, same_target, args, keywords = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask")(given, CPU)
     assert torch.equal(mask, given["mask"]) and args == ()
     assert torch.equal(keywords["latent"], noisy) and torch.equal(same_target, target)
     assert set(keywords) == {*plain, "latent"}
 
 
+def test_masks_are_dropped_as_a_whole():
+    given = batch(40, (1, 1, 1))
+    mask = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask", mask_dropout=0.5)(given, CPU)[0]
+    kept = mask.flatten(1).any(1)
+    assert 5 < int(kept.sum()) < 35 and torch.equal(mask[kept], given["mask"][kept])
+
+
+def test_a_batch_with_a_contrast_label_is_doubled_with_the_label_replaced():
+    given = batch(2, (2, 2, 2))
+    given["mask"][:] = 1
+    given["mask"][0, 0, 5, 1, 2] = 26
+    prepare = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask", contrast_labels={"26": 1})
+    mask, target, _, keywords = prepare(given, CPU)
+    assert torch.equal(mask[:2], given["mask"]) and (mask[2:] == 1).all() and len(mask) == 4
+    assert all(torch.equal(value[:2], value[2:]) for value in keywords.values())
+    assert target.region.nonzero().tolist() == [[0, 0, 1, 0, 0]] and (target.weight == 1).all()
+    given["mask"][:] = 1
+    mask, target, _, _ = prepare(given, CPU)
+    assert len(mask) == 2 and isinstance(target, torch.Tensor)
+
+
 def test_label_weights_are_averaged_over_a_latent_voxel():
     given = batch(2, (2, 3, 2))
-    prepare = DiffusionBatch(flow(), 1.0, mask_key="mask", label_weights={"3": 100, 4: 0.5})  # JSON keys are text
-    target, weight = prepare(given, CPU)[1]
+    prepare = DiffusionBatch(
+        flow(), 1.0, seed=0, mask_key="mask", label_weights={"3": 100, 4: 0.5}
+    )  # JSON keys are text
+    target, weight, region = prepare(given, CPU)[1]
     voxels = np.select([given["mask"] == 3, given["mask"] == 4], [100.0, 0.5], 1.0)
     expected = voxels.reshape(2, 1, 2, 4, 3, 4, 2, 4).mean(axis=(3, 5, 7))
-    assert target.shape == given["latent"].shape
+    assert target.shape == given["latent"].shape and region is None
     np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5)
 
 

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.latents import find_latents
+from maisi_tools.training.latents import encoder_fingerprint, find_latents, latents_to_encode
+
+
+def add(folder: Path, *stems: str, **sidecar) -> None:
+    for stem in stems:
+        (folder / f"{stem}_latent.nii.gz").touch()
+        (folder / f"{stem}_latent.json").write_text(json.dumps(sidecar))
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    for stem in ("pt_10_ct", "pt_1_ct", "pt_1_ct_flip", "pt_2", "pt_1"):
-        (tmp_path / f"{stem}_latent.nii.gz").touch()
-        (tmp_path / f"{stem}_latent.json").touch()
+    add(tmp_path, "pt_10_ct", "pt_1_ct", "pt_1_ct_flip", "pt_2", "pt_1")
     (tmp_path / "pt_1_ct.nii.gz").touch()
     return tmp_path
 
@@ -29,6 +35,7 @@ def test_a_case_is_kept_out_with_all_its_latents_and_no_other(cache):
 
 
 def test_without_kept_out_cases_all_are_trained_on(cache):
+    (cache / ".123-pt_3_latent.nii.gz").touch()  # what a killed process was writing
     lists = find_latents(str(cache))
     assert len(lists["training"]) == 5 and lists["validation"] == []
 
@@ -45,6 +52,23 @@ def test_only_latents_with_a_mask_serve_the_controlnet(cache, tmp_path):
         find_latents(cache, (), masks, mask_suffix="_seg.nii.gz")
 
 
+def test_a_view_takes_its_own_mask_or_its_cases(tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    add(tmp_path, "pt_1_ct", view="")
+    add(tmp_path, "pt_1_ct_flip", view="flip")
+    add(tmp_path, "pt_1_ct_fine", view="fine")
+    add(tmp_path, "pt_1_ct_2", view="")  # another case, whose name begins alike
+    for stem in ("pt_1_ct", "pt_1_ct_fine"):
+        (masks / f"{stem}_mask.nii.gz").touch()
+    found = find_latents(tmp_path, masks_dir=masks)["training"]
+    assert {stem: Path(item["mask"]).name for stem, item in zip(stems(found), found, strict=True)} == {
+        "pt_1_ct": "pt_1_ct_mask.nii.gz",
+        "pt_1_ct_flip": "pt_1_ct_mask.nii.gz",
+        "pt_1_ct_fine": "pt_1_ct_fine_mask.nii.gz",
+    }
+
+
 def test_an_empty_or_missing_folder_says_how_to_fill_it(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=r"configs/encode\.json of the maisi_vae bundle"):
@@ -52,7 +76,7 @@ def test_an_empty_or_missing_folder_says_how_to_fill_it(tmp_path):
 
 
 def test_misspelt_held_out_name_is_refused(tmp_path):
-    (tmp_path / "pt_50_ct_latent.nii.gz").touch()
+    add(tmp_path, "pt_50_ct")
     with pytest.raises(InputError, match="pt_5O have no latent"):
         find_latents(tmp_path, ["pt_5O"])
     with pytest.raises(InputError, match="held_out is 'pt_50'"):
@@ -60,9 +84,98 @@ def test_misspelt_held_out_name_is_refused(tmp_path):
 
 
 def test_held_out_names_from_a_file(tmp_path):
-    for name in ("pt_50", "pt_5"):
-        (tmp_path / f"{name}_ct_latent.nii.gz").touch()
+    add(tmp_path, "pt_50_ct", "pt_5_ct")
     (tmp_path / "held_out.json").write_text('{"held_out": ["pt_5"]}')
     lists = find_latents(tmp_path, str(tmp_path / "held_out.json"))
     assert [Path(item["latent"]).name for item in lists["validation"]] == ["pt_5_ct_latent.nii.gz"]
     assert len(lists["training"]) == 1
+
+
+def test_sigma_is_found_where_the_latent_was_made_with_it(tmp_path):
+    add(tmp_path, "a", settings='{"sigma": true}')
+    add(tmp_path, "b", settings='{"sigma": false}')
+    found = find_latents(tmp_path)["training"]
+    assert [item.get("sigma") for item in found] == [str(tmp_path / "a_sigma.nii.gz"), None]
+
+
+def test_a_latent_without_a_sidecar_is_refused(cache):
+    (cache / "pt_2_latent.json").unlink()
+    with pytest.raises(InputError, match=r"pt_2_latent\.nii\.gz has no sidecar"):
+        find_latents(cache)
+
+
+def test_latents_of_different_autoencoders_are_refused(tmp_path):
+    add(tmp_path, "a", "b", autoencoder="11")
+    add(tmp_path, "c", autoencoder="22")
+    with pytest.raises(InputError, match=r"2 of 11 \(a\), 1 of 22 \(c\); allowed is one: encode them again"):
+        find_latents(tmp_path)
+    add(tmp_path, "c")  # made before latents said where they come from
+    with pytest.raises(InputError, match=r"1 of unknown weights \(c\)"):
+        find_latents(tmp_path)
+
+
+def test_latents_are_checked_against_the_autoencoder(tmp_path, tiny_autoencoder):
+    add(tmp_path, "a", autoencoder=encoder_fingerprint(tiny_autoencoder))
+    torch.save({"model": tiny_autoencoder.state_dict()}, tmp_path / "vae.pt")
+    assert stems(find_latents(tmp_path, autoencoder=tmp_path / "vae.pt")["training"]) == ["a"]
+    with torch.no_grad():
+        next(tiny_autoencoder.encoder.parameters()).add_(0.1)
+    torch.save({"model": tiny_autoencoder.state_dict()}, tmp_path / "vae.pt")
+    with pytest.raises(InputError, match=r"not from .*vae\.pt .*; encode them again"):
+        find_latents(tmp_path, autoencoder=tmp_path / "vae.pt")
+
+
+def test_the_encoder_alone_counts(tiny_autoencoder, tmp_path):
+    before = encoder_fingerprint(tiny_autoencoder)
+    with torch.no_grad():
+        for name, value in tiny_autoencoder.named_parameters():
+            if name.startswith(("decoder", "post_quant")):
+                value.add_(0.1)
+    assert encoder_fingerprint(tiny_autoencoder) == before
+    with torch.no_grad():
+        tiny_autoencoder.quant_conv_mu.conv.bias.add_(0.1)
+    assert encoder_fingerprint(tiny_autoencoder.state_dict()) != before
+    torch.save({"other.weight": torch.zeros(2)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="holds no encoder"):
+        encoder_fingerprint(tmp_path / "x.pt")
+
+
+@pytest.fixture
+def volumes(tmp_path) -> list[dict]:
+    for name in "abc":
+        (tmp_path / f"{name}_ct.nii.gz").write_text(name)
+    return [{"image": str(tmp_path / f"{name}_ct.nii.gz"), "region": ["head"]} for name in "abc"]
+
+
+def jobs(volumes, tmp_path, tiny_autoencoder, **changes) -> list[dict]:
+    given = {"views": [{}, {"name": "flip", "flip": True}], "settings": {"multiple": 4}, "modality": "ct", **changes}
+    return latents_to_encode(volumes, tmp_path / "out", tiny_autoencoder, **given)
+
+
+def test_ranks_share_the_views_of_all_cases(volumes, tmp_path, tiny_autoencoder):
+    everything = jobs(volumes, tmp_path, tiny_autoencoder)
+    assert [job["stem"] for job in everything] == [f"{name}_ct{view}" for name in "abc" for view in ("", "_flip")]
+    shares = [jobs(volumes, tmp_path, tiny_autoencoder, rank=rank, ranks=4) for rank in range(4)]
+    assert sorted(job["stem"] for share in shares for job in share) == sorted(job["stem"] for job in everything)
+    assert [len(share) for share in shares] == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0), ("0", 1)])
+def test_ranks_that_are_none_are_refused(volumes, tmp_path, tiny_autoencoder, rank, ranks):
+    with pytest.raises(InputError, match="0 <= rank < ranks"):
+        jobs(volumes, tmp_path, tiny_autoencoder, rank=rank, ranks=ranks)
+
+
+def test_an_item_has_its_own_modality_but_is_a_ct(volumes, tmp_path, tiny_autoencoder):
+    volumes[1]["modality"] = "ct_contrast"
+    everything = jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
+    assert [job["modality"] for job in everything] == ["ct", "ct_contrast", "ct"]
+    volumes[1]["modality"] = "mri"
+    with pytest.raises(InputError, match=r"b_ct\.nii\.gz has the modality 'mri'"):
+        jobs(volumes, tmp_path, tiny_autoencoder)
+
+
+def test_two_latents_of_one_name_are_refused(volumes, tmp_path, tiny_autoencoder):
+    volumes.append({"image": str(tmp_path / "a_ct_flip.nii.gz")})
+    with pytest.raises(InputError, match=r"would both be a_ct_flip_latent\.nii\.gz"):
+        jobs(volumes, tmp_path, tiny_autoencoder)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from maisi_tools.training.losses import AutoencoderLoss, WeightedVelocityLoss
+from maisi_tools.errors import InputError
+from maisi_tools.training.diffusion import Target
+from maisi_tools.training.losses import AutoencoderLoss, RegionContrastiveLoss, WeightedVelocityLoss
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1e-7, 0.5])
@@ -43,17 +45,94 @@ def test_half_precision_is_summed_in_single():
         assert AutoencoderLoss(1.0)(prediction, image).item() == pytest.approx(4 * 32**3 * 450, rel=1e-5)
 
 
+class Judge:
+    """An adversary that says a number."""
+
+    def __init__(self, active):
+        self.active = active
+
+    def generator_loss(self, reconstruction):
+        return (reconstruction**2).sum()
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_all_terms_are_weighted_and_reported_by_name(active):
+    image, reconstruction, mean = torch.rand(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    loss = AutoencoderLoss(
+        1e-3, perceptual=torch.nn.MSELoss(), perceptual_weight=0.3, adversary=Judge(active), adversarial_weight=0.1
+    )
+    total = loss((reconstruction, mean, torch.ones_like(mean)), image).item()
+    x, y = image.double().numpy(), reconstruction.double().numpy()
+    expected = {"l1": np.abs(x - y).mean(), "kl": 0.5 * (mean.double() ** 2).sum().item()}
+    expected["perceptual"] = ((x - y) ** 2).mean()
+    weights = {"l1": 1, "kl": 1e-3, "perceptual": 0.3, "adversarial": 0.1}
+    if active:
+        expected["adversarial"] = (y**2).sum()
+    assert total == pytest.approx(sum(weights[name] * value for name, value in expected.items()), rel=1e-5)
+    expected["scale_factor"] = 1 / mean.double().numpy().std(ddof=1)
+    assert {name: value.item() for name, value in loss.terms.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_weight_of_zero_does_not_ask():
+    image, mean = torch.rand(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)
+    loss = AutoencoderLoss(1e-7, perceptual=None, perceptual_weight=0.0, adversary=Judge(True), adversarial_weight=0.0)
+    loss((image, mean, torch.ones_like(mean)), image)
+    assert loss.terms.keys() == {"l1", "kl", "scale_factor"}
+
+
+def test_l1_by_ranges_of_intensity():
+    """Each image by hand: weight 6 up to 0.3, 3 from 0.25 up to 0.28 (the later range counts), 1 above."""
+    image = torch.tensor([[0.0, 0.26, 0.3, 0.9], [0.5, 0.6, 0.7, 0.8]]).reshape(2, 1, 1, 1, 4)
+    reconstruction = image + torch.tensor([0.1, -0.2, 0.3, 0.4])
+    zeros = torch.zeros(2, 4, 1, 1, 1)
+    loss = AutoencoderLoss(0.0, intensity_weights=[[0.0, 0.3, 6.0], [0.25, 0.28, 3.0]])
+    first = (6 * 0.1 + 3 * 0.2 + 6 * 0.3 + 0.4) / (6 + 3 + 6 + 1)
+    assert loss((reconstruction, zeros, zeros), image).item() == pytest.approx((first + 0.25) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("ranges", [[[0.0, 0.3]], [[0.3, 0.0, 2.0]], [[0.0, 0.3, 0.0]], [["0", 0.3, 2.0]], 6.0])
+def test_wrong_ranges_are_refused(ranges):
+    with pytest.raises(InputError, match="intensity_weights"):
+        AutoencoderLoss(0.0, intensity_weights=ranges)
+
+
 def test_velocity_loss_weights_voxels():
     prediction, target = torch.randn(2, 4, 3, 2, 5), torch.randn(2, 4, 3, 2, 5)
     weight = torch.rand(2, 1, 3, 2, 5) * 100
     expected = (np.abs(prediction.numpy().astype(float) - target.numpy()) * weight.numpy()).mean()
-    assert WeightedVelocityLoss()(prediction, (target, weight)).item() == pytest.approx(expected, rel=1e-5)
+    assert WeightedVelocityLoss()(prediction, Target(target, weight)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_velocity_loss_without_weights_is_l1():
     prediction, target = torch.randn(2, 4, 3, 2, 5).bfloat16(), torch.randn(2, 4, 3, 2, 5)
     expected = torch.nn.functional.l1_loss(prediction.float(), target)
-    for wanted in (target, (target, torch.ones(2, 1, 3, 2, 5))):
+    for wanted in (target, Target(target, torch.ones(2, 1, 3, 2, 5))):
         loss = WeightedVelocityLoss()(prediction, wanted)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(("inside", "expected"), [(0.5, 0.25 - 0.5), (3.0, 0.25 - 2.0)])
+def test_contrast_by_hand(inside, expected):
+    """Sample 0 differs by `inside` in one voxel, by 9 next to it, by 0.25 further out; sample 1 has no region."""
+    value = torch.zeros(2, 4, 1, 1, 6)
+    region = torch.zeros(2, 1, 1, 1, 6)
+    region[0, 0, 0, 0, 0] = 1
+    other = value.clone()
+    other[0] = torch.tensor([inside, 9, 0.25, -0.25, 0.25, -0.25])
+    prediction = torch.cat([value, other]).requires_grad_()
+    loss = RegionContrastiveLoss(contrast_weight=0.01, limit=2)
+    target = Target(value + 1, torch.ones(2, 1, 1, 1, 1), region)
+    result = loss(prediction, target)
+    assert loss.terms["l1"].item() == 1 and loss.terms["contrast"].item() == pytest.approx(expected / 2)
+    assert result.item() == pytest.approx(1 + 0.01 * expected / 2)
+    result.backward()
+    gradient = prediction.grad[2, 0, 0, 0]  # of the sample whose label was replaced
+    assert (gradient[0] < 0) == (inside < 2) and gradient[1] == 0 and gradient[2] > 0
+
+
+def test_contrast_without_a_region_is_the_l1():
+    prediction, target = torch.randn(2, 4, 1, 2, 3), torch.randn(2, 4, 1, 2, 3)
+    loss = RegionContrastiveLoss(contrast_weight=0.01, limit=2)
+    assert loss(prediction, target) == torch.nn.functional.l1_loss(prediction, target)
+    assert loss.terms["contrast"] == 0

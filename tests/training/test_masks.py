@@ -65,6 +65,44 @@ def test_masks_that_are_there_are_not_made_again(cases, tmp_path):
     assert (paths[1].read_bytes(), paths[1].stat().st_mtime_ns) == before
 
 
+@pytest.mark.parametrize("change", ["ct", "label", "label_map", "spacing"])
+def test_what_a_mask_was_made_from_decides_whether_it_is_made_again(cases, tmp_path, change):
+    out, label_map, spacing = tmp_path / "out", tmp_path / "map.json", None
+    paths = complete_masks(cases, out, label_map)
+    before = [path.stat().st_mtime_ns for path in paths]
+    if change in ("ct", "label"):
+        path = Path(cases[0]["image" if change == "ct" else "label"])
+        image = nib.load(path)
+        array = np.asarray(image.dataobj).copy()
+        array[14, 14, 7] = 50 if change == "ct" else 0
+        nib.save(nib.Nifti1Image(array, image.affine), path)
+    elif change == "label_map":
+        label_map.write_text(json.dumps({"7": "spleen"}))
+    else:
+        spacing = [6, 6, 4]
+    complete_masks(cases, out, label_map, spacing)
+    changed = [path.stat().st_mtime_ns != old for path, old in zip(paths, before, strict=True)]
+    assert changed == [True, change == "spacing"]  # the second case has no label
+
+
+def test_a_worker_process_writes_what_this_one_does(cases, tmp_path):
+    one = complete_masks(cases, tmp_path / "one", tmp_path / "map.json")
+    two = complete_masks(cases, tmp_path / "two", tmp_path / "map.json", workers=1)
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    assert (tmp_path / "one" / "cases.json").read_bytes() == (tmp_path / "two" / "cases.json").read_bytes()
+
+
+def test_a_given_region_holds_and_names_are_unique(cases, tmp_path):
+    cases[1]["region"] = ["lower"]
+    complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+    assert [case["region"] for case in json.loads((tmp_path / "out" / "cases.json").read_text())] == [
+        ["head", "abdomen"],
+        ["lower"],
+    ]
+    with pytest.raises(InputError, match="several CTs have the name p1_ct"):
+        complete_masks([cases[0], {"image": "elsewhere/p1_ct.nii"}], tmp_path / "out", tmp_path / "map.json")
+
+
 def test_cases_are_listed_with_their_regions(cases, tmp_path):
     """What encode.json reads: p1 has a liver and bone, p2 bone alone ("skull" stands for all bone)."""
     complete_masks(cases, tmp_path, tmp_path / "map.json")
@@ -81,7 +119,7 @@ def test_a_run_that_stopped_goes_on(cases, tmp_path):
     order = cases[::-1]
     with pytest.raises(InputError, match="p1_seg"):
         complete_masks(order, tmp_path / "out", tmp_path / "map.json")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["p2_ct_mask.nii.gz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["p2_ct_mask.json", "p2_ct_mask.nii.gz"]
     bad.write_bytes(good)
     assert all(path.is_file() for path in complete_masks(order, tmp_path / "out", tmp_path / "map.json"))
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from maisi_tools.training.patches import RandSpacingPatchd
+from maisi_tools.errors import InputError
+from maisi_tools.training.patches import RandSpacingPatchd, check_patches
 
 
 def ramp(size=(40, 36, 30), spacing=(3.0, 2.0, 2.5), origin=(-50.0, 7.0, 11.0)):
@@ -67,3 +68,42 @@ def test_a_volume_of_air_ends_and_the_same_seed_draws_the_same():
     for _ in range(4):
         first, second = one(data)["image"], two(data)["image"]
         assert first.shape == second.shape and not first.any() and torch.equal(first.affine, second.affine)
+
+
+def test_a_turned_patch_shows_the_place_its_affine_names():
+    """A linear image is known everywhere, so every voxel tells whether it was taken from where the affine says."""
+    angles, inside = [], 0
+    for patch in patches(rotation=10.0):
+        axes = patch.affine[:3, :3] / patch.pixdim
+        torch.testing.assert_close(axes.T @ axes, torch.eye(3, dtype=axes.dtype))
+        angles.append(np.degrees(np.arccos((np.trace(axes.numpy()) - 1) / 2)))
+        grid = torch.stack(torch.meshgrid(*map(torch.arange, patch.shape[1:]), indexing="ij"), -1).double()
+        place = grid @ patch.affine[:3, :3].T + patch.affine[:3, 3]
+        voxel = (place - torch.tensor([-50.0, 7.0, 11.0])) / torch.tensor([3.0, 2.0, 2.5])
+        known = ((voxel >= 0) & (voxel <= torch.tensor([39, 35, 29]))).all(-1)
+        wanted = (place @ torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) / 100 + 10
+        inside += int(known.sum())
+        assert (patch[0].as_tensor().double() - wanted)[known].abs().max() < 1e-3
+    assert inside > 10000
+    assert 5 < max(angles) < 10 * 3**0.5 + 0.1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "batch", "match"),
+    [
+        ([16, 32, 32], [64, 64, 64], 1, "at least 24"),
+        ([32, 32, 34], [64, 64, 64], 1, "multiples of 4"),
+        ([32, 32], [64, 64, 64], 1, "three multiples"),
+        (32, [64, 64, 64], 1, "min_patch_size is 32; allowed are three multiples"),
+        ([64, 32, 32], [48, 64, 64], 1, "larger than max_patch_size"),
+        ([32, 32, 32], [64, 64, 64], 2, "accumulation_steps"),
+    ],
+)
+def test_patch_sizes_that_cannot_be_used_are_refused(low, high, batch, match):
+    with pytest.raises(InputError, match=match):
+        check_patches(low, high, multiple=4, smallest=24, batch_size=batch)
+
+
+def test_usable_patch_sizes_pass():
+    check_patches([24, 24, 24], [64, 64, 64], multiple=4, smallest=24, batch_size=1)
+    check_patches([48, 48, 32], [48, 48, 32], multiple=4, smallest=24, batch_size=4)

@@ -20,6 +20,7 @@ from bounds import check
 from maisi_tools.networks import Autoencoder
 from maisi_tools.tsp.errors import MemoryLimitError, TSPError
 from maisi_tools.tsp.execute import Execution
+from maisi_tools.tsp.heap import SlabPool
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.moments import BLOCK, moments
 from maisi_tools.tsp.run import LIBRARY_BYTES, Call, Settings, parse_bytes, run_in_slabs
@@ -305,21 +306,84 @@ def test_moments_of_blocks_are_those_of_the_slab(monkeypatch, channels_last):
         assert torch.allclose(found.m2, exact.var(-1, correction=0) * found.count, rtol=1e-6)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library's heap is left as it is")
-def test_memory_of_slabs_goes_back_to_the_system():
-    """In a process of its own: blocks freed between blocks that stay leave no holes."""
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_slab_gets_a_mapping_that_nothing_else_uses(channels_last):
+    pool = SlabPool()
+    slab = torch.randn(1, 4, 33, 64, 64, generator=torch.Generator().manual_seed(0))
+    if channels_last:
+        slab = slab.to(torch.bfloat16, memory_format=torch.channels_last_3d)
+    first = pool.store(slab)
+    assert torch.equal(first, slab) and first.stride() == slab.stride() and first.data_ptr() != slab.data_ptr()
+    place, view, seen = first.data_ptr(), first[:, 1:2], slab[:, 1:2].clone()
+    del first
+    second = pool.store(slab + 1)  # the view still holds the first one's
+    assert torch.equal(view, seen) and torch.equal(second, slab + 1)
+    del view
+    third = pool.store(slab[:, :, 1:])  # one row less, and a part of a larger tensor
+    assert third.data_ptr() == place and torch.equal(third, slab[:, :, 1:]) and torch.equal(second, slab + 1)
+    assert third.untyped_storage().nbytes() == third.nbytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries' heaps are left as they are")
+def test_under_a_limit_temporaries_leave_no_holes():
+    """In a process of its own: blocks freed between blocks that stay go back to the system."""
     program = """
 import torch
-from maisi_tools.tsp.heap import map_slabs
+from maisi_tools.tsp.heap import set_heap
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-assert map_slabs() and map_slabs()
-for count in (2**21, 2**22):  # glibc's own threshold would grow with what is freed
-    torch.ones(count)
-blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
-before = held()
-del blocks[::2]
-print(before - held())
+def given_back():
+    blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+    before = held()
+    del blocks[::2]
+    return before - held()
+set_heap(lean=True)
+lean = given_back()
+set_heap(lean=False)
+print(lean, given_back())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(found.stdout) > 0.9 * 32 * 4 * 2**20
+    lean, fast = map(int, found.stdout.split())
+    assert lean > 0.9 * 32 * 4 * 2**20 and fast < 0.1 * 32 * 4 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_mappings_not_in_use_are_given_back_before_others_are_made():
+    """In a process of its own, for other things than slabs come and go in this one."""
+    program = """
+import torch
+from maisi_tools.tsp.heap import SlabPool
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+pool, large, small = SlabPool(), torch.ones(2**20), torch.ones(2**19)  # 4 MiB and 2 MiB
+pool.store(large)
+before = held()
+slabs = [pool.store(large) for _ in range(32)]
+most = held()
+del slabs
+slabs = [pool.store(small) for _ in range(64)]
+again = held()
+pool.close()
+del slabs
+print(most - before, again - before, held() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    most, again, rest = map(int, found.stdout.split())
+    whole = 31 * 4 * 2**20
+    assert 0.9 * whole < most < 1.1 * whole and 0.9 * whole < again < 1.1 * whole and rest < 0.1 * whole
+
+
+def test_under_a_limit_what_is_cheap_to_compute_from_the_input_is_computed_again(autoencoder):
+    """The encoder's first convolution, at the image's full size."""
+    image = torch.rand(1, 1, 24, 24, 32)
+    whole = autoencoder.encode(image)[0]
+
+    def kept(plan):
+        return [target.shape for done in plan.passes if done.keep for target in done.targets]
+
+    free = TSPInferer(memory_limit=2**40).plan(image, autoencoder.encode)
+    inferer = TSPInferer(memory_limit=free.base + (free.peak - free.base) * 3 // 4)
+    assert (inferer(image, autoencoder.encode)[0] - whole).abs().max() < 2e-5
+    leaner = inferer.report.plan
+    assert len(kept(leaner)) == len(kept(free)) - 1 and kept(leaner) == kept(free)[1:]
+    assert free.flop < leaner.flop < 1.1 * free.flop

@@ -103,9 +103,7 @@ def preview(volume: str, mask: str | None = None, output: str = "preview.png", w
     """
     from maisi_tools.report.preview import preview as draw
 
-    if not isinstance(window, (tuple, list)) or not all(isinstance(value, (int, float)) for value in window):
-        raise InputError(f"window {window!r} is not usable; give two values in HU, such as --window=-160,240.")
-    print(draw(str(volume), None if mask is None else str(mask), str(output), window))
+    print(draw(str(volume), None if mask is None else str(mask), str(output), _window(window)))
 
 
 def weights(bundle: str, bundles: str | None = None) -> None:
@@ -177,47 +175,75 @@ def plan(
         )
 
 
-def datalist(*folders: str, output: str = "datalist.json", held_out: Any = None) -> None:
-    """List the CT volumes below folders as a MONAI datalist, with patients held out of training.
+def prepare(
+    *datasets: str,
+    output: str = "datalist.json",
+    label_map: str = "maisi",
+    validation: float | None = None,
+    held_out: Any = None,
+    patient_pattern: str | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Check data sets, report what they hold, and write the MONAI datalist that training reads.
+
+    Every file is read. What cannot be used is listed with the reason and left out. The report goes beside the
+    datalist, too, as NAME_report.json.
 
     Args:
-        folders: searched for NAME_ct.nii.gz with NAME_seg.nii.gz beside it.
-        output: the JSON file to write.
-        held_out: names to hold out, as NAME,NAME or as a JSON file (a list, or one under "held_out").
+        datasets: folders with NAME_ct and NAME_seg (or any volumes), MONAI datalists, dataset.json of nnU-Net or MSD.
+        output: the JSON file to write; its "held_out" is what --held_out of the other stages takes.
+        label_map: how the masks' labels are to be read: a name such as totalsegmentator, or a JSON file.
+        validation: share of the patients to hold out of training, such as 0.1.
+        held_out: names to hold out instead, as NAME,NAME or as a JSON file (a list, or one under "held_out").
+        patient_pattern: regular expression that finds the patient in a name, such as "^(.*)_scan"; by default every
+            name is a patient.
+        seed: of the choice by --validation.
+        workers: processes that read.
     """
-    if not folders:
-        raise InputError("no folder was given; name at least one: maisi datalist FOLDER [FOLDER ...] -o datalist.json.")
+    if not datasets:
+        raise InputError("no data set was given; name at least one: maisi prepare FOLDER [FOLDER ...] -o datalist.json")
+    if not str(output).endswith(".json"):
+        raise InputError(f"output {output} is no .json file; give a name such as datalist.json.")
+    _check_seed(seed)
     names = _names(held_out)
 
-    from maisi_tools.training.datalist import make_datalist
+    from maisi_tools.training import prepare as steps
 
-    items = {item["image"]: item for folder in folders for item in make_datalist(str(folder))["training"]}
-    if unknown := sorted(names - {item["name"] for item in items.values()}):
-        raise InputError(
-            f"held-out cases {', '.join(unknown)} are in none of {', '.join(map(str, folders))}; a case is named by "
-            "its file without _ct.nii.gz."
-        )
-    lists: dict[str, list[dict]] = {"training": [], "validation": []}
-    for item in items.values():
-        lists["validation" if item["name"] in names else "training"].append(item)
-    with replacing(str(output)) as part:
-        part.write_text(json.dumps(lists, indent=1) + "\n")
-    print(f"{output}: {len(lists['training'])} to train on, {len(lists['validation'])} held out")
+    findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
+    placed = steps.split([finding.case for finding in findings], validation, names, patient_pattern, seed)
+    report = steps.describe(findings, placed, str(label_map), label_names)
+    path = Path(str(output))
+    _write_json(path.with_name(f"{path.stem}_report.json"), report)
+    print(steps.as_text(report))
+    if not report["usable"]:
+        raise InputError(f"none of the {report['volumes']} volumes can be used; correct what is listed as refused.")
+    lists = steps.make_datalist(findings, placed)
+    _write_json(path, lists)
+    print(
+        f"{path}: {len(lists['training'])} volumes of {report['patients']['training']} patients to train on, "
+        f"{len(lists['validation'])} of {report['patients']['validation']} held out"
+    )
 
 
 def complete_masks(
-    datalist: str, output_dir: str, label_map: str = "maisi", spacing: Sequence[float] | None = None
+    datalist: str,
+    output_dir: str,
+    label_map: str = "maisi",
+    spacing: Sequence[float] | None = None,
+    workers: int = 0,
 ) -> None:
     """Write the masks that maisi_controlnet trains on: a data set's own labels, completed from its CTs.
 
-    Body, airway, lung and bone that the labels leave open are added by intensity. What is there already is kept, so an
-    interrupted run goes on where it stopped.
+    Body, airway, lung and bone that the labels leave open are added by intensity. What is there and up to date is kept,
+    so an interrupted run goes on where it stopped.
 
     Args:
-        datalist: JSON file as `maisi datalist` writes it.
+        datalist: JSON file as `maisi prepare` writes it.
         output_dir: folder for one NAME_ct_mask.nii.gz a case.
-        label_map: maisi, totalsegmentator, openkbp or a JSON file: how the labels are to be read.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
         spacing: mm along x, y, z to resample the CTs to first, such as "[2.0,2.0,2.5]": what their latents have.
+        workers: processes that work beside one another.
     """
     from maisi_tools.training.datalist import read_datalist
     from maisi_tools.training.masks import complete_masks as complete
@@ -225,7 +251,7 @@ def complete_masks(
     items = [
         item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)
     ]
-    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing))} masks")
+    print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing, workers))} masks")
 
 
 def dicom_read(
@@ -333,7 +359,194 @@ def dicom_write(
     print(f"{output}: {len(files)} files")
 
 
-COMMANDS = (demo, phantom, preview, plan, weights, datalist, complete_masks, dicom_read, dicom_write)
+def compare(
+    datalist: str,
+    masks_dir: str,
+    output_dir: str = "comparison",
+    cases: int = 4,
+    section: str = "validation",
+    reconstructed: str | None = None,
+    generated: str | None = None,
+    seed: int = 0,
+    window: Any = (-160, 240),
+    bundles: str | None = None,
+) -> None:
+    """Make a page: real CT, its reconstruction, and a CT generated from the same mask, for kept-out patients.
+
+    The page and the CTs show patients: keep them out of any repository (git ignores `comparison/`).
+
+    Args:
+        datalist: JSON file as `maisi prepare` writes it.
+        masks_dir: the masks of its CTs, as `maisi complete_masks` writes them.
+        output_dir: folder for comparison.html, and for the CTs that are computed.
+        cases: how many of the section to show, from its beginning; 0 for all.
+        section: of the datalist.
+        reconstructed: folder with NAME_recon.nii.gz from maisi_vae; by default they are computed.
+        generated: folder with NAME_mask_ct.nii.gz from maisi_controlnet; by default they are computed.
+        seed: of the generated CTs.
+        window: HU shown as black and as white, for example -160,240.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    _check_seed(seed)
+    if not isinstance(cases, int) or cases < 0:
+        raise InputError(f"cases {cases!r} is not usable; give how many to show, 0 for all.")
+    window = _window(window)
+
+    from maisi_tools.metrics.conditioning import pair_masks
+    from maisi_tools.report.comparison import Comparison, write_comparison
+    from maisi_tools.training.datalist import read_datalist
+    from maisi_tools.volumes.inputs import check_output_dir, stem_of
+
+    listed = read_datalist(str(datalist), str(section))
+    items = pair_masks(listed[: cases or None], str(masks_dir))
+    output = check_output_dir(str(output_dir))
+    folders = {"maisi_vae": reconstructed, CONTROLNET: generated}
+    for given in (reconstructed, generated):
+        if given is not None and not Path(str(given)).is_dir():
+            raise InputError(f"folder {given} does not exist; give the one with the CTs, or none.")
+    for name, key in (("maisi_vae", "ct"), (CONTROLNET, "image")):
+        if folders[name] is None:
+            from monai.bundle import run
+
+            bundle = _bundle(name, bundles)
+            folders[name] = str(output / name)
+            options: dict[str, Any] = {
+                "config_file": str(bundle / "configs" / "inference.json"),
+                "meta_file": str(bundle / "configs" / "metadata.json"),
+                "logging_file": str(bundle / "configs" / "logging.conf"),
+                "bundle_root": str(bundle),
+                "input": [item[key] for item in items],
+                "output_dir": folders[name],
+            }
+            if name == CONTROLNET:
+                options["seed"] = seed
+            run(**options)
+    pages = []
+    for item in items:
+        ct, mask = Path(item["ct"]), Path(item["image"])
+        volumes = {
+            "real": ct,
+            "reconstruction": Path(str(folders["maisi_vae"])) / f"{stem_of(ct)}_recon.nii.gz",
+            "generated": Path(str(folders[CONTROLNET])) / f"{stem_of(mask)}_ct.nii.gz",
+        }
+        pages.append(Comparison(stem_of(ct), volumes, mask))
+    title = "Real CT, its reconstruction, and a CT generated from the same mask"
+    print(write_comparison(pages, output / "comparison.html", title, window))
+
+
+def edit(
+    mask: str,
+    output: str,
+    label_map: str = "maisi",
+    remove: Any = (),
+    resize: Any = None,
+    insert: Any = None,
+    augment: Any = None,
+    shift: float = 0.0,
+    elastic: float = 0.0,
+    flip: bool = False,
+    spacing: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    keep: Any = (),
+    seed: int = 0,
+) -> None:
+    """Edit a mask, in the order of the options, and write it in MAISI's vocabulary.
+
+    Args:
+        mask: a mask file, or a folder of one file a class.
+        output: the NIfTI file to write.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
+        remove: lesions, for example "hepatic tumor,lung tumor".
+        resize: organ -> factor of its volume, for example "{liver: 1.2}".
+        insert: lesion -> its diameter in mm, for example "{hepatic tumor: 25}".
+        augment: lesion -> factor of its diameter, for example "{hepatic tumor: 1.1}".
+        shift: mm by which augmented lesions are moved.
+        elastic: mm by which augmented lesions are deformed.
+        flip: exchange left and right.
+        spacing: mm along x, y, z of a new grid, for example 2,2,2.5.
+        size: voxels along x, y, z of a new grid.
+        keep: organs that must survive on the new grid, for example liver,spleen; it is laid about them.
+        seed: of all that is drawn; the same seed gives the same file.
+    """
+    _check_seed(seed)
+    new_spacing = None if spacing is None else _triple("spacing", spacing, float)
+    new_size = None if size is None else _triple("size", size, int)
+    factors, diameters, zooms = _amounts("resize", resize), _amounts("insert", insert), _amounts("augment", augment)
+
+    from maisi_tools.masks.edits import edit_file
+    from maisi_tools.masks.label_maps import read_label_map
+
+    changes = edit_file(
+        str(mask),
+        str(output),
+        read_label_map(str(label_map)),
+        remove=_listed(remove),
+        resize=factors,
+        insert=diameters,
+        augment=zooms,
+        shift_mm=shift,
+        elastic_mm=elastic,
+        flip=bool(flip),
+        spacing=new_spacing,
+        size=new_size,
+        organs=_listed(keep),
+        seed=seed,
+    )
+    for name, (before, after) in changes.items():
+        print(f"{name:<36}{before:>10.1f} ml -> {after:>8.1f} ml")
+    print(output)
+
+
+def index(folder: str, label_map: str = "maisi") -> None:
+    """Look through a folder of masks once, for `maisi find`; a second run reads only what is new or has changed.
+
+    Args:
+        folder: the library; the index is written into it.
+        label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
+    """
+    from maisi_tools.masks.label_maps import read_label_map
+    from maisi_tools.masks.library import index_library
+
+    report = index_library(str(folder), read_label_map(str(label_map)))
+    for name, reason in report.skipped.items():
+        print(f"skipped {name}: {reason}")
+    print(f"{folder}: {report.total} masks, {report.new} read, {report.gone} gone, {len(report.skipped)} skipped")
+
+
+def find(
+    folder: str,
+    region: Any = (),
+    organs: Any = (),
+    field_of_view: Sequence[float] | None = None,
+    count: int = 5,
+    label_map: str = "maisi",
+) -> None:
+    """List the masks of an indexed folder that fit best, each with what does not fit.
+
+    Args:
+        folder: the library, see `maisi index`.
+        region: head, chest, abdomen or lower, or several: chest,abdomen.
+        organs: what must be in the mask, for example liver,spleen.
+        field_of_view: least extent in mm along x, y, z, for example 300,300,200.
+        count: how many to list.
+        label_map: the one that the index was made with.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"count {count!r} is not usable; give a whole number from 1 up.")
+    view = None if field_of_view is None else _triple("field_of_view", field_of_view, float)
+
+    from maisi_tools.masks.label_maps import read_label_map
+    from maisi_tools.masks.library import MaskRequest, read_index, search
+
+    request = MaskRequest(_listed(region), _listed(organs), view)
+    for path, misfits in search(read_index(str(folder), read_label_map(str(label_map))), request)[:count]:
+        print(f"{path}: {'; '.join(misfits) or 'fits'}")
+
+
+COMMANDS = (
+    *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
+    *(dicom_read, dicom_write),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -407,6 +620,25 @@ def _bundle(bundle: Any, bundles: str | None) -> Path:
     return folder
 
 
+def _amounts(option: str, value: Any) -> dict[str, float]:
+    """Name -> number, of an option; Fire leaves names with a space in it as text."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
+        value = {name.strip(" \"'"): amount for name, _, amount in pairs}
+    try:
+        return {str(name): float(amount) for name, amount in value.items()}
+    except (AttributeError, ValueError, TypeError):
+        raise InputError(f'{option} {value!r} is not usable; give a number for each name: "{{liver: 1.2}}".') from None
+
+
+def _listed(value: Any) -> list[str]:
+    """Names given as a list, or as one text with commas."""
+    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
+    return [str(name).strip() for name in names if str(name).strip()]
+
+
 def _check_seed(seed: Any) -> None:
     if not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
@@ -424,6 +656,18 @@ def _nifti_path(output: Any) -> Path:
     return path
 
 
+def _window(window: Any) -> Sequence[float]:
+    try:
+        lowest, highest = window
+        if lowest < highest:
+            return lowest, highest
+    except (TypeError, ValueError):
+        pass
+    raise InputError(
+        f"window {window!r} is not usable; give two values in HU, the lower one first, such as --window=-160,240."
+    )
+
+
 def _triple(name: str, value: Any, kind: type) -> tuple:
     try:
         x, y, z = (kind(part) for part in value)
@@ -432,6 +676,11 @@ def _triple(name: str, value: Any, kind: type) -> tuple:
     except (TypeError, ValueError):
         raise InputError(f"{name} {value!r} is not usable; give three numbers, for x, y, z: --{name} A,B,C.") from None
     return x, y, z
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _names(held_out: Any) -> set[str]:

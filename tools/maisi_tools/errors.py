@@ -15,11 +15,15 @@ class InputError(ValueError):
     """
 
 
-def find_input_error(error: BaseException | None) -> InputError | TSPError | None:
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or the weights are no longer finite. The message says what broke and what to do."""
+
+
+def find_input_error(error: BaseException | None) -> InputError | TrainingError | TSPError | None:
     """Return the first InputError among `error`, its causes and its contexts, or None.
 
-    What the TSP engine refuses (a memory limit that cannot be met, a lost rank) counts as one: its message, too, says
-    what to do.
+    What stops a training run, and what the TSP engine refuses (a memory limit that cannot be met, a lost rank), count
+    as one: their messages, too, say what to do.
 
     MONAI's ConfigParser wraps what a component raises into a RuntimeError, so the error at hand is rarely the cause.
     """
@@ -28,7 +32,7 @@ def find_input_error(error: BaseException | None) -> InputError | TSPError | Non
         current = pending.pop(0)
         if current is None or id(current) in seen:
             continue
-        if isinstance(current, (InputError, TSPError)):
+        if isinstance(current, (InputError, TrainingError, TSPError)):
             return current
         seen.add(id(current))
         pending += [current.__cause__, current.__context__]

@@ -1,53 +1,130 @@
 """The three MAISI networks in the form a bundle's ``network_def`` needs.
 
 Each class keeps the parameter names of MONAI's network, so the released checkpoints and ours load into either. Two
-things differ. The group norms are :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result, about
-twice as fast). And ``forward`` runs from one tensor alone and returns one tensor in evaluation mode, which is what
-MONAI's evaluator, ``monai.bundle verify_net_in_out`` and MONAI Label call.
+things differ. The layers are plain ones: :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result,
+about twice as fast), and convolutions without the code that splits them (unless they are to be split). And ``forward``
+runs from one tensor alone and returns one tensor in evaluation mode, which is what MONAI's evaluator,
+``monai.bundle verify_net_in_out`` and MONAI Label call.
 """
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi, MaisiGroupNorm3D
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
+    AutoencoderKlMaisi,
+    MaisiConvolution,
+    MaisiDecoder,
+    MaisiEncoder,
+    MaisiGroupNorm3D,
+)
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.utils import freeze_layers
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
 
 
-def use_native_norms(module: nn.Module) -> None:
-    """Replace every ``MaisiGroupNorm3D`` below ``module`` by ``nn.GroupNorm`` with the same parameters, in place."""
+def use_plain_layers(module: nn.Module) -> None:
+    """Replace MAISI's own layers below ``module`` by plain ones with the same parameters and names, in place.
+
+    ``MaisiGroupNorm3D`` becomes ``nn.GroupNorm``; a ``MaisiConvolution`` that is not split becomes a module that holds
+    its convolution under the same name.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, MaisiGroupNorm3D):
                 norm = nn.GroupNorm(child.num_groups, child.num_channels, child.eps, child.affine)
                 norm.load_state_dict(child.state_dict())
                 setattr(parent, name, norm)
+            elif isinstance(child, MaisiConvolution) and child.num_splits <= 1:
+                setattr(parent, name, nn.Sequential(OrderedDict(conv=child.conv)))
+
+
+def checkpoint_blocks(network: nn.Module) -> nn.Module:
+    """Let the blocks of the networks below ``network`` recompute their activations in the backward pass.
+
+    Costs one more forward pass and saves the memory of what lies inside a block (activation checkpointing); values
+    and gradients stay the same. MONAI's ``use_checkpointing`` covers a ControlNet's mask embedding alone, for which it
+    is set too, and recomputes an autoencoder's whole decoder at once, so that all its activations are held after all.
+
+    Raises:
+        ValueError: there are no such blocks.
+    """
+    blocks: list[Any] = []
+    for module in network.modules():
+        if isinstance(module, (MaisiEncoder, MaisiDecoder)):
+            blocks += module.blocks
+        elif hasattr(module, "down_blocks"):
+            owner: Any = module
+            blocks += [*owner.down_blocks, owner.middle_block, *getattr(owner, "up_blocks", [])]
+        if isinstance(module, ControlNetMaisi):
+            module.use_checkpointing = True
+    if not blocks:
+        raise ValueError(f"{type(network).__name__} has no blocks to checkpoint")
+    for block in blocks:
+        block.forward = partial(_recomputed, type(block), block)
+    return network
+
+
+def freeze(network: nn.Module, layers: str) -> nn.Module:
+    """Freeze parameters in place with MONAI's ``freeze_layers``, and return the network.
+
+    Args:
+        layers: regular expression, searched for in the parameters' names.
+
+    Raises:
+        InputError: it is no regular expression, or fits none or all of the names.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    try:
+        fitting = sum(re.search(layers, name) is not None for name in names)
+    except re.error as error:
+        raise InputError(f"frozen_layers is {layers!r}, which is no regular expression: {error}; correct it") from error
+    if fitting in (0, len(names)):
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+        raise InputError(
+            f"frozen_layers is {layers!r}, which fits {fitting} of {len(names)} parameters; allowed is what fits some, "
+            f"but not all; their names begin with {parts}: correct it, or leave it out"
+        )
+    freeze_layers(network, freeze_vars=layers)
+    return network
+
+
+def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(kind.forward, block), *args, use_reentrant=False, **kwargs)
 
 
 class Autoencoder(AutoencoderKlMaisi):
     """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, D/4, H/4, W/4).
 
-    In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior; in
-    evaluation mode it returns the reconstruction from the posterior's mean, so the result does not depend on chance.
+    In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior, by
+    ``noise`` (B, 4, D/4, H/4, W/4) from a unit normal where it is given; in evaluation mode it returns the
+    reconstruction from the posterior's mean, so the result does not depend on chance.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        use_native_norms(self)
+        use_plain_layers(self)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        if self.training:
-            return super().forward(x)
-        mean, _ = self.encode(x)
-        return self.decode(mean)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, noise: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        mean, sigma = self.encode(x)
+        if not self.training:
+            return self.decode(mean)
+        latent = self.sampling(mean, sigma) if noise is None else mean + noise * sigma
+        return self.decode(latent), mean, sigma
 
 
 class DiffusionUNet(DiffusionModelUNetMaisi):

@@ -41,8 +41,7 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     Raises:
         InputError: the file is missing or no checkpoint, or its keys or shapes are not the network's.
     """
-    path = Path(path)
-    state = _state_dict(_read(path), path, key)
+    state = read_weights(path, key)
     wanted = network.state_dict()
     reshaped = [
         f"{name} (file {tuple(state[name].shape)}, network {tuple(value.shape)})"
@@ -64,6 +63,16 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
         )
     network.load_state_dict(state)
     return network
+
+
+def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint, in any of the forms that :func:`load_weights` understands.
+
+    Raises:
+        InputError: the file is missing or no checkpoint.
+    """
+    path = Path(path)
+    return _state_dict(_read(path), path, key)
 
 
 def read_scale_factor(path: str | Path) -> float:

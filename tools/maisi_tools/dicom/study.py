@@ -191,6 +191,10 @@ class WriteStudyd(MapTransform):
         seed, conditions: to be recorded.
         source_key: of the item's entry with the source series' path; None for a new patient.
         enhanced: one Enhanced CT object instead of slices.
+        numbering: of the mask when it comes here; DICOM's codes are those of the vocabulary.
+
+    Raises:
+        InputError: another numbering than "vocabulary".
     """
 
     def __init__(
@@ -202,8 +206,13 @@ class WriteStudyd(MapTransform):
         conditions: Mapping[str, Any] | None = None,
         source_key: str | None = None,
         enhanced: bool = False,
+        numbering: str = "vocabulary",
     ) -> None:
         super().__init__(keys)
+        if numbering != "vocabulary":
+            raise InputError(
+                f"output_labels is {numbering!r}; allowed with DICOM output is 'vocabulary', which has codes"
+            )
         self.output_dir, self.mask_key, self.source_key = Path(output_dir).expanduser(), mask_key, source_key
         self.seed, self.conditions, self.enhanced = seed, conditions, enhanced
 

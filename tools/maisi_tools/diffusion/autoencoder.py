@@ -19,18 +19,24 @@ class EncodeInferer(Inferer):
     Args:
         multiple: 4 is the least; 16 (32 for the full-size U-Net) gives latents the diffusion stages can train on.
         inferer: how the encoder is run.
+        sigma: return ``{"mean": ..., "sigma": ...}``, with the posterior's standard deviation, instead of the mean
+            alone.
     """
 
-    def __init__(self, multiple: int = FACTOR, inferer: Inferer | None = None) -> None:
+    def __init__(self, multiple: int = FACTOR, inferer: Inferer | None = None, sigma: bool = False) -> None:
         super().__init__()
         self.multiple = multiple
+        self.sigma = sigma
         self.inferer = inferer or SimpleInferer()
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: Autoencoder, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> Tensor | dict[str, Tensor]:
         padded, _ = pad_to_multiple(inputs, self.multiple, "replicate", 0)
+        if self.sigma:
+            mean, sigma = self.inferer(torch.as_tensor(padded), network.encode)
+            return {"mean": mean, "sigma": sigma}
         return self.inferer(torch.as_tensor(padded), lambda x: network.encode(x)[0])
 
 

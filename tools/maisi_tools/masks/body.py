@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from monai.transforms import MapTransform
 from scipy import ndimage
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
 
 SKIN_HU = -300.0
 """Above it is tissue: fat has -100 HU, air -1000, and a voxel across the skin lies between."""
@@ -39,11 +41,20 @@ LUNG_HU = (-950.0, -500.0)
 BONE_HU = 250.0
 """Above it is bone: trabecular bone at a few millimetres of resolution has 200 to 400 HU, cortical bone more."""
 
+LANDMARKS = 3
+"""Organs that a mask must share with the template, for a body to be fitted by them."""
+
+SIZE_PRIOR_MM = 30.0
+"""Landmarks that spread less than this about their centre tell little of a patient's size: an average one is taken."""
+
 LUNG_ML, BONE_ML = 30.0, 0.3
 """Smallest connected volumes that are taken for lung and for bone; smaller dense ones are calcification or noise."""
 
 _COARSE_MM = 3.0
 """Distances of several millimetres are computed on a grid no finer than this."""
+
+_TEMPLATE_SIZE, _TEMPLATE_MM = (96, 64, 220), 5.0
+_NO_LANDMARKS = ("airway", "body", "bowel", "nerve", "vessel")
 
 _IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 _IN_PLANE[:, 1, 1] = _IN_PLANE[1, :, 1] = True
@@ -66,7 +77,7 @@ def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    mm = _checked(ct_hu.shape, spacing)
+    mm = checked_spacing(ct_hu.shape, spacing)
     tissue = ct_hu > SKIN_HU
     solid = _filled(tissue)
     coarse_tissue, steps = _coarsen(tissue, mm, np.mean)
@@ -100,7 +111,7 @@ def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: 
     Raises:
         InputError: not three axes, or a spacing that is not positive.
     """
-    mm = _checked(labels.shape, spacing)
+    mm = checked_spacing(labels.shape, spacing)
     present = labels > 0
     if not present.any():
         return present
@@ -116,13 +127,56 @@ def envelope_of_labels(labels: np.ndarray, spacing: Sequence[float], margin_mm: 
     return _filled(_refine(closed[inner], steps, present.shape) | present)
 
 
+def envelope_of_organs(labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray | None:
+    """The skin of the procedural anatomy, laid around the organs of a mask that has few of them.
+
+    The template is moved and scaled so that the centres of the organs it shares with the mask meet (least squares,
+    the scale drawn towards 1, see :data:`SIZE_PRIOR_MM`). Tubes such as the spinal cord are no landmarks, since a mask
+    has any length of them, nor are organs that the volume cuts, nor the skull, of which a mask may have the mandible
+    alone.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary, RAS axes.
+        spacing: mm along x, y, z.
+
+    Returns:
+        Boolean array of the same shape, True at least where a label is. None where the mask shares fewer than
+        :data:`LANDMARKS` organs with the template, or has the bones and muscles of the body wall, which tell better
+        where the skin is (:func:`envelope_of_labels`).
+
+    Raises:
+        InputError: not three axes, or a spacing that is not positive.
+    """
+    mm = checked_spacing(labels.shape, spacing)
+    present = [VOCABULARY[int(id)] for id in np.unique(labels) if int(id) in VOCABULARY]
+    if any(label.side and label.group in ("bone", "muscle") for label in present):
+        return None
+    centers = _landmarks(labels, mm)
+    template, landmarks = _template("torso")
+    shared = sorted(centers.keys() & landmarks.keys())
+    if len(shared) < LANDMARKS:
+        return None
+    # Heads and necks are scanned with the arms down, trunks with the arms up.
+    if np.mean([landmarks[id][2] for id in shared]) > landmarks[label_id("thyroid gland")][2]:
+        template, landmarks = _template("head_neck")
+    here, there = (np.array([points[id] for id in shared]) for points in (centers, landmarks))
+    middle, goal = here.mean(axis=0), there.mean(axis=0)
+    prior = len(shared) * SIZE_PRIOR_MM**2
+    scale = (((here - middle) * (there - goal)).sum() + prior) / (((here - middle) ** 2).sum() + prior)
+    body = ndimage.affine_transform(
+        template, scale * mm / _TEMPLATE_MM, (goal - scale * middle) / _TEMPLATE_MM, labels.shape, order=1
+    )
+    return _filled((body > 0.5) | (labels > 0))
+
+
 def add_body(labels: np.ndarray, spacing: Sequence[float], ct: np.ndarray | None = None) -> np.ndarray:
     """The mask with :data:`~maisi_tools.masks.vocabulary.BODY` where no label is but the body.
 
     Args:
         labels: (X, Y, Z) in the vocabulary.
         spacing: mm along x, y, z.
-        ct: the same shape, in HU; the body is taken from it. Without it a body is drawn around the labels.
+        ct: the same shape, in HU; the body is taken from it. Without it a body is drawn around the labels, whose axes
+            are RAS: :func:`envelope_of_organs` where that applies, else :func:`envelope_of_labels`.
 
     Returns:
         A copy with the body, or `labels` itself when it has the body label already.
@@ -134,7 +188,9 @@ def add_body(labels: np.ndarray, spacing: Sequence[float], ct: np.ndarray | None
         return labels
     if ct is not None:
         _check_same(ct, labels)
-    envelope = envelope_of_labels(labels, spacing) if ct is None else body_envelope(ct, spacing)
+    envelope = envelope_of_organs(labels, spacing) if ct is None else body_envelope(ct, spacing)
+    if envelope is None:
+        envelope = envelope_of_labels(labels, spacing)
     return np.where(envelope & (labels == 0), BODY, labels).astype(labels.dtype)
 
 
@@ -157,7 +213,7 @@ def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float
         InputError: the shapes differ, or as :func:`body_envelope`.
     """
     _check_same(ct_hu, labels)
-    mm = _checked(ct_hu.shape, spacing)
+    mm = checked_spacing(ct_hu.shape, spacing)
     voxel_ml = float(np.prod(mm)) / 1000
     completed = labels.astype(np.uint8)
     free = body_envelope(ct_hu, spacing) & (labels == 0)
@@ -199,6 +255,26 @@ class AddBodyd(MapTransform):
         return items
 
 
+@functools.cache
+def _template(kind: str) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The body of a phantom that reaches from the vertex to the thighs, float32, and its landmarks in mm."""
+    labels = make_phantom(kind, _TEMPLATE_SIZE, (_TEMPLATE_MM,) * 3, seed=0)
+    return (labels > 0).astype(np.float32), _landmarks(labels, np.full(3, _TEMPLATE_MM))
+
+
+def _landmarks(labels: np.ndarray, spacing: np.ndarray) -> dict[int, np.ndarray]:
+    """Organ -> its centre in mm from the first voxel, of organs that have a shape of their own and are whole."""
+    faces = [labels.take(end, axis) for axis in range(3) for end in (0, -1)]
+    cut = {int(id) for face in faces for id in np.unique(face)}
+    whole = [
+        int(id)
+        for id in np.unique(labels)
+        if id and int(id) not in cut and VOCABULARY[int(id)].group not in _NO_LANDMARKS and id != label_id("skull")
+    ]
+    middles = ndimage.center_of_mass(labels > 0, labels, whole)
+    return {id: np.array(middle) * spacing for id, middle in zip(whole, middles, strict=True)}
+
+
 def _lung(ct_hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """Voxels in or beside large air components whose mean HU is that of lung; bronchi and trachea stay outside."""
     # Averaged over about 1 cm, lung with its vessels is denser than the air of a trachea, whatever the noise.
@@ -215,7 +291,12 @@ def _lung(ct_hu: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray
     return _distance(~lung, spacing) <= OPENING_MM + spacing.max() if lung.any() else lung
 
 
-def _checked(shape: tuple[int, ...], spacing: Sequence[float]) -> np.ndarray:
+def checked_spacing(shape: tuple[int, ...], spacing: Sequence[float]) -> np.ndarray:
+    """The spacing of a volume of `shape` as an array.
+
+    Raises:
+        InputError: not three axes, or spacings that are not three positive numbers of mm.
+    """
     mm = np.asarray(spacing, dtype=float)
     if len(shape) != 3 or mm.shape != (3,) or not (np.isfinite(mm) & (mm > 0)).all():
         raise InputError(

@@ -1,10 +1,13 @@
-"""How the labels of a file are read: from its numbering to MAISI's vocabulary."""
+"""How the labels of a file are read: from its numbering to MAISI's vocabulary, and back."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +18,160 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id
+from maisi_tools.masks.data_sets import DATA_SETS
+from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
 
-# TotalSegmentator numbers its v2 `total` task from 1 in this order (its class map): sides alternate in no fixed order.
-_TOTALSEGMENTATOR = (
-    "spleen kidney_right kidney_left gallbladder liver stomach pancreas adrenal_gland_right adrenal_gland_left "
-    "lung_upper_lobe_left lung_lower_lobe_left lung_upper_lobe_right lung_middle_lobe_right lung_lower_lobe_right "
-    "esophagus trachea thyroid_gland small_bowel duodenum colon urinary_bladder prostate kidney_cyst_left "
-    "kidney_cyst_right sacrum vertebrae_S1 vertebrae_L5 vertebrae_L4 vertebrae_L3 vertebrae_L2 vertebrae_L1 "
-    "vertebrae_T12 vertebrae_T11 vertebrae_T10 vertebrae_T9 vertebrae_T8 vertebrae_T7 vertebrae_T6 vertebrae_T5 "
-    "vertebrae_T4 vertebrae_T3 vertebrae_T2 vertebrae_T1 vertebrae_C7 vertebrae_C6 vertebrae_C5 vertebrae_C4 "
-    "vertebrae_C3 vertebrae_C2 vertebrae_C1 heart aorta pulmonary_vein brachiocephalic_trunk subclavian_artery_right "
-    "subclavian_artery_left common_carotid_artery_right common_carotid_artery_left brachiocephalic_vein_left "
-    "brachiocephalic_vein_right atrial_appendage_left superior_vena_cava inferior_vena_cava "
-    "portal_vein_and_splenic_vein iliac_artery_left iliac_artery_right iliac_vena_left iliac_vena_right humerus_left "
-    "humerus_right scapula_left scapula_right clavicula_left clavicula_right femur_left femur_right hip_left hip_right "
-    "spinal_cord gluteus_maximus_left gluteus_maximus_right gluteus_medius_left gluteus_medius_right "
-    "gluteus_minimus_left gluteus_minimus_right autochthon_left autochthon_right iliopsoas_left iliopsoas_right brain "
-    "skull rib_left_1 rib_left_2 rib_left_3 rib_left_4 rib_left_5 rib_left_6 rib_left_7 rib_left_8 rib_left_9 "
-    "rib_left_10 rib_left_11 rib_left_12 rib_right_1 rib_right_2 rib_right_3 rib_right_4 rib_right_5 rib_right_6 "
-    "rib_right_7 rib_right_8 rib_right_9 rib_right_10 rib_right_11 rib_right_12 sternum costal_cartilages"
-).split()
-
-OPENKBP = {
-    1: "placeholder 2",  # brainstem
-    2: "spinal cord",
-    3: "esophagus",
-    4: "placeholder 16",  # larynx
-    5: "skull",  # mandible; the released vocabulary counts it as skull
-    6: "placeholder 18",  # left parotid gland
-    7: "placeholder 20",  # right parotid gland
-}
-"""OpenKBP's structures (Babier et al. 2021), numbered as in its releases as NIfTI masks -> name in the vocabulary.
-
-The vocabulary has no brainstem, larynx and parotid glands; they take placeholder ids. These are part of what the small
-weights were trained with, and the phantoms of :mod:`maisi_tools.masks.phantom` use the same."""
-
-LABEL_MAPS: dict[str, dict[int, int]] = {
-    "maisi": {label: label for label in VOCABULARY},
-    "totalsegmentator": {number: label_id(name) for number, name in enumerate(_TOTALSEGMENTATOR, start=1)},
-    "openkbp": {number: label_id(name) for number, name in OPENKBP.items()},
-}
-"""The label maps that have a name: label in the file -> id in the vocabulary."""
-
-JSON_HELP = (
-    'name one of maisi, totalsegmentator, openkbp, or give a JSON file such as {"1": "liver", "2": 200}: label in '
-    "the file -> name or id in MAISI's vocabulary or name in TotalSegmentator, 0 to drop a label"
-)
+logger = logging.getLogger(__name__)
 
 LARGEST_LABEL = 65535
 """Labels above it are no plausible class numbers, and the lookup table of a mask is that long."""
 
+AUTO = "auto"
+"""In place of a placeholder id: the next free one."""
 
-def read_label_map(label_map: str | os.PathLike) -> dict[int, int]:
-    """How to read a file's labels: label in the file -> id in the vocabulary (0 for what is to be dropped).
+_PLACEHOLDER = re.compile(r"placeholder(?: (\d+))?(?:: *(.+))?", re.IGNORECASE)
+"""What a JSON says for a new class: "placeholder", "placeholder 18", either followed by ": " and the class's name."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap(Mapping[int, int]):
+    """A numbering of labels: label in the file -> id in the vocabulary (0 for what is to be dropped).
+
+    Attributes:
+        name: what it was read from: a name in :data:`LABEL_MAPS`, or the path of a JSON.
+        ids: label in the file -> id.
+        classes: label in the file -> its name there; those that ``ids`` lacks have no counterpart in the vocabulary.
+        placeholders: those of ``ids`` that were assigned on request.
+    """
+
+    name: str
+    ids: Mapping[int, int]
+    classes: Mapping[int, str] = field(default_factory=dict)
+    placeholders: Mapping[int, int] = field(default_factory=dict)
+
+    def __getitem__(self, label: int) -> int:
+        return self.ids[label]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def with_placeholders(self, request: str | Mapping[str | int, str | int] | None) -> LabelMap:
+        """The same map with placeholder ids of the vocabulary for classes that have no counterpart there.
+
+        Args:
+            request: "auto" for one id for each such class, in the order of their numbers; or class (its name or its
+                label in the file) -> placeholder id or "auto". Automatic ones are the free placeholder ids, last of
+                them those that stand for OpenKBP's structures, since the small weights know these.
+
+        Raises:
+            InputError: no such class, no placeholder id, one that is taken, or none free.
+        """
+        if request is None:
+            return self
+        if request == AUTO:
+            request = {label: AUTO for label in sorted(self.classes.keys() - self.ids.keys())}
+        if not isinstance(request, Mapping):
+            raise InputError(f"placeholders is {request!r}; allowed are auto, or class -> id: {{'face': 129}}")
+        wanted = {self._new_class(key): id for key, id in request.items()}
+        taken = set(self.ids.values()) | {int(id) for id in wanted.values() if _is_number(id)}
+        free = [id for id in _AUTOMATIC if id not in taken]
+        assigned: dict[int, int] = {}
+        for label, id in wanted.items():
+            if id == AUTO:
+                if not free:
+                    raise InputError(f"there are more new classes than placeholder ids; these are {_PLACEHOLDERS_TEXT}")
+                assigned[label] = free.pop(0)
+                continue
+            if not _is_number(id) or int(id) not in _AUTOMATIC:
+                raise InputError(f"placeholders gives label {label} the id {id!r}; allowed are {_PLACEHOLDERS_TEXT}")
+            if int(id) in self.ids.values() or int(id) in assigned.values():
+                raise InputError(f"placeholder id {int(id)} is taken by another class of {self.name}; give a free one")
+            assigned[label] = int(id)
+        return LabelMap(
+            self.name,
+            {**self.ids, **assigned},
+            {**{label: f"label {label}" for label in assigned}, **self.classes},
+            {**self.placeholders, **assigned},
+        )
+
+    def label_of(self, name: str) -> int | None:
+        """The label in the file of a class, by its name there (in any case, "_" for " "), else None."""
+        wanted = _plain(name)
+        return next((label for label, known in self.classes.items() if _plain(known) == wanted), None)
+
+    @property
+    def inverse(self) -> dict[int, int]:
+        """Id in the vocabulary -> label in the file, the lowest where several share the id."""
+        return {id: label for label, id in sorted(self.ids.items(), reverse=True) if id}
+
+    @property
+    def merged(self) -> dict[int, list[int]]:
+        """Ids that several labels of the file share -> these labels."""
+        sources: dict[int, list[int]] = {}
+        for label, id in sorted(self.ids.items()):
+            sources.setdefault(id, []).append(label)
+        return {id: labels for id, labels in sources.items() if id and len(labels) > 1}
+
+    def _new_class(self, key: str | int) -> int:
+        """The label of a class that a placeholder is asked for."""
+        label = int(key) if _is_number(key) else self.label_of(str(key))
+        if label is None or not 0 < label <= LARGEST_LABEL:
+            without = ", ".join(name for label, name in self.classes.items() if label not in self.ids) or "none"
+            raise InputError(
+                f"placeholders names the class {key!r}, which {self.name} does not have; allowed are labels of the "
+                f"file, and the classes without counterpart: {without}"
+            )
+        if label in self.ids:
+            raise InputError(
+                f"placeholders names the class {key!r}, which {self.name} reads as "
+                f"{self.ids[label]}; allowed are classes that have no counterpart in the vocabulary"
+            )
+        return label
+
+
+def _of_data_set(name: str) -> LabelMap:
+    rows = DATA_SETS[name]
+    ids = {label: label_id(meaning) for label, _, meaning in rows if meaning is not None}
+    return LabelMap(name, ids, {label: known for label, known, _ in rows})
+
+
+LABEL_MAPS: dict[str, LabelMap] = {
+    "maisi": LabelMap("maisi", {id: id for id in VOCABULARY}, {id: label.name for id, label in VOCABULARY.items()}),
+    **{name: _of_data_set(name) for name in DATA_SETS},
+}
+"""The label maps that have a name."""
+
+_PLACEHOLDERS = labels_in_group("placeholder")
+_PLACEHOLDERS_TEXT = ", ".join(map(str, _PLACEHOLDERS))
+_AUTOMATIC = sorted(_PLACEHOLDERS, key=lambda id: (id in LABEL_MAPS["openkbp"].values(), id))
+
+JSON_HELP = (
+    f"name one of {', '.join(LABEL_MAPS)}, "
+    'or give a JSON file such as {"1": "liver", "2": 200, "3": "placeholder"}: label in the file -> name or id in '
+    "MAISI's vocabulary or name in TotalSegmentator, 0 to drop a label, placeholder for a class that MAISI lacks"
+)
+
+
+def read_label_map(
+    label_map: str | os.PathLike, placeholders: str | Mapping[str | int, str | int] | None = None
+) -> LabelMap:
+    """How to read a file's labels.
 
     Args:
         label_map: a name in :data:`LABEL_MAPS`, or the path of a JSON object. Its entries are file label -> name or id
             (``{"5": "liver"}``, names of the vocabulary or of TotalSegmentator), or name -> file label
-            (``{"liver": 5}``).
+            (``{"liver": 5}``). ``{"6": "placeholder"}`` gives a new class the next free placeholder id,
+            ``{"6": "placeholder 18: left parotid gland"}`` this one, and the class a name.
+        placeholders: see :meth:`LabelMap.with_placeholders`.
 
     Raises:
         InputError: neither a name nor a file, or a JSON that is no label map; the message names the entry.
     """
     if str(label_map) in LABEL_MAPS:
-        return dict(LABEL_MAPS[str(label_map)])
+        return LABEL_MAPS[str(label_map)].with_placeholders(placeholders)
     path = Path(label_map).expanduser()
     if not path.is_file():
         raise InputError(f"label_map {str(label_map)!r} is neither a known name nor a file; {JSON_HELP}")
@@ -90,19 +182,35 @@ def read_label_map(label_map: str | os.PathLike) -> dict[int, int]:
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"label map {path} holds {_shown(entries)} instead of an object with entries; {JSON_HELP}")
 
-    mapping: dict[int, int] = {}
+    ids: dict[int, int] = {}
+    classes: dict[int, str] = {}
+    new: dict[str | int, str | int] = {}
     for key, value in entries.items():
         number, meaning = (key, value) if _is_number(key) else (value, key)
         if not _is_number(number) or not 0 <= int(number) <= LARGEST_LABEL:
             raise InputError(f"label map {path}: the entry {_shown({key: value})} names no label number; {JSON_HELP}")
-        target = label_target(path, meaning)
-        if mapping.setdefault(int(number), target) != target:
-            raise InputError(f"label map {path} gives label {int(number)} two meanings; keep one entry for it")
-    return mapping
+        label = int(number)
+        if label in new or label in ids and ids[label] != label_target(path, meaning):
+            raise InputError(f"label map {path} gives label {label} two meanings; keep one entry for it")
+        if isinstance(meaning, str) and (asked := _PLACEHOLDER.fullmatch(meaning.strip())):
+            new[label] = asked[1] or AUTO
+            classes[label] = asked[2] or f"label {label}"
+            continue
+        ids[label] = label_target(path, meaning)
+        if label == 0 and ids[label]:
+            raise InputError(f"label map {path} gives 0 a meaning, {_shown(meaning)}; 0 is always the background")
+        classes[label] = VOCABULARY[ids[label]].name if _is_number(meaning) and ids[label] else str(meaning).strip()
+    try:
+        return LabelMap(str(path), ids, classes).with_placeholders(new).with_placeholders(placeholders)
+    except InputError as error:
+        raise InputError(f"label map {path}: {error}") from None
 
 
 def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     """Translate a mask's labels into the vocabulary.
+
+    Classes that a :class:`LabelMap` knows and the vocabulary lacks become background, with a warning that counts them;
+    they lie inside the body, which :mod:`maisi_tools.masks.body` adds.
 
     Args:
         mask: label values, any shape, integers or whole floating-point numbers; 0 is the background.
@@ -124,13 +232,16 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
                 f"{np.count_nonzero(~whole)} voxels of the mask are no whole number, for instance {some}; allowed are "
                 "label values: resample the mask with nearest neighbour, and give no probability map"
             )
-    table = np.full(max([*mapping, 0]) + 1, -1, dtype=np.int16)
+    classes = mapping.classes if isinstance(mapping, LabelMap) else {}
+    table = np.full(max([*mapping, *classes, 0]) + 1, -1, dtype=np.int16)
+    table[list(classes)] = 0
     for number, label in mapping.items():
         table[number] = label
     table[0] = 0
 
     outside = (values < 0) | (values >= len(table))
-    labels = table[np.where(outside, 0, values).astype(np.int32, copy=False)]
+    numbers = np.where(outside, 0, values).astype(np.int32, copy=False)
+    labels = table[numbers]
     labels[outside] = -1
     if (labels < 0).any():
         wrong, counts = np.unique(values[labels < 0], return_counts=True)
@@ -139,10 +250,59 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
             f"the mask has labels that this label map does not know: {found}; allowed are 0 (background) and "
             f"{_ranges(sorted(mapping))}: {JSON_HELP}"
         )
+    unread = sorted(classes.keys() - mapping.keys())
+    sizes = np.bincount(numbers[np.isin(numbers, unread)], minlength=len(table)) if unread else np.zeros(len(table))
+    without = ", ".join(f"{classes[label]} ({int(sizes[label])} voxels)" for label in unread if sizes[label])
     if not labels.any():
         given = "every voxel is 0" if not values.any() else "the label map drops every label it has"
-        raise InputError(f"the mask is empty: {given}; allowed is a mask with at least one label: give another file")
+        given = f"MAISI's vocabulary has no {without}" if without else given
+        advice = "give them placeholder ids (placeholders: auto), or " if without else ""
+        raise InputError(
+            f"the mask is empty: {given}; allowed is a mask with at least one label: {advice}give another file"
+        )
+    if without:
+        logger.warning("the vocabulary has no %s: they count as body (placeholders: auto would keep them)", without)
     return labels.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A mask in a file's numbering, and what could not be said in it.
+
+    Attributes:
+        labels: array of the mask's shape, uint8 where that is enough, else uint16.
+        without_counterpart: id in the vocabulary -> its number of voxels, which became 0.
+        merged: id -> labels of the file that it may have come from; its voxels got the first of them.
+    """
+
+    labels: np.ndarray
+    without_counterpart: dict[int, int]
+    merged: dict[int, list[int]]
+
+
+def restore_labels(mask: np.ndarray, label_map: LabelMap) -> Restored:
+    """Translate a mask in the vocabulary back into a file's numbering: the inverse of :func:`apply_label_map`.
+
+    Args:
+        mask: whole numbers of any shape, in the vocabulary.
+        label_map: how the file was read, with its placeholders.
+
+    Raises:
+        InputError: the mask has a label that is not in the vocabulary.
+    """
+    values = np.asarray(mask)
+    present, counts = np.unique(values, return_counts=True)
+    if unknown := [value.item() for value in present if value and value not in VOCABULARY]:
+        raise InputError(f"the mask has the labels {unknown}; {ALLOWED}")
+    inverse = label_map.inverse
+    table = np.zeros(max(VOCABULARY) + 1, dtype=np.uint8 if max([*inverse.values(), 0]) < 256 else np.uint16)
+    table[list(inverse)] = list(inverse.values())
+    voxels = {int(id): int(count) for id, count in zip(present, counts, strict=True) if id}
+    return Restored(
+        table[values.astype(np.intp)],
+        {id: count for id, count in voxels.items() if id not in inverse},
+        {id: labels for id, labels in label_map.merged.items() if id in voxels},
+    )
 
 
 class ReadLabelsd(MapTransform):
@@ -156,9 +316,9 @@ class ReadLabelsd(MapTransform):
         InputError: see :func:`apply_label_map`; the message begins with the mask's file.
     """
 
-    def __init__(self, keys: KeysCollection, label_map: str | os.PathLike) -> None:
+    def __init__(self, keys: KeysCollection, label_map: LabelMap | str | os.PathLike) -> None:
         super().__init__(keys)
-        self.mapping = read_label_map(label_map)
+        self.mapping = label_map if isinstance(label_map, LabelMap) else read_label_map(label_map)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
@@ -171,6 +331,66 @@ class ReadLabelsd(MapTransform):
             items[key] = MetaTensor(
                 torch.from_numpy(labels).to(mask.device), meta=mask.meta, applied_operations=mask.applied_operations
             )
+        return items
+
+
+NUMBERINGS = ("vocabulary", "input")
+"""How a mask that was read with a label map is written."""
+
+
+class RestoreLabelsd(MapTransform):
+    """MONAI dict transform: masks (1, X, Y, Z) in the vocabulary -> in the numbering they are to be written in.
+
+    Args:
+        keys: of the masks, `MetaTensor`.
+        label_map: how they were read.
+        numbering: one of :data:`NUMBERINGS`: "vocabulary" leaves them, "input" is :func:`restore_labels`.
+        output_key: of the item, gets what the way back needs, for the mask's sidecar: the numbering, the label map and
+            its placeholders and, for "input", the structures without counterpart and those that were merged.
+
+    Raises:
+        InputError: another numbering.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        label_map: LabelMap | str | os.PathLike,
+        numbering: str = "vocabulary",
+        output_key: str = "labels",
+    ) -> None:
+        super().__init__(keys)
+        if numbering not in NUMBERINGS:
+            raise InputError(f"output_labels is {numbering!r}; allowed are {' and '.join(NUMBERINGS)}")
+        self.mapping = label_map if isinstance(label_map, LabelMap) else read_label_map(label_map)
+        self.numbering, self.output_key = numbering, output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        classes = self.mapping.classes
+        placeholders = {classes[label]: id for label, id in self.mapping.placeholders.items()}
+        record: dict[str, Any] = {
+            "numbering": self.numbering,
+            "label_map": self.mapping.name,
+            "placeholders": placeholders,
+        }
+        for key in self.key_iterator(items):
+            if self.numbering == "input":
+                mask: MetaTensor = items[key]
+                restored = restore_labels(mask.as_tensor().cpu().numpy(), self.mapping)
+                without = {VOCABULARY[id].name: count for id, count in restored.without_counterpart.items()}
+                merged = {
+                    VOCABULARY[id].name: [classes.get(label, str(label)) for label in labels]
+                    for id, labels in restored.merged.items()
+                }
+                if without:
+                    logger.warning("%s has no label for %s (voxels): they are 0", self.mapping.name, without)
+                if merged:
+                    logger.warning("%s was read into one: written is the first of %s", self.mapping.name, merged)
+                record |= {"without_counterpart": without, "merged": merged}
+                labels = torch.from_numpy(restored.labels.astype(np.int32)).to(mask.device)
+                items[key] = MetaTensor(labels, meta=mask.meta, applied_operations=mask.applied_operations)
+        items[self.output_key] = record
         return items
 
 
@@ -190,6 +410,10 @@ def label_target(path: Path, meaning: Any) -> int:
         return 0 if meaning.strip().casefold() == "background" else label_id(meaning)
     except InputError as error:
         raise InputError(f"label map {path}: {error}") from None
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace("_", " ")
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,7 @@ earlier ones; `kind` says which part of it is in view. Its axes are RAS (x grows
 have negative x), its origin is the middle of the brainstem. Sizes and positions of the head, the neck and the
 shoulders are medians over OpenKBP's patients (outline of the body, path of the spinal cord, extent of the delineated
 structures); the trunk follows adult standard anatomy. Brainstem, larynx and parotid glands have the placeholder ids
-that :data:`maisi_tools.masks.label_maps.OPENKBP` gives them.
+that :mod:`maisi_tools.masks.data_sets` gives them.
 """
 
 from __future__ import annotations

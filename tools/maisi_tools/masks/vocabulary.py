@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,6 +42,10 @@ GROUPS = (
 a "placeholder" is an id that the released vocabulary leaves free for a new class."""
 
 
+OTHER_SIDE = {"left": "right", "right": "left"}
+"""The sides of a patient, each with the opposite one."""
+
+
 @dataclass(frozen=True)
 class Label:
     """One class of the vocabulary.
@@ -49,7 +54,7 @@ class Label:
         id: the value of its voxels in a mask.
         name: as in the MAISI release; free ids are called "placeholder ID".
         group: one of :data:`GROUPS`.
-        side: "left" or "right" of the patient where the name says so, else None.
+        side: "left" or "right" of the patient for one of a pair, else None.
         totalsegmentator: its class in TotalSegmentator's v2 `total` task, None where that has none.
         hu_range: plausible (lowest, highest) median HU, None where no figure is published.
     """
@@ -199,23 +204,29 @@ _TABLE: tuple[tuple[int, str, str, str | None], ...] = (
     (200, "body", "body", None),
 )
 
-# Limits of the quality check of the MAISI release: mean +- 6 standard deviations over real CTs, or wider percentiles.
+# Limits of the quality check of the MAISI release: for every structure the wider of mean +- 6 standard deviations and
+# the 0.5-99.5 percentiles of medians over real CTs, rounded; for bone 1000 HU as the upper one. Source:
+# Project-MONAI/tutorials, generation/maisi/configs/image_median_statistics.json and scripts/quality_check.py. Both
+# kidneys, all lobes of the lung and all bones are pooled there. Of other labels no figure is published.
 _HU_RANGES: dict[str, tuple[float, float]] = {
     "liver": (-22.0, 162.0),
     "spleen": (-43.0, 184.0),
     "pancreas": (-57.0, 150.0),
     "left kidney": (-131.0, 267.0),
     "right kidney": (-131.0, 267.0),
+    "brain": (-305.0, 370.0),
 }
+_HU_RANGES_OF_GROUPS: dict[str, tuple[float, float]] = {"lung": (-1089.0, -367.0), "bone": (71.0, 1000.0)}
 
 
 def _side(name: str) -> str | None:
+    # The left atrial appendage is a part of the heart's left side and has no twin.
     first = name.split()[0]
-    return first if first in ("left", "right") else None
+    return first if first in OTHER_SIDE and name != "left atrial appendage" else None
 
 
 VOCABULARY: dict[int, Label] = {
-    id: Label(id, name, group, _side(name), totalsegmentator, _HU_RANGES.get(name))
+    id: Label(id, name, group, _side(name), totalsegmentator, _HU_RANGES.get(name, _HU_RANGES_OF_GROUPS.get(group)))
     for id, name, group, totalsegmentator in _TABLE
 }
 """The whole vocabulary: ids 1..132 and :data:`BODY`; 0, the background, is no entry."""
@@ -227,6 +238,17 @@ REGIONS: dict[str, tuple[str, ...]] = {
     "lower": ("left femur", "right femur"),
 }
 """Body regions from top to bottom, each with the labels that show it is in view (as in the MAISI release)."""
+
+HOSTS: dict[str, tuple[str, ...]] = {
+    "lung tumor": REGIONS["chest"],
+    "pancreatic tumor": ("pancreas",),
+    "hepatic tumor": ("liver",),
+    "colon cancer primaries": ("colon",),
+    "bone lesion": tuple(label.name for label in VOCABULARY.values() if label.group == "bone"),
+    "left kidney cyst": ("left kidney",),
+    "right kidney cyst": ("right kidney",),
+}
+"""Lesions, each with the organs it grows in: the five tumors that MAISI draws (arXiv 2409.11169), and cysts."""
 
 ALLOWED = f"allowed are 0 (background) and MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
 
@@ -248,6 +270,26 @@ def label_id(name: str) -> int:
             f"{name!r} is no label; allowed are the names of MAISI's vocabulary and of TotalSegmentator's total task"
             + (f": did you mean {' or '.join(near)}?" if near else ", as in maisi_tools.masks.vocabulary")
         ) from None
+
+
+def hosts_of(lesion: int) -> tuple[int, ...]:
+    """The ids of the organs that a lesion lies in.
+
+    Raises:
+        InputError: the label is no lesion of :data:`HOSTS`.
+    """
+    name = VOCABULARY[lesion].name if lesion in VOCABULARY else str(lesion)
+    if name not in HOSTS:
+        raise InputError(f"label {lesion} ({name}) is no lesion; allowed are {', '.join(HOSTS)}")
+    return tuple(label_id(host) for host in HOSTS[name])
+
+
+def other_side(name: str) -> str | None:
+    """A structure's name with its side exchanged ("left hip" -> "right hip", "hip_left" -> "hip_right"), else None."""
+    swapped = re.sub(
+        r"(?<![a-z])(left|right)(?![a-z])", lambda side: OTHER_SIDE[side[0].lower()], name, flags=re.IGNORECASE
+    )
+    return swapped if swapped != name else None
 
 
 def labels_in_group(group: str) -> tuple[int, ...]:

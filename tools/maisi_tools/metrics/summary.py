@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
@@ -32,6 +35,19 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
             rows[path.stem] = {name: value for name, value in content[key].items() if value is not None}
     if not rows:
         raise InputError(f"no *{suffix}.json with {key!r} in {folder}; run the bundle's evaluate.json first")
+    return tabulate(folder, rows)
+
+
+def tabulate(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Write cases and their figures as ``metrics.csv`` and, those that are finite numbers, ``summary.json``.
+
+    Args:
+        folder: where the files go.
+        rows: case -> figure -> value.
+
+    Returns:
+        As :func:`summarise`.
+    """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     with replacing(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, ["case", *names])
@@ -39,7 +55,10 @@ def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") ->
         writer.writerows({"case": case, **row} for case, row in rows.items())
     summary = {}
     for name in names:
-        values = [row[name] for row in rows.values() if name in row]
+        numbers = [row[name] for row in rows.values() if isinstance(row.get(name), (int, float))]
+        values = [number for number in numbers if math.isfinite(number)]
+        if not values:
+            continue
         summary[name] = {
             "mean": statistics.fmean(values),
             "std": statistics.stdev(values) if len(values) > 1 else 0.0,

@@ -55,13 +55,13 @@ def preview(
         raise InputError(f"output {output} is not a .png file; give a name that ends in .png.")
     if len(window) != 2 or not window[0] < window[1]:
         raise InputError(f"window {tuple(window)} is not usable; give two values in HU, the lower one first.")
-    image = _load(volume, "volume")
+    image = load_image(volume, "volume")
     data = np.asanyarray(image.dataobj)
-    labels = None if mask is None else _labels(mask, image)
-    centre = _centre(data, labels)
+    labels = None if mask is None else load_labels(mask, image)
+    centre = centre_of(data, labels)
     spacing = image.header.get_zooms()[:3]
 
-    extents = {name: _extent(data.shape, spacing, name) for name in PLANES}  # mm
+    extents = {name: extent_of(data.shape, spacing, name) for name in PLANES}  # mm
     widths, heights = ([extents[name][edge] for name in PLANES] for edge in (1, 3))
     scale = min(ROW_INCHES[0] / sum(widths), ROW_INCHES[1] / max(heights))
     rows = 1 if labels is None else 2
@@ -70,9 +70,9 @@ def preview(
     panels = figure.subplots(rows, 3, squeeze=False, width_ratios=widths)
     for row in range(rows):
         for axes, name in zip(panels[row], PLANES, strict=True):
-            _draw_ct(axes, name, plane(data, name, centre), extents[name], window)
+            draw_ct(axes, name, plane(data, name, centre), extents[name], window)
             if labels is not None and row == 1:
-                _draw_labels(axes, plane(labels, name, centre), extents[name])
+                draw_labels(axes, plane(labels, name, centre), extents[name])
     size = " x ".join(str(n) for n in data.shape)
     voxel = " x ".join(f"{s:.2f}" for s in spacing)
     title = f"{Path(volume).name}: {size} voxels of {voxel} mm, window {window[0]:g} to {window[1]:g} HU"
@@ -102,7 +102,12 @@ def label_colour(label: int) -> np.ndarray:
     return hsv_to_rgb((label * 0.618034 % 1.0, (1.0, 0.65)[label % 2], 1.0))
 
 
-def _load(path: str | Path, role: str) -> nib.Nifti1Image:
+def load_image(path: str | Path, role: str) -> nib.Nifti1Image:
+    """Read a NIfTI file with one volume (X, Y, Z), turned to RAS.
+
+    Raises:
+        InputError: it is missing, damaged or no such volume; the message names it with its `role`.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{role} {path} does not exist; give a NIfTI file (.nii or .nii.gz).")
@@ -121,8 +126,13 @@ def _load(path: str | Path, role: str) -> nib.Nifti1Image:
     return nib.as_closest_canonical(image)
 
 
-def _labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
-    mask = _load(path, "mask")
+def load_labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
+    """Read a mask on the grid of `image`: (X, Y, Z) in RAS, int32.
+
+    Raises:
+        InputError: as :func:`load_image`, or it has another grid or values that are no labels.
+    """
+    mask = load_image(path, "mask")
     if mask.shape != image.shape:
         raise InputError(
             f"mask {path} has shape {mask.shape} and the volume {image.shape} (in RAS orientation); they must be on "
@@ -143,7 +153,7 @@ def _labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
     return whole
 
 
-def _centre(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]:
+def centre_of(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]:
     """Return the voxel at the centre of the organs, else of the body, else of the volume."""
     candidates = [data > SKIN_HU]
     if labels is not None:
@@ -156,15 +166,17 @@ def _centre(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]
     return x, y, z
 
 
-def _extent(shape: Sequence[int], spacing: Sequence[float], name: str) -> tuple[float, float, float, float]:
+def extent_of(shape: Sequence[int], spacing: Sequence[float], name: str) -> tuple[float, float, float, float]:
+    """Where a plane of a volume lies in its picture: left, right, bottom, top in mm."""
     x, y, z = (n * s for n, s in zip(shape, spacing, strict=True))
     width, height = {"axial": (x, y), "coronal": (x, z), "sagittal": (y, z)}[name]
     return 0.0, width, 0.0, height
 
 
-def _draw_ct(
+def draw_ct(
     axes: Axes, name: str, pixels: np.ndarray, extent: tuple[float, float, float, float], window: Sequence[float]
 ) -> None:
+    """Draw the pixels of a plane in a grey window (lowest, highest HU), with the letters of its edges."""
     grey = matplotlib.colormaps["gray"].with_extremes(bad="magenta")  # so that NaN voxels are seen
     axes.imshow(pixels, cmap=grey, vmin=window[0], vmax=window[1], origin="lower", extent=extent)
     axes.set_axis_off()
@@ -175,7 +187,8 @@ def _draw_ct(
         axes.text(x, y, letter, color="yellow", fontsize=9, ha=across, va=along, transform=axes.transAxes)
 
 
-def _draw_labels(axes: Axes, labels: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+def draw_labels(axes: Axes, labels: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    """Draw every label of a plane in its colour, and the body as a contour."""
     overlay = np.zeros((*labels.shape, 4))
     for label in np.unique(labels[(labels != 0) & (labels != BODY)]):
         overlay[labels == label] = (*label_colour(int(label)), OVERLAY_OPACITY)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from monai.transforms import MapTransform, SpatialResample
 from torch.nn.functional import pad
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.edits import swap_sides
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.latents import FACTOR
@@ -34,18 +36,43 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> Controlle
     return network
 
 
+def check_labels(keep: Sequence[int] | None, **asked: Mapping[int | str, float]) -> None:
+    """Refuse weights and contrasts for labels that masks no longer have after merging.
+
+    Args:
+        keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; None for all.
+        asked: config key -> {label: ...}.
+
+    Raises:
+        InputError: a label is not kept.
+    """
+    for name, labels in asked.items():
+        if keep is not None and (lost := sorted({int(label) for label in labels} - {int(label) for label in keep})):
+            raise InputError(
+                f"{name} has {', '.join(map(str, lost))}, but keep_labels merges these labels into others; allowed are "
+                f"{', '.join(map(str, keep))}: add them to keep_labels"
+            )
+
+
 class FitMaskd(MapTransform):
     """Puts a mask (1, D, H, W) on the image grid of its latent (4, d, h, w), padded by its edge as the image was.
 
-    Where the CT was resampled or cropped before it was encoded, the mask follows by nearest-label resampling.
+    Where the CT was resampled, cropped, turned or mirrored before it was encoded, the mask follows by nearest-label
+    resampling. On a mirrored grid (one that is left-handed) the labels of left and right structures are exchanged.
+
+    Args:
+        keys: key of the mask, in the vocabulary.
+        latent_key: key of the latent, with ``meta["sidecar"]``.
+        label_map: tells which placeholder ids stand for a left and a right structure.
 
     Raises:
         InputError: the mask does not belong to the latent (it does not cover the image the latent stands for).
     """
 
-    def __init__(self, keys: str, latent_key: str) -> None:
+    def __init__(self, keys: str, latent_key: str, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> None:
         super().__init__(keys)
         self.latent_key = latent_key
+        self.label_map = label_map
         self.resample = SpatialResample(mode="nearest", padding_mode="border", align_corners=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -54,6 +81,8 @@ class FitMaskd(MapTransform):
         affine = image_affine(latent.affine, FACTOR)
         to_mask = np.linalg.inv(np.asarray(mask.affine, dtype=float)) @ affine
         corners = np.stack([to_mask[:3, 3], (to_mask @ [*(n - 1 for n in size), 1])[:3]])
+        if not _is_parallel(to_mask):  # the corners of a turned grid stick out; then its centre must be inside
+            corners = corners.mean(0, keepdims=True)
         # Resampling rounds the field of view to whole voxels, so the image may reach a voxel further than the mask.
         if (corners.min(0) < -1).any() or (corners.max(0) > mask.shape[1:]).any():
             raise InputError(
@@ -61,7 +90,15 @@ class FitMaskd(MapTransform):
                 f"image of {tuple(size)} voxels that its latent stands for; encode the CT the mask belongs to"
             )
         image: Any = self.resample(mask.float(), dst_affine=torch.as_tensor(affine), spatial_size=size)
+        if np.linalg.det(affine[:3, :3]) < 0:
+            image = swap_sides(image, self.label_map)
         missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         widths = [width for axis in reversed(missing) for width in (0, axis)]
         padded = pad(image.as_tensor()[None], widths, mode="replicate")[0]
         return {**data, self.keys[0]: padded}
+
+
+def _is_parallel(to_mask: np.ndarray) -> bool:
+    """Whether each axis of one grid runs along an axis of the other, to a tenth of a voxel across 100 of them."""
+    axes = np.sort(np.abs(to_mask[:3, :3]), axis=0)
+    return bool((axes[1] <= 1e-3 * axes[2]).all())

@@ -3,18 +3,124 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from maisi_tools import fingerprints
 from maisi_tools.errors import InputError
+from maisi_tools.training.views import make_views
+from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.reading import read_sidecar, sidecar_path
+from maisi_tools.volumes.writing import write_sidecar
+from maisi_tools.weights import read_weights
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = "_latent.nii.gz"
-"""What ``maisi_vae``'s encode.json appends to a volume's stem."""
+"""What ``maisi_vae``'s encode.json appends to the name of a case's view."""
+
+SIGMA_SUFFIX = "_sigma.nii.gz"
+"""What it appends for the posterior's standard deviation."""
+
+MADE_FROM = ("autoencoder", "source", "settings")
+"""What a latent was made from, in its sidecar: fingerprints of the encoder's weights and of the volume's file, and all
+settings that its values depend on. A latent is up to date as long as none of them changed."""
+
+CACHED = ("view", *MADE_FROM)
+"""What the sidecar of a cached latent holds beside :data:`maisi_tools.volumes.latents.SIDECAR`."""
+
+ENCODER = ("encoder.", "quant_conv_")
+"""Parts of the autoencoder that make a latent; another decoder leaves it valid."""
 
 
-def belongs(stem: str, name: str) -> bool:
-    """Whether the latent ``stem`` is one of the case ``name``."""
-    return stem == name or stem.startswith(f"{name}_")
+def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Path) -> str:
+    """Fingerprint of what encodes, the same for a network, its state dict and its checkpoint file.
+
+    Raises:
+        InputError: the file is missing or no checkpoint, or there is no encoder in it.
+    """
+    if isinstance(autoencoder, nn.Module):
+        state: Mapping[str, Tensor] = autoencoder.state_dict()
+    else:
+        state = autoencoder if isinstance(autoencoder, Mapping) else read_weights(autoencoder)
+    encoder = {name: value for name, value in state.items() if name.startswith(ENCODER)}
+    if not encoder:
+        raise InputError(f"{autoencoder} holds no encoder; give the weights of the maisi_vae bundle")
+    return fingerprints.of_tensors(encoder)
+
+
+def latents_to_encode(
+    items: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    autoencoder: nn.Module,
+    views: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    modality: str | int,
+    seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+) -> list[dict[str, Any]]:
+    """List what is still to be encoded: every view of every volume whose latent is missing or out of date.
+
+    A latent whose region or modality alone is to change has its sidecar rewritten here; it is not encoded again.
+
+    Args:
+        items: CTs under ``image``, with their body ``region`` and their ``modality`` (a kind of CT) where it is known.
+        output_dir: the cache.
+        autoencoder: the network with its weights.
+        views: see :func:`maisi_tools.training.views.make_views`.
+        settings: what else the latents depend on, JSON values (the padding, the HU window).
+        modality: the condition that is written for items without one of their own.
+        seed: of what views draw.
+        rank, ranks: this process takes every ``ranks``-th latent, from the ``rank``-th on.
+
+    Returns:
+        Items with ``image``, ``modality``, ``region`` where it is known, ``case`` (the volume's stem), ``stem`` (what
+        the latent's file name begins with) and :data:`CACHED`.
+
+    Raises:
+        InputError: bad views, two latents of one name, an item that says it is an MR, or a rank that is none.
+    """
+    if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
+        raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
+    encoder = encoder_fingerprint(autoencoder)
+    jobs: dict[str, dict[str, Any]] = {}
+    for item in items:
+        case = stem_of(item["image"])
+        own = item.get("modality") or modality
+        if own != modality and not str(own).lower().startswith("ct"):
+            raise InputError(
+                f"{item['image']} has the modality {own!r} in its datalist; encode.json scales HU, so allowed are 'ct' "
+                "and names that begin so: leave it out of the input"
+            )
+        for view in make_views(views):
+            stem = f"{case}_{view.name}" if view.name else case
+            if stem in jobs:
+                raise InputError(
+                    f"view {view.name!r} of {item['image']} and {jobs[stem]['image']} would both be {stem}{SUFFIX}; "
+                    "rename the file or the view"
+                )
+            made = fingerprints.of_settings({**settings, "view": view.settings(seed)})
+            entries = {"case": case, "stem": stem, "view": view.name, "autoencoder": encoder, "settings": made}
+            # An empty list does not survive MONAI's collation.
+            region = {"region": list(item["region"])} if item.get("region") else {}
+            jobs[stem] = {"image": str(item["image"]), "modality": own, **region, **entries}
+    share = list(jobs.values())[rank::ranks]
+    sources: dict[str, str] = {}
+    outdated = []
+    for job in tqdm(share, desc="comparing with the cache", unit="latent", delay=2, disable=rank > 0):
+        if job["image"] not in sources:
+            sources[job["image"]] = fingerprints.of_file(job["image"])
+        job["source"] = sources[job["image"]]
+        if not _is_up_to_date(Path(output_dir) / f"{job['stem']}{SUFFIX}", job):
+            outdated.append(job)
+    logger.info("%s: %d latents up to date, %d to encode", output_dir, len(share) - len(outdated), len(outdated))
+    return outdated
 
 
 def find_latents(
@@ -22,21 +128,29 @@ def find_latents(
     held_out: Sequence[str] | str | Path = (),
     masks_dir: str | Path | None = None,
     mask_suffix: str = "_mask.nii.gz",
+    autoencoder: str | Path | None = None,
 ) -> dict[str, list[dict[str, str]]]:
     """List the cached latents, split by patient into "training" and "validation".
 
     Args:
         latents_dir: folder written by ``maisi_vae``'s encode.json.
-        held_out: case names kept out of training, or a JSON file with them under "held_out". A latent belongs to a
-            case when its stem is the name or begins with the name and an underscore (``pt_1_ct``, ``pt_1_flip``).
-        masks_dir: folder with one mask a case, ``<stem>`` + ``mask_suffix``; latents without a mask are left out.
+        held_out: case names kept out of training, or a JSON file with them under "held_out" (such as the datalist of
+            `maisi prepare`). A latent belongs to a case when its stem is the name or begins with the name and an
+            underscore (``pt_1_ct``, ``pt_1_ct_flip``).
+        masks_dir: folder with one mask a case, ``<stem>`` + ``mask_suffix``, where a view without a mask of its own
+            takes its case's; latents without a mask are left out.
+        autoencoder: weights that all latents must come from.
+
+    Returns:
+        Items with ``latent`` and, where there is one, ``mask`` and ``sigma``.
 
     Raises:
-        InputError: no latents, or none with a mask; or a held-out name that no latent belongs to, because a misspelt
-            name would put its patient into training.
+        InputError: no latents, or none with a mask; a latent without a sidecar; latents of different autoencoders, or
+            of another than ``autoencoder``; or a held-out name that no latent belongs to, because a misspelt name would
+            put its patient into training.
     """
     root = Path(latents_dir)
-    found = sorted(root.glob(f"*{SUFFIX}"))
+    found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
     if not found:
         raise InputError(f"no *{SUFFIX} in {root}; make them with configs/encode.json of the maisi_vae bundle")
     names = _names(held_out)
@@ -44,13 +158,18 @@ def find_latents(
     unknown = [name for name in names if not any(belongs(stem, name) for stem in stems)]
     if unknown:
         raise InputError(f"held-out cases {', '.join(unknown)} have no latent in {root}; correct the names")
+    sidecars = [read_sidecar(path) for path in found]
+    _check_autoencoder(root, dict(zip(stems, sidecars, strict=True)), autoencoder)
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
-    for path in found:
-        stem = path.name.removesuffix(SUFFIX)
+    for path, stem, sidecar in zip(found, stems, sidecars, strict=True):
         item = {"latent": str(path)}
+        if json.loads(sidecar.get("settings", "{}")).get("sigma"):
+            item["sigma"] = str(root / f"{stem}{SIGMA_SUFFIX}")
         if masks_dir is not None:
-            mask = Path(masks_dir) / f"{stem}{mask_suffix}"
-            if not mask.is_file():
+            case = stem.removesuffix(f"_{sidecar['view']}") if sidecar.get("view") else stem
+            masks = [Path(masks_dir) / f"{name}{mask_suffix}" for name in (stem, case)]
+            mask = next((mask for mask in masks if mask.is_file()), None)
+            if mask is None:
                 continue
             item["mask"] = str(mask)
         kept_out = any(belongs(stem, name) for name in names)
@@ -58,6 +177,41 @@ def find_latents(
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     return lists
+
+
+def belongs(stem: str, name: str) -> bool:
+    """Whether the latent ``stem`` is one of the case ``name``."""
+    return stem == name or stem.startswith(f"{name}_")
+
+
+def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
+    try:
+        sidecar = json.loads(sidecar_path(path).read_text())
+    except (OSError, ValueError):
+        return False
+    if not path.is_file() or any(sidecar.get(name) != job[name] for name in MADE_FROM):
+        return False
+    wanted = {**sidecar, "region": job.get("region", []), "modality": job["modality"]}
+    if wanted != sidecar:
+        write_sidecar(path, wanted)
+    return True
+
+
+def _check_autoencoder(root: Path, sidecars: Mapping[str, Mapping], wanted: str | Path | None) -> None:
+    """Refuse latents that no single decoder can decode."""
+    by_autoencoder: dict[str | None, list[str]] = {}
+    for stem, sidecar in sidecars.items():
+        by_autoencoder.setdefault(sidecar.get("autoencoder"), []).append(stem)
+    do = "encode them again with configs/encode.json of the maisi_vae bundle: what is up to date is kept"
+    if len(by_autoencoder) > 1:
+        counts = ", ".join(f"{len(of)} of {name or 'unknown weights'} ({of[0]})" for name, of in by_autoencoder.items())
+        raise InputError(f"the latents in {root} come from different autoencoders: {counts}; allowed is one: {do}")
+    if wanted is not None and encoder_fingerprint(wanted) not in by_autoencoder:
+        (name,) = by_autoencoder
+        raise InputError(
+            f"the latents in {root} come from an autoencoder with {name or 'unknown weights'}, not from {wanted} "
+            f"({encoder_fingerprint(wanted)}); {do}, or give the weights that made them"
+        )
 
 
 def _names(held_out: Sequence[str] | str | Path) -> list[str]:

@@ -2,38 +2,168 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from maisi_tools.errors import InputError
+from maisi_tools.training.adversarial import Adversary
+from maisi_tools.training.diffusion import Target
+
 
 class AutoencoderLoss(nn.Module):
-    """Reconstruction + KL loss of the VAE (paper section 3.1): ``L1 + kl_weight * KL``.
+    """Loss of the VAE-GAN's autoencoder (paper section 3.1): the sum of these terms, each times its weight.
+
+    ======================  ==========================================================================================
+    ``l1``                  mean absolute error, weight 1; with ``intensity_weights`` a weighted mean over each image
+    ``kl``                  KL divergence of the posterior from a unit normal, summed over a latent and averaged over
+                            the batch as in the paper's code; so its weight is small (1e-7): it only keeps the latents'
+                            scale in check
+    ``perceptual``          ``perceptual(reconstruction, image)``
+    ``adversarial``         what the adversary says of the reconstruction, from its first step on
+    ======================  ==========================================================================================
 
     Called by MONAI's ``SupervisedTrainer`` with the training-mode output of
     :class:`maisi_tools.networks.Autoencoder`, ``(reconstruction, mean, sigma)``, and the image, both (B, 1, D, H, W) in
-    [0, 1]. KL is summed over a latent and averaged over the batch, as in the paper's code, so ``kl_weight`` is small
-    (1e-7): it only keeps the latents' scale in check.
+    [0, 1].
+
+    Args:
+        kl_weight: MAISI's released training settings have 1e-7.
+        perceptual: None for no such term.
+        perceptual_weight: there 0.3.
+        adversary: None for no such term.
+        adversarial_weight: there 0.1; with 0 the adversary is not asked.
+        intensity_weights: (lowest, highest, weight) for ranges of the image's intensities whose voxels have this weight
+            in ``l1``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin, such as an
+            airway between two walls, to the tissue around it.
+
+    Attributes:
+        terms: each term of the last call before its weight, and "scale_factor", 1 / standard deviation of the latents
+            (of the posteriors' means), which the KL weight should keep near 1.
+
+    Raises:
+        InputError: ``intensity_weights`` is not a list of such ranges with positive weights.
     """
 
-    def __init__(self, kl_weight: float) -> None:
+    def __init__(
+        self,
+        kl_weight: float,
+        perceptual: nn.Module | None = None,
+        perceptual_weight: float = 0.0,
+        adversary: Adversary | None = None,
+        adversarial_weight: float = 0.0,
+        intensity_weights: Sequence[Sequence[float]] = (),
+    ) -> None:
         super().__init__()
-        self.kl_weight = kl_weight
+        if not isinstance(intensity_weights, Sequence) or not all(map(_is_weighted_range, intensity_weights)):
+            raise InputError(
+                f"intensity_weights is {intensity_weights!r}; allowed is a list of [lowest, highest, weight] with "
+                "lowest <= highest in the image's intensities (0 to 1) and a weight above 0: [[0.0, 0.3, 6.0]]"
+            )
+        self.intensity_weights = intensity_weights
+        self.perceptual = perceptual
+        self.adversary = adversary
+        self.weights = {
+            "l1": 1.0,
+            "kl": kl_weight,
+            "perceptual": perceptual_weight,
+            "adversarial": adversarial_weight,
+        }
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         reconstruction, mean, sigma = (part.float() for part in prediction)
+        target = target.float()
         variance = sigma.pow(2).clamp_min(1e-12)
         kl = 0.5 * (mean.pow(2) + variance - variance.log() - 1)
-        kl = kl.sum() / kl.shape[0]
-        return nn.functional.l1_loss(reconstruction, target.float()) + self.kl_weight * kl
+        terms = {"l1": self._l1(reconstruction, target), "kl": kl.sum() / kl.shape[0]}
+        if self.perceptual is not None and self.weights["perceptual"]:
+            terms["perceptual"] = self.perceptual(reconstruction, target)
+        if self.adversary is not None and self.weights["adversarial"] and self.adversary.active:
+            terms["adversarial"] = self.adversary.generator_loss(reconstruction)
+        self.terms = {name: term.detach() for name, term in terms.items()}
+        self.terms["scale_factor"] = 1 / mean.detach().std()
+        return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+
+    def _l1(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        if not self.intensity_weights:
+            return nn.functional.l1_loss(reconstruction, target)
+        weight = torch.ones_like(target)
+        for lowest, highest, value in self.intensity_weights:
+            weight[(target >= lowest) & (target <= highest)] = value
+        axes = (1, 2, 3, 4)  # image by image, so that the ranks' mean is that of the whole batch
+        return ((reconstruction - target).abs() * weight).sum(axes).div(weight.sum(axes)).mean()
+
+
+def _is_weighted_range(entry: object) -> bool:
+    if not isinstance(entry, Sequence) or len(entry) != 3:
+        return False
+    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in entry)
+    return numbers and entry[0] <= entry[1] and entry[2] > 0
 
 
 class WeightedVelocityLoss(nn.Module):
-    """L1 between predicted and wanted velocity (or noise), weighted by image region (paper section 3.3).
+    """L1 between predicted and wanted velocity (or noise), weighted by voxel and sample (paper section 3.3).
 
-    The target is ``(target, weight)``, both at latent resolution; ``weight`` (B, 1, d, h, w) is larger where a voxel's
-    label asks for more attention, 1 elsewhere. A plain tensor means weight 1 everywhere.
+    The target is a :class:`~maisi_tools.training.diffusion.Target`, or a plain tensor, which means weight 1 everywhere.
     """
 
-    def forward(self, prediction: Tensor, target: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        wanted, weight = target if isinstance(target, tuple) else (target, torch.ones_like(target[:, :1]))
-        return ((prediction.float() - wanted.float()).abs() * weight).mean()
+    def forward(self, prediction: Tensor, target: Tensor | Target) -> Tensor:
+        if isinstance(target, Tensor):
+            return nn.functional.l1_loss(prediction.float(), target.float())
+        return ((prediction.float() - target.value.float()).abs() * target.weight).mean()
+
+
+class RegionContrastiveLoss(nn.Module):
+    """:class:`WeightedVelocityLoss` plus MAISI-v2's region-specific contrastive loss (arXiv 2508.05772).
+
+    Where the target has a ``region``, the prediction has two halves (2 B, 4, d, h, w): from the mask as it is, and from
+    the mask whose labels in the region are replaced. They should differ inside the region and agree outside it, away
+    from its border: ``L1 + contrast_weight (mean outside |difference| - min(mean inside |difference|, limit))``. Both
+    means are taken for each sample; a sample without a region adds nothing.
+
+    Args:
+        contrast_weight: the paper's is 0.01.
+        limit: beyond which a difference inside is no longer rewarded; the paper's is 2.
+
+    Attributes:
+        terms: "l1" and "contrast" (before its weight) of the last call.
+    """
+
+    def __init__(self, contrast_weight: float, limit: float) -> None:
+        super().__init__()
+        self.contrast_weight = float(contrast_weight)
+        self.limit = float(limit)
+        self.l1 = WeightedVelocityLoss()
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, prediction: Tensor, target: Tensor | Target) -> Tensor:
+        if isinstance(target, Tensor) or target.region is None:
+            l1, contrast = self.l1(prediction, target), prediction.new_zeros(())
+        else:
+            prediction, other = prediction.chunk(2)
+            l1 = self.l1(prediction, target)
+            contrast = region_contrast(prediction, other, target.region, self.limit)
+        self.terms = {"l1": l1.detach(), "contrast": contrast.detach()}
+        return l1 + self.contrast_weight * contrast
+
+
+def region_contrast(prediction: Tensor, other: Tensor, region: Tensor, limit: float) -> Tensor:
+    """``mean outside |difference| - min(mean inside |difference|, limit)``, averaged over the samples.
+
+    Args:
+        prediction: (B, 4, d, h, w).
+        other: of the same shape.
+        region: (B, 1, d, h, w), 1 inside, else 0. Outside begins beyond its neighbouring voxels: the paper dilates the
+            region and does not say how far; one latent voxel is four of the image.
+        limit: see :class:`RegionContrastiveLoss`.
+    """
+    difference = (prediction.float() - other.float()).abs().mean(1, keepdim=True)
+    outside = 1 - nn.functional.max_pool3d(region, 3, stride=1, padding=1)
+    axes = (1, 2, 3, 4)
+    inside = (difference * region).sum(axes) / region.sum(axes).clamp_min(1)
+    around = (difference * outside).sum(axes) / outside.sum(axes).clamp_min(1)
+    shown = region.amax(axes)  # 0 for a sample without a region: its halves are the same
+    return ((around - inside.clamp_max(limit)) * shown).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,82 +11,114 @@ from typing import Any
 import numpy as np
 import torch
 from monai.transforms import Compose, Orientation, Spacing
-from tqdm import tqdm
 
+from maisi_tools import fingerprints
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import region_of
+from maisi_tools.training.workers import in_order
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
-from maisi_tools.volumes.reading import read_volume
-from maisi_tools.volumes.writing import write_volume
+from maisi_tools.volumes.reading import read_sidecar, read_volume, sidecar_path
+from maisi_tools.volumes.writing import write_sidecar, write_volume
+
+SUFFIX = "_mask.nii.gz"
+"""What a mask's file name has after the CT's stem."""
 
 CASES = "cases.json"
 """The datalist of CTs and regions that ``maisi_vae``'s encode.json takes as its input."""
 
 
 def complete_masks(
-    items: Sequence[Mapping[str, str]],
+    items: Sequence[Mapping[str, Any]],
     output_dir: str | Path,
     label_map: str | Path,
     spacing: Sequence[float] | None = None,
+    workers: int = 0,
 ) -> list[Path]:
     """Write ``<stem of the CT>_mask.nii.gz`` for every case, in the MAISI vocabulary and on the CT's grid.
 
     A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
-    (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. Masks that are there
-    already are skipped, so an interrupted run can be started again. At the end :data:`CASES` lists the CTs with the
-    body regions their masks show.
+    (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. A JSON beside each mask
+    says what it was made from; masks that are up to date are skipped, so an interrupted run can be started again, and a
+    mask without such a JSON is the user's own and stays. At the end :data:`CASES` lists the CTs with their body
+    regions: those of the item, or else those that the mask shows.
 
     Args:
-        items: cases with ``image`` and, where there is one, ``label``.
+        items: cases with ``image`` and, where there is one, ``label``; ``region`` where it is known.
         label_map: how the labels are to be read, see :func:`maisi_tools.masks.label_maps.read_label_map`.
         spacing: mm along x, y, z (RAS): the CTs are resampled to it first (linear, own labels by nearest neighbour),
             and the masks lie on that grid. Give what the latents are encoded at: an airway two voxels wide loses half
             of its air in the resampling, and a mask of the original CT would still call all of it airway.
+        workers: processes that work beside one another; what is written does not depend on it.
 
     Raises:
         InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
-            a spacing that is not three positive numbers.
+            two CTs of one stem; a spacing that is not three positive numbers.
     """
     folder = check_output_dir(output_dir)
-    regrid = {mode: _regrid(spacing, mode) for mode in ("bilinear", "nearest")}
+    _regrid(spacing, "nearest")  # a bad one is refused before any work
     mapping = read_label_map(label_map)
-    to_ras, restore = Orientation(axcodes="RAS", labels=None), RestoreOrientationd("mask", "ct")
-    written = []
-    for item in tqdm(items, desc="completing masks", unit="case", delay=2):
-        path = folder / f"{stem_of(item['image'])}_mask.nii.gz"
-        written.append(path)
-        if path.exists():
-            continue
-        ct: Any = to_ras(read_volume(item["image"], "ct"))
-        labels = None
-        if "label" in item:
-            own: Any = to_ras(read_volume(item["label"], "mask"))
-            if own.shape != ct.shape or not np.allclose(own.affine, ct.affine, atol=1e-2):
-                raise InputError(
-                    f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
-                    f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
-                )
-            labels = apply_label_map(np.asarray(regrid["nearest"](own)[0]), mapping)
-        ct = regrid["bilinear"](ct)
-        if labels is None:
-            labels = np.zeros(ct.shape[1:], dtype=np.uint8)
-        completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
-        mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
-        write_volume(path, np.asarray(mask[0]), mask.affine, "uint8")
+    stems = [stem_of(item["image"]) for item in items]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise InputError(f"several CTs have the name {', '.join(twice)}; masks are named by it: rename one")
+    complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
+    regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
-        {
-            "image": str(Path(item["image"]).resolve()),
-            "region": list(region_of(read_volume(path, "mask").unique().tolist())),
-        }
-        for item, path in zip(items, written, strict=True)
+        {"image": str(Path(item["image"]).resolve()), "region": region}
+        for item, region in zip(items, regions, strict=True)
     ]
     with replacing(folder / CASES) as part:
         part.write_text(json.dumps(cases, indent=1) + "\n")
-    return written
+    return [folder / f"{stem}{SUFFIX}" for stem in stems]
+
+
+def _complete(
+    item: Mapping[str, Any], folder: Path, mapping: Mapping[int, int], spacing: Sequence[float] | None
+) -> list[str]:
+    """Write the mask of one case unless it is up to date, and return the case's regions."""
+    path = folder / f"{stem_of(item['image'])}{SUFFIX}"
+    settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
+    files = [item[key] for key in ("image", "label") if key in item]
+    sources = [fingerprints.of_file(file) for file in files if Path(file).exists()]  # reading refuses the others
+    made_from = {"settings": fingerprints.of_settings(settings), "sources": sources}
+    beside = sidecar_path(path)
+    found = read_sidecar(path) if path.is_file() and beside.is_file() else {}
+    if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
+        completed, affine = _completed(item, mapping, spacing)
+        found = {**made_from, "labels": np.unique(completed)}
+        path.unlink(missing_ok=True)  # wherever this is interrupted: where there is a mask, its JSON is about it
+        write_sidecar(path, found)
+        write_volume(path, completed, affine, "uint8")
+    if item.get("region"):
+        return list(item["region"])
+    labels = found["labels"] if found else read_volume(path, "mask").unique().tolist()
+    return list(region_of(labels))
+
+
+def _completed(
+    item: Mapping[str, Any], mapping: Mapping[int, int], spacing: Sequence[float] | None
+) -> tuple[np.ndarray, Any]:
+    """The mask (X, Y, Z) of one case, in the orientation of the CT's file, and its affine."""
+    to_ras, restore = Orientation(axcodes="RAS", labels=None), RestoreOrientationd("mask", "ct")
+    ct: Any = to_ras(read_volume(item["image"], "ct"))
+    labels = None
+    if "label" in item:
+        own: Any = to_ras(read_volume(item["label"], "mask"))
+        if own.shape != ct.shape or not np.allclose(own.affine, ct.affine, atol=1e-2):
+            raise InputError(
+                f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
+                f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
+            )
+        labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
+    ct = _regrid(spacing, "bilinear")(ct)
+    if labels is None:
+        labels = np.zeros(ct.shape[1:], dtype=np.uint8)
+    completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
+    mask = restore({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
+    return np.asarray(mask[0]), mask.affine
 
 
 def _regrid(spacing: Sequence[float] | None, mode: str) -> Callable[[Any], Any]:

@@ -2,19 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from monai.transforms import MapTransform, RandomizableTransform, SpatialResample
+from monai.transforms.utils import create_rotate
+
+from maisi_tools.errors import InputError
 
 PLACES_TRIED = 100
 """How often a place outside the body is drawn again before it is taken: a volume may be all air."""
 
 
+def check_patches(
+    min_size: Sequence[int], max_size: Sequence[int], multiple: int, smallest: int, batch_size: int
+) -> None:
+    """Refuse patch sizes (voxels) that the training cannot use.
+
+    Args:
+        min_size: see :class:`RandSpacingPatchd`, as ``max_size`` and ``multiple``.
+        smallest: along each axis, what the network and the losses need.
+        batch_size: patches that are stacked, so that they must have one size.
+
+    Raises:
+        InputError: not three whole numbers each, one below ``smallest``, smallest and largest size the wrong way round,
+            or several sizes in a batch.
+    """
+    for name, size in (("min_patch_size", min_size), ("max_patch_size", max_size)):
+        numbers = size if isinstance(size, Sequence) else [size]
+        if len(numbers) != 3 or not all(isinstance(n, int) and n >= smallest and n % multiple == 0 for n in numbers):
+            raise InputError(
+                f"{name} is {size!r}; allowed are three multiples of {multiple}, at least {smallest} voxels, which "
+                "the losses need: give larger patches"
+            )
+    if any(low > high for low, high in zip(min_size, max_size, strict=True)):
+        raise InputError(
+            f"min_patch_size is {list(min_size)}, larger than max_patch_size, {list(max_size)}; allowed is at most "
+            "that: change one of them"
+        )
+    if batch_size > 1 and list(min_size) != list(max_size):
+        raise InputError(
+            f"batch_size is {batch_size} with patches from {list(min_size)} to {list(max_size)} voxels; a batch's "
+            "patches must have one size: give accumulation_steps instead of batch_size, or one patch size"
+        )
+
+
 class RandSpacingPatchd(RandomizableTransform, MapTransform):
-    """Cuts a patch of drawn size and drawn voxel spacing around a drawn voxel.
+    """Cuts a patch of drawn size, voxel spacing and orientation around a drawn voxel.
 
     The autoencoder must serve volumes of any spacing and size: its group norms see a whole volume with much air at
     inference, so patches vary in size and in their share of air. Patch and resampling are one interpolation
@@ -28,6 +65,7 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
         multiple: sizes are multiples of this.
         foreground: share of the patches whose middle lies in tissue (above ``threshold``).
         threshold: in the image's intensities.
+        rotation: degrees; the patch is turned about each of its axes by an angle drawn from -rotation to rotation.
     """
 
     def __init__(
@@ -39,6 +77,7 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
         multiple: int = 4,
         foreground: float = 0.85,
         threshold: float = 0.3,
+        rotation: float = 0.0,
     ) -> None:
         MapTransform.__init__(self, keys)
         self.spacing = np.asarray(spacing, dtype=float)
@@ -47,6 +86,7 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
         self.multiple = multiple
         self.foreground = foreground
         self.threshold = threshold
+        self.rotation = math.radians(rotation)
         self.resample = SpatialResample(mode="bilinear", padding_mode="border", align_corners=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -59,9 +99,10 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
             if not in_tissue or image[(0, *middle)] > self.threshold:
                 break
 
+        turn = np.asarray(create_rotate(3, self.R.uniform(-self.rotation, self.rotation, 3).tolist()))[:3, :3]
         affine = np.asarray(image.affine, dtype=float)
         patch = affine.copy()
-        patch[:3, :3] = affine[:3, :3] / np.asarray(image.pixdim) * spacing
+        patch[:3, :3] = affine[:3, :3] / np.asarray(image.pixdim) @ turn * spacing
         patch[:3, 3] = (affine @ [*middle, 1])[:3] - patch[:3, :3] @ ((size - 1) / 2)
         result = dict(data)
         for key in self.key_iterator(data):

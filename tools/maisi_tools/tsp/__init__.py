@@ -8,9 +8,12 @@ the executor (:mod:`~maisi_tools.tsp.execute`) computes it slab by slab.
 :class:`TSPInferer` is the form MONAI calls; :func:`~maisi_tools.tsp.run.run_in_slabs` needs torch alone.
 """
 
+import os
+
 from maisi_tools.tsp.errors import MemoryLimitError, TSPError
-from maisi_tools.tsp.heap import ask_for_huge_pages
 
 __all__ = ["MemoryLimitError", "TSPError"]
 
-ask_for_huge_pages()
+# Has torch ask for pages of 2 MiB, which makes a block's first use faster. Torch looks when it allocates its first CPU
+# tensor, so this stands here, before torch is imported; a user's own setting stays.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maisi_tools.tsp.heap import map_slabs
+from maisi_tools.tsp.heap import SlabPool, reset_heap, set_heap, trim_heap
 from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
 from maisi_tools.tsp.nodes import Node, Rows
 from maisi_tools.tsp.plan import Graph, Pass, Plan, Step, is_given
@@ -31,6 +31,7 @@ class Execution:
         ranks: the plan's ranks, where there are several.
         given: the tensors of given nodes, on the rank that holds them.
         gather: return whole results on every rank, not each rank's :class:`~maisi_tools.tsp.ranks.Shard`.
+        lean: memory goes before time, for the plan was made for a limit that somebody set.
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class Execution:
         ranks: Ranks | None = None,
         given: Mapping[Node, Tensor] | None = None,
         gather: bool = True,
+        lean: bool = False,
     ) -> None:
         self.plan = plan
+        self.lean = lean
         self.ranks = ranks
         self.gather = gather
         self.graph: Graph = plan.graph
         self.devices = list(devices)
+        self.pool = SlabPool() if self.devices[0].type == "cpu" else None
         self.stores: dict[Node, DeviceStore] = {}
         self.wholes: dict[Node, Any] = {}
         self.moments: dict[Node, Moments] = {}
@@ -59,10 +63,12 @@ class Execution:
     def run(self, outputs: Sequence[Node], tick: Tick | None = None) -> list[Any]:
         """Return the outputs' values."""
         total, done = sum(len(part.steps) for part in self.plan.passes), 0
-        if self.devices[0].type == "cpu":
-            map_slabs()
+        if self.pool is not None:
+            set_heap(self.lean)
         try:
             for part in self.plan.passes:
+                if self.pool is not None:
+                    trim_heap()
                 self._open(part)
                 self._exchange(part)
                 gathered: dict[Node, list[tuple[Rows, Moments]]] = {
@@ -84,6 +90,9 @@ class Execution:
         finally:
             for store in self.stores.values():
                 store.close()
+            if self.pool is not None:
+                self.pool.close()
+                reset_heap()
 
     def _exchange(self, part: Pass) -> None:
         """Send and fetch the rows that this pass reads across the ranks' borders."""
@@ -148,7 +157,7 @@ class Execution:
                 self.stores[target] = OutputStore(target, result, first)
             else:
                 kind = {"device": DeviceStore, "host": HostStore, "disk": FileStore}[place]
-                self.stores[target] = kind(target, self.plan.away.get(target, 0.0))
+                self.stores[target] = kind(target, self.plan.away.get(target, 0.0), self.pool)
 
     def _step(
         self,
@@ -170,7 +179,7 @@ class Execution:
             if target in gathered:
                 gathered[target].append((rows, moments(slab)))
             if part.keep:
-                self.stores[target].write(rows, _own(slab))
+                self.stores[target].write(rows, slab)
         del memo
         for node, rows in step.free:
             if node.axis is None:
@@ -222,8 +231,3 @@ class Execution:
         if node not in self.moments:
             self.moments[node] = concatenate([self._moments_of(given) for given in node.inputs])
         return self.moments[node]
-
-
-def _own(slab: Tensor) -> Tensor:
-    """The slab itself, or a copy where it is a part of a larger one that it would keep alive."""
-    return slab.clone() if slab.untyped_storage().nbytes() > slab.nbytes else slab

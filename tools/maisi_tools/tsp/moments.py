@@ -37,10 +37,13 @@ class Moments:
 BLOCK = {"cpu": 2**20}
 """Elements whose moments are taken at a time: few enough that the passes over them stay in the cache."""
 
+LARGE_BLOCK = 2**26
+"""The same on other devices: few enough that the float32 copy of a half-precision block is small beside a slab."""
+
 
 def moments(slab: Tensor) -> Moments:
     """Return the moments of a slab (B, C, ...) over all positions; the sums are float32 around a block's mean."""
-    block = BLOCK.get(slab.device.type, slab.numel())
+    block = BLOCK.get(slab.device.type, LARGE_BLOCK)
     if slab.numel() <= block:
         return _of_block(slab)
     # Along the outermost dimension in memory, so that a block is one piece of it, or one for each channel.

@@ -74,8 +74,8 @@ class Node:
         dtype: of the result.
         axis: the dimension whose positions are rows; None for a whole.
         need: which rows of the inputs a range of output rows needs.
-        compute: ``compute(slabs, a, b)`` with the needed rows of each input -> output rows ``a..b``. A slab that is
-            exclusively the caller's (see ``reuse``) may be overwritten.
+        compute: ``compute(slabs, a, b)`` with the needed rows of each input -> output rows ``a..b``. Slabs may
+            be views of what is stored, and are not written into.
         cost: floating point operations per output element; 0 for what only moves or scales numbers. Results of
             operations with a cost are worth keeping.
         elementwise: every element of the result depends on the elements at the same place of the inputs.

@@ -6,7 +6,8 @@ slab of a kept result is freed as soon as no later step reads it.
 
 Kept are results that are costly to compute (convolutions) and wanted more than once: as an output, by several readers,
 with halo, or first for their statistics and then normalised. The rest (norms, activations, padding, interpolation,
-concatenation, residual sums) is cheap and is computed again for each slab that needs it.
+concatenation, residual sums) is cheap and is computed again for each slab that needs it. Under a memory limit so is a
+convolution of the inputs that takes little.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ MOVED_AT_LEAST = 1 / 8
 
 HALO_ROWS = 4
 """Slabs are not made thinner than this before results are moved off the device: a thin slab is mostly halo."""
+
+CHEAP = 64
+"""Floating point operations for each byte of a result, up to which it is computed again from the inputs rather than
+moved off the device: a core does that many in the time in which a disk takes a byte. The first convolution of an
+encoder, from one channel to many, takes 14."""
 
 
 @dataclass
@@ -62,6 +68,10 @@ class Pass:
 class Graph:
     """What has to be computed for the outputs, whatever the slabs.
 
+    Args:
+        cheap: operations a byte up to which what is computed from the inputs alone, which are there anyway, is computed
+            again for each reader and not kept.
+
     Attributes:
         order: the nodes, inputs before readers.
         kept: nodes whose result is stored (or, for wholes, held) until its last reader; given nodes too, whose rows
@@ -70,7 +80,7 @@ class Graph:
         passes: (targets, keep) in order.
     """
 
-    def __init__(self, outputs: Sequence[Node]) -> None:
+    def __init__(self, outputs: Sequence[Node], cheap: float = 0.0) -> None:
         self.outputs = [node for node in dict.fromkeys(outputs) if node.value is None]
         self.order = _order(self.outputs)
         self.readers: dict[Node, list[Node]] = {node: [] for node in self.order}
@@ -80,7 +90,7 @@ class Graph:
                     self.readers[given].append(node)
         self.normalised = dict.fromkeys(node.moments_of for node in self.order if node.moments_of is not None)
         self.moments = list(dict.fromkeys(part for node in self.normalised for part in parts(node)))
-        self.kept = self._kept()
+        self.kept = self._kept(cheap)
         self.shared = {node for node in self.order if len(self.readers[node]) > 1 and node not in self.kept}
         computed = {node for node in self.kept if not is_given(node)}
         self.passes: list[tuple[list[Node], bool]] = [
@@ -88,15 +98,21 @@ class Graph:
         ]
         self._compute_early()
 
-    def _kept(self) -> set[Node]:
+    def _kept(self, cheap: float) -> set[Node]:
         kept: set[Node] = set()
         pending: set[Node] = set()
+        again: dict[Node, float] = {}  # results cheap to compute from the inputs -> the operations it takes
         for node in self.order:
             if node.value is not None:
                 continue
             if node in self.outputs or node.axis is None or is_given(node):
                 kept.add(node)
                 continue
+            if all(given in again or given.value is not None for given in node.inputs):
+                flop = node.rows * node.row_flop + sum(again.get(given, 0.0) for given in node.inputs)
+                if flop <= cheap * _size(node) and node.moments_of is None:
+                    again[node] = flop
+                    continue
             if not node.cost and not any(given in pending for given in node.inputs):
                 continue
             readers = self.readers[node]
@@ -378,18 +394,26 @@ def make_plan(
     Raises:
         MemoryLimitError: no plan is under the limit; the message names the least limit that would do.
     """
-    graph = Graph(outputs)
+    fast = Graph(outputs)
+    lean = (
+        Graph(outputs, CHEAP) if ranks == 1 else fast
+    )  # the ranks' passes have to be the same, whatever each has room for
     to = {"auto": "disk" if device_type == "cpu" else "host"}.get(offload, offload)
     slab_bytes = SLAB_BYTES.get(device_type, GPU_SLAB_BYTES)
     flights = 1 if device_type == "cpu" else 2  # a GPU's steps are queued ahead of what it computes
 
-    def planned(size: int, away: Mapping[Node, float] | None = None, like: Plan | None = None) -> Plan:
+    def planned(
+        size: int, away: Mapping[Node, float] | None = None, like: Plan | None = None, graph: Graph = lean
+    ) -> Plan:
         return Plan(graph, base, size, splits, away, to, flights, rank, ranks, devices, like)
 
-    plan = planned(slab_bytes)
+    plan = planned(slab_bytes, graph=fast)
     if limit is None or plan.peak <= limit:
         return plan
-    widest = max((node.row_bytes for node in graph.order if node.axis is not None), default=1)
+    plan = planned(slab_bytes)
+    if plan.peak <= limit:
+        return plan
+    widest = max((node.row_bytes for node in lean.order if node.axis is not None), default=1)
     sizes = [slab_bytes]
     while splits is None and sizes[-1] > widest:
         sizes.append(sizes[-1] // 2)
@@ -415,7 +439,7 @@ def make_plan(
             node = max(movable, key=lambda n: movable[n])
             more = max((plan.peak - limit) / _size(node), MOVED_AT_LEAST)
             away[node] = min(1.0, away.get(node, 0.0) + more)
-    everything = {node: 1.0 for node in graph.kept if node.axis is not None} if to != "none" else {}
+    everything = {node: 1.0 for node in lean.kept if node.axis is not None} if to != "none" else {}
     least = min(planned(sizes[-1], everything).peak, plan.peak)
     raise MemoryLimitError(
         f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)}"

@@ -209,7 +209,8 @@ class Call:
         while True:
             self.plan = self._make_plan(nodes, limit)
             try:
-                execution = Execution(self.plan, self.devices, self.ranks, self.given, gather)
+                lean = self.settings.memory_limit is not None
+                execution = Execution(self.plan, self.devices, self.ranks, self.given, gather, lean)
                 return execution.run(nodes, tick)
             except torch.cuda.OutOfMemoryError as error:
                 if self.ranks is not None:

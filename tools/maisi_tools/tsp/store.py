@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maisi_tools.tsp.heap import POOLED_BYTES, SlabPool
 from maisi_tools.tsp.nodes import Node, Rows
 
 
@@ -37,10 +38,12 @@ class DeviceStore:
     Args:
         node: whose rows.
         away: share of the slabs that a subclass moves off the device.
+        pool: where larger slabs are put, on a CPU; None leaves them where they were computed.
     """
 
-    def __init__(self, node: Node, away: float = 0.0) -> None:
+    def __init__(self, node: Node, away: float = 0.0, pool: SlabPool | None = None) -> None:
         assert node.axis is not None
+        self.pool = pool
         self.axis = node.axis
         self.away = away
         self.slabs: dict[Rows, Any] = {}
@@ -53,7 +56,7 @@ class DeviceStore:
     def write(self, rows: Rows, slab: Tensor) -> None:
         """Keep the rows."""
         moves = self.away > 0 and is_moved(self._written, self.away)
-        self.slabs[rows] = self._put(slab) if moves else slab
+        self.slabs[rows] = self._put(slab) if moves else self._own(slab)
         self._written += 1
 
     def read(self, rows: Rows, device: torch.device) -> Tensor:
@@ -88,6 +91,12 @@ class DeviceStore:
 
     def close(self) -> None:
         """Give back what is held beside the slabs."""
+
+    def _own(self, slab: Tensor) -> Tensor:
+        if self.pool is not None and slab.nbytes >= POOLED_BYTES:
+            return self.pool.store(slab)
+        # A part of a larger slab would keep that alive.
+        return slab.clone() if slab.untyped_storage().nbytes() > slab.nbytes else slab
 
     def _put(self, slab: Tensor) -> Any:
         raise NotImplementedError
@@ -137,8 +146,8 @@ class HostStore(DeviceStore):
 class FileStore(DeviceStore):
     """Rows in an unnamed temporary file (in ``TMPDIR``), read and written without being mapped into memory."""
 
-    def __init__(self, node: Node, away: float = 0.0) -> None:
-        super().__init__(node, away)
+    def __init__(self, node: Node, away: float = 0.0, pool: SlabPool | None = None) -> None:
+        super().__init__(node, away, pool)
         self.file = tempfile.TemporaryFile(buffering=0)
         self.end = 0
 

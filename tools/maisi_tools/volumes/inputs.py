@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ ALLOWED = (
 )
 
 
+IsOne = Callable[[Path], bool]
+
+
 def stem_of(path: str | os.PathLike) -> str:
     """Name that the outputs of an input carry: the file name without its volume suffix, or the folder's name."""
     name = Path(path).name
@@ -34,7 +37,12 @@ def stem_of(path: str | os.PathLike) -> str:
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
-def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
+def find_inputs(
+    input: Any,
+    key: str = "image",
+    folder_is_one: Callable[[Path], bool] | None = None,
+    all_sections: bool = False,
+) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
     Args:
@@ -44,9 +52,12 @@ def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
             - a folder of volume files and of folders and zip files of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
-              "testing", "validation" or "training" (the first one present); paths are relative to the JSON file;
+              "testing", "validation" or "training" (the first one present, or `all_sections`); paths are relative to
+              the JSON file;
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
         key: the entry of an item that holds the path.
+        folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
+        all_sections: take all sections of a datalist instead of the first one.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
@@ -57,7 +68,11 @@ def find_inputs(input: Any, key: str = "image") -> list[dict[str, str]]:
     entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
     if not isinstance(entries, Sequence):
         raise InputError(f"input is {input!r}; allowed is {ALLOWED}")
-    items = [item for entry in entries for item in _items_of(entry, key)]
+
+    def is_one(folder: Path) -> bool:
+        return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
+
+    items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     by_stem: dict[str, str] = {}
@@ -91,17 +106,19 @@ def check_output_dir(path: str | os.PathLike) -> Path:
     return folder
 
 
-def _items_of(entry: Any, key: str) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
-        return [_item(entry, key, Path())]
+        return [_item(entry, key, Path(), is_one)]
     if not isinstance(entry, (str, os.PathLike)):
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
     path = Path(entry).expanduser()
-    return _read_datalist(path, key) if path.suffix.lower() == ".json" else [{key: found} for found in _expand(path)]
+    if path.suffix.lower() == ".json":
+        return _read_datalist(path, key, all_sections, is_one)
+    return [{key: found} for found in _expand(path, is_one)]
 
 
-def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
+def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]:
     """One datalist entry with its path made relative to `base` and checked."""
     if not isinstance(entry.get(key), (str, os.PathLike)):
         raise InputError(
@@ -111,10 +128,10 @@ def _item(entry: Mapping, key: str, base: Path) -> dict[str, str]:
     path = base / Path(entry[key]).expanduser()
     if not path.exists():
         raise InputError(f"{path} (named in a datalist) does not exist; correct the path, relative to the datalist")
-    return {**entry, key: _single(path)}
+    return {**entry, key: _single(path, is_one)}
 
 
-def _read_datalist(path: Path, key: str) -> list[dict[str, str]]:
+def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -122,27 +139,32 @@ def _read_datalist(path: Path, key: str) -> list[dict[str, str]]:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); allowed as .json is a datalist: correct the file") from error
     if isinstance(content, Mapping):
-        section = next((name for name in DATALIST_SECTIONS if content.get(name)), None)
-        if section is None:
+        sections = [name for name in DATALIST_SECTIONS if content.get(name)]
+        if not sections:
             raise InputError(
                 f"datalist {path} has the keys {sorted(content)}; allowed is a list, or a list under one of "
                 f"{', '.join(DATALIST_SECTIONS)}"
             )
-        content = content[section]
-    if not isinstance(content, list):
-        raise InputError(f"datalist {path} holds a {type(content).__name__}; allowed is a list of {{{key!r}: path}}")
+        chosen = [content[name] for name in (sections if all_sections else sections[:1])]
+    else:
+        chosen = [content]
+    if wrong := [part for part in chosen if not isinstance(part, list)]:
+        raise InputError(f"datalist {path} holds a {type(wrong[0]).__name__}; allowed is a list of {{{key!r}: path}}")
+    content = [entry for part in chosen for entry in part]
     entries = [{key: entry} if isinstance(entry, str) else entry for entry in content]
     for entry in entries:
         if not isinstance(entry, Mapping):
             raise InputError(f"datalist {path} has an entry {entry!r}; allowed are paths and {{{key!r}: path}}")
-    return [_item(entry, key, path.parent) for entry in entries]
+    return [_item(entry, key, path.parent, is_one) for entry in entries]
 
 
-def _expand(path: Path) -> list[str]:
+def _expand(path: Path, is_one: IsOne) -> list[str]:
     """All inputs that one path or glob pattern stands for, sorted."""
     if path.is_dir():
+        if is_one(path) and not holds_dicom(path):
+            return [str(path)]
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        found = [entry for entry in entries if _is_volume(entry)]
+        found = [entry for entry in entries if _is_volume(entry, is_one)]
         if not holds_dicom(path):
             if not found:
                 raise InputError(f"folder {path} holds no volume and no DICOM series; allowed is {ALLOWED}")
@@ -153,19 +175,19 @@ def _expand(path: Path) -> list[str]:
                 "volume itself, or put the series into a folder of its own"
             )
     if path.exists():
-        return [_single(path)]
+        return [_single(path, is_one)]
     if glob.has_magic(str(path)):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        found = [match for match in matches if _is_volume(match)]
+        found = [match for match in matches if _is_volume(match, is_one)]
         if not found:
             raise InputError(f"glob {path} matches {len(matches)} files and none is a volume; allowed is {ALLOWED}")
         return [str(match) for match in found]
     raise InputError(f"input {path} does not exist; allowed is {ALLOWED}: correct the path")
 
 
-def _single(path: Path) -> str:
+def _single(path: Path, is_one: IsOne) -> str:
     """A volume file, or a folder or zip file of one DICOM series, as a string."""
-    if not _is_volume(path):
+    if not _is_volume(path, is_one):
         what = "a folder without DICOM files" if path.is_dir() else "no supported file type"
         raise InputError(
             f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders or zip files of "
@@ -209,8 +231,10 @@ def holds_dicom(path: Path) -> bool:
     return bool(zipped_dicom(path)) if is_zip(path) else any(is_dicom(entry) for entry in path.iterdir())
 
 
-def _is_volume(path: Path) -> bool:
-    if path.is_dir() or is_zip(path):
+def _is_volume(path: Path, is_one: IsOne) -> bool:
+    if path.is_dir():
+        return is_one(path)
+    if is_zip(path):
         return holds_dicom(path)
     return _volume_suffix(path.name) is not None
 

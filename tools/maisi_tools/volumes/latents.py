@@ -25,9 +25,10 @@ class DescribeLatentd(MapTransform):
     """Gives an encoded latent its affine, and adds the :data:`SIDECAR` entries to the data.
 
     Args:
-        keys: key of the latent (4, d, h, w).
+        keys: key of the latent (4, d, h, w), or of a dict with its ``mean`` and ``sigma`` as
+            :class:`maisi_tools.diffusion.autoencoder.EncodeInferer` returns it; then ``data["sigma"]`` gets the latter.
         image_key: key of the image it was encoded from, a ``MetaTensor`` (1, D, H, W) in RAS.
-        modality: written as condition; ``region`` is taken from the data when a datalist gives it.
+        modality: written as condition of data that have none of their own; ``region`` is the data's own alone.
     """
 
     def __init__(self, keys: str, image_key: str, modality: str = "ct") -> None:
@@ -37,15 +38,21 @@ class DescribeLatentd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, latent = data[self.image_key], data[self.keys[0]]
+        parts = {"mean": latent} if not isinstance(latent, Mapping) else latent
+        affine = torch.as_tensor(latent_affine(image.affine, FACTOR))
         meta = {"filename_or_obj": image.meta["filename_or_obj"]}
+        placed = {
+            self.keys[0] if name == "mean" else name: MetaTensor(part, affine=affine, meta=dict(meta))
+            for name, part in parts.items()
+        }
         return {
             **data,
-            self.keys[0]: MetaTensor(latent, affine=torch.as_tensor(latent_affine(image.affine, FACTOR)), meta=meta),
+            **placed,
             "size": [int(n) for n in image.shape[1:]],
             "spacing": [round(float(mm), 6) for mm in image.pixdim],
             "orientation": "".join(nib.aff2axcodes(np.asarray(image.meta["original_affine"], dtype=float))),
             "region": list(data.get("region") or []),
-            "modality": self.modality,
+            "modality": data.get("modality", self.modality),
             "scale_factor": 1.0,
         }
 

@@ -192,7 +192,9 @@ class WriteVolumed(MapTransform):
             array = volume.detach().as_tensor().cpu()
             array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has no bfloat16
             array = array.movedim(0, -1).numpy()
-            if self.sidecar is not None:  # before the volume: where there is a volume, there is its sidecar
+            if self.sidecar is not None:
+                # In this order, wherever a run is interrupted: where there is a volume, its sidecar is about it.
+                path.unlink(missing_ok=True)
                 write_sidecar(path, self._sidecar_content(items))
             write_volume(path, array[..., 0] if array.shape[-1] == 1 else array, volume.affine.cpu(), self.dtype)
             logger.info("wrote %s", path)

@@ -1,0 +1,118 @@
+"""The evaluate.json of stages 2 and 3 give the tables of the model cards."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from monai.bundle import ConfigParser
+
+from maisi_tools.weights import save_weights
+
+
+@pytest.fixture
+def segmentation(repo_root, tmp_path):
+    """The segmentation bundle's inference config, and random weights for it."""
+    config = repo_root / "evaluation" / "segmentation" / "configs" / "inference.json"
+    parser = ConfigParser()
+    parser.read_config(str(config))
+    save_weights(tmp_path / "segmentation.pt", parser.get_parsed_content("network_def").state_dict())
+    return str(config), str(tmp_path / "segmentation.pt")
+
+
+@pytest.fixture
+def datalist(save, phantom_ct, phantom_labels, tmp_path):
+    """Three cases, the last one kept out, with masks; labels are numbered as OpenKBP numbers them."""
+    numbering = np.zeros(201, np.uint8)
+    numbering[[2, 121, 18, 20]] = 1, 2, 6, 7
+    cases = []
+    for i, name in enumerate(("p1", "p2", "p3")):
+        part = slice(i, i + 40)
+        ct, label = (
+            save(phantom_ct[part], f"{name}_ct.nii.gz"),
+            save(numbering[phantom_labels[part]], f"{name}_seg.nii.gz"),
+        )
+        save(phantom_labels[part], f"{name}_ct_mask.nii.gz")
+        cases.append({"image": str(ct), "label": str(label)})
+    (tmp_path / "datalist.json").write_text(json.dumps({"training": cases[:2], "validation": cases[2:]}))
+    return tmp_path / "datalist.json"
+
+
+def test_controlnet(run_bundle, segmentation, datalist, tmp_path):
+    run_bundle(
+        "maisi_controlnet",
+        ["inference.json", "evaluate.json"],
+        datalist=str(datalist),
+        masks_dir=str(tmp_path / "in"),
+        output_dir=str(tmp_path / "out"),
+        segmenter_config=segmentation[0],
+        segmenter_ckpt=segmentation[1],
+        num_inference_steps=2,
+        progress=False,
+    )
+    with open(tmp_path / "out" / "conditioning.csv") as file:
+        rows = {row["structure"]: row for row in csv.DictReader(file)}
+    assert {"bone", "airway", "body", "brainstem", "spinal cord", "left parotid", "all structures"} <= rows.keys()
+    assert "mandible" not in rows and float(rows["body"]["generated"]) > 0.8
+    assert float(rows["bone"]["real"]) > 0.95 > float(rows["bone"]["generated"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["dice_bone"]["mean"] == float(rows["bone"]["generated"])
+    assert summary["real_dice_spinal_cord"]["cases"] == summary["hu_bone"]["cases"] == 1
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["p3_ct_mask_ct"]
+
+
+def test_controlnet_of_masks_alone(run_bundle, mask_file, tmp_path):
+    run_bundle(
+        "maisi_controlnet",
+        ["inference.json", "evaluate.json"],
+        input=str(mask_file),
+        output_dir=str(tmp_path / "out"),
+        num_inference_steps=2,
+        progress=False,
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {"hu_bone", "dice_bone", "dice_body"} <= summary.keys() and "real_dice_bone" not in summary
+
+
+def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, run_bundle, segmentation, datalist, tmp_path):
+    with pytest.raises(Exception) as raised:
+        run_bundle(
+            "maisi_controlnet",
+            ["inference.json", "evaluate.json"],
+            datalist=str(datalist),
+            masks_dir=str(tmp_path / "in"),
+            output_dir=str(tmp_path / "out"),
+            segmenter_config=segmentation[0],
+        )
+    assert "model.pt" in str(cause(raised.value)) and not list((tmp_path / "out").glob("*"))
+
+
+def test_ldm_samples_against_the_training_set(run_bundle, datalist, save, phantom_ct, bundles, tmp_path):
+    cts = json.loads(datalist.read_text())
+    run_bundle(
+        "maisi_vae",
+        "encode.json",
+        input=[case["image"] for section in cts.values() for case in section],
+        output_dir=str(tmp_path / "latents"),
+        multiple=16,
+    )
+    (tmp_path / "samples").mkdir()
+    save(phantom_ct[1:41], "copy.nii.gz").rename(tmp_path / "samples" / "copy.nii.gz")
+    workflow = run_bundle(
+        "maisi_ldm",
+        ["train.json", "evaluate.json"],
+        dataset_dir=str(tmp_path / "latents"),
+        held_out=["p3"],
+        datalist=str(datalist),
+        samples_dir=str(tmp_path / "samples"),
+        output_dir=str(tmp_path / "out"),
+        cache_rate=0.0,
+    )
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["ratio"] == {"mean": 0.0, "std": 0.0, "min": 0.0, "max": 0.0, "cases": 1}
+    assert summary["kept_out_distance_hu"]["mean"] > 0
+    evaluator = workflow.parser.get_parsed_content("validate#evaluator")
+    assert np.isfinite(evaluator.state.metrics["L1"])

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from scipy import ndimage
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks import edits
+from maisi_tools.masks.edits import (
+    augment_lesion,
+    edit_file,
+    fit_field_of_view,
+    flip_sides,
+    insert_lesion,
+    remove_lesion,
+    resize_organ,
+    swap_sides,
+    twins,
+    volumes_ml,
+)
+from maisi_tools.masks.label_maps import read_label_map
+from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import BODY, HOSTS, VOCABULARY, hosts_of, label_id
+
+SIZE, SPACING = (48, 36, 52), (7.5, 7.5, 8.5)
+VOXEL_MM3 = float(np.prod(SPACING))
+LESIONS = ("hepatic tumor", "lung tumor", "pancreatic tumor", "bone lesion", "left kidney cyst")
+TUMOR = label_id("hepatic tumor")
+SEEDS = range(40)
+
+
+@pytest.fixture(scope="module")
+def torsos():
+    return [make_phantom("torso", SIZE, SPACING, seed) for seed in range(3)]
+
+
+def drawn(torsos, seed):
+    """A phantom, a lesion and a generator for one of the seeded edits."""
+    return torsos[seed % len(torsos)], label_id(LESIONS[seed % len(LESIONS)]), np.random.default_rng(seed)
+
+
+def counts(labels):
+    return np.bincount(labels.ravel(), minlength=BODY + 1)
+
+
+# --- 200 seeded edits: five kinds, 40 of each -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_insert_then_remove(torsos, seed):
+    labels, lesion, rng = drawn(torsos, seed)
+    diameter = 16 if lesion == label_id("pancreatic tumor") else 24
+    edited = insert_lesion(labels, SPACING, lesion, diameter, rng)
+    new = edited == lesion
+    assert new.sum() == round(np.pi / 6 * diameter**3 / VOXEL_MM3)
+    assert set(np.unique(labels[new])) <= set(hosts_of(lesion)) and len(np.unique(labels[new])) == 1
+    assert ndimage.label(new, np.ones((3, 3, 3)))[1] == 1
+    assert np.array_equal(edited[~new], labels[~new])
+    assert np.isin(remove_lesion(edited, SPACING, lesion)[new], hosts_of(lesion)).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_augment(torsos, seed):
+    labels, lesion, rng = drawn(torsos, seed)
+    labels = insert_lesion(labels, SPACING, lesion, 18 if lesion == label_id("pancreatic tumor") else 30, rng)
+    zoom = float(rng.uniform(0.85, 1.2))
+    edited = augment_lesion(labels, SPACING, lesion, rng, zoom, shift_mm=10, elastic_mm=3)
+    before, after = labels == lesion, edited == lesion
+    # Parts that only an organ's shape cuts off are zoomed for themselves: half a voxel of rounding for each.
+    parts = ndimage.label(before, np.ones((3, 3, 3)))[1]
+    assert abs(after.sum() - zoom**3 * before.sum()) <= 0.5 * parts
+    organs = remove_lesion(labels, SPACING, lesion)
+    assert set(np.unique(organs[after])) <= set(np.unique(organs[before])) <= set(hosts_of(lesion))
+    rest = ~(before | after)
+    assert np.array_equal(edited[rest], labels[rest]) and set(np.unique(edited)) <= {0, *VOCABULARY}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_resize(torsos, seed):
+    labels, _, rng = drawn(torsos, seed)
+    organ = label_id(("liver", "spleen", "stomach", "left kidney", "right lung lower lobe")[seed % 5])
+    factor = float(rng.uniform(0.7, 1.4))
+    edited = resize_organ(labels, SPACING, organ, factor)
+    before, after = counts(labels), counts(edited)
+    assert abs(after[organ] / before[organ] - factor) <= 0.5 / before[organ] + 1e-9
+    assert np.array_equal(edited == 0, labels == 0)  # the skin stays
+    changed = edited != labels
+    assert set(np.unique(edited)) == set(np.unique(labels))
+    groups = {VOCABULARY[int(id)].group for id in np.unique(labels[changed]) if id != organ}
+    assert groups <= set(edits.YIELDING)
+    # All that was added lies nearer to the organ than what was left out.
+    if factor > 1:
+        distance = ndimage.distance_transform_edt(labels != organ, sampling=SPACING)
+        left = np.isin(edited, [id for group in edits.YIELDING for id in edits.labels_in_group(group)])
+        assert distance[changed].max() <= distance[left].min() + 1e-6 or organ in np.unique(edited[left])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_flip(torsos, seed):
+    labels, _, rng = drawn(torsos, seed)
+    labels = np.roll(labels, int(rng.integers(-4, 5)), axis=0)
+    edited = flip_sides(labels)
+    before, after = counts(labels), counts(edited)
+    middle, upper = label_id("right lung middle lobe"), label_id("right lung upper lobe")
+    for label in VOCABULARY.values():
+        if label.id in (middle, upper):
+            continue
+        name = label.name.replace("left", "*").replace("right", "left").replace("*", "right")
+        if label.name != "left atrial appendage":
+            assert after[label_id(name)] == before[label.id], label.name
+    assert after[label_id("left lung upper lobe")] == before[middle] + before[upper] and after[middle] == 0
+    liver, cord = (np.argwhere(edited == label_id(name)).mean(axis=0)[0] for name in ("liver", "spinal cord"))
+    assert liver < cord  # it lies on the right, at high x, in the phantom
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_field_of_view(torsos, seed):
+    labels, _, rng = drawn(torsos, seed)
+    mask = MetaTensor(torch.from_numpy(labels)[None], affine=torch.diag(torch.tensor([*SPACING, 1.0])))
+    organ = label_id(("liver", "spleen", "right kidney", "heart", "left lung lower lobe")[seed % 5])
+    spacing = [float(mm) for mm in rng.uniform(3.5, 5.0, 3)]
+    fitted = fit_field_of_view(mask, spacing, (64, 60, 56), [organ])
+    assert fitted.shape == (1, 64, 60, 56) and np.allclose(fitted.pixdim, spacing, rtol=0.03)
+    got, asked = (volumes_ml(m.numpy()[0], m.pixdim.tolist())[organ] for m in (fitted, mask))
+    assert 0.9 < got / asked < 1.1
+    assert set(np.unique(fitted)) <= set(np.unique(labels))
+    # Where the organ lies in the world stays: its centre in mm, by the affine, within a voxel.
+    world = [
+        m.affine.numpy()[:3, :3] @ np.argwhere(m.numpy()[0] == organ).mean(axis=0) + m.affine.numpy()[:3, 3]
+        for m in (fitted, mask)
+    ]
+    assert np.allclose(*world, atol=max(SPACING))
+
+
+# --- what the edits do exactly ----------------------------------------------------------------------------------------
+
+
+def block():
+    """A liver cube with a tumor in it, in a body, with a rib that touches it and a kidney beside it."""
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[2:28, 2:28, 2:28] = BODY
+    labels[8:20, 8:20, 8:20] = label_id("liver")
+    labels[12:16, 12:16, 17:20] = TUMOR
+    labels[20:22, 8:20, 8:20] = label_id("right rib 9")
+    labels[8:20, 20:25, 8:20] = label_id("right kidney")
+    return labels
+
+
+def test_same_seed_same_edit():
+    a, b, c = (insert_lesion(block(), (2, 2, 2), TUMOR, 12, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and (a != c).any()
+    a, b, c = (augment_lesion(block(), (2, 2, 2), TUMOR, np.random.default_rng(seed), 1.1, 4, 2) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and (a != c).any()
+
+
+def test_augment_without_a_change_changes_nothing():
+    assert np.array_equal(augment_lesion(block(), (2, 2, 3), TUMOR, np.random.default_rng(0)), block())
+
+
+def test_remove_gives_the_tumor_back_to_its_organ():
+    removed = remove_lesion(block(), (1, 1, 1), TUMOR)
+    assert np.array_equal(removed == 1, np.isin(block(), (1, TUMOR))) and not (removed == TUMOR).any()
+    only = np.where(block() == 1, BODY, block())  # all of the organ that was segmented is the tumor
+    assert (remove_lesion(only, (1, 1, 1), TUMOR)[block() == TUMOR] == 1).all()
+
+
+def test_bone_lesion_goes_to_the_nearest_bone():
+    labels = np.full((9, 5, 5), BODY, np.uint8)
+    labels[:3], labels[5:], labels[3:5] = label_id("left hip"), label_id("sacrum"), label_id("bone lesion")
+    removed = remove_lesion(labels, (1, 1, 1), label_id("bone lesion"))
+    hip, sacrum = label_id("left hip"), label_id("sacrum")
+    assert removed[:, 2, 2].tolist() == [hip] * 4 + [sacrum] * 5
+
+
+def test_resize_counts_the_tumor_as_part_of_the_organ_and_leaves_bone_and_other_organs():
+    labels = block()
+    whole = np.isin(labels, (1, TUMOR)).sum()
+    for factor in (0.6, 0.9, 1.25, 1.6):
+        edited = resize_organ(labels, (2, 2, 2), 1, factor)
+        assert abs(np.isin(edited, (1, TUMOR)).sum() - factor * whole) <= 0.5
+        for stays in ("right rib 9", "right kidney"):
+            assert np.array_equal(edited == label_id(stays), labels == label_id(stays))
+    assert np.array_equal(resize_organ(labels, (2, 2, 2), 1, 1.0), labels)
+    # The tumor lies at the upper surface: it is cut as far as the organ shrinks, and not moved.
+    assert (resize_organ(labels, (2, 2, 2), 1, 0.6) == TUMOR)[labels != TUMOR].sum() == 0
+
+
+def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
+    labels = np.zeros((4, 1, 1), np.uint8)
+    labels[:, 0, 0] = [18, 2, 0, 20]
+    assert flip_sides(labels)[:, 0, 0].tolist() == [18, 0, 2, 20]
+
+    assert twins()[18] == 20 and twins()[20] == 18 and 16 not in twins()
+    path = tmp_path / "map.json"
+    path.write_text('{"1": "placeholder 129: left eye", "2": "placeholder 130: right eye", "3": "liver"}')
+    assert twins(read_label_map(path))[129] == 130 and 18 not in twins(read_label_map(path))
+
+
+def test_sides_of_arrays_and_tensors():
+    mask = np.array([[0, 1, 5, 14], [18, 20, 200, 31]], dtype=np.uint8)
+    swapped = swap_sides(mask)
+    assert swapped.dtype == np.uint8 and swapped.tolist() == [[0, 1, 14, 5], [20, 18, 200, 28]]
+    values = swap_sides(torch.tensor([18.0, 87.0]))
+    assert values.dtype == torch.float32 and values.tolist() == [20, 88]
+    both = twins()
+    assert all(both[both[id]] == id for id in both if id not in (28, 30, 31))
+
+
+def test_field_of_view_names_what_would_be_cut():
+    mask = MetaTensor(torch.from_numpy(block())[None])
+    with pytest.raises(InputError, match="keeps of liver 66%, right kidney 0% only; allowed is at least 90%"):
+        fit_field_of_view(mask, size=(30, 8, 30), organs=[1, label_id("right kidney")])
+    with pytest.raises(InputError, match="spleen is not in the mask; allowed are liver"):
+        fit_field_of_view(mask, size=(30, 8, 30), organs=[3])
+    kept = fit_field_of_view(mask, size=(16, 16, 40), organs=[label_id("right kidney")])
+    assert kept.shape == (1, 16, 16, 40) and (kept == label_id("right kidney")).sum() == 12 * 5 * 12
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda m, rng: remove_lesion(m, (1, 1, 1), 1), "liver. is no lesion"),
+        (lambda m, rng: remove_lesion(m, (1, 1, 1), 23), "lung tumor is not in the mask; allowed are liver"),
+        (lambda m, rng: remove_lesion(np.where(m == TUMOR, 23, m), (1, 1, 1), 23), "none of the organs"),
+        (lambda m, rng: insert_lesion(m, (1, 1, 1), TUMOR, 40, rng), "up to 11.7 mm"),
+        (lambda m, rng: insert_lesion(m, (1, 1, 1), TUMOR, 0.5, rng), "smaller than a voxel"),
+        (lambda m, rng: insert_lesion(m, (1, 1, 1), TUMOR, -3, rng), "diameter is -3"),
+        (lambda m, rng: insert_lesion(m, (1, 1, 1), TUMOR, 5, rng, host=5), "does not grow in right kidney.*liver"),
+        (lambda m, rng: augment_lesion(m, (1, 1, 1), TUMOR, rng, zoom=4), "does not fit into liver"),
+        (lambda m, rng: augment_lesion(m, (1, 1, 1), TUMOR, rng, shift_mm=-1), "shift is -1"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), 1, 50), "no room to grow.*up to"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), 1, 0), "factor is 0"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), 1, 0.01), "hepatic tumor would vanish"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), TUMOR, 2), "resized by augmentation"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), BODY, 2), "no organ"),
+        (lambda m, rng: resize_organ(m, (1, 1, 1), 3, 2), "spleen is not in the mask"),
+        (lambda m, rng: flip_sides(np.where(m == 1, 150, m)), r"labels \[150\]"),
+        (lambda m, rng: resize_organ(m, (1, 1), 1, 2), "three axes"),
+    ],
+)
+def test_wrong_input(edit, said):
+    with pytest.raises(InputError, match=said):
+        edit(block(), np.random.default_rng(0))
+
+
+def test_transforms_are_seeded_and_keep_the_affine():
+    mask = MetaTensor(torch.from_numpy(block())[None].float(), affine=torch.diag(torch.tensor([2.0, 2, 3, 1])))
+
+    def run(seed):
+        chain = [
+            edits.RemoveLesiond("mask", "hepatic tumor"),
+            edits.ResizeOrgand("mask", "liver", (1.1, 1.3), seed),
+            edits.InsertLesiond("mask", "hepatic tumor", (8.0, 12.0), seed),
+            edits.AugmentLesiond("mask", "hepatic tumor", (0.9, 1.1), 2.0, 1.0, seed),
+            edits.FlipSidesd("mask", 1.0, seed),
+            edits.FitFieldOfViewd("mask", size=(32, 32, 32), organs=["liver"]),
+        ]
+        item = {"mask": mask, "name": "a"}
+        for transform in chain:
+            item = transform(item)
+        return item["mask"]
+
+    a, b, c = run(0), run(0), run(1)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.dtype == torch.float32 and a.pixdim.tolist() == [2, 2, 3] and a.shape == (1, 32, 32, 32)
+    assert torch.equal(mask.as_tensor()[0], torch.from_numpy(block()).float())  # the input stays
+    assert (a == label_id("left rib 9")).any() and not (a == label_id("right rib 9")).any()
+    same = edits.AugmentLesiond("mask", "lung tumor")({"mask": mask})["mask"]
+    assert torch.equal(same, mask) and (edits.RemoveLesiond("mask", "lung tumor")({"mask": mask})["mask"] == mask).all()
+
+
+def test_every_lesion_has_a_name_in_the_vocabulary():
+    assert all(label_id(name) and hosts_of(label_id(name)) for name in HOSTS)
+
+
+def test_lesions_that_are_moved_onto_each_other_stay_in_their_organ():
+    labels = np.full((24, 12, 12), label_id("liver"), np.uint8)
+    labels[2:5, 4:7, 4:7] = labels[8:11, 4:7, 4:7] = TUMOR
+    for seed in range(10):
+        edited = augment_lesion(labels, SPACING, TUMOR, np.random.default_rng(seed), zoom=1.2, shift_mm=45)
+        assert (edited == TUMOR).sum() == 2 * round(27 * 1.2**3)
+
+
+def test_an_organ_of_a_mask_without_body_shrinks_inside_one(tmp_path):
+    labels = np.zeros((24, 24, 24), np.uint8)
+    labels[8:16, 8:16, 8:16] = label_id("liver")
+    path, output = tmp_path / "liver.nii.gz", tmp_path / "edited.nii.gz"
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5, 5, 1])), path)
+    edit_file(path, output, read_label_map("maisi"), resize={"liver": 0.8})
+    edited = np.asarray(nib.load(output).dataobj)
+    assert (edited == label_id("liver")).sum() == round(0.8 * 512)
+    assert (edited == BODY)[labels == 0].any()  # a body all around, not the organ's rim alone
+    for wrong in ({"size": (0, 10, 10)}, {"spacing": (-1, 2, 2)}, {"shift_mm": 5}):
+        with pytest.raises(InputError):
+            edit_file(path, output, read_label_map("maisi"), **wrong)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.data import MetaTensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import labels_in_group
+from maisi_tools.metrics.conditioning import conditioning_table, pair_masks, score_generated, tissue_dice
+from maisi_tools.volumes.reading import read_volume
+
+SIZE, SPACING = (48, 48, 40), (5.0, 5.0, 4.0)
+HU = {"bone": 600, "airway": -990, "lung": -800}
+
+
+@pytest.fixture(scope="module")
+def mask() -> np.ndarray:
+    return make_phantom("head_neck", size=SIZE, spacing=SPACING, seed=3)
+
+
+def paint(mask: np.ndarray) -> np.ndarray:
+    """A CT in which every tissue has its HU."""
+    hu = np.where(mask > 0, 40, -1000).astype(np.int16)
+    for group, value in HU.items():
+        hu[np.isin(mask, labels_in_group(group))] = value
+    return hu
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([*SPACING, 1.0])), path)
+    return path
+
+
+# --- thresholds -------------------------------------------------------------------------------------------------------
+
+
+def test_tissues_of_a_ct_that_follows_its_mask(mask):
+    found = tissue_dice(paint(mask), mask, SPACING)
+    assert found.keys() >= {"bone", "airway", "body"}
+    assert found["bone"] > 0.97 and found["body"] > 0.97 and found["airway"] > 0.8
+
+
+def test_tissue_that_is_missing_or_moved(mask):
+    soft = paint(np.where(np.isin(mask, labels_in_group("bone")), 200, mask))
+    assert tissue_dice(soft, mask, SPACING)["bone"] == 0
+    moved = np.roll(paint(mask), 2, axis=0)
+    found = tissue_dice(moved, mask, SPACING)
+    # No part of bone is small enough to be left out: the independent computation is a threshold and a formula.
+    bone, wanted = moved > 250, np.isin(mask, labels_in_group("bone"))
+    organs = np.isin(mask, [0, 200, *(n for group in HU for n in labels_in_group(group))])
+    bone &= organs
+    expected = 2 * np.count_nonzero(bone & wanted) / (bone.sum() + wanted.sum())
+    assert found["bone"] == pytest.approx(expected, abs=0.03) and found["bone"] < 0.9
+
+
+def test_tissue_that_the_mask_lacks_is_left_out(mask):
+    assert "lung" not in tissue_dice(paint(mask), np.where(np.isin(mask, labels_in_group("lung")), 200, mask), SPACING)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_by_size_and_ratio_of_means():
+    cases = [
+        {
+            "generated": {"cord": 0.6, "esophagus": 0.2, "bone": 0.9},
+            "real": {"cord": 0.8, "esophagus": 0.5, "bone": 0.95},
+            "ml": {"cord": 25.0, "esophagus": 8.0, "bone": np.inf},
+        },
+        {"generated": {"cord": 0.4}, "real": {"cord": 0.7}, "ml": {"cord": 12.0}},
+    ]
+    rows = {row["structure"]: row for row in conditioning_table(cases)}
+    assert rows["cord"] == {
+        "structure": "cord",
+        "ml": 18.5,
+        "cases": 2,
+        "generated": 0.5,
+        "real": 0.75,
+        "ratio": pytest.approx(2 / 3, abs=1e-4),
+    }
+    assert rows["small structures (< 20 ml)"]["generated"] == pytest.approx((0.2 + 0.4) / 2)
+    assert rows["small structures (< 20 ml)"]["ratio"] == pytest.approx(0.6 / 1.2)
+    assert rows["large structures (>= 20 ml)"]["cases"] == 1
+    assert rows["all structures"]["generated"] == pytest.approx(0.4)  # bone, found by threshold, is in no group
+    assert rows["bone"]["ml"] == ""
+
+
+def test_without_real_cts_there_is_no_ratio():
+    rows = conditioning_table([{"generated": {"cord": 0.5}, "ml": {"cord": 25.0}}])
+    assert rows[0]["generated"] == 0.5 and rows[0]["real"] == "" and rows[0]["ratio"] == ""
+    assert (
+        conditioning_table([{"generated": {"cord": 0.5}, "real": {"cord": 0.0}, "ml": {"cord": 25.0}}])[0]["ratio"]
+        == ""
+    )
+
+
+# --- a folder of generated CTs ----------------------------------------------------------------------------------------
+
+
+class Threshold:
+    """A segmentation network for which bone is class 1 and airway is class 2."""
+
+    classes = {"bones": 1, "air": 2}
+
+    def __call__(self, path):
+        ct = read_volume(path, "ct")
+        return MetaTensor((ct > 300).float() + 2 * (ct < -900), affine=ct.affine)
+
+
+@pytest.fixture
+def run(tmp_path, mask):
+    """Items and the output folder of one case; the generated CT has half of the bone."""
+    half = paint(mask)
+    half[: SIZE[0] // 2][half[: SIZE[0] // 2] > 300] = 40
+    out = tmp_path / "out"
+    save(out / "p_ct_mask_ct.nii.gz", half)
+    save(out / "p_ct_mask_mask.nii.gz", mask)
+    (out / "p_ct_mask_ct.json").write_text(json.dumps({"metrics": {"hu_bone": 300.0}, "seed": 4}))
+    label = np.isin(mask, labels_in_group("bone")).astype(np.uint8)
+    case = {
+        "image": str(save(tmp_path / "p_ct.nii.gz", paint(mask))),
+        "label": str(save(tmp_path / "p_seg.nii.gz", label)),
+    }
+    save(tmp_path / "masks" / "p_ct_mask.nii.gz", mask)
+    return pair_masks([case], tmp_path / "masks"), out, label.astype(bool), half
+
+
+def test_scores_of_a_folder(run):
+    items, out, label, half = run
+    rows = {row["structure"]: row for row in score_generated(items, out, Threshold())}
+    bone = half > 300
+    expected = 2 * np.count_nonzero(bone & label) / (bone.sum() + label.sum())
+    assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4)
+    assert rows["bones"]["real"] == 1 and rows["bones"]["ratio"] == pytest.approx(expected, abs=1e-4)
+    assert rows["bones"]["ml"] == pytest.approx(label.sum() * 0.1, abs=0.06)  # 5 x 5 x 4 mm
+    assert rows["bone"]["generated"] < 0.8 < rows["bone"]["real"]
+    assert "air" not in rows  # the reference has none
+    with open(out / "conditioning.csv") as file:
+        assert [row["structure"] for row in csv.DictReader(file)] == list(rows)
+    sidecar = json.loads((out / "p_ct_mask_ct.json").read_text())
+    assert sidecar["seed"] == 4 and sidecar["metrics"]["hu_bone"] == 300
+    assert sidecar["metrics"]["dice_bones"] == pytest.approx(expected, abs=1e-4)
+    assert sidecar["metrics"]["real_dice_bones"] == 1
+
+
+def test_the_mask_itself_is_the_reference_without_labels(run, mask):
+    items, out, _, half = run
+    bare = [{"image": items[0]["image"]}]
+    rows = {row["structure"]: row for row in score_generated(bare, out, Threshold(), {"bones": 120})}
+    skull = mask == 120
+    expected = 2 * np.count_nonzero((half > 300) & skull) / (np.count_nonzero(half > 300) + skull.sum())
+    assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == ""
+
+
+def test_a_mask_on_another_grid_than_the_real_ct(run, mask):
+    """As `maisi complete_masks --spacing` makes them: the labels follow the generated CT."""
+    items, out, label, half = run
+    affine = np.diag([2 * SPACING[0], SPACING[1], SPACING[2], 1.0])
+    for array, suffix in ((half, "ct"), (mask, "mask")):
+        nib.save(nib.Nifti1Image(array[::2], affine), out / f"p_ct_mask_{suffix}.nii.gz")
+    rows = {row["structure"]: row for row in score_generated(items, out, Threshold())}
+    bone, wanted = half[::2] > 300, label[::2]
+    expected = 2 * np.count_nonzero(bone & wanted) / (bone.sum() + wanted.sum())
+    assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == 1
+    assert rows["body"]["real"] > 0.9
+
+
+def test_thresholds_alone(run):
+    items, out, *_ = run
+    rows = {row["structure"] for row in score_generated(items, out)}
+    assert "bone" in rows and "bones" not in rows and "all structures" not in rows
+
+
+def test_what_is_refused(run, tmp_path):
+    items, out, *_ = run
+    with pytest.raises(InputError, match="structures liver are no classes of the segmentation network"):
+        score_generated(items, out, Threshold(), {"liver": 1})
+    with pytest.raises(InputError, match="maisi complete_masks"):
+        pair_masks([{"image": str(tmp_path / "q_ct.nii.gz")}], tmp_path / "masks")
+    save(tmp_path / "p_ct.nii.gz", paint(make_phantom("head_neck", size=(48, 48, 32), spacing=SPACING)))
+    with pytest.raises(InputError, match="another grid"):
+        score_generated(items, out, Threshold())
+    (out / "p_ct_mask_ct.nii.gz").unlink()
+    with pytest.raises(InputError, match="p_ct_mask_ct.nii.gz does not exist"):
+        score_generated(items, out)

@@ -1,0 +1,206 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit; and nothing that breaks a run breaks its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from ignite.engine import Events
+from monai.data import CacheDataset
+from monai.engines import SupervisedTrainer
+from monai.transforms import Compose, RandGaussianNoised
+
+from maisi_tools.errors import InputError, TrainingError
+from maisi_tools.training.checkpoint import NAME, Checkpointer, find_checkpoint
+from maisi_tools.training.loaders import TrainingLoader
+from maisi_tools.training.monitor import NanGuard, StepLog
+from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep
+
+
+class Killer:
+    """Something to be saved that kills the process while it is being written."""
+
+    iterations = 0
+
+    def state_dict(self):
+        self.iterations += 1
+        return {"value": self if self.iterations > 2 else 0}
+
+    def load_state_dict(self, state): ...
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+        return int, ()
+
+
+class Run:
+    """A small convolutional network with dropout, trained on noisy images: 2 epochs of 4 batches, a step every 2."""
+
+    def __init__(self, folder, resume=False, minutes=0.0, items=None, parts=None, epochs=2, rate=0.01):
+        torch.manual_seed(7)
+        layers = (torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Dropout(0.2), torch.nn.Conv3d(4, 1, 1))
+        self.network = torch.nn.Sequential(*layers)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=rate, total_steps=5)
+        self.ema = Ema(self.network, 0.1)
+        images = [torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+        items = items or [{"image": image, "label": image, "file": f"case_{i}"} for i, image in enumerate(images)]
+        transform = Compose([RandGaussianNoised("image", prob=0.7)])
+        self.loader = TrainingLoader(CacheDataset(items, transform, progress=False), seed=3)
+        self.parts = {"model": self.network, "ema": self.ema, "optimizer": self.optimizer}
+        self.parts |= {"lr_scheduler": self.schedule, "data": self.loader, **(parts or {})}
+        self.checkpointer = Checkpointer(
+            folder, self.parts, minutes, find_checkpoint(folder, resume), {"scale_factor": 1.5}
+        )
+        handlers = [self.loader, NanGuard(), ClipGradients(self.optimizer, 1.0), StepLog(self.optimizer), self.ema]
+        self.trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=epochs,
+            epoch_length=4,
+            train_data_loader=self.loader,
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=torch.nn.L1Loss(),
+            train_handlers=[*handlers, LrPerStep(self.schedule), self.checkpointer],
+            accumulation_steps=2,
+            decollate=False,
+        )
+
+    def interrupt(self, iteration):
+        @self.trainer.on(Events.ITERATION_COMPLETED)
+        def stop(engine):
+            if engine.state.iteration == iteration:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            self.trainer.run()
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def read(folder):
+    return torch.load(folder / NAME, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    Run(folder, minutes=60).trainer.run()
+    return read(folder)
+
+
+@pytest.mark.parametrize(("iteration", "last"), [(3, 2), (4, 4), (5, 4), (7, 6)])
+def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, iteration, last):
+    """In the middle of an epoch, at its end, and between two optimizer steps."""
+    Run(tmp_path).interrupt(iteration)
+    assert read(tmp_path)["trainer"]["iteration"] == last
+    torch.rand(5)  # another process would have other random numbers
+    resumed = Run(tmp_path, resume=True)
+    resumed.trainer.run()
+    assert resumed.trainer.state.iteration == 8 and resumed.trainer.state.epoch == 2
+    assert same(read(tmp_path), uninterrupted)
+    assert uninterrupted["scale_factor"] == 1.5 and uninterrupted["optimizer"]["state"]
+
+
+def test_a_finished_run_is_resumed_at_its_end(uninterrupted, tmp_path):
+    Run(tmp_path).trainer.run()
+    resumed = Run(tmp_path, resume=str(tmp_path / NAME))
+    resumed.trainer.run()
+    assert resumed.trainer.state.iteration == 8 and same(resumed.network.state_dict(), uninterrupted["model"])
+
+
+def test_a_process_killed_while_it_writes_leaves_the_last_checkpoint(uninterrupted, tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            Run(tmp_path, parts={"killer": Killer()}).trainer.run()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # the checkpoint and the half of the next
+    assert read(tmp_path)["trainer"]["iteration"] == 4
+    Run(tmp_path, resume=True).trainer.run()
+    assert same(read(tmp_path), uninterrupted) and [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_file(tmp_path, key):
+    items = [
+        {"image": torch.zeros(1, 2, 2, 2), "label": torch.zeros(1, 2, 2, 2), "file": f"case_{i}"} for i in range(3)
+    ]
+    items[1] = {**items[1], key: torch.full((1, 2, 2, 2), float("nan"))}
+    run = Run(tmp_path, items=items)
+    first = next(k for k, draw in zip(range(1, 9), run.loader.stream, strict=False) if draw.item == 1)
+    with pytest.raises(TrainingError) as error:
+        run.trainer.run()
+    message = str(error.value)
+    assert f"iteration {first} of epoch 1 the loss is not finite: loss is nan" in message
+    assert "case_1" in message and "case_0" not in message and "case_2" not in message
+    assert key in message.split("not finite: ")[-1]
+    assert all(torch.isfinite(value).all() for value in run.network.state_dict().values())
+
+
+def test_weights_that_are_not_finite_are_not_written(uninterrupted, tmp_path):
+    run = Run(tmp_path)
+
+    @run.trainer.on(Events.ITERATION_STARTED)
+    def spoil(engine):
+        if engine.state.iteration == 7:
+            run.ema.ema_model[0].weight[0] = float("inf")
+
+    with pytest.raises(TrainingError, match=r"not finite after iteration 8, the first is ema.0.weight; .* left as it"):
+        run.trainer.run()
+    assert read(tmp_path)["trainer"]["iteration"] == 6
+
+
+def test_checkpoints_are_written_when_due_and_at_the_end_of_an_epoch(tmp_path):
+    run, written = Run(tmp_path, minutes=60), []
+    run.trainer.add_event_handler(Events.ITERATION_STARTED, lambda: written.append(run.checkpointer.written))
+    run.trainer.run()
+    assert written == [-1] * 4 + [4] * 4 and run.checkpointer.written == 8
+
+
+def test_another_run_is_refused(tmp_path):
+    Run(tmp_path).trainer.run()
+    with pytest.raises(InputError, match=r"would be overwritten; go on from it with --resume True, or give another"):
+        Run(tmp_path)
+    with pytest.raises(InputError, match=r"max_epochs 2 \(now 3\); to resume give the same values"):
+        Run(tmp_path, resume=True, epochs=3).trainer.run()
+    with pytest.raises(InputError, match="it has to hold .*killer"):
+        Run(tmp_path, resume=True, parts={"killer": Killer()}).trainer.run()
+    other = torch.nn.Linear(2, 3)
+    with pytest.raises(InputError, match="model in checkpoint .* does not fit this run"):
+        Run(tmp_path, resume=True, parts={"model": other}).trainer.run()
+    with pytest.raises(InputError, match="optimizer in checkpoint .* does not fit this run"):
+        Run(tmp_path, resume=True, parts={"optimizer": torch.optim.Adam([other.weight])}).trainer.run()
+    (tmp_path / NAME).write_bytes(b"nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        Run(tmp_path, resume=True).trainer.run()
+
+
+def test_what_to_resume_from(tmp_path):
+    assert find_checkpoint(tmp_path, False) is None and find_checkpoint(tmp_path, True) is None
+    with pytest.raises(InputError, match="is no file"):
+        find_checkpoint(tmp_path, str(tmp_path / "other.pt"))
+
+
+def test_figures_of_a_step(tmp_path):
+    run, logs = Run(tmp_path, epochs=1), []
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: logs.append(engine.state.output["log"]))
+    run.trainer.run()
+    assert len(logs) == 4
+    for figures in logs[1:]:
+        assert set(figures) == {"loss", "learning_rate", "gradient_norm", "voxels_per_second", "data_share"}
+        assert 0 < figures["data_share"] < 1 and figures["voxels_per_second"] > 0
+    rates = [figures["learning_rate"] for figures in logs]
+    assert rates[0] == rates[1] != rates[2] == rates[3]

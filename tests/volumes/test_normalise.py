@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.normalise import NormaliseByModalityd
+
+
+def item(values, **extra):
+    return {
+        "image": MetaTensor(torch.as_tensor(values, dtype=torch.float32)[None], meta={"filename_or_obj": "v"}),
+        **extra,
+    }
+
+
+def test_a_ct_is_windowed_with_or_without_a_modality():
+    values = np.array([-3000, -1000, -500, 0, 250, 1000, 2500.0]).reshape(7, 1, 1)
+    for extra in ({}, {"modality": "ct"}, {"modality": "CT_contrast"}):
+        image = NormaliseByModalityd("image")(item(values, **extra))["image"]
+        assert image.flatten().tolist() == [0, 0, 0.25, 0.5, 0.625, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 37.5])
+def test_mr_goes_from_its_lowest_value_to_its_percentile(scale):
+    values = np.random.default_rng(0).gamma(2.0, 100.0, (20, 20, 20)) * scale + 12
+    image = NormaliseByModalityd("image")(item(values, modality="mri"))["image"][0].numpy()
+    low, high = values.min(), np.percentile(values, 99.5)
+    np.testing.assert_allclose(image, np.clip((values - low) / (high - low), 0, 1), atol=1e-5)
+    assert image.min() == 0 and image.max() == 1
+
+
+def test_wrong_items_are_refused():
+    mr = np.random.default_rng(0).gamma(2.0, 100.0, (4, 4, 4))
+    with pytest.raises(InputError, match="none below 0"):  # an MR that is not called one
+        NormaliseByModalityd("image")(item(mr))
+    with pytest.raises(InputError, match="modality 'pet'"):
+        NormaliseByModalityd("image")(item(mr, modality="pet"))

@@ -1,0 +1,109 @@
+"""A folder with one file a class, as TotalSegmentator writes it, read as one mask."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.volumes.inputs import SUFFIXES, stem_of
+from maisi_tools.volumes.reading import read_volume
+
+logger = logging.getLogger(__name__)
+
+
+def is_class_folder(path: str | os.PathLike, label_map: LabelMap) -> bool:
+    """Whether more than half of the volume files in a folder are named like classes of `label_map`."""
+    folder = Path(path)
+    names = [stem_of(file) for file in _volumes(folder)] if folder.is_dir() else []
+    return 2 * sum(label_map.label_of(name) is not None for name in names) > len(names)
+
+
+def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
+    """One mask of a folder that holds ``CLASS.nii.gz`` for every class: 0 outside, one other value inside.
+
+    Where classes overlap, the one with the higher label stays, and a warning counts the voxels.
+
+    Args:
+        path: the folder.
+        label_map: its classes give the files their labels.
+
+    Returns:
+        MetaTensor (1, X, Y, Z), float32, in the numbering of `label_map`; ``meta["filename_or_obj"]`` is the folder.
+
+    Raises:
+        InputError: a file that is no class of `label_map`, has several values, or lies on another grid.
+    """
+    folder = Path(path)
+    files: dict[int, Path] = {}
+    unknown = []
+    for file in _volumes(folder):
+        label = label_map.label_of(stem_of(file))
+        if label is None:
+            unknown.append(file.name)
+        elif label in files:
+            raise InputError(f"{folder} holds {files[label].name} and {file.name}, one class twice: remove one of them")
+        else:
+            files[label] = file
+    if unknown or not files:
+        raise InputError(
+            f"{folder} is read as one mask with a file for each class, but {', '.join(unknown) or 'it holds no volume'}"
+            f" is no class of {label_map.name}; allowed are names such as "
+            f"{', '.join(list(label_map.classes.values())[:3])}: rename or remove it, or give another label_map"
+        )
+    mask, overlap = None, 0
+    for label, file in sorted(files.items()):
+        part = read_volume(file, "mask")
+        inside = part.as_tensor() > 0
+        if inside.any() and (several := torch.unique(part.as_tensor()[inside])).numel() > 1:
+            raise InputError(
+                f"{file} has the labels {[int(value) for value in several[:5]]}; allowed in a file of one class are 0 "
+                "and one other value: give a multi-label file by itself, not in a folder"
+            )
+        if mask is None:
+            mask, values, first = part, torch.zeros_like(part.as_tensor()), file
+        elif part.shape != mask.shape or not np.allclose(part.affine, mask.affine, atol=1e-2):
+            raise InputError(f"{file} and {first} lie on different grids; allowed is one grid for all files of a mask")
+        overlap += int((inside & (values > 0)).sum())
+        values[inside] = label
+    assert mask is not None
+    if overlap:
+        logger.warning("%s: %d voxels belong to several classes; they got the last of them", folder, overlap)
+    return MetaTensor(values, meta={**mask.meta, "filename_or_obj": str(folder)})
+
+
+class ReadMaskd(MapTransform):
+    """MONAI dict transform: replaces the path of a mask, a file or a class folder, by (1, X, Y, Z), float32.
+
+    Labels stay in the numbering of `label_map`.
+
+    Raises:
+        InputError: see :func:`maisi_tools.volumes.reading.read_volume` and :func:`read_class_folder`.
+    """
+
+    def __init__(self, keys: KeysCollection, label_map: LabelMap) -> None:
+        super().__init__(keys)
+        self.label_map = label_map
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        for key in self.key_iterator(items):
+            folder = Path(items[key]).is_dir()
+            items[key] = read_class_folder(items[key], self.label_map) if folder else read_volume(items[key], "mask")
+        return items
+
+
+def _volumes(folder: Path) -> list[Path]:
+    return sorted(
+        file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
+    )

@@ -1,0 +1,678 @@
+"""Changing a mask: lesions put in, varied and taken out, organs resized, sides flipped, another field of view.
+
+Every edit is label-exact: it hands voxels from one label of the mask to another and never mixes values. Which voxels
+change hands is a matter of rank, the N nearest to a (deformed) surface, so that volumes come out as asked to a voxel.
+Randomness comes from the generator that is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import Compose, MapTransform, Orientationd, Randomizable, ResizeWithPadOrCrop, SpatialCrop
+from monai.utils import convert_to_dst_type
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.body import add_body, checked_spacing
+from maisi_tools.masks.class_folder import ReadMaskd
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, ReadLabelsd
+from maisi_tools.masks.vocabulary import (
+    ALLOWED,
+    BODY,
+    HOSTS,
+    VOCABULARY,
+    Array,
+    hosts_of,
+    label_id,
+    labels_in_group,
+    other_side,
+)
+from maisi_tools.volumes.grid import regrid_mask
+from maisi_tools.volumes.orientation import RestoreOrientationd
+from maisi_tools.volumes.writing import write_volume
+
+YIELDING = ("body", "lung", "bowel", "muscle")
+"""Groups that make room for an organ that grows; bone, vessels, nerves and other organs stay as they are."""
+
+FILLING = ("body", "lung")
+"""Groups that take the room of an organ that shrinks."""
+
+LARGEST_SHARE = 0.5
+"""A new lesion takes no more than this share of its organ."""
+
+KEPT_SHARE = 0.9
+"""A wanted organ has to keep this share of its volume in a new field of view."""
+
+_ROUGHNESS = 0.2
+"""Standard deviation of a new lesion's radius over its surface, as a share."""
+
+
+def volumes_ml(labels: np.ndarray, spacing: Sequence[float]) -> dict[int, float]:
+    """The volume of every label but the background, in ml."""
+    voxel_ml = float(np.prod(checked_spacing(labels.shape, spacing))) / 1000
+    found, counts = np.unique(labels, return_counts=True)
+    return {int(label): int(count) * voxel_ml for label, count in zip(found, counts, strict=True) if label}
+
+
+def remove_lesion(labels: np.ndarray, spacing: Sequence[float], lesion: int) -> np.ndarray:
+    """The mask without a lesion: its voxels get the label of the nearest of the organs it may lie in.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary.
+        spacing: mm along x, y, z.
+        lesion: one of :data:`~maisi_tools.masks.vocabulary.HOSTS`, as an id.
+
+    Returns:
+        A new array.
+
+    Raises:
+        InputError: no lesion, none in the mask, or several organs it may lie in and none of them in the mask.
+    """
+    mm = checked_spacing(labels.shape, spacing)
+    _check_labels(labels)
+    hosts = hosts_of(lesion)
+    inside = _present(labels, lesion)
+    organs = np.isin(labels, hosts)
+    if not organs.any():
+        if len(hosts) > 1:
+            raise InputError(
+                f"the mask has {VOCABULARY[lesion].name}, but none of the organs it may lie in; allowed is a mask with "
+                f"{' or '.join(HOSTS[VOCABULARY[lesion].name][:5])}: segment the organ, too"
+            )
+        return np.where(inside, hosts[0], labels).astype(labels.dtype)
+    result = labels.copy()
+    box = _box(inside | organs)
+    result[box][inside[box]] = _nearest(labels[box], organs[box], mm)[inside[box]]
+    return result
+
+
+def insert_lesion(
+    labels: np.ndarray,
+    spacing: Sequence[float],
+    lesion: int,
+    diameter_mm: float,
+    rng: np.random.Generator,
+    host: int | None = None,
+) -> np.ndarray:
+    """The mask with one more lesion, an irregular ellipsoid inside one organ.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary.
+        spacing: mm along x, y, z.
+        lesion: one of :data:`~maisi_tools.masks.vocabulary.HOSTS`, as an id.
+        diameter_mm: of the sphere that has the lesion's volume.
+        rng: draws organ, place and shape; the lesion is one piece, where the organ is.
+        host: the organ; by default drawn among those that are large enough, by volume.
+
+    Returns:
+        A new array.
+
+    Raises:
+        InputError: no lesion, an organ it does not grow in, or no organ that is large enough.
+    """
+    mm = checked_spacing(labels.shape, spacing)
+    _check_labels(labels)
+    name, hosts = VOCABULARY[lesion].name if lesion in VOCABULARY else str(lesion), hosts_of(lesion)
+    if host is not None and host not in hosts:
+        raise InputError(f"a {name} does not grow in {_name(host)}; allowed are {', '.join(map(_name, hosts))}")
+    count = round(float(np.pi / 6 * _positive("diameter", diameter_mm) ** 3 / np.prod(mm)))
+    if count < 1:
+        raise InputError(f"a {name} of {diameter_mm:g} mm is smaller than a voxel of {_mm(mm)}; give a larger one")
+    sizes = {organ: int(np.count_nonzero(labels == organ)) for organ in (hosts if host is None else (host,))}
+    large = [organ for organ, size in sizes.items() if LARGEST_SHARE * size >= count]
+    if not large:
+        most = max(sizes.values()) * LARGEST_SHARE * float(np.prod(mm))
+        raise InputError(
+            f"no organ in the mask has room for a {name} of {diameter_mm:g} mm; allowed are up to "
+            f"{np.cbrt(6 / np.pi * most):.3g} mm (half of the largest organ it may lie in): give a smaller diameter"
+        )
+    weights = np.array([sizes[organ] for organ in large], dtype=float)
+    organ = labels == large[rng.choice(len(large), p=weights / weights.sum())]
+    box = _box(organ)
+    part, _ = ndimage.label(organ[box])
+    largest = part == np.bincount(part[part > 0]).argmax()
+    if np.count_nonzero(largest) < count:
+        largest = organ[box]
+    depth = ndimage.distance_transform_edt(np.pad(largest, 1), sampling=mm)[1:-1, 1:-1, 1:-1]
+    radius = diameter_mm / 2
+    places = np.argwhere(depth >= min(radius, 0.8 * depth.max()))
+    start = places[rng.integers(len(places))]
+    center = start * mm
+
+    axes = rng.uniform(0.75, 1.3, 3)
+    turned = Rotation.random(random_state=int(rng.integers(2**32))).as_matrix() / (axes / np.cbrt(axes.prod()))[:, None]
+    offset = np.indices(largest.shape, dtype=np.float32).reshape(3, -1).T * mm - center
+    distance = np.linalg.norm(offset @ turned.T, axis=1).reshape(largest.shape)
+    score = distance * (1 + _ROUGHNESS * _smooth_noise(largest.shape, radius / 2 / mm, rng))
+    result = labels.copy()
+    result[box][_lowest(score, _piece(score, largest, start, count), count)] = lesion
+    return result
+
+
+def augment_lesion(
+    labels: np.ndarray,
+    spacing: Sequence[float],
+    lesion: int,
+    rng: np.random.Generator,
+    zoom: float = 1.0,
+    shift_mm: float = 0.0,
+    elastic_mm: float = 0.0,
+) -> np.ndarray:
+    """The mask with its lesions zoomed, shifted and deformed, each connected one for itself and inside its organ.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary.
+        spacing: mm along x, y, z.
+        lesion: one of :data:`~maisi_tools.masks.vocabulary.HOSTS`, as an id.
+        rng: draws directions and deformations.
+        zoom: factor of the diameter; the volume grows by its cube.
+        shift_mm: how far each lesion is moved, in a direction drawn at random.
+        elastic_mm: standard deviation of a smooth displacement, in mm; waves are about as long as the lesion's radius.
+
+    Returns:
+        A new array.
+
+    Raises:
+        InputError: as :func:`remove_lesion`, or an organ that is too small for its lesion's new size.
+    """
+    mm = checked_spacing(labels.shape, spacing)
+    _positive("zoom", zoom)
+    for what, value in (("shift", shift_mm), ("elastic", elastic_mm)):
+        if not isinstance(value, (int, float)) or not 0 <= value < np.inf:
+            raise InputError(f"{what} is {value!r}; allowed is a number of mm from 0 on")
+    parts, number = ndimage.label(labels == lesion, np.ones((3, 3, 3)))
+    healthy = remove_lesion(labels, spacing, lesion)
+    result = healthy.copy()
+    for index in range(1, number + 1):
+        old = parts == index
+        hosts = np.unique(healthy[old])  # a lesion that was moved here before is none
+        box = _box(np.isin(result, hosts) | old)
+        inside, room = old[box], np.isin(result[box], hosts)
+        count = max(1, round(np.count_nonzero(inside) * zoom**3))
+        if count > np.count_nonzero(room):
+            raise InputError(
+                f"a {_name(lesion)} of {count} voxels does not fit into {', '.join(map(_name, hosts))} with "
+                f"{np.count_nonzero(room)} voxels; give a smaller zoom than {zoom:g}"
+            )
+        radius = float(np.cbrt(3 / 4 / np.pi * np.count_nonzero(inside) * np.prod(mm)))
+        direction = rng.normal(size=3)
+        center = np.argwhere(inside).mean(axis=0)
+        moved = center + shift_mm * direction / np.linalg.norm(direction) / mm
+        source = [
+            (grid - moved[axis]) / zoom
+            + center[axis]
+            + (elastic_mm / mm[axis] * _smooth_noise(inside.shape, radius / mm, rng) if elastic_mm else 0.0)
+            for axis, grid in enumerate(np.indices(inside.shape, dtype=np.float32))
+        ]
+        score = ndimage.map_coordinates(_signed_distance(inside, mm), source, order=1, mode="nearest")
+        result[box][_lowest(score, room, count)] = lesion
+    return result
+
+
+def resize_organ(labels: np.ndarray, spacing: Sequence[float], organ: int, factor: float) -> np.ndarray:
+    """The mask with an organ of another volume: its surface is moved outwards or inwards, everywhere alike.
+
+    The volume is that of the organ with the lesions in it. An organ that grows takes room from what yields (body,
+    lung, bowel, muscle), one that shrinks leaves its room to body or lung, whichever is nearer. Bone, vessels, nerves
+    and other organs stay.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary.
+        spacing: mm along x, y, z.
+        organ: its id.
+        factor: new volume over old.
+
+    Returns:
+        A new array.
+
+    Raises:
+        InputError: the organ is not in the mask or a lesion, there is no room, or another structure (or a lesion in the
+            organ) would vanish.
+    """
+    mm = checked_spacing(labels.shape, spacing)
+    _check_labels(labels)
+    if organ not in VOCABULARY or organ == BODY or VOCABULARY[organ].name in HOSTS:
+        raise InputError(f"{_name(organ)} is no organ to resize; a lesion is resized by augmentation with a zoom")
+    _positive("factor", factor)
+    _present(labels, organ)
+    healthy = labels
+    for lesion in np.intersect1d(labels, [label_id(name) for name in HOSTS]):
+        if organ in hosts_of(int(lesion)):
+            healthy = remove_lesion(healthy, spacing, int(lesion))
+    whole = healthy == organ
+    size = int(np.count_nonzero(whole))
+    count = max(1, round(size * factor))
+    depth = _signed_distance(whole, mm)
+    result = labels.copy()
+    if count < size:
+        vacated = whole & ~_lowest(depth, whole, count)
+        fills = np.isin(labels, _in_groups(FILLING)) & ~whole
+        result[vacated] = _nearest(labels, fills, mm)[vacated] if fills.any() else BODY
+    else:
+        room = np.isin(labels, _in_groups(YIELDING)) & ~whole
+        if count - size > np.count_nonzero(room):
+            most = 1 + np.count_nonzero(room) / size
+            raise InputError(
+                f"{_name(organ)} has no room to grow by a factor of {factor:g}; allowed are up to {most:.3g}"
+            )
+        result[_lowest(depth, room, count - size)] = organ
+    if lost := np.setdiff1d(labels, result).tolist():
+        raise InputError(
+            f"with {_name(organ)} {factor:g} times as large, {', '.join(map(_name, lost))} would vanish; give a factor "
+            "nearer to 1"
+        )
+    return result
+
+
+def twins(label_map: LabelMap = LABEL_MAPS["openkbp"]) -> dict[int, int]:
+    """Every id that a left/right flip changes -> the id it becomes.
+
+    Sides come from the vocabulary's names and, for placeholders, from the names that `label_map` gives its classes
+    (OpenKBP's left and right parotid gland, which the shipped weights know). The left lung has no middle lobe: the
+    right one becomes a part of the left upper lobe, as the lingula is.
+    """
+    pairs = {
+        label.id: label_id(other_side(label.name) or "")
+        for label in VOCABULARY.values()
+        if label.side and label.name != "right lung middle lobe"
+    }
+    pairs[label_id("right lung middle lobe")] = label_id("left lung upper lobe")
+    for label, name in label_map.classes.items():
+        twin = label_map.label_of(other_side(name) or "")
+        if twin is not None and label in label_map and twin in label_map and label_map[label] != label_map[twin]:
+            pairs[label_map[label]] = label_map[twin]
+    return pairs
+
+
+def swap_sides(labels: Array, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> Array:
+    """Name every left structure right and every right one left, as the mask of a mirrored body needs it.
+
+    Args:
+        labels: in the vocabulary, any shape, array or tensor (also floating point).
+        label_map: tells the sides of placeholders, see :func:`twins`.
+
+    Returns:
+        Same type, shape and dtype.
+    """
+    table = torch.arange(BODY + 1)
+    for id, twin in twins(label_map).items():
+        table[id] = twin
+    values = torch.as_tensor(labels).as_subclass(torch.Tensor).long()
+    return convert_to_dst_type(table.to(values.device)[values], dst=labels)[0]
+
+
+def flip_sides(labels: np.ndarray, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> np.ndarray:
+    """The mirror image of a patient: the first axis reversed, and every left structure named right.
+
+    Single organs change sides too (the liver comes to lie on the left), as in situs inversus.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary, RAS axes.
+        label_map: tells the sides of placeholders, see :func:`twins`.
+    """
+    _check_labels(labels)
+    return swap_sides(np.ascontiguousarray(labels[::-1]), label_map)
+
+
+def fit_field_of_view(
+    mask: MetaTensor,
+    spacing: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    organs: Iterable[int] = (),
+    kept: float = KEPT_SHARE,
+) -> MetaTensor:
+    """A mask on another grid, which is laid about the wanted organs and must hold them.
+
+    Args:
+        mask: (1, X, Y, Z) in the vocabulary with its affine, RAS.
+        spacing: mm along x, y, z to resample to (nearest label); None keeps it.
+        size: voxels along x, y, z to crop or pad to; None keeps the field of view.
+        organs: ids that must survive; the new grid is centred on their box, as far as the mask reaches, and on the
+            mask's centre without any.
+        kept: least share of each organ's volume.
+
+    Raises:
+        InputError: an organ is not in the mask, or too little of it is left; the message has the shares. Or a spacing
+            or size that is not three positive numbers.
+    """
+    if spacing is not None:
+        checked_spacing(tuple(mask.shape[1:]), spacing)
+    if size is not None and (len(size) != 3 or not all(int(n) == n > 0 for n in size)):
+        raise InputError(f"size is {tuple(size)}; allowed are three whole numbers of voxels from 1 up, along x, y, z")
+    wanted = [int(organ) for organ in organs]
+    before = volumes_ml(mask.as_tensor()[0].numpy(), [float(mm) for mm in mask.pixdim])
+    for organ in wanted:
+        if organ not in before:
+            raise InputError(f"{_name(organ)} is not in the mask; allowed are {', '.join(map(_name, before))}")
+    fitted = regrid_mask(mask, spacing) if spacing is not None else mask
+    if size is not None:
+        shape = np.array(fitted.shape[1:])
+        inside = np.isin(fitted.as_tensor()[0].numpy(), wanted)
+        center = shape // 2
+        if inside.any():
+            half = np.minimum(np.asarray(size), shape) / 2
+            middle = np.array([(part.start + part.stop) / 2 for part in _box(inside)])
+            center = np.clip(middle, half, shape - half).astype(int)
+        cropped = SpatialCrop(roi_center=center.tolist(), roi_size=[int(n) for n in np.minimum(size, shape)])(fitted)
+        fitted = ResizeWithPadOrCrop([int(n) for n in size], mode="constant", value=0)(cropped)  # type: ignore[assignment]
+    after = volumes_ml(fitted.as_tensor()[0].numpy(), [float(mm) for mm in fitted.pixdim])
+    shares = {organ: after.get(organ, 0.0) / before[organ] for organ in wanted}
+    if cut := {_name(organ): f"{share:.0%}" for organ, share in shares.items() if share < kept}:
+        listed = ", ".join(f"{name} {share}" for name, share in cut.items())
+        raise InputError(
+            f"the new field of view keeps of {listed} only; allowed is at least {kept:.0%} of each wanted organ: give "
+            "a larger size or a finer spacing"
+        )
+    return fitted
+
+
+def edit_file(
+    path: str | os.PathLike,
+    output: str | os.PathLike,
+    label_map: LabelMap,
+    *,
+    remove: Sequence[str] = (),
+    resize: Mapping[str, float] | None = None,
+    insert: Mapping[str, float] | None = None,
+    augment: Mapping[str, float] | None = None,
+    shift_mm: float = 0.0,
+    elastic_mm: float = 0.0,
+    flip: bool = False,
+    spacing: Sequence[float] | None = None,
+    size: Sequence[int] | None = None,
+    organs: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
+    """Edit a mask file, in the order of the arguments, and write it in the vocabulary.
+
+    A mask without a body gets one before an organ is resized, since that takes room from it or leaves room to it.
+
+    Args:
+        path: a mask, or a folder of one file a class.
+        output: NIfTI file to write, in the mask's orientation.
+        label_map: how the labels are read.
+        remove: lesions.
+        resize: organ -> factor of its volume.
+        insert: lesion -> diameter in mm.
+        augment: lesion -> factor of its diameter.
+        shift_mm: of :func:`augment_lesion`.
+        elastic_mm: of :func:`augment_lesion`.
+        flip: exchange left and right.
+        spacing: mm along x, y, z (RAS) of the new grid.
+        size: voxels along x, y, z (RAS) of the new grid.
+        organs: what the new grid must hold.
+        seed: of all that is drawn.
+
+    Returns:
+        Structure -> its volume before and after in ml, of all that changed.
+
+    Raises:
+        InputError: as the edits, or a name that is no label, or `output` is no NIfTI name, or a shift or deformation of
+            no lesion.
+    """
+    if (shift_mm or elastic_mm) and not augment:
+        raise InputError(
+            "shift and elastic move the lesions that augment names, and it names none; allowed is, for instance, "
+            "augment {hepatic tumor: 1}, which keeps their size"
+        )
+    target = Path(output)
+    if not target.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"output {output} has no NIfTI name; allowed are .nii and .nii.gz: name it {output}.nii.gz")
+    item = Compose(
+        [
+            ReadMaskd("mask", label_map),
+            Orientationd("mask", axcodes="RAS", labels=None),
+            ReadLabelsd("mask", label_map),
+        ]
+    )({"mask": str(path)})
+    mask: MetaTensor = item["mask"]  # type: ignore[index, call-overload]
+    mm = [float(value) for value in mask.pixdim]
+    labels, rng = mask.as_tensor()[0].numpy(), np.random.default_rng(seed)
+    if resize:
+        labels = add_body(labels, mm)
+    before = volumes_ml(labels, mm)
+    for name in remove:
+        labels = remove_lesion(labels, mm, label_id(name))
+    for name, factor in (resize or {}).items():
+        labels = resize_organ(labels, mm, label_id(name), factor)
+    for name, diameter in (insert or {}).items():
+        labels = insert_lesion(labels, mm, label_id(name), diameter, rng)
+    for name, zoom in (augment or {}).items():
+        labels = augment_lesion(labels, mm, label_id(name), rng, zoom, shift_mm, elastic_mm)
+    if flip:
+        labels = flip_sides(labels, label_map if label_map.placeholders else LABEL_MAPS["openkbp"])
+    edited = MetaTensor(torch.from_numpy(labels)[None], meta=mask.meta, applied_operations=mask.applied_operations)
+    edited = fit_field_of_view(edited, spacing, size, [label_id(name) for name in organs])
+    after = volumes_ml(edited.as_tensor()[0].numpy(), [float(value) for value in edited.pixdim])
+    restored = RestoreOrientationd("mask", "reference")({"mask": edited, "reference": edited})["mask"]
+    write_volume(target, restored.as_tensor()[0].numpy(), restored.affine, np.uint8)
+    changes = {id: (before.get(id, 0.0), after.get(id, 0.0)) for id in sorted({*before, *after})}
+    return {_name(id): pair for id, pair in changes.items() if pair[0] != pair[1]}
+
+
+class _EditMaskd(MapTransform, Randomizable):
+    """Runs an edit on masks (1, X, Y, Z), RAS, in the vocabulary; they keep type, affine and applied operations."""
+
+    def __init__(self, keys: KeysCollection, seed: int | None = None) -> None:
+        MapTransform.__init__(self, keys)
+        self.set_random_state(seed=seed)
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        """The edited copy of `labels` (X, Y, Z)."""
+        raise NotImplementedError
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        for key in self.key_iterator(items):
+            mask: MetaTensor = items[key]
+            labels = mask.as_tensor()[0].cpu().numpy().astype(np.uint8)
+            rng = np.random.default_rng(int(self.R.randint(2**32, dtype=np.uint32)))
+            edited = torch.from_numpy(self.edit(labels, [float(mm) for mm in mask.pixdim], rng))[None]
+            items[key] = MetaTensor(
+                edited.to(mask.device, mask.dtype), meta=mask.meta, applied_operations=mask.applied_operations
+            )
+        return items
+
+
+class InsertLesiond(_EditMaskd):
+    """MONAI dict transform of :func:`insert_lesion`, the diameter drawn from a range.
+
+    Args:
+        keys: of the masks.
+        lesion: its name.
+        diameter_mm: (lowest, highest).
+        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, lesion: str, diameter_mm: tuple[float, float], seed: int | None = None
+    ) -> None:
+        super().__init__(keys, seed)
+        self.lesion, self.diameter_mm = label_id(lesion), diameter_mm
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        return insert_lesion(labels, spacing, self.lesion, float(rng.uniform(*self.diameter_mm)), rng)
+
+
+class AugmentLesiond(_EditMaskd):
+    """MONAI dict transform of :func:`augment_lesion`, the zoom drawn from a range; without the lesion, nothing is done.
+
+    Args:
+        keys: of the masks.
+        lesion: its name.
+        zoom: (lowest, highest) factor of the diameter.
+        shift_mm: see :func:`augment_lesion`.
+        elastic_mm: see :func:`augment_lesion`.
+        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        lesion: str,
+        zoom: tuple[float, float] = (1.0, 1.0),
+        shift_mm: float = 0.0,
+        elastic_mm: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(keys, seed)
+        self.lesion, self.zoom, self.shift_mm, self.elastic_mm = label_id(lesion), zoom, shift_mm, elastic_mm
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        if not (labels == self.lesion).any():
+            return labels
+        zoom = float(rng.uniform(*self.zoom))
+        return augment_lesion(labels, spacing, self.lesion, rng, zoom, self.shift_mm, self.elastic_mm)
+
+
+class RemoveLesiond(_EditMaskd):
+    """MONAI dict transform of :func:`remove_lesion`; without the lesion, nothing is done."""
+
+    def __init__(self, keys: KeysCollection, lesion: str) -> None:
+        super().__init__(keys)
+        self.lesion = label_id(lesion)
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        return remove_lesion(labels, spacing, self.lesion) if (labels == self.lesion).any() else labels
+
+
+class ResizeOrgand(_EditMaskd):
+    """MONAI dict transform of :func:`resize_organ`, the factor drawn from a range.
+
+    Args:
+        keys: of the masks.
+        organ: its name.
+        factor: (lowest, highest) new volume over old.
+        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
+    """
+
+    def __init__(self, keys: KeysCollection, organ: str, factor: tuple[float, float], seed: int | None = None) -> None:
+        super().__init__(keys, seed)
+        self.organ, self.factor = label_id(organ), factor
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        return resize_organ(labels, spacing, self.organ, float(rng.uniform(*self.factor)))
+
+
+class FlipSidesd(_EditMaskd):
+    """MONAI dict transform of :func:`flip_sides`, with probability `prob`."""
+
+    def __init__(self, keys: KeysCollection, prob: float = 1.0, seed: int | None = None) -> None:
+        super().__init__(keys, seed)
+        self.prob = prob
+
+    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
+        return flip_sides(labels) if rng.uniform() < self.prob else labels
+
+
+class FitFieldOfViewd(MapTransform):
+    """MONAI dict transform of :func:`fit_field_of_view`; `organs` by their names."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: Sequence[float] | None = None,
+        size: Sequence[int] | None = None,
+        organs: Sequence[str] = (),
+        kept: float = KEPT_SHARE,
+    ) -> None:
+        super().__init__(keys)
+        self.spacing, self.size, self.organs, self.kept = spacing, size, [label_id(name) for name in organs], kept
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        fitted = {
+            key: fit_field_of_view(data[key], self.spacing, self.size, self.organs, self.kept)
+            for key in self.key_iterator(data)
+        }
+        return {**data, **fitted}
+
+
+def _lowest(score: np.ndarray, room: np.ndarray, count: int) -> np.ndarray:
+    """The `count` voxels of `room` with the lowest score, as a boolean array."""
+    chosen = np.zeros(room.shape, dtype=bool)
+    places = np.flatnonzero(room)
+    if count < len(places):
+        places = places[np.argpartition(score.ravel()[places], count)[:count]]
+    chosen.ravel()[places] = True
+    return chosen
+
+
+def _piece(score: np.ndarray, room: np.ndarray, start: np.ndarray, count: int) -> np.ndarray:
+    """What of `room` hangs together with `start` below the lowest score at which that is `count` voxels, or all."""
+
+    def below(threshold: float) -> np.ndarray:
+        parts, _ = ndimage.label(room & (score <= threshold))
+        return parts == parts[tuple(start)]
+
+    low, high = float(score[tuple(start)]), float(score[room].max())
+    if np.count_nonzero(below(high)) < count:
+        return room
+    for _ in range(20):  # halvings: a millionth of the range is far less than a voxel
+        middle = (low + high) / 2
+        low, high = (low, middle) if np.count_nonzero(below(middle)) >= count else (middle, high)
+    return below(high)
+
+
+def _signed_distance(inside: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Mm to the surface of a solid, negative inside."""
+    padded = np.pad(inside, 1)  # the border of the volume counts as outside
+    within = ndimage.distance_transform_edt(padded, sampling=spacing)[1:-1, 1:-1, 1:-1]
+    return ndimage.distance_transform_edt(~inside, sampling=spacing) - within
+
+
+def _nearest(labels: np.ndarray, sources: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """At every voxel the label of the nearest one of `sources`."""
+    places = ndimage.distance_transform_edt(~sources, sampling=spacing, return_distances=False, return_indices=True)
+    return labels[tuple(places)]
+
+
+def _smooth_noise(shape: Sequence[int], sigma: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random field with mean 0 and standard deviation 1, smooth over `sigma` voxels."""
+    noise = ndimage.gaussian_filter(rng.normal(size=tuple(shape)).astype(np.float32), sigma, mode="wrap")
+    spread = float(noise.std())
+    return (noise - noise.mean()) / spread if spread > 0 else noise
+
+
+def _box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box around the true voxels, of which there is at least one."""
+    return ndimage.find_objects(mask.astype(np.uint8))[0]
+
+
+def _present(labels: np.ndarray, label: int) -> np.ndarray:
+    inside = labels == label
+    if not inside.any():
+        found = ", ".join(_name(int(id)) for id in np.unique(labels) if id)
+        raise InputError(f"{_name(label)} is not in the mask; allowed are {found}")
+    return inside
+
+
+def _in_groups(groups: Sequence[str]) -> list[int]:
+    return [label for group in groups for label in labels_in_group(group)]
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    if unknown := [int(label) for label in np.unique(labels) if label and label not in VOCABULARY]:
+        raise InputError(f"the mask has the labels {unknown}; {ALLOWED}")
+
+
+def _positive(what: str, value: float) -> float:
+    if not isinstance(value, (int, float)) or not np.isfinite(value) or value <= 0:
+        raise InputError(f"{what} is {value!r}; allowed is a positive number")
+    return value
+
+
+def _name(label: int) -> str:
+    return VOCABULARY[int(label)].name if int(label) in VOCABULARY else f"label {int(label)}"
+
+
+def _mm(spacing: np.ndarray) -> str:
+    return " x ".join(f"{value:.3g}" for value in spacing) + " mm"

@@ -1,0 +1,112 @@
+"""Dice of segmentations against labels, structure by structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.metrics import compute_dice
+from monai.transforms import Orientation
+from tqdm import tqdm
+
+from maisi_tools.errors import InputError
+from maisi_tools.metrics.summary import tabulate
+from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.reading import read_volume
+
+Row = dict[str, float]
+"""Figures of one case: name -> value."""
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Dice of two boolean arrays of one shape; NaN where the reference is empty."""
+    one, other = (torch.from_numpy(np.ascontiguousarray(array))[None, None] for array in (prediction, reference))
+    return float(compute_dice(one.float(), other.float(), include_background=True, ignore_empty=True))
+
+
+def structure_dice(
+    prediction: np.ndarray, reference: np.ndarray, classes: Mapping[str, int], structures: Mapping[str, int]
+) -> Row:
+    """Dice of every structure that the reference has.
+
+    Args:
+        prediction: labels of a network, (X, Y, Z).
+        reference: labels of the mask, the same shape.
+        classes: name -> label in the prediction.
+        structures: name -> label in the reference; names that `classes` lacks are passed over.
+    """
+    found = {
+        name: dice(prediction == classes[name], reference == label)
+        for name, label in structures.items()
+        if name in classes and (reference == label).any()
+    }
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def score_segmentations(
+    cases: Sequence[Mapping[str, str]],
+    output_dir: str | Path,
+    classes: Mapping[str, int],
+    structures: Mapping[str, int] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Dice of the segmentations in a folder against labels, as ``metrics.csv`` and ``summary.json`` there.
+
+    Args:
+        cases: ``image`` (the CT that was segmented) and ``label``.
+        output_dir: has ``<stem of the CT>_seg.nii.gz`` of every case.
+        classes: name -> label in the segmentations.
+        structures: name -> label in the labels; None where they have the same numbering.
+
+    Returns:
+        The summary of ``dice_NAME`` of every structure and of ``dice_mean``, a case's mean over what it has.
+
+    Raises:
+        InputError: a case without ``label``, a file that is missing, or two grids.
+    """
+    folder = Path(output_dir).expanduser()
+    rows: dict[str, Row] = {}
+    for case in tqdm(cases, desc="measuring", unit="case", delay=2):
+        stem = stem_of(case["image"])
+        if "label" not in case:
+            raise InputError(
+                f"{case['image']} has no label in the datalist; Dice needs one: add it, or take the case out"
+            )
+        reference = read_ras(case["label"], "mask")
+        prediction = read_ras(folder / f"{stem}_seg.nii.gz", "mask", like=reference)
+        found = structure_dice(
+            channel_of(prediction), channel_of(reference), classes, classes if structures is None else structures
+        )
+        rows[stem] = {f"dice_{name.replace(' ', '_')}": value for name, value in found.items()}
+        if found:
+            rows[stem]["dice_mean"] = round(float(np.mean(list(found.values()))), 4)
+    return tabulate(folder, rows)
+
+
+def read_ras(path: str | Path, kind: str, like: MetaTensor | None = None) -> MetaTensor:
+    """Read a volume (1, X, Y, Z), turn it to RAS, and make sure that it lies on the grid of another.
+
+    Args:
+        path: see :func:`maisi_tools.volumes.reading.read_volume`.
+        kind: "ct" or "mask".
+        like: a volume in RAS.
+
+    Raises:
+        InputError: the file cannot be read as that kind, or its grid is not that of `like`.
+    """
+    volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, kind))
+    if like is not None and (volume.shape != like.shape or not np.allclose(volume.affine, like.affine, atol=1e-2)):
+        raise InputError(
+            f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
+            f"({tuple(volume.shape[1:])} and {tuple(like.shape[1:])} voxels, in RAS); allowed is one grid for both: "
+            "resample one to the other"
+        )
+    return volume
+
+
+def channel_of(volume: MetaTensor) -> np.ndarray:
+    """The one channel of a volume (1, X, Y, Z) as an array (X, Y, Z)."""
+    return volume.as_tensor()[0].cpu().numpy()

@@ -1,0 +1,185 @@
+"""Checkpoints that a training run goes on from as if it had not been interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError, TrainingError
+from maisi_tools.training.loaders import ranks
+from maisi_tools.training.steps import is_optimizer_step
+
+NAME = "checkpoint.pt"
+"""The last checkpoint, in a run's ``ckpt_dir``."""
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | None:
+    """Return the checkpoint to go on from, or None to start anew.
+
+    Args:
+        ckpt_dir: where the run writes its checkpoints.
+        resume: False to start anew; True to go on from the checkpoint in ``ckpt_dir``, where there is one; or the path
+            of a checkpoint.
+
+    Raises:
+        InputError: ``resume`` is a path without a file; or it is False and ``ckpt_dir`` has a checkpoint, which the
+            run would overwrite.
+    """
+    last = Path(ckpt_dir) / NAME
+    if not isinstance(resume, bool):
+        if not Path(resume).is_file():
+            raise InputError(f"resume is {str(resume)!r}, which is no file; give a checkpoint, True or False")
+        return Path(resume)
+    if not resume and last.is_file():
+        raise InputError(
+            f"{last} is the checkpoint of an earlier run and would be overwritten; go on from it with --resume True, "
+            "or give another --ckpt_dir, or delete it"
+        )
+    return last if resume and last.is_file() else None
+
+
+class Checkpointer:
+    """Writes everything a run needs to go on to ``ckpt_dir/checkpoint.pt``, and starts the run from such a file.
+
+    Written every ``minutes``, at the end of each epoch and of the run; by rank 0, atomically, and only after all
+    values were found finite: the file is always a good checkpoint. Besides ``objects`` it has the trainer's iteration
+    and the gradient scalers' state. It has to be the last of the trainer's handlers. Random numbers need no saving, see
+    :class:`maisi_tools.training.loaders.TrainingLoader`.
+
+    Args:
+        ckpt_dir: folder, made when needed.
+        objects: name -> network, average, optimizer, scheduler, loader, ...: what has ``state_dict`` and
+            ``load_state_dict``. Call the network "model", then the file also serves as ``init_ckpt``.
+        minutes: between two checkpoints.
+        resume_from: checkpoint to go on from, see :func:`find_checkpoint`.
+        extra: plain values that lie beside, such as ``scale_factor``.
+
+    Raises:
+        TrainingError: a value to be written is not finite.
+        InputError: the checkpoint to go on from was written by a run with other settings.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str | Path,
+        objects: Mapping[str, Any],
+        minutes: float,
+        resume_from: str | Path | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(ckpt_dir) / NAME
+        self.objects = {
+            name: thing.module if isinstance(thing, DistributedDataParallel) else thing
+            for name, thing in objects.items()
+        }
+        self.seconds = 60 * float(minutes)
+        self.resume_from = resume_from
+        self.extra = dict(extra or {})
+        self.last = 0.0
+        self.written = -1
+
+    def attach(self, engine: Engine) -> None:
+        """Load when the run starts; save as it goes on."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        if ranks()[0] == 0:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_when_due)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def load(self, engine: Engine) -> None:
+        """Put the engine and all objects into the state of ``resume_from``, if there is one."""
+        self.last = time.monotonic()
+        if ranks()[0] == 0:  # left behind by processes that were killed while they wrote
+            for part in self.path.parent.glob(f".*-{NAME}"):
+                part.unlink()
+        if self.resume_from is None:
+            return
+        path = self.resume_from
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file makes the reader fail in any way
+            raise InputError(f"checkpoint {path} cannot be read ({error}); give one that this run wrote") from error
+        wanted = {"trainer", "scalers", *self.objects}
+        if not isinstance(state, Mapping) or not wanted <= state.keys():
+            raise InputError(
+                f"{path} is no checkpoint of this training run, it has to hold {', '.join(sorted(wanted))}; give a "
+                f"{NAME} with --resume, or start from weights alone with --init_ckpt"
+            )
+        now, then = self._trainer(engine), state["trainer"]
+        if changed := [f"{k} {then[k]} (now {now[k]})" for k in now if k != "iteration" and now[k] != then[k]]:
+            raise InputError(
+                f"checkpoint {path} was written with {', '.join(changed)}; to resume give the same values, or start a "
+                "new run from its weights with --init_ckpt"
+            )
+        for name, thing in self.objects.items():
+            try:
+                thing.load_state_dict(state[name])
+            except InputError:
+                raise
+            except (RuntimeError, ValueError, KeyError) as error:  # other shapes, other names, another optimizer
+                reason = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+                raise InputError(
+                    f"{name} in checkpoint {path} does not fit this run ({reason}); to resume give the settings it was "
+                    "written with, or start a new run from its weights with --init_ckpt"
+                ) from error
+        for name, scaler in _scalers(engine):
+            scaler.load_state_dict(state["scalers"][name])
+        engine.state.iteration = then["iteration"]
+        engine.state.epoch = then["iteration"] // then["epoch_length"]
+        self.written = then["iteration"]
+        log.info("resumed from %s, iteration %d", path, then["iteration"])
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoint."""
+        if self.written == engine.state.iteration:
+            return
+        state = {
+            **self.extra,
+            **{name: thing.state_dict() for name, thing in self.objects.items()},
+            "trainer": self._trainer(engine),
+            "scalers": {name: scaler.state_dict() for name, scaler in _scalers(engine)},
+        }
+        if bad := [name for name, value in _tensors(state) if not torch.isfinite(value).all()]:
+            raise TrainingError(
+                f"{len(bad)} values are not finite after iteration {engine.state.iteration}, the first is {bad[0]}; "
+                f"{self.path} was left as it was. Resume from it with a lower learning rate or another seed"
+            )
+        with replacing(self.path) as part, open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.last, self.written = time.monotonic(), engine.state.iteration
+
+    def _save_when_due(self, engine: Engine) -> None:
+        if is_optimizer_step(engine) and time.monotonic() - self.last >= self.seconds:
+            self.save(engine)
+
+    def _trainer(self, engine: Engine) -> dict[str, int]:
+        names = ("iteration", "epoch_length", "max_epochs")
+        steps = {"accumulation_steps": getattr(engine, "accumulation_steps", 1)}
+        return {name: getattr(engine.state, name) for name in names} | steps
+
+
+def _scalers(engine: Any) -> list[tuple[str, Any]]:
+    """The gradient scaler of MONAI's ``SupervisedTrainer``, where one is in use."""
+    scaler = getattr(engine, "scaler", None)
+    return [] if scaler is None else [("scaler", scaler)]
+
+
+def _tensors(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))

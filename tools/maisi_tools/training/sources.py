@@ -1,0 +1,200 @@
+"""The volumes of a data set, in whichever form it comes: a folder, a MONAI datalist, an nnU-Net or MSD dataset.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.inputs import SUFFIXES, stem_of
+
+CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
+"""``NAME_ct`` with ``NAME_seg`` beside it: how this project's folders name a volume and its mask."""
+
+SECTIONS = ("training", "validation")
+"""Sections of a datalist that are taken; "testing" is neither trained on nor validated on."""
+
+MODALITY_NAMES = {"ct": "ct", "cta": "ct", "mri": "mri", "mr": "mri", "t1": "mri", "t2": "mri", "flair": "mri"}
+"""What data sets call their channels -> our name; everything else stays as it is called."""
+
+ALLOWED = (
+    "a folder with volumes, a MONAI datalist (JSON with a list under training or validation), or the dataset.json of "
+    "nnU-Net or the Medical Segmentation Decathlon, or its folder"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One volume of a data set, not yet read.
+
+    Attributes:
+        name: tells cases apart, and patients, where no pattern says otherwise.
+        image: the volume's file.
+        label: its mask's, where it has one.
+        modality: "ct", "mri" or what the data set calls it.
+        section: "training" or "validation" where the data set says so.
+        region: body regions where the data set says so.
+    """
+
+    name: str
+    image: Path
+    label: Path | None = None
+    modality: str = "ct"
+    section: str | None = None
+    region: tuple[str, ...] = ()
+
+
+def find_cases(source: str | os.PathLike) -> tuple[list[Case], dict[int, str]]:
+    """The cases of one data set, sorted by name, and what its dataset.json calls its labels.
+
+    Raises:
+        InputError: it is none of what is allowed, or there is no volume in it. Files that are named but not there are
+            no error here; reading them is.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        described = path / "dataset.json"
+        return _of_dataset(described) if described.is_file() else (_of_folder(path), {})
+    if path.suffix.lower() != ".json" or not path.is_file():
+        raise InputError(f"data set {path} is neither a folder nor a JSON file; allowed is {ALLOWED}")
+    content = _read_json(path)
+    if isinstance(content, Mapping) and ("numTraining" in content or "file_ending" in content):
+        return _of_dataset(path)
+    return _of_datalist(path, content), {}
+
+
+def _of_folder(folder: Path) -> list[Case]:
+    """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``."""
+    volumes = [file for file in sorted(folder.rglob("*")) if _is_volume(file)]
+    images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
+    images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
+    if not images:
+        raise InputError(f"no volume ({', '.join(SUFFIXES)}) below {folder}; allowed is {ALLOWED}")
+    masks = {(file.parent, stem_of(file)): file for file in volumes}
+    cases = []
+    for image in images:
+        name = stem_of(image).removesuffix(CT_SUFFIX)
+        cases.append(Case(name, image.resolve(), _resolved(masks.get((image.parent, f"{name}{MASK_SUFFIX}")))))
+    return cases
+
+
+def _of_datalist(path: Path, content: Any) -> list[Case]:
+    sections = content if isinstance(content, Mapping) else {None: content}
+    found = {name: sections[name] for name in (*SECTIONS, None) if sections.get(name)}
+    if not found or not all(isinstance(entries, list) for entries in found.values()):
+        raise InputError(f"{path} has no list of cases under {' or '.join(SECTIONS)}; allowed is {ALLOWED}")
+    cases = []
+    for section, entries in found.items():
+        for entry in entries:
+            entry = entry if isinstance(entry, Mapping) else {"image": entry}
+            image, label = entry.get("image"), entry.get("label")
+            if not isinstance(image, str) or not isinstance(label, str | None):
+                raise InputError(
+                    f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file under 'image' "
+                    "and, where there is a mask, one under 'label'"
+                )
+            stem = stem_of(image)
+            cases.append(
+                Case(
+                    name=str(entry.get("name") or stem.removesuffix(CT_SUFFIX)),
+                    image=_from(path, image),
+                    label=_from(path, label) if label else None,
+                    modality=_modality(entry.get("modality") or "ct"),
+                    section=section,
+                    region=tuple(entry.get("region") or ()),
+                )
+            )
+    return cases
+
+
+def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
+    """MSD and nnU-Net v1 list their files; nnU-Net v2 names its files by rule, or lists them under "dataset"."""
+    content = _read_json(path)
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds a {type(content).__name__}; allowed is {ALLOWED}")
+    channels = {str(key): str(name) for key, name in _mapping(content, "channel_names", "modality").items()}
+    # Where a case has several channels, a CT among them is what these bundles can use.
+    number, channel = next(
+        (item for item in channels.items() if _modality(item[1]) == "ct"), next(iter(channels.items()), ("0", "ct"))
+    )
+    ending = content.get("file_ending")
+    pairs: list[tuple[str, str | Path, str | None]]
+    if isinstance(content.get("dataset"), Mapping):
+        pairs = [_described(path, name, entry, int(number)) for name, entry in content["dataset"].items()]
+    elif isinstance(content.get("training"), list):
+        pairs = [_listed(path, entry, number) for entry in content["training"]]
+    elif isinstance(ending, str):
+        images = sorted((path.parent / "imagesTr").glob(f"*_{int(number):04d}{ending}"))
+        names = [image.name.removesuffix(f"_{int(number):04d}{ending}") for image in images]
+        pairs = [(name, image, f"labelsTr/{name}{ending}") for name, image in zip(names, images, strict=True)]
+    else:
+        raise InputError(f"{path} has neither a list under 'training' nor a 'file_ending'; allowed is {ALLOWED}")
+    if not pairs:
+        raise InputError(f"{path} names no training case; allowed is {ALLOWED}: put the files into imagesTr")
+    cases = [
+        Case(name, _from(path, image), _from(path, label) if label else None, _modality(channel))
+        for name, image, label in sorted(pairs, key=lambda pair: pair[0])
+    ]
+    return cases, _label_names(content.get("labels"))
+
+
+def _listed(path: Path, entry: Any, number: str) -> tuple[str, str | Path, str | None]:
+    """A case of MSD's or nnU-Net v1's list; the latter leaves the channel's number out of the image's name."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
+        raise InputError(
+            f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file as 'image'"
+        )
+    image, name = entry["image"], stem_of(entry["image"])
+    numbered = f"{image[: image.rindex(name)]}{name}_{int(number):04d}{Path(image).name[len(name) :]}"
+    if not _from(path, image).is_file() and _from(path, numbered).is_file():
+        image = numbered
+    return name, image, entry.get("label")
+
+
+def _described(path: Path, name: str, entry: Any, number: int) -> tuple[str, str | Path, str | None]:
+    images = entry.get("images") if isinstance(entry, Mapping) else None
+    if not isinstance(images, list) or len(images) <= number:
+        raise InputError(f"{path} gives case {name} no list 'images' with one file a channel; correct 'dataset'")
+    return name, images[number], entry.get("label")
+
+
+def _label_names(labels: Any) -> dict[int, str]:
+    """number -> name, from MSD's {"1": "liver"} or nnU-Net v2's {"liver": 1}; what is several numbers is no label."""
+    names = {}
+    for key, value in labels.items() if isinstance(labels, Mapping) else ():
+        number, name = (key, value) if str(key).isdecimal() else (value, key)
+        if str(number).isdecimal() and int(number) > 0:
+            names[int(number)] = str(name)
+    return names
+
+
+def _modality(name: Any) -> str:
+    return MODALITY_NAMES.get(str(name).casefold(), str(name))
+
+
+def _mapping(content: Mapping, *keys: str) -> Mapping:
+    return next((content[key] for key in keys if isinstance(content.get(key), Mapping)), {})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); allowed is {ALLOWED}") from error
+
+
+def _from(listing: Path, file: str | Path) -> Path:
+    """The file, relative to the JSON file that names it."""
+    return (listing.parent / Path(file).expanduser()).resolve()
+
+
+def _resolved(path: Path | None) -> Path | None:
+    return path.resolve() if path else None
+
+
+def _is_volume(file: Path) -> bool:
+    return not file.name.startswith(".") and file.name.lower().endswith(SUFFIXES) and file.is_file()
