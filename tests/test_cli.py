@@ -55,6 +55,8 @@ def test_help_names_every_command(arguments, capsys):
         "edit",
         "index",
         "find",
+        "dicom_read",
+        "dicom_write",
     ):
         assert f" {command}\n" in text
 

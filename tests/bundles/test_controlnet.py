@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from maisi_tools.errors import find_input_error
 from maisi_tools.masks.phantom import make_phantom
 
 FAST = {"num_inference_steps": 3, "progress": False}
@@ -130,3 +131,41 @@ def test_small_field_of_view_only_warns(run_bundle, save, phantom_labels, tmp_pa
     run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
     assert any("field of view" in record.message for record in caplog.records)
     assert (tmp_path / "out" / "tiny_ct.nii.gz").exists()
+
+
+def test_dicom_overlay_writes_a_study_beside_the_volume(run_bundle, save, phantom_labels, tmp_path):
+    pydicom = pytest.importorskip("pydicom", minversion="3")
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    from maisi_tools.dicom.study import read_mask
+    from maisi_tools.volumes.reading import read_volume
+
+    path = save(phantom_labels[:32, :32, :32], "case.nii.gz")
+    for seed in (0, 4):  # a second run replaces the first one's study
+        run_bundle(
+            "maisi_controlnet",
+            ["inference.json", "dicom.json"],
+            input=str(path),
+            output_dir=str(tmp_path),
+            seed=seed,
+            **FAST,
+        )
+    study = tmp_path / "case_dicom"
+    written, volume = nib.load(tmp_path / "case_ct.nii.gz"), read_volume(study / "CT", "ct")
+    mask = read_mask(study / "RTSTRUCT.dcm", study / "CT")
+    for index in ((3, 4, 5), (20, 30, 8)):
+        found = np.rint(np.linalg.inv(np.asarray(volume.affine)) @ written.affine @ [*index, 1]).astype(int)[:3]
+        assert volume[(0, *found)] == np.asarray(written.dataobj)[index]
+        assert mask[(0, *found)] == np.asarray(nib.load(tmp_path / "case_mask.nii.gz").dataobj)[index]
+    text = pydicom.dcmread(next((study / "CT").iterdir())).DerivationDescription
+    recorded = json.loads(text[text.index("{") :])
+    assert recorded["seed"] == 4 and recorded["num_inference_steps"] == 3
+
+
+def test_dicom_overlay_refuses_masks_in_the_inputs_numbering(run_bundle, save, phantom_labels, tmp_path):
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    path = save(phantom_labels[:32, :32, :32], "case.nii.gz")
+    files, out = ["inference.json", "dicom.json"], tmp_path / "out"
+    with pytest.raises(Exception) as caught:
+        run_bundle("maisi_controlnet", files, input=str(path), output_dir=str(out), output_labels="input", **FAST)
+    assert "allowed with DICOM output is 'vocabulary'" in str(find_input_error(caught.value))
+    assert not list(out.iterdir())

@@ -11,7 +11,15 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
 
-from maisi_tools.volumes.grid import PadInferer, crop_to, image_affine, latent_affine, pad_to_multiple, regrid_mask
+from maisi_tools.volumes.grid import (
+    PadInferer,
+    crop_to,
+    image_affine,
+    latent_affine,
+    pad_to_multiple,
+    regrid_mask,
+    straighten,
+)
 
 from .conftest import OBLIQUE
 
@@ -117,3 +125,26 @@ def test_regridding_by_two_is_exact():
     for finer in (regrid_mask(mask, spacing=(1, 1, 1)), regrid_mask(mask, size=(12, 10, 8))):
         assert np.array_equal(finer.numpy()[0], mask.numpy()[0].repeat(2, 0).repeat(2, 1).repeat(2, 2))
         assert np.allclose(finer.affine[:3, 3], -0.5)
+
+
+@pytest.mark.parametrize("degrees", [-18, 25])
+def test_straightened_volume_has_every_value_in_its_place(degrees):
+    """A tilted stack of a field that is linear in the world, which linear interpolation reproduces."""
+    affine = np.diag([-1.0, -1.5, 2.0, 1.0])
+    affine[1, 2] = 2 * np.tan(np.radians(degrees))
+    voxels = np.indices((6, 14, 10)).reshape(3, -1)
+    field = (affine @ np.vstack([voxels, np.ones(voxels.shape[1])]))[1].reshape(1, 6, 14, 10)
+    tilted = MetaTensor(torch.from_numpy(10 * field).float(), affine=torch.from_numpy(affine))
+    straight = straighten(tilted, "bilinear", -1000)
+    assert np.allclose(np.asarray(straight.affine)[:3, :3], np.diag([-1.0, -1.5, 2.0]))
+    seen = 0
+    for index in np.ndindex(*straight.shape[1:]):
+        place = np.asarray(straight.affine) @ [*index, 1]
+        row = (np.linalg.inv(affine) @ place)[1]
+        if 0 <= row <= 13:
+            assert abs(float(straight[(0, *index)]) - 10 * place[1]) < 1e-2
+            seen += 1
+        elif not -1 < row < 14:
+            assert float(straight[(0, *index)]) == -1000
+    assert seen >= 6 * 13 * 10
+    assert straighten(straight, "bilinear", -1000) is straight

@@ -190,13 +190,13 @@ def read_label_map(
         if not _is_number(number) or not 0 <= int(number) <= LARGEST_LABEL:
             raise InputError(f"label map {path}: the entry {_shown({key: value})} names no label number; {JSON_HELP}")
         label = int(number)
-        if label in new or label in ids and ids[label] != _target(path, meaning):
+        if label in new or label in ids and ids[label] != label_target(path, meaning):
             raise InputError(f"label map {path} gives label {label} two meanings; keep one entry for it")
         if isinstance(meaning, str) and (asked := _PLACEHOLDER.fullmatch(meaning.strip())):
             new[label] = asked[1] or AUTO
             classes[label] = asked[2] or f"label {label}"
             continue
-        ids[label] = _target(path, meaning)
+        ids[label] = label_target(path, meaning)
         if label == 0 and ids[label]:
             raise InputError(f"label map {path} gives 0 a meaning, {_shown(meaning)}; 0 is always the background")
         classes[label] = VOCABULARY[ids[label]].name if _is_number(meaning) and ids[label] else str(meaning).strip()
@@ -394,8 +394,12 @@ class RestoreLabelsd(MapTransform):
         return items
 
 
-def _target(path: Path, meaning: Any) -> int:
-    """The vocabulary's id for a name or an id in a JSON."""
+def label_target(path: Path, meaning: Any) -> int:
+    """The id for a name or an id in the JSON file `path`; 0 for "background".
+
+    Raises:
+        InputError: there is no such label; the message names the file.
+    """
     if _is_number(meaning):
         if int(meaning) == 0 or int(meaning) in VOCABULARY:
             return int(meaning)

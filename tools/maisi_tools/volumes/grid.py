@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
-from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing
+from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing, SpatialResample
 from monai.utils import ensure_tuple_rep
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -104,6 +105,42 @@ def _latent_to_image(factor: int | Sequence[int]) -> np.ndarray:
 def same_grid(one: MetaTensor, other: MetaTensor) -> bool:
     """Whether two volumes (C, X, Y, Z) have the same voxels: as many, and their affines agree to 0.01 mm."""
     return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-2)
+
+
+def straighten(volume: MetaTensor, mode: str, fill: float) -> MetaTensor:
+    """A volume whose slices are shifted against each other (gantry tilt) on a straight grid of the same spacing.
+
+    Rows, columns and the distance of the slices stay; the field of view grows to hold all voxels.
+
+    Args:
+        volume: (1, X, Y, Z), the axis of the slices last, with its affine.
+        mode: "bilinear" or "nearest".
+        fill: value outside of the slices.
+
+    Returns:
+        The volume itself where it is straight, to a tenth of a voxel over its whole length.
+    """
+    affine = np.asarray(volume.affine, dtype=float)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    normal /= np.linalg.norm(normal)
+    step = affine[:3, 2] @ normal * normal
+    shift = np.linalg.norm(affine[:3, 2] - step) * (volume.shape[-1] - 1)
+    if shift < 0.1 * min(spacing[:2]):
+        return volume
+    straight = affine.copy()
+    straight[:3, 2] = step
+    ends = np.array([np.eye(4)[3], [0, 0, volume.shape[-1] - 1, 1]]).T
+    # Where the first and the last slice begin on the straight grid, in voxels along x and y.
+    begin = (np.linalg.inv(straight) @ affine @ ends)[:2]
+    low = np.floor(begin.min(axis=1) + 1e-3)
+    grow = np.ceil(begin.max(axis=1) - 1e-3) - low
+    straight[:3, 3] += straight[:3, :2] @ low
+    size = [volume.shape[1] + int(grow[0]), volume.shape[2] + int(grow[1]), volume.shape[3]]
+    resample = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True, dtype=np.float64)
+    # What lies outside becomes 0.
+    resampled: Any = resample(volume - fill, dst_affine=torch.as_tensor(straight), spatial_size=size)
+    return resampled + fill
 
 
 def regrid_mask(

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ DATALIST_SECTIONS = ("testing", "validation", "training")
 """Sections of a MONAI (Decathlon) datalist; the first one present is the input."""
 
 ALLOWED = (
-    f"a volume file ({', '.join(SUFFIXES)}), a folder with one DICOM series, a folder of those, a glob, a list of "
-    "them, or a datalist (JSON)"
+    f"a volume file ({', '.join(SUFFIXES)}), a folder or zip file with one DICOM series, a folder of those, a glob, a "
+    "list of them, or a datalist (JSON)"
 )
 
 
@@ -32,7 +33,7 @@ IsOne = Callable[[Path], bool]
 def stem_of(path: str | os.PathLike) -> str:
     """Name that the outputs of an input carry: the file name without its volume suffix, or the folder's name."""
     name = Path(path).name
-    suffix = _volume_suffix(name)
+    suffix = ".zip" if name.lower().endswith(".zip") else _volume_suffix(name)
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
@@ -47,8 +48,8 @@ def find_inputs(
     Args:
         input: one of
 
-            - a volume file (.nii, .nii.gz, .nrrd), or a folder that holds one DICOM series;
-            - a folder of volume files and folders of DICOM series (not searched any deeper);
+            - a volume file (.nii, .nii.gz, .nrrd), or a folder or zip file that holds one DICOM series;
+            - a folder of volume files and of folders and zip files of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
               "testing", "validation" or "training" (the first one present, or `all_sections`); paths are relative to
@@ -163,7 +164,7 @@ def _expand(path: Path, is_one: IsOne) -> list[str]:
         if is_one(path) and not holds_dicom(path):
             return [str(path)]
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        found = [entry for entry in entries if (is_one(entry) if entry.is_dir() else _volume_suffix(entry.name))]
+        found = [entry for entry in entries if _is_volume(entry, is_one)]
         if not holds_dicom(path):
             if not found:
                 raise InputError(f"folder {path} holds no volume and no DICOM series; allowed is {ALLOWED}")
@@ -177,7 +178,7 @@ def _expand(path: Path, is_one: IsOne) -> list[str]:
         return [_single(path, is_one)]
     if glob.has_magic(str(path)):
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        found = [match for match in matches if (is_one(match) if match.is_dir() else _volume_suffix(match.name))]
+        found = [match for match in matches if _is_volume(match, is_one)]
         if not found:
             raise InputError(f"glob {path} matches {len(matches)} files and none is a volume; allowed is {ALLOWED}")
         return [str(match) for match in found]
@@ -185,12 +186,12 @@ def _expand(path: Path, is_one: IsOne) -> list[str]:
 
 
 def _single(path: Path, is_one: IsOne) -> str:
-    """A volume file, or a folder of one DICOM series, as a string."""
-    if not (is_one(path) if path.is_dir() else _volume_suffix(path.name)):
+    """A volume file, or a folder or zip file of one DICOM series, as a string."""
+    if not _is_volume(path, is_one):
         what = "a folder without DICOM files" if path.is_dir() else "no supported file type"
         raise InputError(
-            f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders of one DICOM series: "
-            "give the folder of the DICOM files, or convert it to NIfTI"
+            f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders or zip files of "
+            "one DICOM series: give the folder of the DICOM files, or convert it to NIfTI"
         )
     return str(path)
 
@@ -200,9 +201,42 @@ def is_dicom(path: Path) -> bool:
     return path.is_file() and pydicom.misc.is_dicom(path)
 
 
-def holds_dicom(folder: Path) -> bool:
-    """Whether a file directly in the folder is DICOM."""
-    return any(is_dicom(entry) for entry in folder.iterdir())
+def is_zip(path: Path) -> bool:
+    """Whether `path` is a zip file by its name."""
+    return path.name.lower().endswith(".zip") and path.is_file()
+
+
+def zipped_dicom(path: Path) -> list[str]:
+    """Names of the DICOM files in a zip file, at any depth, sorted.
+
+    Raises:
+        InputError: it is no zip file, or is encrypted.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = []
+            for name in sorted(entry.filename for entry in archive.infolist() if not entry.is_dir()):
+                with archive.open(name) as file:
+                    if file.read(132)[128:] == b"DICM":
+                        names.append(name)
+            return names
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}); allowed is an intact zip file without a password: zip the series again"
+        ) from error
+
+
+def holds_dicom(path: Path) -> bool:
+    """Whether a file directly in the folder, or one at any depth in the zip file, is DICOM."""
+    return bool(zipped_dicom(path)) if is_zip(path) else any(is_dicom(entry) for entry in path.iterdir())
+
+
+def _is_volume(path: Path, is_one: IsOne) -> bool:
+    if path.is_dir():
+        return is_one(path)
+    if is_zip(path):
+        return holds_dicom(path)
+    return _volume_suffix(path.name) is not None
 
 
 def is_volume(path: Path) -> bool:

@@ -25,7 +25,7 @@ from maisi_tools.volumes.checks import (
     check_shape,
 )
 from maisi_tools.volumes.grid import same_grid
-from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
 from maisi_tools.volumes.series import SeriesReader
 
 KINDS = ("ct", "mask", "latent")
@@ -37,13 +37,16 @@ NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior")
 """The NRRD spaces that MONAI brings to RAS; it would take any other for RAS unseen."""
 
 
-def read_volume(path: str | os.PathLike, kind: str, intensity_check: bool = True) -> MetaTensor:
+def read_volume(
+    path: str | os.PathLike, kind: str, intensity_check: bool = True, series_uid: str | None = None
+) -> MetaTensor:
     """Read one volume and check it.
 
     Args:
-        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder of one DICOM series.
+        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder or zip file of one DICOM series.
         kind: "ct" (HU), "mask" (label values) or "latent" (four channels on the file's last axis).
         intensity_check: whether values of a CT must look like HU.
+        series_uid: Series Instance UID to take where a folder or zip file holds several.
 
     Returns:
         MetaTensor (C, X, Y, Z), float32, C = 1 or, for a latent, 4; affine (4, 4) from voxels to RAS in mm, the axes
@@ -56,7 +59,7 @@ def read_volume(path: str | os.PathLike, kind: str, intensity_check: bool = True
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     path = Path(path).expanduser()
-    reader = _reader_for(path, kind)
+    reader = _reader_for(path, kind, series_uid)
     try:
         if isinstance(reader, NibabelReader):
             _check_nifti_header(path)
@@ -166,16 +169,17 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _reader_for(path: Path, kind: str) -> ImageReader:
+def _reader_for(path: Path, kind: str, series_uid: str | None) -> ImageReader:
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
-    allowed += " or a folder of one DICOM series" if kind == "ct" else ""
+    allowed += " or a folder or zip file of one DICOM series" if kind == "ct" else ""
     if not path.exists():
         raise InputError(f"{path} does not exist; allowed is {allowed}: correct the path")
     name = path.name.lower()
-    if path.is_dir():
+    if path.is_dir() or is_zip(path):
         if kind == "ct" and holds_dicom(path):
-            return SeriesReader()
-        raise InputError(f"{path} is a folder and holds no DICOM series; allowed as {kind} is {allowed}")
+            return SeriesReader(series_uid)
+        what = "folder" if path.is_dir() else "zip file"
+        raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
     if name.endswith((".nii", ".nii.gz")):
         return NibabelReader()
     if name.endswith(".nrrd") and kind != "latent":

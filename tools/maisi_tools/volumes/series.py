@@ -1,17 +1,25 @@
-"""A folder with one CT series in DICOM, read by MONAI and checked where MONAI only warns."""
+"""A folder or a zip file with one CT series in DICOM, read by MONAI and checked where MONAI only warns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import io
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 from monai.data import PydicomReader
+from pydicom.dataset import Dataset
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import is_dicom
+from maisi_tools.volumes.inputs import is_dicom, is_zip, zipped_dicom
+
+logger = logging.getLogger(__name__)
 
 MAX_GAP_DEVIATION = 0.01
 """Largest deviation of one slice distance from the median one, as a share of it."""
@@ -19,83 +27,309 @@ MAX_GAP_DEVIATION = 0.01
 MAX_GAP_ROUNDING_MM = 0.02
 """Deviation in mm that is always accepted: many scanners write positions with two decimals."""
 
+MAX_DRIFT = 0.1
+"""Largest distance of a slice's position from the line through the first and the last one, as a share of a pixel."""
+
+MIN_TILT_DEGREES = 0.1
+"""Gantry tilt that is mentioned; less comes from rounded direction cosines."""
+
+THINNEST_HU, MAX_THINNER_SHARE = -1300.0, 0.1
+"""Air is -1000 HU, and noise and filters hardly reach below -1300; values below it beyond this share are no HU."""
+
 GEOMETRY_TAGS = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")
-SCANNED_TAGS = (*GEOMETRY_TAGS, "ImagePositionPatient", "Modality", "SeriesInstanceUID", "SeriesDescription")
+RESCALE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType")
+FRAME_TAGS = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+SCANNED_TAGS = (
+    *GEOMETRY_TAGS,
+    *RESCALE_TAGS,
+    *FRAME_TAGS,
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
+    "LossyImageCompression",
+)
 
 
 class SeriesReader(PydicomReader):
-    """MONAI's PydicomReader for a folder that holds exactly one complete CT series.
+    """MONAI's PydicomReader for a folder or a zip file that holds exactly one complete CT series.
 
-    Slices are put in the order of their position, whatever their InstanceNumber says; files that are not image slices
-    (reports, structure sets, DICOMDIR) are passed over. Values come out in HU (rescale slope and intercept applied),
-    the affine in RAS and mm.
+    Slices, or the frames of an Enhanced CT, are put in the order of their position, whatever their numbers say; files
+    that are not image slices (reports, structure sets, DICOMDIR) are passed over. Values come out in HU (rescale slope
+    and intercept applied), the affine in RAS and mm; that of a tilted gantry is sheared.
+
+    Args:
+        series: Series Instance UID to take where there are several.
     """
 
+    def __init__(self, series: str | None = None) -> None:
+        super().__init__()
+        self.series = series
+
     def read(self, data: Any, **kwargs: Any) -> list:
-        """Read the datasets of the folder `data`, in order of position.
+        """Read the datasets of the folder or zip file `data`, in order of position.
 
         Raises:
-            InputError: the folder is not one complete CT series.
+            InputError: it is not one complete CT series.
         """
-        folder = Path(data if isinstance(data, (str, Path)) else data[0])
-        files = sorted(entry for entry in folder.iterdir() if is_dicom(entry))
-        headers = [pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(SCANNED_TAGS)) for file in files]
-        order = slice_order(folder, headers)
-        slices = [pydicom.dcmread(files[index]) for index in order]
+        slices = read_slices(data if isinstance(data, (str, Path)) else data[0], self.series)
         for number, dataset in enumerate(slices, start=1):
             dataset.InstanceNumber = number  # the reader stacks by InstanceNumber
         self.has_series = True
-        self.filenames: list[Any] = [[str(files[index]) for index in order]]
+        self.filenames: list[Any] = [[f"slice {number}" for number in range(1, len(slices) + 1)]]
+        self.path = data if isinstance(data, (str, Path)) else data[0]
         return slices
 
+    def get_data(self, data: Any) -> tuple[np.ndarray, dict]:
+        """Values (X, Y, Z) in HU, and the metadata.
 
-def slice_order(folder: Path, headers: Sequence[Any]) -> list[int]:
-    """Indices of the image slices among `headers` (pydicom datasets), sorted along the slice normal.
+        Raises:
+            InputError: much lies below air, as when the intercept was in the stored values already.
+        """
+        values, meta = super().get_data(data)
+        # The lowest value may be the scanner's padding outside of its field of view.
+        thinner = np.count_nonzero((values < THINNEST_HU) & (values > values.min())) / values.size
+        if thinner > MAX_THINNER_SHARE:
+            raise InputError(
+                f"{self.path} has {thinner:.0%} of its voxels below {THINNEST_HU:g} HU, where nothing is; allowed is a "
+                "CT in Hounsfield units (air near -1000): set the rescale intercept to 0, the values have it already"
+            )
+        return values, meta
+
+
+def read_slices(
+    path: str | os.PathLike, series: str | None = None, pixels: bool = True, tags: Sequence[str] = ()
+) -> list[Dataset]:
+    """The slices of the one CT series in a folder or zip file, ordered along the slice normal.
+
+    Args:
+        path: folder (searched deeper only where it holds no DICOM itself) or zip file.
+        series: Series Instance UID to take where there are several.
+        pixels: with their pixel data, decompressed; else only the headers (:data:`SCANNED_TAGS`).
+        tags: further keywords to read of headers.
+
+    Returns:
+        One dataset a slice; each frame of an Enhanced CT becomes one, too.
 
     Raises:
-        InputError: no image slices, several series, another modality than CT, slices of unlike geometry, fewer than two
-            slices, two slices in one place, or slice distances that differ (a missing slice).
+        InputError: see :func:`slice_order`; no usable rescale to HU; or a compression that cannot be undone here.
+    """
+    path = Path(path)
+    files = list_dicom(path)
+    headers, origin = [], []
+    for number, read in enumerate(files):
+        header = read(stop_before_pixels=True, specific_tags=[*SCANNED_TAGS, *tags])
+        frames = _frames(header)
+        headers += frames
+        origin += [(number, frame) for frame in range(len(frames))]
+    order = slice_order(path, headers, series)
+    _check_rescale(path, [headers[index] for index in order])
+    if any(headers[index].get("LossyImageCompression") == "01" for index in order):
+        logger.warning("%s was compressed with loss; its values are not quite those of the scanner", path)
+    if not pixels:
+        return [headers[index] for index in order]
+    loaded: dict[int, list[Dataset]] = {}
+    for number in sorted({origin[index][0] for index in order}):
+        loaded[number] = _frames(_decompressed(path, files[number]()))
+    return [loaded[origin[index][0]][origin[index][1]] for index in order]
+
+
+def list_dicom(path: Path) -> list[Callable[..., Dataset]]:
+    """The DICOM files in a folder or zip file, in the order of their names, each as a function that reads it.
+
+    The functions take the keyword arguments of :func:`pydicom.dcmread`.
+    """
+    if is_zip(path):
+
+        def reader(name: str) -> Callable[..., Dataset]:
+            def read(**options: Any) -> Dataset:
+                with zipfile.ZipFile(path) as archive:
+                    return pydicom.dcmread(io.BytesIO(archive.read(name)), **options)
+
+            return read
+
+        return [reader(name) for name in zipped_dicom(path)]
+    files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
+    files = files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))
+
+    def opener(file: Path) -> Callable[..., Dataset]:
+        return lambda **options: pydicom.dcmread(file, **options)
+
+    return [opener(file) for file in files]
+
+
+def slice_order(path: Path, headers: Sequence[Any], series: str | None = None) -> list[int]:
+    """Indices of the image slices among `headers` (pydicom datasets), sorted along the slice normal.
+
+    Localizers and second copies of a slice (same SOP Instance UID) are left out, with a warning in the log.
+
+    Raises:
+        InputError: no image slices, several series and none chosen, another modality than CT, slices of unlike
+            geometry, fewer than two slices, two slices in one place, slice distances that differ (a missing slice), or
+            slices that are not stacked along a line.
     """
     found = [index for index, header in enumerate(headers) if "ImagePositionPatient" in header and "Rows" in header]
     if not found:
         raise InputError(
-            f"{folder} holds {len(headers)} DICOM files and no image slice with a position; allowed is one CT series "
-            "with one file per slice: convert multi-frame DICOM to NIfTI first"
+            f"{path} holds {len(headers)} DICOM files and no image slice with a position; allowed is one CT series, "
+            "as one file per slice or as Enhanced CT: choose the folder of the images"
         )
-    series: dict[str, list[int]] = {}
-    for index in found:
-        series.setdefault(str(headers[index].get("SeriesInstanceUID", "without UID")), []).append(index)
-    if len(series) > 1:
-        listing = "; ".join(
-            f"{uid} ({headers[members[0]].get('SeriesDescription', 'no description')}, {len(members)} slices)"
-            for uid, members in series.items()
-        )
-        raise InputError(
-            f"{folder} holds {len(series)} DICOM series: {listing}; allowed is one: put each into a folder of its own"
-        )
+    found = _one_series(
+        path, headers, _without_copies(path, headers, _without_localizers(path, headers, found)), series
+    )
     modality = headers[found[0]].get("Modality", "CT")
     if modality != "CT":
-        raise InputError(f"{folder} holds a DICOM series of modality {modality}; allowed is CT: choose another series")
+        raise InputError(f"{path} holds a DICOM series of modality {modality}; allowed is CT: choose another series")
     for tag in GEOMETRY_TAGS:
-        values = {str(headers[index].get(tag)) for index in found}
-        if len(values) > 1 or values == {"None"}:
+        values = [headers[index].get(tag) for index in found]
+        if any(value is None for value in values) or not all(
+            np.allclose(np.asarray(value, float), np.asarray(values[0], float), atol=1e-4) for value in values
+        ):
+            listing = ", ".join(sorted({str(value) for value in values})[:3])
             raise InputError(
-                f"{folder} holds slices whose {tag} is {', '.join(sorted(values)[:3])}; allowed is one value for the "
-                "whole series: take localizers and reformats out of the folder"
+                f"{path} holds slices whose {tag} is {listing}; allowed is one value for the whole series: take "
+                "reformats and secondary captures out of the folder"
             )
     if len(found) < 2:
-        raise InputError(f"{folder} holds one DICOM slice; allowed is a series of at least two: give the whole series")
+        raise InputError(f"{path} holds one DICOM slice; allowed is a series of at least two: give the whole series")
     row, column = np.asarray(headers[found[0]].ImageOrientationPatient, dtype=float).reshape(2, 3)
+    if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-3):
+        raise InputError(
+            f"{path} has the image orientation {row.tolist()}, {column.tolist()}; allowed are two directions of length "
+            "one at a right angle: export the series again"
+        )
     normal = np.cross(row, column)
-    positions = np.array([np.dot(np.asarray(headers[i].ImagePositionPatient, dtype=float), normal) for i in found])
+    positions = np.array([headers[index].ImagePositionPatient for index in found], dtype=float)
     if not np.isfinite(positions).all():
-        raise InputError(f"{folder} holds slices whose position is not finite; allowed are positions in mm")
-    order = np.argsort(positions, kind="stable")
-    _check_gaps(folder, positions[order])
+        raise InputError(f"{path} holds slices whose position is not finite; allowed are positions in mm")
+    order = np.argsort(positions @ normal, kind="stable")
+    positions = positions[order]
+    _check_gaps(path, positions @ normal)
+    _check_line(path, positions, normal, min(float(mm) for mm in headers[found[0]].PixelSpacing))
     return [found[index] for index in order]
 
 
-def _check_gaps(folder: Path, positions: np.ndarray) -> None:
+def slice_affine(slices: Sequence[Dataset]) -> np.ndarray:
+    """Affine (4, 4) from voxels (column, row, slice) to RAS in mm of ordered slices; what the reader gives, too."""
+    first, last = slices[0], slices[-1]
+    row, column = np.asarray(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
+    origin = np.asarray(first.ImagePositionPatient, dtype=float)
+    affine = np.eye(4)
+    affine[:3, 0] = row * float(first.PixelSpacing[1])
+    affine[:3, 1] = column * float(first.PixelSpacing[0])
+    affine[:3, 2] = (np.asarray(last.ImagePositionPatient, dtype=float) - origin) / (len(slices) - 1)
+    affine[:3, 3] = origin
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _frames(dataset: Dataset) -> list[Dataset]:
+    """The frames of an Enhanced CT, each as the dataset of a slice; another dataset is its own only frame."""
+    if "PerFrameFunctionalGroupsSequence" not in dataset or dataset.get("Modality") != "CT":
+        return [dataset]
+    shared = dataset.SharedFunctionalGroupsSequence[0] if dataset.get("SharedFunctionalGroupsSequence") else Dataset()
+    frames = []
+    for number, own in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+        frame = Dataset()
+        for element in dataset:
+            if element.keyword not in (*FRAME_TAGS, "PixelData"):
+                frame.add(copy.copy(element))
+        for group in (shared, own):
+            for sequence in (
+                *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
+                *("PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
+            ):
+                for item in group.get(sequence) or ():
+                    frame.update(copy.deepcopy(item))
+        if "FrameType" in frame:
+            frame.ImageType = frame.FrameType
+        if "PixelData" in dataset:
+            size = dataset.Rows * dataset.Columns * dataset.BitsAllocated // 8
+            frame.PixelData = dataset.PixelData[number * size : (number + 1) * size]
+            frame.file_meta = dataset.file_meta
+        frames.append(frame)
+    return frames
+
+
+def _decompressed(path: Path, dataset: Any) -> Dataset:
+    """The dataset with plain pixel data.
+
+    Raises:
+        InputError: there is no decoder for its compression, or the data is damaged.
+    """
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed or syntax.is_deflated:
+        return dataset
+    uid = dataset.get("SOPInstanceUID")
+    try:
+        dataset.decompress()
+    except Exception as error:  # every decoder has its own
+        raise InputError(
+            f"{path} is compressed as {syntax.name} and cannot be decompressed ({error}); allowed is what pydicom and "
+            "its decoders read: install the extra 'dicom' of maisi-bundles, or decompress the series with dcmdjpeg"
+        ) from error
+    if uid is not None:
+        dataset.SOPInstanceUID = uid  # pydicom 3 gives a decompressed dataset a new one
+    return dataset
+
+
+def _without_localizers(path: Path, headers: Sequence[Any], found: list[int]) -> list[int]:
+    slices = [index for index in found if "LOCALIZER" not in (headers[index].get("ImageType") or ())]
+    if slices and len(slices) < len(found):
+        logger.warning("%s: %d localizer images are passed over", path, len(found) - len(slices))
+    return slices or found
+
+
+def _without_copies(path: Path, headers: Sequence[Any], found: list[int]) -> list[int]:
+    def identity(index: int) -> tuple[str, str]:  # the frames of an Enhanced CT share their UID
+        return str(headers[index].get("SOPInstanceUID") or index), str(headers[index].ImagePositionPatient)
+
+    slices = sorted({identity(index): index for index in reversed(found)}.values())
+    if len(slices) < len(found):
+        logger.warning(
+            "%s: %d copies of slices (same SOP Instance UID) are passed over", path, len(found) - len(slices)
+        )
+    return slices
+
+
+def _one_series(path: Path, headers: Sequence[Any], found: list[int], chosen: str | None) -> list[int]:
+    series: dict[str, list[int]] = {}
+    for index in found:
+        series.setdefault(str(headers[index].get("SeriesInstanceUID", "without UID")), []).append(index)
+    if chosen in series:
+        return series[chosen]
+    if len(series) == 1 and chosen is None:
+        return found
+    listing = "; ".join(
+        f"{uid} ({headers[members[0]].get('SeriesDescription', 'no description')}, {len(members)} slices)"
+        for uid, members in series.items()
+    )
+    if chosen is not None:
+        raise InputError(f"{path} does not hold the DICOM series {chosen}; allowed is one of: {listing}")
+    raise InputError(
+        f"{path} holds {len(series)} DICOM series: {listing}; allowed is one: put each into a folder of its own, or "
+        "choose one by its UID with maisi dicom_read --series_uid UID"
+    )
+
+
+def _check_rescale(path: Path, slices: Sequence[Any]) -> None:
+    """Refuse slices whose stored values have no usable way to HU."""
+    for header in slices:
+        slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+        kind = str(header.get("RescaleType") or "HU").upper()
+        if kind not in ("HU", "US"):  # US is "unspecified"; the values then decide
+            raise InputError(
+                f"{path} has values of the Rescale Type {kind}; allowed is HU: choose the series in Hounsfield units"
+            )
+        if slope is None and intercept is None and header.get("PixelRepresentation") == 1:
+            continue
+        if slope is None or intercept is None or not (np.isfinite([slope, intercept]).all() and slope > 0):
+            raise InputError(
+                f"{path} holds slices with the rescale slope {slope} and the intercept {intercept}; allowed are a "
+                "positive slope and an intercept that lead to HU: export the series again from the scanner or PACS"
+            )
+    if slices[0].get("RescaleSlope") is None:
+        logger.warning("%s has no rescale slope and intercept; its signed values are taken for HU", path)
+
+
+def _check_gaps(path: Path, positions: np.ndarray) -> None:
     """Refuse sorted slice positions (mm) whose distances differ."""
     gaps = np.diff(positions)
     spacing = float(np.median(gaps))
@@ -103,12 +337,31 @@ def _check_gaps(folder: Path, positions: np.ndarray) -> None:
     if gaps.min() <= MAX_GAP_ROUNDING_MM / 2:
         at = positions[int(np.argmin(gaps))]
         raise InputError(
-            f"{folder} holds two DICOM slices at the position {at:.2f} mm; allowed is one slice per position: "
+            f"{path} holds two DICOM slices at the position {at:.2f} mm; allowed is one slice per position: "
             "take the copies (or the second phase) out of the folder"
         )
     if abs(gaps[worst] - spacing) > max(MAX_GAP_DEVIATION * spacing, MAX_GAP_ROUNDING_MM):
         raise InputError(
-            f"{folder} has a gap of {gaps[worst]:.2f} mm between the DICOM slices at {positions[worst]:.2f} and "
+            f"{path} has a gap of {gaps[worst]:.2f} mm between the DICOM slices at {positions[worst]:.2f} and "
             f"{positions[worst + 1]:.2f} mm, the others are {spacing:.2f} mm apart; allowed are equal distances (within"
             f" {MAX_GAP_DEVIATION:.0%}): add the missing slice, or resample the series and give it as NIfTI"
+        )
+
+
+def _check_line(path: Path, positions: np.ndarray, normal: np.ndarray, pixel: float) -> None:
+    """Refuse slices (positions (N, 3) in mm, in order) that do not lie along a line; mention a tilted gantry."""
+    step = positions[-1] - positions[0]
+    along = ((positions - positions[0]) @ normal) / (step @ normal)
+    drift = np.linalg.norm(positions - positions[0] - along[:, None] * step, axis=1)
+    if drift.max() > max(MAX_DRIFT * pixel, MAX_GAP_ROUNDING_MM):
+        raise InputError(
+            f"{path} holds slices shifted sideways by up to {drift.max():.2f} mm from the line of the others; allowed "
+            "is one straight stack: export the series again, or resample it and give it as NIfTI"
+        )
+    tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
+    if tilt > MIN_TILT_DEGREES:
+        logger.warning(
+            "%s was taken with a gantry tilt of %.1f degrees; its affine is sheared (maisi dicom_read straightens it)",
+            path,
+            tilt,
         )

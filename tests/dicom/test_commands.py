@@ -1,0 +1,87 @@
+"""maisi dicom_read and maisi dicom_write, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+
+from maisi_tools.cli import main
+from maisi_tools.volumes.writing import write_volume
+
+from .conftest import oblique_affine
+
+
+@pytest.fixture
+def files(tmp_path, hu, mask):
+    write_volume(tmp_path / "ct.nii.gz", hu, oblique_affine())
+    write_volume(tmp_path / "mask.nii.gz", mask, oblique_affine(), np.uint8)
+    return tmp_path
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def at(image, place):
+    voxel = np.rint(np.linalg.inv(image.affine) @ [*place, 1]).astype(int)[:3]
+    return np.asanyarray(image.dataobj)[tuple(voxel)]
+
+
+def test_there_and_back(files, hu, mask, capsys):
+    out = files / "study"
+    options = ("--seed", 3, "--conditions", "{'steps': 30}", "--created", "2026-01-31T12:00:00")
+    assert run("dicom_write", files / "ct.nii.gz", files / "mask.nii.gz", "-o", out, *options) == 0
+    assert run("dicom_read", out / "CT", "-o", files / "back.nii.gz") == 0
+    assert run("dicom_read", out / "RTSTRUCT.dcm", "-o", files / "rt.nii.gz", "--series", out / "CT") == 0
+    assert run("dicom_read", out / "SEG.dcm", "-o", files / "seg.nii") == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"{out}: 20 files"
+    ds = pydicom.dcmread(out / "CT" / "0001.dcm")
+    assert json.loads(ds.DerivationDescription[ds.DerivationDescription.index("{") :]) == {"seed": 3, "steps": 30}
+    assert ds.StudyDate == "20260131"
+    ct, rt, seg = (nib.load(files / name) for name in ("back.nii.gz", "rt.nii.gz", "seg.nii"))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        voxel = tuple(int(rng.integers(0, n)) for n in hu.shape)
+        place = (oblique_affine() @ [*voxel, 1])[:3]
+        assert at(ct, place) == hu[voxel] and at(rt, place) == at(seg, place) == mask[voxel]
+
+
+def test_tilted_series_come_out_straight(files, hu, capsys):
+    tilted = np.diag([-6.0, -7.0, 5.0, 1.0])
+    tilted[1, 2] = 2.0
+    write_volume(files / "tilted.nii.gz", hu, tilted)
+    assert run("dicom_write", files / "tilted.nii.gz", "-o", files / "t") == 0
+    assert run("dicom_read", files / "t" / "CT", "-o", files / "straight.nii.gz") == 0
+    image = nib.load(files / "straight.nii.gz")
+    assert np.allclose(image.affine[:3, :3], np.diag([-6, -7, 5]), atol=1e-4)
+    assert image.shape == (hu.shape[0], hu.shape[1] + 5, hu.shape[2])  # 17 * 2 mm of 7 mm voxels
+    assert at(image, (tilted @ [20, 18, 0, 1])[:3]) == hu[20, 18, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dicom_write", "none.nii.gz"], "does not exist"),
+        (["dicom_write", "ct.nii.gz", "--seed", "x"], "seed 'x' is not usable"),
+        (["dicom_write", "ct.nii.gz", "--conditions", "x"], "conditions 'x' are not usable"),
+        (["dicom_write", "ct.nii.gz", "--created", "yesterday"], "created 'yesterday' is not usable"),
+        (["dicom_write", "ct.nii.gz", "small.nii.gz"], "not on the grid"),
+        (["dicom_write", "ct.nii.gz", "ct.nii.gz"], "mask"),
+        (["dicom_write", "ct.nii.gz", "-o", "."], "is there already"),
+        (["dicom_read", "none", "-o", "x.nii.gz"], "does not exist"),
+        (["dicom_read", "ct.nii.gz", "-o", "x.png"], "is no NIfTI file"),
+        (["dicom_read", "ct.nii.gz", "-o", "x.nii.gz", "--names", "n.json"], "--names was given and"),
+    ],
+)
+def test_wrong_use_is_one_line(files, mask, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    write_volume("small.nii.gz", mask[1:], oblique_affine(), np.uint8)
+    before = sorted(files.iterdir())
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert sorted(files.iterdir()) == before

@@ -1,0 +1,224 @@
+"""Masks of other programs: which structures they become, on which grid, and what is said of the rest."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import highdicom as hd
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as st_numpy
+from matplotlib.path import Path as MatplotlibPath
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+
+from maisi_tools.dicom.ct import to_lps
+from maisi_tools.dicom.painting import Structure, paint
+from maisi_tools.dicom.structures import fill_polygon, outline
+from maisi_tools.dicom.study import read_mask
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.series import read_slices, slice_affine
+
+from .conftest import SIZE, oblique_affine
+
+
+@settings(max_examples=60, deadline=None)
+@given(st_numpy.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.booleans()))
+def test_outlines_fill_to_the_same_voxels(inside):
+    """Holes, islands in holes, voxels that touch at corners: each polygon alone, united or by XOR, gives the mask."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1e-5, 2)
+    drawn = [fill_polygon(polygon + noise, inside.shape) for polygon in outline(inside)]
+    assert np.array_equal(np.logical_or.reduce([np.zeros_like(inside), *drawn]), inside)
+    assert np.array_equal(np.logical_xor.reduce([np.zeros_like(inside), *drawn]), inside)
+
+
+def test_filling_agrees_with_matplotlib():
+    rng = np.random.default_rng(3)
+    centres = np.stack(np.meshgrid(np.arange(20), np.arange(15), indexing="ij"), -1).reshape(-1, 2)
+    for _ in range(20):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 12))
+        polygon = [9, 7] + rng.uniform(2, 11, (12, 1)) * np.stack([np.cos(angle), np.sin(angle)], 1)
+        expected = MatplotlibPath(np.vstack([polygon, polygon[:1]])).contains_points(centres).reshape(20, 15)
+        assert np.array_equal(fill_polygon(polygon, (20, 15)), expected)
+
+
+def test_smaller_structures_are_on_top_in_whatever_order(caplog):
+    body, organ, tumor = (np.zeros((8, 8, 8), bool) for _ in range(3))
+    body[1:7], organ[2:6, 2:6, 2:6], tumor[3:5, 3:5, 5:8] = True, True, True
+    made = [Structure("b", 200, lambda: body), Structure("l", 1, lambda: organ), Structure("t", 26, lambda: tumor)]
+    expected = np.where(tumor, 26, np.where(organ, 1, np.where(body, 200, 0)))
+    caplog.set_level(logging.INFO)
+    for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
+        assert np.array_equal(paint([made[i] for i in order], [], "x"), expected)
+    overlap = (body & organ).sum() + (tumor & (body | organ)).sum()
+    assert f"overlap in {overlap} voxels" in caplog.text
+
+
+@pytest.fixture
+def slices(studies):
+    return [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]
+
+
+def foreign_segmentation(slices, segments, **options):
+    """A Segmentation as another program writes it: segments may overlap; (name, code, mask (rows, columns) a slice)."""
+    description = [
+        hd.seg.SegmentDescription(number, name, codes.SCT.Organ, code, "MANUAL")
+        for number, (name, code, _) in enumerate(segments, start=1)
+    ]
+    return hd.seg.Segmentation(
+        source_images=slices,
+        pixel_array=np.stack([mask for _, _, mask in segments], -1),
+        segment_descriptions=description,
+        **{"segmentation_type": "BINARY", **options},
+        series_instance_uid=hd.UID(),
+        series_number=5,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="another",
+        manufacturer_model_name="another",
+        software_versions="1",
+        device_serial_number="1",
+    )
+
+
+def blocks():
+    liver, kidney, other = (np.zeros((SIZE[2], SIZE[1], SIZE[0]), np.uint8) for _ in range(3))
+    liver[3:9, 4:20, 5:25], kidney[5:8, 10:16, 20:30], other[10:12, 2:5, 2:5] = 1, 1, 1
+    return liver, kidney, other
+
+
+def test_foreign_segmentation(slices, studies, tmp_path, caplog):
+    liver, kidney, other = blocks()
+    ds = foreign_segmentation(
+        slices,
+        [("Leber", codes.SCT.Liver, liver), ("Niere li", codes.SCT.Kidney, kidney), ("GTV", codes.SCT.Mass, other)],
+    )
+    ds.save_as(tmp_path / "seg.dcm")
+    mask = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
+    assert np.array_equal(mask, liver.T)
+    assert "left out: Niere li, GTV" in caplog.text and "--names" in caplog.text
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"Niere li": "left kidney", "GTV": 0}))
+    caplog.clear()
+    mask = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT", names)[0].numpy()
+    assert np.array_equal(mask, np.where(kidney.T, 14, liver.T)) and "left out" not in caplog.text
+
+
+def test_fractional_segments_count_from_one_half(slices, tmp_path):
+    liver, *_ = blocks()
+    ds = foreign_segmentation(
+        slices, [("x", codes.SCT.Liver, liver * 0.8)], segmentation_type="FRACTIONAL", max_fractional_value=100
+    )
+    ds.save_as(tmp_path / "seg.dcm")
+    found = read_mask(tmp_path / "seg.dcm")
+    assert np.count_nonzero(found) == liver.sum()
+
+
+def test_segments_on_a_part_of_the_series(slices, studies, tmp_path):
+    """A Segmentation of some slices, in their reverse order, still lands in its place."""
+    liver, *_ = blocks()
+    ds = foreign_segmentation(slices[10:2:-1], [("x", codes.SCT.Liver, liver[10:2:-1])])
+    ds.save_as(tmp_path / "seg.dcm")
+    found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")
+    assert np.array_equal(found[0].numpy(), liver.T)
+    own = read_mask(tmp_path / "seg.dcm")
+    place = np.asarray(own.affine) @ [*np.argwhere(own[0].numpy())[0], 1]
+    assert np.allclose(np.asarray(found.affine) @ [*np.argwhere(found[0].numpy())[0], 1], place, atol=1e-3)
+
+
+def structure_file(path, slices, rois):
+    """A structure set with contours given in voxels: {name: [(slice, [(i, j), ...]), ...]}."""
+    ds = Dataset()
+    ds.file_meta = copy.deepcopy(slices[0].file_meta)
+    ds.preamble = b"\0" * 128
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.481.3"
+    ds.SOPInstanceUID, ds.Modality = "1.2.3", "RTSTRUCT"
+    frame = Dataset()
+    frame.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
+    ds.ReferencedFrameOfReferenceSequence = [frame]
+    ds.StructureSetROISequence, ds.ROIContourSequence = [], []
+    affine = np.diag([-1, -1, 1, 1]) @ slice_affine(slices)
+    for number, (name, contours) in enumerate(rois.items(), start=1):
+        roi, item = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName, item.ReferencedROINumber = number, name, number
+        item.ContourSequence = []
+        for k, points in contours:
+            contour = Dataset()
+            contour.ContourGeometricType = "CLOSED_PLANAR" if len(points) > 1 else "POINT"
+            data = np.column_stack([points, np.full(len(points), k), np.ones(len(points))]) @ affine[:3].T
+            contour.ContourData = [f"{value:.3f}" for value in data.ravel()]
+            item.ContourSequence.append(contour)
+        ds.StructureSetROISequence.append(roi)
+        ds.ROIContourSequence.append(item)
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def box(low, high):
+    return [(low, low), (high, low), (high, high), (low, high)]
+
+
+def test_foreign_structure_set(slices, studies, tmp_path, caplog):
+    """A ring by two contours; planes between the slices, the nearest of which counts; points; an unknown ROI."""
+    path = structure_file(
+        tmp_path / "rt.dcm",
+        slices,
+        {
+            "SpinalCord": [(4, box(2.6, 9.4)), (4, box(4.6, 6.4))],
+            "Parotid_L": [(7.1, box(11.5, 13.5)), (7.4, box(11.5, 30.5)), (6.45, box(11.5, 20.5))],
+            "PTV 70": [(4, box(1, 20))],
+            "Isocenter": [(4, [(5, 5)])],
+        },
+    )
+    mask = read_mask(path, studies / "slices" / "CT")[0].numpy()
+    expected = np.zeros(mask.shape, np.uint8)
+    expected[3:10, 3:10, 4] = 121
+    expected[5:7, 5:7, 4] = 0
+    expected[12:14, 12:14, 7] = 18
+    expected[12:21, 12:21, 6] = 18
+    assert np.array_equal(mask, expected)
+    assert "left out: PTV 70, Isocenter" in caplog.text
+
+
+def test_masks_that_are_refused(slices, studies, tmp_path):
+    series = studies / "slices" / "CT"
+    path = structure_file(tmp_path / "rt.dcm", slices, {"PTV": [(4, box(1, 5))]})
+    with pytest.raises(InputError, match="contours and no grid; give the CT series .* --series"):
+        read_mask(path)
+    with pytest.raises(InputError, match=r"no structure of MAISI's vocabulary \(it has: PTV\)"):
+        read_mask(path, series)
+    structure_file(path, slices, {"Liver": [(400, box(1, 5))]})
+    with pytest.raises(InputError, match="covers no voxel of the series"):
+        read_mask(path, series)
+    ds = pydicom.dcmread(structure_file(path, slices, {"Liver": [(4, box(1, 5))]}))
+    ds.ROIContourSequence[0].ContourSequence[0].ContourData[2::3] = ["0", "20", "40", "60"]
+    ds.save_as(path)
+    with pytest.raises(InputError, match="across the slices of the series"):
+        read_mask(path, series)
+    ds.ReferencedFrameOfReferenceSequence[0].FrameOfReferenceUID = "1.2.3.4"
+    ds.save_as(path)
+    with pytest.raises(InputError, match="frame of reference 1.2.3.4 .*allowed is the series that it was drawn on"):
+        read_mask(path, series)
+    for wrong, message in [(series, "no DICOM Segmentation and no RT"), (tmp_path / "none", "does not exist")]:
+        with pytest.raises(InputError, match=message):
+            read_mask(wrong)
+
+
+def test_the_referenced_series_is_found_among_others(slices, studies, tmp_path, mask):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, ds in enumerate(slices):
+        ds.save_as(folder / f"a{number}.dcm")
+        ds.SeriesInstanceUID, ds.SOPInstanceUID = "1.2.3.9", f"1.2.3.9.{number}"
+        ds.save_as(folder / f"b{number}.dcm", enforce_file_format=True)
+    with pytest.raises(InputError, match="holds 2 DICOM series"):
+        read_slices(folder)
+    for name in ("SEG.dcm", "RTSTRUCT.dcm"):
+        found = read_mask(studies / "slices" / name, folder)[0].numpy()
+        assert np.array_equal(found, to_lps(mask, oblique_affine())[0])

@@ -1,0 +1,239 @@
+"""DICOM series with everything wrong that exports get wrong: corrected and said, or refused."""
+
+from __future__ import annotations
+
+import io
+import logging
+import zipfile
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+from pydicom.uid import EnhancedCTImageStorage, RLELossless, generate_uid
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.inputs import find_inputs, stem_of
+from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.series import read_slices, slice_affine
+
+from .conftest import ct_values
+
+SHAPE = (8, 6, 5)
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def edit(folder, change):
+    """Apply `change(dataset, number)` to the files of a series, in order of position."""
+    datasets = sorted(
+        ((pydicom.dcmread(file), file) for file in folder.rglob("*.dcm")), key=lambda x: x[0].ImagePositionPatient[2]
+    )
+    for number, (dataset, file) in enumerate(datasets):
+        change(dataset, number)
+        dataset.save_as(file)
+
+
+def test_affine_of_slices_is_the_readers(write_series):
+    folder = write_series(ct_values(SHAPE))
+    slices = read_slices(folder, pixels=False)
+    assert np.allclose(slice_affine(slices), read_volume(folder, "ct").affine, atol=1e-6)
+    assert "PixelData" not in slices[0]
+
+
+def test_zip_reads_as_the_folder(write_series, tmp_path):
+    folder = write_series(ct_values(SHAPE))
+    path = tmp_path / "export.ZIP"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("README.txt", "not DICOM")
+        for file in folder.iterdir():
+            archive.write(file, f"STUDY/SERIES/{file.name}")
+    assert find_inputs(path) == [{"image": str(path)}] and stem_of(path) == "export"
+    volume, expected = read_volume(path, "ct"), read_volume(folder, "ct")
+    assert np.array_equal(volume.numpy(), expected.numpy()) and np.allclose(volume.affine, expected.affine)
+
+
+def test_zips_that_are_refused(tmp_path):
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"PK no zip")
+    with pytest.raises(InputError, match="cannot be read .*allowed is an intact zip file"):
+        find_inputs(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "text")
+    with pytest.raises(InputError, match="holds no DICOM series; allowed as ct"):
+        read_volume(path, "ct")
+
+
+def test_folders_of_an_exported_medium_are_searched(write_series):
+    folder = write_series(ct_values(SHAPE), "medium/DICOM/PA0/SE0")
+    assert len(read_slices(folder.parents[2], pixels=False)) == SHAPE[2]
+
+
+def test_one_of_several_series_is_chosen_by_uid(write_series):
+    uids = [generate_uid(), generate_uid()]
+    for number, uid in enumerate(uids):
+        folder = write_series(ct_values(SHAPE) + number, "mixed", uid=uid)
+    assert len(read_slices(folder, uids[1])) == SHAPE[2]
+    assert {str(header.SeriesInstanceUID) for header in read_slices(folder, uids[1], pixels=False)} == {uids[1]}
+    with pytest.raises(InputError, match=f"does not hold the DICOM series 1.2.3; allowed is one of: .*{uids[0]}"):
+        read_slices(folder, "1.2.3")
+
+
+def test_localizers_and_copies_are_passed_over(write_series, said):
+    hu = ct_values(SHAPE)
+    folder = write_series(hu)
+    write_series(hu[:, :4, :1], "series", uid="1.2.3", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    file = next(folder.glob("*_1.dcm"))
+    (folder / "copy.dcm").write_bytes(file.read_bytes())
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+    assert "1 localizer images are passed over" in said.text and "1 copies of slices" in said.text
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        ({"RescaleSlope": None}, "rescale slope None and the intercept -1024"),
+        ({"RescaleSlope": None, "RescaleIntercept": None}, "rescale slope None and the intercept None"),
+        ({"RescaleSlope": 0}, "rescale slope 0"),
+        ({"RescaleType": "OD"}, "Rescale Type OD; allowed is HU"),
+        ({"RescaleIntercept": -2048}, "below -1300 HU.*allowed is a CT in Hounsfield"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "right angle"),
+    ],
+)
+def test_wrong_headers_are_refused(write_series, tags, message):
+    folder = write_series(ct_values(SHAPE), **tags)
+    with pytest.raises(InputError, match=message):
+        read_volume(folder, "ct")
+
+
+def test_signed_values_without_rescale_are_hu(write_series, said):
+    hu = ct_values(SHAPE)
+    folder = write_series(hu, PixelRepresentation=1)
+
+    def change(dataset, number):
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+        dataset.PixelData = hu[:, :, number].T.astype(np.int16).tobytes()
+
+    edit(folder, change)
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+    assert "signed values are taken for HU" in said.text
+
+
+def test_rescale_that_differs_from_slice_to_slice(write_series):
+    hu = ct_values(SHAPE) // 2 * 2
+    folder = write_series(hu)
+
+    def change(dataset, number):
+        if number % 2:
+            dataset.RescaleSlope, dataset.RescaleIntercept = 2, -1000
+            dataset.PixelData = ((hu[:, :, number].T.astype(np.int32) + 1000) // 2).astype(np.uint16).tobytes()
+
+    edit(folder, change)
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+
+
+def test_gantry_tilt_is_said_and_a_crooked_stack_refused(write_series, said):
+    folder = write_series(ct_values(SHAPE), step=2.0)
+
+    def shift(offset):
+        def change(dataset, number):
+            dataset.ImagePositionPatient = [-10, 20 + offset(number), dataset.ImagePositionPatient[2]]
+
+        return change
+
+    edit(folder, shift(lambda number: number * 2 * np.tan(np.radians(15))))
+    read_volume(folder, "ct")
+    assert "gantry tilt of 15.0 degrees" in said.text
+    edit(folder, shift(lambda number: 1.0 if number == 2 else 0.0))
+    with pytest.raises(InputError, match="shifted sideways by up to 1.00 mm"):
+        read_volume(folder, "ct")
+
+
+def test_compressed_slices(write_series):
+    hu = ct_values(SHAPE)
+    folder = write_series(hu)
+    edit(folder, lambda dataset, _: dataset.compress(RLELossless))
+    before = {str(pydicom.dcmread(file).SOPInstanceUID) for file in folder.iterdir()}
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+    assert {str(dataset.SOPInstanceUID) for dataset in read_slices(folder)} == before
+
+
+@pytest.mark.parametrize("syntax", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
+def test_compressions_of_scanners_and_archives(write_series, syntax):
+    gdcm = pytest.importorskip("gdcm", reason="needs the extra 'dicom'")
+    hu = ct_values(SHAPE)
+    folder = write_series(hu)
+    for file in folder.iterdir():
+        reader = gdcm.ImageReader()
+        reader.SetFileName(str(file))
+        assert reader.Read()
+        change = gdcm.ImageChangeTransferSyntax()
+        change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+        change.SetInput(reader.GetImage())
+        assert change.Change()
+        writer = gdcm.ImageWriter()
+        writer.SetFileName(str(file))
+        writer.SetFile(reader.GetFile())
+        writer.SetImage(change.GetOutput())
+        assert writer.Write()
+    assert pydicom.dcmread(file).file_meta.TransferSyntaxUID.is_compressed
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+
+
+def test_damaged_compression_is_refused(write_series):
+    folder = write_series(ct_values(SHAPE))
+    edit(folder, lambda dataset, _: dataset.compress(RLELossless))
+
+    def cut(dataset, number):
+        dataset.PixelData = dataset.PixelData[:40]
+
+    edit(folder, cut)
+    with pytest.raises(InputError, match="compressed as RLE Lossless and cannot be decompressed"):
+        read_volume(folder, "ct")
+
+
+def test_lossy_compression_is_said(write_series, said):
+    read_volume(write_series(ct_values(SHAPE), LossyImageCompression="01"), "ct")
+    assert "compressed with loss" in said.text
+
+
+def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path):
+    hu = ct_values(SHAPE)
+    folder = write_series(hu)
+    slices = [pydicom.dcmread(file) for file in folder.iterdir()]
+    multi = slices[0].copy()
+    multi.SOPClassUID = multi.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    multi.NumberOfFrames = len(slices)
+    multi.PixelData = b"".join(dataset.PixelData for dataset in slices)
+    shared, frames = Dataset(), []
+    for sequence, tags in {
+        "PixelMeasuresSequence": ["PixelSpacing"],
+        "PlaneOrientationSequence": ["ImageOrientationPatient"],
+        "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"],
+    }.items():
+        item = Dataset()
+        for tag in tags:
+            item[tag] = multi[tag]
+            del multi[tag]
+        setattr(shared, sequence, Sequence([item]))
+    for dataset in slices:
+        position = Dataset()
+        position["ImagePositionPatient"] = dataset["ImagePositionPatient"]
+        frame = Dataset()
+        frame.PlanePositionSequence = Sequence([position])
+        frames.append(frame)
+    del multi.ImagePositionPatient
+    multi.SharedFunctionalGroupsSequence = Sequence([shared])
+    multi.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    buffer = io.BytesIO()
+    multi.save_as(buffer)
+    (tmp_path / "enhanced").mkdir()
+    (tmp_path / "enhanced" / "one.dcm").write_bytes(buffer.getvalue())
+    volume, expected = read_volume(tmp_path / "enhanced", "ct"), read_volume(folder, "ct")
+    assert np.array_equal(volume.numpy(), expected.numpy())
+    assert np.allclose(volume.affine, expected.affine)

@@ -1,0 +1,276 @@
+"""Whole studies: a CT with its mask written as DICOM, and what a user has read as CT or mask."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from numpy.typing import ArrayLike
+from pydicom.dataset import Dataset
+from scipy import ndimage
+
+from maisi_tools.dicom.ct import enhanced_ct, slice_headers, stored_values, to_lps, with_pixels
+from maisi_tools.dicom.objects import KEPT_TAGS, digest, new_study
+from maisi_tools.dicom.painting import paint
+from maisi_tools.dicom.segmentation import segmentation, segments
+from maisi_tools.dicom.structures import structure_set, structures
+from maisi_tools.errors import InputError
+from maisi_tools.masks.codes import read_roi_table
+from maisi_tools.volumes.inputs import is_dicom, stem_of
+from maisi_tools.volumes.series import list_dicom, read_slices, slice_affine
+
+STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
+"""What a study's folder holds; of a folder with anything else, nothing is ever replaced."""
+
+
+def write_study(
+    folder: str | os.PathLike,
+    hu: np.ndarray,
+    affine: ArrayLike,
+    mask: np.ndarray | None = None,
+    source: str | os.PathLike | None = None,
+    seed: int | None = None,
+    conditions: Mapping[str, Any] | None = None,
+    enhanced: bool = False,
+    created: datetime.datetime | None = None,
+    replace: bool = False,
+) -> list[Path]:
+    """Write a generated CT, and its mask, as a DICOM study.
+
+    The CT goes to ``folder/CT/0001.dcm`` and so on (``folder/CT.dcm`` as Enhanced CT), the mask to ``SEG.dcm`` and
+    ``RTSTRUCT.dcm``. The folder appears when all is written.
+
+    Args:
+        folder: to write; it must not exist, or be empty.
+        hu: (X, Y, Z) in HU, in any orientation; stored as whole int16 numbers.
+        affine: (4, 4) from voxels to RAS in mm.
+        mask: (X, Y, Z) in MAISI's vocabulary, on the same grid.
+        source: a CT series (folder or zip file) whose patient, study and frame of reference the objects join. Without
+            it they belong to a new, invented patient, and nothing of any other patient is in them.
+        seed: of the volume, to be recorded.
+        conditions: of the volume, to be recorded; JSON-able, and free of names of files and persons.
+        enhanced: one Enhanced CT object instead of a series of slices.
+        created: date and time to write, by default now. The UIDs follow from it and from the content, so that writing
+            the same again for the same time gives the same bytes.
+        replace: whether a study that this function wrote into `folder` before may be replaced.
+
+    Returns:
+        The files, CT first.
+
+    Raises:
+        InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, or a source
+            that is no CT series.
+    """
+    target = Path(folder).expanduser()
+    present = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    if (target.exists() and not target.is_dir()) or present - (STUDY_FILES if replace else set()):
+        raise InputError(f"{target} is there already; allowed is a new or empty folder: give another one")
+    if mask is not None and mask.shape != hu.shape:
+        raise InputError(f"the mask has the shape {mask.shape} and the CT {hu.shape}; allowed are both on one grid")
+    turned, grid = to_lps(hu, affine)
+    stored = stored_values(turned)
+    labels = None if mask is None else to_lps(mask.astype(np.uint8), affine)[0]
+    slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
+    content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
+    created = (created or datetime.datetime.now()).replace(microsecond=0)
+    study = new_study(content, created, seed, conditions, slices)
+
+    part = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        part.mkdir(parents=True)
+        files = {}
+        if enhanced:
+            images = [enhanced_ct(stored, grid, study)]
+            files["CT.dcm"] = images[0]
+            _save(images[0], part / "CT.dcm")
+        else:
+            images = slice_headers(grid, study)
+            (part / "CT").mkdir()
+            for number, ds in enumerate(with_pixels(images, stored), start=1):
+                files[f"CT/{number:04d}.dcm"] = images[number - 1]
+                _save(ds, part / "CT" / f"{number:04d}.dcm")
+        if labels is not None:
+            files["SEG.dcm"] = segmentation(labels, images, study)
+            files["RTSTRUCT.dcm"] = structure_set(labels, grid, images, study)
+            for name in ("SEG.dcm", "RTSTRUCT.dcm"):
+                _save(files[name], part / name)
+        if target.exists():
+            shutil.rmtree(target)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return [target / name for name in files]
+
+
+def read_mask(
+    path: str | os.PathLike, series: str | os.PathLike | None = None, names: str | os.PathLike | None = None
+) -> MetaTensor:
+    """Read a DICOM Segmentation or RT Structure Set as a mask in MAISI's vocabulary.
+
+    Segments are known by their SNOMED CT code, else by their name; ROIs by their name. Where structures overlap, the
+    smaller one is taken; those that are unknown are listed in the log and left out.
+
+    Args:
+        path: the file, or a folder that holds it alone.
+        series: the CT series (folder or zip file) it was drawn on, whose grid the mask gets. A structure set needs it;
+            a segmentation without it keeps its own grid.
+        names: JSON table of names, see :func:`maisi_tools.masks.codes.read_roi_table`.
+
+    Returns:
+        MetaTensor (1, X, Y, Z), uint8, with its affine to RAS in mm.
+
+    Raises:
+        InputError: another kind of file, another frame of reference than the series', or no known structure.
+    """
+    ds = read_single(path)
+    table = {} if names is None else read_roi_table(names)
+    slices = None if series is None else _referenced_slices(ds, Path(series))
+    if ds.Modality == "SEG":
+        found, affine, unknown = segments(ds, table)
+        mask = paint(found, unknown, str(path))
+        if slices is not None:
+            grid = slice_affine(slices)
+            mask = _on_grid(mask, affine, grid, (int(slices[0].Columns), int(slices[0].Rows), len(slices)))
+            affine = grid
+    else:
+        if slices is None:
+            raise InputError(
+                f"{path} is a structure set, which has contours and no grid; give the CT series it was drawn on with "
+                "--series FOLDER"
+            )
+        found, unknown = structures(ds, slices, table)
+        mask, affine = paint(found, unknown, str(path)), slice_affine(slices)
+    meta = {"filename_or_obj": str(path)}
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(mask))[None], affine=torch.as_tensor(affine), meta=meta)
+
+
+def is_mask(path: str | os.PathLike) -> bool:
+    """Whether `path` is a DICOM file that holds a mask, or a folder with nothing but one."""
+    try:
+        read_single(path)
+    except InputError:
+        return False
+    return True
+
+
+def read_single(path: str | os.PathLike) -> Dataset:
+    """The Segmentation or RT Structure Set in a file, or in a folder that holds one DICOM file.
+
+    Raises:
+        InputError: there is none.
+    """
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise InputError(f"{file} does not exist; correct the path")
+    if file.is_dir():
+        readers = list_dicom(file)
+        ds = readers[0]() if len(readers) == 1 else None
+    else:
+        ds = pydicom.dcmread(file) if is_dicom(file) else None
+    if ds is None or ds.get("Modality") not in ("SEG", "RTSTRUCT"):
+        raise InputError(f"{file} is no DICOM Segmentation and no RT Structure Set; allowed is one of these")
+    return ds
+
+
+class WriteStudyd(MapTransform):
+    """MONAI dict transform: writes a generated CT as a DICOM study, see :func:`write_study`.
+
+    Args:
+        keys: of the CT (1, X, Y, Z) in HU; the study goes to ``output_dir/STEM_dicom``, in place of one written before.
+        output_dir: folder, made if missing.
+        mask_key: of the mask (1, X, Y, Z) in the vocabulary, on the CT's grid; None for none.
+        seed, conditions: to be recorded.
+        source_key: of the item's entry with the source series' path; None for a new patient.
+        enhanced: one Enhanced CT object instead of slices.
+        numbering: of the mask when it comes here; DICOM's codes are those of the vocabulary.
+
+    Raises:
+        InputError: another numbering than "vocabulary".
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        output_dir: str | os.PathLike,
+        mask_key: str | None = None,
+        seed: int | None = None,
+        conditions: Mapping[str, Any] | None = None,
+        source_key: str | None = None,
+        enhanced: bool = False,
+        numbering: str = "vocabulary",
+    ) -> None:
+        super().__init__(keys)
+        if numbering != "vocabulary":
+            raise InputError(
+                f"output_labels is {numbering!r}; allowed with DICOM output is 'vocabulary', which has codes"
+            )
+        self.output_dir, self.mask_key, self.source_key = Path(output_dir).expanduser(), mask_key, source_key
+        self.seed, self.conditions, self.enhanced = seed, conditions, enhanced
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write the study of one item.
+
+        Raises:
+            InputError: see :func:`write_study`.
+        """
+        for key in self.key_iterator(data):
+            volume = data[key]
+            mask = None if self.mask_key is None else data[self.mask_key][0].cpu().numpy()
+            source = None if self.source_key is None else data[self.source_key]
+            write_study(
+                self.output_dir / f"{stem_of(volume.meta['filename_or_obj'])}_dicom",
+                volume[0].float().cpu().numpy(),
+                volume.affine.cpu().numpy(),
+                mask,
+                source,
+                self.seed,
+                self.conditions,
+                self.enhanced,
+                replace=True,
+            )
+        return dict(data)
+
+
+def _save(ds: Dataset, path: Path) -> None:
+    ds.save_as(path, enforce_file_format=True)
+
+
+def _referenced_slices(ds: Dataset, series: Path) -> Sequence[Dataset]:
+    """The slices of the series that a mask was drawn on.
+
+    Raises:
+        InputError: another frame of reference.
+    """
+    uids = [str(item.SeriesInstanceUID) for item in ds.get("ReferencedSeriesSequence") or ()]
+    for frame in ds.get("ReferencedFrameOfReferenceSequence") or ():
+        for study in frame.get("RTReferencedStudySequence") or ():
+            uids += [str(item.SeriesInstanceUID) for item in study.get("RTReferencedSeriesSequence") or ()]
+    present = {str(read(stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID) for read in
+               list_dicom(series)}  # fmt: skip
+    chosen = next((uid for uid in uids if uid in present), None)
+    slices = read_slices(series, chosen, pixels=False)
+    theirs, own = str(slices[0].get("FrameOfReferenceUID") or ""), {str(ds.get("FrameOfReferenceUID") or "")}
+    own |= {str(frame.FrameOfReferenceUID) for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
+    if theirs not in own:
+        raise InputError(
+            f"the mask lies in the frame of reference {', '.join(sorted(own - {''}))} and {series} in {theirs}; "
+            "allowed is the series that it was drawn on"
+        )
+    return slices
+
+
+def _on_grid(mask: np.ndarray, affine: np.ndarray, grid: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The mask on another grid, each voxel with the label nearest to it."""
+    to_mask = np.round(np.linalg.inv(affine) @ grid, 6)
+    if mask.shape == shape and np.allclose(to_mask, np.eye(4), atol=1e-3):
+        return mask
+    return ndimage.affine_transform(mask, to_mask[:3, :3], to_mask[:3, 3], shape, order=0, mode="grid-constant")

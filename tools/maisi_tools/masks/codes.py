@@ -1,0 +1,138 @@
+"""What the vocabulary's labels are called elsewhere: SNOMED CT codes (DICOM SEG) and ROI names (DICOM RT-STRUCT)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.label_maps import label_target
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+
+SNOMED, PRIVATE = "SCT", "99MAISI"
+"""Coding schemes: SNOMED CT, and the private one of labels that have no code there; its values are the label ids."""
+
+CATEGORIES = {"91723000": "Anatomical Structure", "49755003": "Morphologically Abnormal Structure"}
+"""SNOMED CT codes of the categories used, from DICOM PS3.16 CID 7150."""
+
+SIDES = {"left": ("7771000", "Left"), "right": ("24028007", "Right")}
+"""SNOMED CT codes of the sides, from DICOM PS3.16 CID 244."""
+
+
+@dataclass(frozen=True)
+class LabelCode:
+    """How DICOM names a label.
+
+    Attributes:
+        category: SNOMED CT code, one of :data:`CATEGORIES`.
+        scheme: :data:`SNOMED` or :data:`PRIVATE`.
+        code: of what it is.
+        meaning: the code's text.
+        side: "left", "right" or "" where the code says it all.
+        region: SNOMED CT code of the organ a lesion or vessel is in, or "".
+        region_meaning: that code's text.
+    """
+
+    category: str
+    scheme: str
+    code: str
+    meaning: str
+    side: str = ""
+    region: str = ""
+    region_meaning: str = ""
+
+
+# snomed.csv: id of the vocabulary -> code. The first row of an id is written, further ones are understood as well.
+# Sources: DICOM PS3.16 (the context groups in pydicom.sr.codedict) and, for the ribs, S1, the muscles, and the portal
+# with the splenic vein, the SNOMED mapping that TotalSegmentator publishes. The placeholder ids 2, 16, 18 and 20 are
+# the brainstem, the larynx and the parotid glands, as in maisi_tools.masks.label_maps.OPENKBP.
+def _read() -> tuple[dict[int, LabelCode], dict[tuple[str, str, str], int]]:
+    written: dict[int, LabelCode] = {}
+    understood: dict[tuple[str, str, str], int] = {}
+    with open(Path(__file__).with_name("snomed.csv"), newline="") as file:
+        for row in csv.DictReader(file):
+            label = int(row.pop("id"))
+            code = LabelCode(scheme=SNOMED, **row)
+            if label != BODY:  # what others call the body includes the organs; ours is the rest of it
+                written.setdefault(label, code)
+            understood[code.code, code.side, code.region] = label
+    for label, entry in VOCABULARY.items():
+        written.setdefault(label, LabelCode("91723000", PRIVATE, str(label), entry.name))
+    return written, understood
+
+
+CODES, _BY_CODE = _read()
+"""Label -> code that is written. Labels without a SNOMED CT code (free placeholders, body) have a private one."""
+
+
+def display_name(label: int) -> str:
+    """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
+    code, name = CODES[label], VOCABULARY[label].name
+    return f"{code.side} {code.meaning}".strip().lower() if name.startswith("placeholder") else name
+
+
+def label_of_code(code: str, side: str = "", region: str = "") -> int | None:
+    """The label that a SNOMED CT code stands for, None where the vocabulary has none.
+
+    Args:
+        code: of the segmented property type.
+        side: "left", "right" or "": the modifier of the type or of the region.
+        region: code of the anatomic region, or "".
+    """
+    for key in ((code, side, region), (code, side, ""), (code, "", region), (code, "", "")):
+        if key in _BY_CODE:
+            return _BY_CODE[key]
+    return None
+
+
+def _key(name: str) -> tuple[str, str]:
+    """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L"."""
+    words = [word.casefold() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+", name)]
+    side = next((_SIDE_WORDS[word] for word in words if word in _SIDE_WORDS), "")
+    return "".join(word for word in words if word not in _SIDE_WORDS), side
+
+
+_SIDE_WORDS = {"l": "left", "lt": "left", "left": "left", "r": "right", "rt": "right", "right": "right"}
+
+
+def _names() -> dict[tuple[str, str], int]:
+    names = {_key(entry.name): label for label, entry in VOCABULARY.items()}
+    names |= {_key(entry.totalsegmentator): label for label, entry in VOCABULARY.items() if entry.totalsegmentator}
+    # roi_names.json: further names, among them those of AAPM TG-263; one of a paired organ stands for both sides.
+    for name, meaning in json.loads(Path(__file__).with_name("roi_names.json").read_text()).items():
+        rest, side = _key(name)
+        target, target_side = _key(meaning)
+        for one in ("left", "right", ""):
+            if (target, target_side or one) in names:
+                names.setdefault((rest, side or one), names[target, target_side or one])
+    return names
+
+
+_BY_NAME = _names()
+
+
+def label_of_name(name: str) -> int | None:
+    """The label that the name of an ROI or segment stands for, None where it is none that is known."""
+    return _BY_NAME.get(_key(name))
+
+
+def read_roi_table(path: str | os.PathLike) -> dict[str, int]:
+    """The user's own names: a JSON object, ROI or segment name -> name or id in the vocabulary, 0 to drop it.
+
+    Raises:
+        InputError: no such file, no such JSON, or a label that is not in the vocabulary.
+    """
+    path = Path(path).expanduser()
+    form = 'give a JSON file such as {"Lung_L": "left lung lower lobe", "PTV": 0}'
+    try:
+        entries = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"table of ROI names {path} cannot be read as JSON ({error}); {form}") from error
+    if not isinstance(entries, Mapping):
+        raise InputError(f"table of ROI names {path} holds no JSON object; {form}")
+    return {name: label_target(path, meaning) for name, meaning in entries.items()}
