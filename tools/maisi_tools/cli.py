@@ -320,8 +320,6 @@ def dicom_write(
 
     import datetime
 
-    import numpy as np
-
     from maisi_tools.dicom.study import write_study
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
     from maisi_tools.volumes.grid import same_grid
