@@ -24,8 +24,7 @@ from monai.bundle import ConfigWorkflow
 from torchvision.models import squeezenet1_1
 
 import parts
-from maisi_tools.masks.phantom import make_phantom
-from maisi_tools.masks.vocabulary import labels_in_group
+from maisi_tools.masks.phantom import flat_ct, make_phantom
 
 SPACING = (4.0, 4.0, 3.0)
 """mm; a head and neck fills about 96 voxels along each axis."""
@@ -41,13 +40,8 @@ def make_cases(folder: Path, size: Sequence[int]) -> None:
     items = []
     for seed in range(CASES):
         labels = make_phantom("head_neck", size=tuple(size), spacing=SPACING, seed=seed)
-        hu = np.select(
-            [labels == 0, *(np.isin(labels, labels_in_group(group)) for group in ("airway", "lung", "bone"))],
-            [-1000, -1000, -800, 700],
-            40,
-        )
         ct = folder / f"p{seed}_ct.nii.gz"
-        nib.save(nib.Nifti1Image(hu.astype(np.int16), affine), ct)
+        nib.save(nib.Nifti1Image(flat_ct(labels), affine), ct)
         nib.save(nib.Nifti1Image(labels, affine), folder / f"p{seed}_ct_mask.nii.gz")
         items.append({"image": str(ct)})
     (folder / "datalist.json").write_text(json.dumps({"training": items, "validation": items[:1]}))

@@ -12,8 +12,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from maisi_tools.errors import find_input_error
-from maisi_tools.masks.phantom import make_phantom
-from maisi_tools.masks.vocabulary import labels_in_group
+from maisi_tools.masks.phantom import flat_ct, make_phantom
 
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
@@ -63,14 +62,9 @@ def phantom_labels() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def phantom_ct(phantom_labels: np.ndarray) -> np.ndarray:
-    """A CT in HU with flat tissues and a little noise: not realistic, but with sharp known values."""
-    hu = np.full(phantom_labels.shape, 40.0)
-    hu[phantom_labels == 0] = -1000
-    hu[np.isin(phantom_labels, labels_in_group("airway"))] = -1000
-    hu[np.isin(phantom_labels, labels_in_group("lung"))] = -800
-    hu[np.isin(phantom_labels, labels_in_group("bone"))] = 700
-    noise = np.random.default_rng(0).normal(0, 10, hu.shape)
-    return (hu + noise * (phantom_labels > 0)).clip(-1000, 1000).astype(np.int16)
+    """A CT in HU with flat tissues and a little noise."""
+    noise = np.random.default_rng(0).normal(0, 10, phantom_labels.shape)
+    return (flat_ct(phantom_labels) + noise * (phantom_labels > 0)).clip(-1000, 1000).astype(np.int16)
 
 
 @pytest.fixture

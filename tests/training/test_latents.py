@@ -34,9 +34,10 @@ def test_a_case_is_kept_out_with_all_its_latents_and_no_other(cache):
     assert all(set(item) == {"latent"} and Path(item["latent"]).is_file() for item in lists["training"])
 
 
-def test_without_kept_out_cases_all_are_trained_on(cache):
+def test_without_kept_out_cases_all_are_trained_on_and_it_is_said(cache, caplog):
     (cache / ".123-pt_3_latent.nii.gz").touch()  # what a killed process was writing
     lists = find_latents(str(cache))
+    assert "no case is held out" in caplog.text
     assert len(lists["training"]) == 5 and lists["validation"] == []
 
 

@@ -21,7 +21,7 @@ from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.canvas import LabelCanvas, Point
 from maisi_tools.masks.label_maps import LABEL_MAPS
-from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.masks.vocabulary import BODY, label_id, labels_in_group
 
 CENTERS = {"head_neck": (0.0, 8.0, -95.0), "torso": (0.0, -8.0, -420.0)}
 """The kinds of phantoms, each with the template's point (mm) in the middle of its volume."""
@@ -187,6 +187,19 @@ def write_phantom(
     with replacing(path) as part:
         nib.save(image, part)
     return path
+
+
+def flat_ct(labels: np.ndarray) -> np.ndarray:
+    """A CT of a phantom in which each tissue has one value: sharp and known, but not realistic.
+
+    Args:
+        labels: (X, Y, Z) in MAISI's vocabulary.
+
+    Returns:
+        int16 HU: -1000 outside and in the airway, -800 in the lungs, 700 in bone, 40 elsewhere.
+    """
+    tissues = [np.isin(labels, labels_in_group(group)) for group in ("airway", "lung", "bone")]
+    return np.select([labels == 0, *tissues], [-1000, -1000, -800, 700], 40).astype(np.int16)
 
 
 def _check(kind: str, size: Sequence[int], spacing: Sequence[float], seed: int) -> None:

@@ -182,6 +182,8 @@ def find_latents(
         lists["validation" if kept_out else "training"].append(item)
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
+    if not names:
+        logger.warning("no case is held out, so nothing is validated on unseen patients; name some with held_out")
     return lists
 
 
