@@ -132,17 +132,20 @@ def test_every_network_is_run_in_slabs_as_the_top_level_keys_say(bundles, bundle
 
 
 @pytest.mark.parametrize(
-    ("bundle", "overlay", "expected"),
+    ("bundle", "config", "overlay", "expected"),
     [
         # parameter counts of the released networks, computed from MONAI's own classes with the released settings
-        ("maisi_vae", "full.json", "AutoencoderKlMaisi"),
-        ("maisi_ldm", "full_rflow.json", "DiffusionModelUNetMaisi"),
-        ("maisi_ldm", "full_ddpm.json", "DiffusionModelUNetMaisi"),
-        ("maisi_controlnet", "full_rflow.json", "ControlNetMaisi"),
-        ("maisi_controlnet", "full_ddpm.json", "ControlNetMaisi"),
+        ("maisi_vae", "inference.json", "full.json", "AutoencoderKlMaisi"),
+        ("maisi_vae", "train.json", "full_train.json", "AutoencoderKlMaisi"),
+        ("maisi_ldm", "inference.json", "full_rflow.json", "DiffusionModelUNetMaisi"),
+        ("maisi_ldm", "inference.json", "full_ddpm.json", "DiffusionModelUNetMaisi"),
+        ("maisi_ldm", "train.json", "full_rflow_train.json", "DiffusionModelUNetMaisi"),
+        ("maisi_controlnet", "inference.json", "full_rflow.json", "ControlNetMaisi"),
+        ("maisi_controlnet", "inference.json", "full_ddpm.json", "ControlNetMaisi"),
+        ("maisi_controlnet", "train.json", "full_rflow_train.json", "ControlNetMaisi"),
     ],
 )
-def test_full_size_networks_have_the_released_keys(bundles, bundle, overlay, expected):
+def test_full_size_networks_have_the_released_keys(bundles, bundle, config, overlay, expected):
     """Key for key and shape for shape the networks that the released configurations define (REFERENCE: section 1)."""
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
     from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
@@ -187,7 +190,7 @@ def test_full_size_networks_have_the_released_keys(bundles, bundle, overlay, exp
                 conditioning_embedding_num_channels=[8, 32, 64],
                 **rflow,
             )
-        network = parser_of(bundles, bundle, "inference.json", overlay).get_parsed_content("network_def")
+        network = parser_of(bundles, bundle, config, overlay).get_parsed_content("network_def")
     ours = (network.controlnet if expected == "ControlNetMaisi" else network).state_dict()
     theirs = released.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
