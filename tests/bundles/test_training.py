@@ -166,10 +166,11 @@ def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_ove
     assert not any(parameter.requires_grad for parameter in network.unet.parameters())
 
 
-def test_a_controlnet_goes_on_with_the_scale_factor_of_its_weights(open_bundle, tiny_overrides, tmp_path):
+@pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
+def test_training_goes_on_with_the_scale_factor_of_the_weights(open_bundle, tiny_overrides, bundle, tmp_path):
     save_weights(tmp_path / "start.pt", {"weight": torch.ones(1)}, scale_factor=2.5)
-    settings = tiny_overrides("maisi_controlnet", tmp_path / "out")
-    parser = open_bundle("maisi_controlnet", "train.json", **settings, init_ckpt=str(tmp_path / "start.pt")).parser
+    settings = tiny_overrides(bundle, tmp_path / "out")
+    parser = open_bundle(bundle, "train.json", **settings, init_ckpt=str(tmp_path / "start.pt")).parser
     assert parser.get_parsed_content("scale_factor") == 2.5
 
 
