@@ -150,8 +150,11 @@ def insert_lesion(
 
     axes = rng.uniform(0.75, 1.3, 3)
     turned = Rotation.random(random_state=int(rng.integers(2**32))).as_matrix() / (axes / np.cbrt(axes.prod()))[:, None]
-    offset = np.indices(largest.shape, dtype=np.float32).reshape(3, -1).T * mm - center
-    distance = np.linalg.norm(offset @ turned.T, axis=1).reshape(largest.shape)
+    x, y, z = (
+        ((index * step - middle).astype(np.float32))
+        for index, step, middle in zip(np.ogrid[tuple(map(slice, largest.shape))], mm, center, strict=True)
+    )
+    distance = np.sqrt(sum((a * x + b * y + c * z) ** 2 for a, b, c in turned.astype(np.float32)))
     score = distance * (1 + _ROUGHNESS * _smooth_noise(largest.shape, radius / 2 / mm, rng))
     result = labels.copy()
     result[box][_lowest(score, _piece(score, largest, start, count), count)] = lesion
