@@ -3,13 +3,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-browser lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
 
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest
+
+# The report in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
+test-browser: $(VENV)/.installed-all
+	command -v chromium
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .

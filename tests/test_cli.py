@@ -55,6 +55,7 @@ def test_help_names_every_command(arguments, capsys):
         "edit",
         "index",
         "find",
+        "report",
         "dicom_read",
         "dicom_write",
     ):

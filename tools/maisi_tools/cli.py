@@ -416,6 +416,22 @@ def compare(
     print(write_comparison(pages, output / "comparison.html", title, window))
 
 
+def report(run_dir: str, output: str | None = None, max_cases: int = 20) -> None:
+    """Write one HTML page about a bundle's output folder: volumes to look through, organs, tables, parameters.
+
+    It is one file that needs no network. A page made of patients' CTs shows patients.
+
+    Args:
+        run_dir: the output_dir of a run.
+        output: the .html file, by default report.html in that folder.
+        max_cases: how many CTs to show.
+    """
+    from maisi_tools.report.run_report import write_report
+
+    path = write_report(str(run_dir), None if output is None else str(output), max_cases)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def edit(
     mask: str,
     output: str,
@@ -527,7 +543,7 @@ def find(
 
 COMMANDS = (
     *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(dicom_read, dicom_write),
+    *(report, dicom_read, dicom_write),
 )
 
 

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib.util
+import json
+import shutil
+from html.parser import HTMLParser
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.cli import main
+from maisi_tools.errors import InputError
+from maisi_tools.report import run_report
+from maisi_tools.report.preview import label_colour, plane
+from maisi_tools.report.run_report import write_report
+from maisi_tools.run_record import record_run
+
+SHAPE, SPACING = (20, 16, 12), (2.0, 2.0, 3.0)
+
+
+@pytest.fixture
+def volume():
+    """Each voxel has a value of its own, so that a turned or shifted picture shows."""
+    return (np.arange(np.prod(SHAPE)).reshape(SHAPE) % 1700 - 900).astype(np.int16)
+
+
+@pytest.fixture
+def labels():
+    mask = np.full(SHAPE, 200, np.uint8)
+    mask[3:8, 4:9, 2:7] = 1
+    mask[12:16, 4:9, 2:7] = 120
+    return mask
+
+
+@pytest.fixture
+def run_dir(tmp_path, volume, labels):
+    folder = tmp_path / "run <1>"
+    folder.mkdir()
+    for name, data in (("a_ct", volume), ("a_mask", labels), ("sample_seed3", volume[:, ::-1]), ("a_latent", volume)):
+        nib.save(nib.Nifti1Image(data, np.diag([*SPACING, 1.0])), folder / f"{name}.nii.gz")
+    (folder / "a_ct.json").write_text(
+        json.dumps({"seed": 7, "metrics": {"hu_bone": 369.5}, "x": "<script>bad()</script>"})
+    )
+    (folder / "metrics.csv").write_text('case,dice\na_ct,0.75\n"<b>",0.5\n')
+    return folder
+
+
+class Page(HTMLParser):
+    """The page's elements: (tag, attributes, text directly after its start)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[list] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append([tag, dict(attrs), ""])
+
+    def handle_data(self, data):
+        if self.elements:
+            self.elements[-1][2] += data
+
+    def find(self, tag, **attributes):
+        wanted = attributes.items()
+        return [e for e in self.elements if e[0] == tag and all(e[1].get(k) == v for k, v in wanted)]
+
+
+def unpacked(page: Page, id: str, dtype: str, shape) -> np.ndarray:
+    (element,) = page.find("script", id=id)
+    return np.frombuffer(gzip.decompress(base64.b64decode(element[2])), dtype).reshape(shape, order="F")
+
+
+def test_the_page_holds_the_volumes_voxel_for_voxel(run_dir, volume, labels):
+    page = Page(write_report(run_dir).read_text())
+    np.testing.assert_array_equal(unpacked(page, "case0-ct", "<i2", SHAPE), volume)
+    np.testing.assert_array_equal(unpacked(page, "case0-mask", "u1", SHAPE), labels)
+    np.testing.assert_array_equal(unpacked(page, "case1-ct", "<i2", SHAPE), volume[:, ::-1])
+    assert not page.find("script", id="case1-mask") and not page.find("script", id="case2-ct")
+    (viewer,) = page.find("div", id="case0")
+    shown = json.loads(viewer[1]["data-volume"])
+    assert shown["size"] == list(SHAPE) and shown["spacing"] == list(SPACING)
+    assert {label: name for label, (_, name) in shown["labels"].items()} == {
+        "1": "liver",
+        "120": "skull",
+        "200": "body",
+    }
+    assert shown["labels"]["200"][0] is None  # would cover everything
+
+
+def test_organs_tables_and_figures(run_dir, volume, labels):
+    text = write_report(run_dir).read_text()
+    page = Page(text)
+    cells = [element[2] for element in page.find("td") if "number" in element[1].get("class", "")]
+    inside = volume[labels == 120]
+    assert f"{inside.size * 12 / 1000:.1f}" in cells and f"{np.median(inside):.0f}" in cells
+    assert {"369.5", "7", "0.75"} <= set(cells)
+    (curve,) = [p for p in page.find("polyline")][1:2]  # of the second label, the skull
+    heights = np.array([float(point.split(",")[1]) for point in curve[1]["points"].split()])
+    counts, _ = np.histogram(inside, 50, (-1000, 1500))
+    np.testing.assert_allclose(27 - heights, 26 * counts / counts.max(), atol=0.06)
+
+
+def test_names_and_values_cannot_become_markup(run_dir):
+    text = write_report(run_dir).read_text()
+    page = Page(text)
+    assert "<script>bad()" not in text and "run &lt;1&gt;" in text
+    assert not page.find("b") and len(page.find("script")) == 4  # two CTs, a mask, the viewer
+    assert "http:" not in text and "https:" not in text
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_shown(run_dir, labels):
+    (run_dir / "b_ct.nii.gz").write_bytes(b"no volume")
+    nib.save(nib.Nifti1Image(labels[:-1], np.diag([*SPACING, 1.0])), run_dir / "sample_seed3_mask.nii.gz")
+    page = Page(write_report(run_dir).read_text())
+    reasons = " ".join(element[2] for element in page.find("p", **{"class": "bad"}))
+    assert "b_ct.nii.gz cannot be read" in reasons and "one grid" in reasons
+    assert len(page.find("details")) == 1
+
+
+def test_large_volumes_are_thinned_and_many_counted(run_dir, volume, monkeypatch):
+    monkeypatch.setattr(run_report, "MAX_VOXELS", volume.size // 8)
+    text = write_report(run_dir, max_cases=1).read_text()
+    np.testing.assert_array_equal(unpacked(Page(text), "case0-ct", "<i2", (10, 8, 6)), volume[::2, ::2, ::2])
+    assert "every 2. voxel" in text and "2 CTs, 1 of them not shown" in text
+
+
+def test_the_record_of_a_run_is_shown(run_dir, repo_root, tmp_path):
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"abc")
+    record_run(run_dir, repo_root / "bundles" / "maisi_vae", [weights], {"seed": 5, "device": object})
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["bundle"] and record["settings"]["seed"] == 5
+    # SHA-256 of "abc", FIPS 180-4 example
+    assert record["weights"] == {"model.pt": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    text = write_report(run_dir).read_text()
+    assert "ba7816bf" in text and "versions torch" in text
+    (run_dir / "run.json").unlink()
+    assert "were not recorded" in write_report(run_dir).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nowhere"], "no folder"),
+        (["empty"], "holds no CT"),
+        (["run <1>", "--output", "page.txt"], "ends in .html"),
+        (["run <1>", "--max_cases", "-1"], "max_cases -1"),
+    ],
+)
+def test_wrong_input(run_dir, tmp_path, monkeypatch, capsys, arguments, named):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_command(run_dir, capsys):
+    assert main(["report", str(run_dir)]) == 0
+    assert "report.html: 0." in capsys.readouterr().out
+
+
+def test_a_broken_sidecar_is_said(run_dir):
+    (run_dir / "a_ct.json").write_text("{")
+    with pytest.raises(InputError, match="is no JSON"):
+        run_report._read_case(run_dir / "a_ct.nii.gz")
+    assert "is no JSON" in write_report(run_dir).read_text()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("playwright") and shutil.which("chromium")),
+    reason="needs Chromium and playwright (make test-browser)",
+)
+def test_in_a_browser(run_dir, volume, labels):
+    """The pixels on screen are those that numpy computes; nothing is fetched, nothing goes wrong."""
+    from playwright.sync_api import sync_playwright
+
+    page_file = write_report(run_dir)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        wrong, asked = [], []
+        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("#case0[data-ready]")
+
+        def pixels(name: str) -> np.ndarray:
+            shape = page.evaluate(f"(c => [c.height, c.width])(document.querySelector('#case0 canvas.{name}'))")
+            script = (
+                f"(c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data))"
+                f"(document.querySelector('#case0 canvas.{name}'))"
+            )
+            return np.array(page.evaluate(script)).reshape(*shape, 4)
+
+        def expected(name: str, voxel, window, opacity: float) -> np.ndarray:
+            grey = ((plane(volume, name, voxel).astype(float) - window[0]) * 255 / (window[1] - window[0])).clip(0, 255)
+            over = plane(labels, name, voxel)
+            picture = np.repeat(grey[..., None], 3, axis=-1)
+            for label in (1, 120):
+                picture[over == label] = picture[over == label] * (1 - opacity) + label_colour(label) * 255 * opacity
+            return picture[::-1]  # rows run downwards on a canvas
+
+        for name, axis, slice_ in (("axial", 2, 4), ("coronal", 1, 6), ("sagittal", 0, 13)):
+            page.fill(f"#case0 input.{name}", str(slice_))
+            voxel = [0, 0, 0]
+            voxel[axis] = slice_
+            np.testing.assert_allclose(pixels(name)[..., :3], expected(name, voxel, (-160, 240), 0.4), atol=1.5)
+        page.select_option("#case0 .preset", label="bone")
+        page.fill("#case0 .opacity", "0")
+        np.testing.assert_allclose(pixels("axial")[..., :3], expected("axial", [0, 0, 4], (-500, 1300), 0), atol=1.5)
+        page.locator("#case0 input.axial").press("ArrowRight")
+        np.testing.assert_allclose(pixels("axial")[..., :3], expected("axial", [0, 0, 5], (-500, 1300), 0), atol=1.5)
+
+        box = page.locator("#case0 canvas.axial").bounding_box()
+        page.mouse.move(box["x"] + box["width"] * 4.5 / 20, box["y"] + box["height"] * 9.5 / 16)
+        x, y = 19 - 4, 15 - 9
+        organ = {1: ", liver", 120: ", skull", 200: ", body"}[int(labels[x, y, 5])]
+        assert page.inner_text("#case0 .read") == f"voxel {x}, {y}, 5: {volume[x, y, 5]} HU{organ}"
+        page.mouse.wheel(0, 100)
+        assert int(page.input_value("#case0 input.axial")) < 5
+        page.click("#case1-case summary")
+        page.wait_for_selector("#case1[data-ready]")
+        browser.close()
+    assert wrong == [] and all(url.startswith(("file:", "data:")) for url in asked)

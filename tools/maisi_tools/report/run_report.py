@@ -1,0 +1,321 @@
+"""A run's output folder as one HTML page: pictures, volumes to look through, tables, parameters."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.image import imsave
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError
+from maisi_tools.masks.codes import display_name
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.report.preview import centre_of, label_colour, load_image, load_labels, plane
+from maisi_tools.run_record import RUN_RECORD
+from maisi_tools.volumes.inputs import is_volume, stem_of
+from maisi_tools.volumes.reading import sidecar_path
+
+NO_CT = ("_mask", "_latent", "_sigma", "_seg", "_label")
+"""Ends of the stems of volumes that are no CT."""
+
+MAX_VOXELS = 4_000_000
+"""A volume with more is shown with every n-th voxel along each axis: some 6 MB in the page."""
+
+WINDOWS = {
+    "soft tissue": (-160, 240),
+    "lung": (-1350, 150),
+    "bone": (-500, 1300),
+    "brain": (0, 80),
+    "whole range": (-1000, 1000),
+}
+"""Presets of the viewer: HU shown as black and as white."""
+
+CURVE_HU = (-1000, 1500)
+CURVE_BINS, CURVE_SIZE = 50, (150, 28)
+
+LISTED_ROWS = 200
+"""Rows of a CSV file that are shown."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A CT of the run, in RAS: (X, Y, Z) in HU, the mask on its grid, and what its sidecar says."""
+
+    name: str
+    hu: np.ndarray
+    labels: np.ndarray | None
+    spacing: tuple[float, float, float]
+    sidecar: Mapping[str, Any]
+
+
+def write_report(run_dir: str | Path, output: str | Path | None = None, max_cases: int = 20) -> Path:
+    """Write one self-contained HTML page about what a bundle wrote into a folder.
+
+    It has a contact sheet, a viewer for each CT with its mask, histograms of the HU in each organ, the tables that an
+    evaluation left, and the run's parameters, versions and weights, as far as ``run.json`` records them.
+
+    Args:
+        run_dir: output folder of a bundle.
+        output: the .html file, by default ``run_dir/report.html``.
+        max_cases: CTs to show, from the first; the others are counted.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: no such folder, nothing in it that a bundle wrote, or a wrong `output` or `max_cases`.
+    """
+    folder = Path(run_dir).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder} is no folder; give the output_dir of a bundle's run.")
+    output = folder / "report.html" if output is None else Path(output).expanduser()
+    if output.suffix.lower() != ".html":
+        raise InputError(f"output {output} is not an .html file; give a name that ends in .html.")
+    if not isinstance(max_cases, int) or isinstance(max_cases, bool) or max_cases < 0:
+        raise InputError(f"max_cases {max_cases!r} is not usable; give how many CTs to show, 0 for none.")
+    volumes = [path for path in sorted(folder.iterdir()) if is_volume(path) and not stem_of(path).endswith(NO_CT)]
+    tables = sorted(folder.glob("*.csv"))
+    if not volumes and not tables:
+        raise InputError(f"run folder {folder} holds no CT and no table; give the output_dir of a bundle's run.")
+
+    sheet, viewers = [], []
+    for number, path in enumerate(volumes[:max_cases]):
+        try:
+            case = _read_case(path)
+        except InputError as error:
+            viewers.append(f"<h3>{_text(path.name)}</h3><p class='bad'>Not shown: {_text(error)}</p>")
+            continue
+        sheet.append(_thumbnail(case, f"case{number}"))
+        viewers.append(_case(case, f"case{number}", opened=not number))
+    hidden = len(volumes) - len(volumes[:max_cases])
+    title = f"Run {folder.resolve().name}"
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        f"<p class='note'>{len(volumes)} CTs{f', {hidden} of them not shown' if hidden else ''}. "
+        "Generated images are synthetic and not for diagnosis.</p>",
+        f"<div class='sheet'>{''.join(sheet)}</div>",
+        "<h2>Cases</h2>" if viewers else "",
+        *viewers,
+        *(_csv(path) for path in tables),
+        "<h2>Run</h2>",
+        _record(folder / RUN_RECORD),
+    ]
+    style, script = (resources.files(__package__).joinpath(f"viewer.{kind}").read_text() for kind in ("css", "js"))
+    page = (
+        f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{_text(title)}</title>\n"
+        "<meta name='viewport' content='width=device-width'><link rel='icon' href='data:,'>\n"
+        f"<style>\n{style}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + f"\n<script>\n{script}</script></body></html>\n"
+    )
+    with replacing(output) as part:
+        part.write_text(page, encoding="utf-8")
+    return output
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _read_case(path: Path) -> Case:
+    """Read a CT, the mask beside it (NAME_mask for NAME_ct), and its sidecar.
+
+    Raises:
+        InputError: a file is damaged, or the mask has another grid.
+    """
+    image = load_image(path, "CT")
+    stem = stem_of(path)
+    suffix = path.name[len(stem) :]
+    mask = path.with_name(f"{stem.removesuffix('_ct')}_mask{suffix}")
+    sidecar = sidecar_path(path)
+    try:
+        content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"sidecar {sidecar.name} is no JSON ({error}); remove it.") from error
+    return Case(
+        stem,
+        np.asanyarray(image.dataobj),
+        load_labels(mask, image) if mask.is_file() else None,
+        tuple(float(mm) for mm in image.header.get_zooms()[:3]),
+        content if isinstance(content, dict) else {"content": content},
+    )
+
+
+def _thumbnail(case: Case, anchor: str) -> str:
+    """The axial plane through the middle of the anatomy, as a link to the case."""
+    pixels = plane(case.hu, "axial", centre_of(case.hu, case.labels))
+    low, high = WINDOWS["soft tissue"]
+    with io.BytesIO() as buffer:
+        imsave(buffer, pixels, format="png", cmap="gray", vmin=low, vmax=high, origin="lower")
+        picture = base64.b64encode(buffer.getvalue()).decode()
+    name = _text(case.name)
+    return (
+        f"<figure><a href='#{anchor}-case'><img alt='Axial plane of {name}' src='data:image/png;base64,{picture}'></a>"
+        f"<figcaption>{name}</figcaption></figure>"
+    )
+
+
+def _case(case: Case, id: str, opened: bool) -> str:
+    """The section of one case: viewer, organs, sidecar."""
+    step = max(1, int(np.ceil((case.hu.size / MAX_VOXELS) ** (1 / 3))))
+    hu = np.clip(np.rint(case.hu[::step, ::step, ::step]), -32768, 32767).astype("<i2")
+    labels = None if case.labels is None else case.labels[::step, ::step, ::step].astype(np.uint8)
+    shown: dict[str, Any] = {
+        "size": hu.shape,
+        "spacing": [mm * step for mm in case.spacing],
+        "centre": centre_of(hu, labels),
+    }
+    if labels is not None:
+        shown["labels"] = {int(label): [_colour(int(label)), _name(int(label))] for label in np.unique(labels) if label}
+    size, spacing = (" x ".join(f"{value:g}" for value in values) for values in (case.hu.shape, case.spacing))
+    thinned = f", every {step}. voxel along each axis shown" if step > 1 else ""
+    parts = [
+        f"<details class='case' id='{id}-case'{' open' if opened else ''}><summary>{_text(case.name)}</summary>",
+        f"<p class='note'>{size} voxels of {spacing} mm{thinned}</p>",
+        _viewer(id, shown),
+        _data(f"{id}-ct", hu),
+        "" if labels is None else _data(f"{id}-mask", labels),
+        "" if case.labels is None else _organs(case),
+        _entries(_flat(case.sidecar)) if case.sidecar else "",
+        "</details>",
+    ]
+    return "\n".join(parts)
+
+
+def _viewer(id: str, shown: Mapping[str, Any]) -> str:
+    presets = "".join(f"<option value='{low},{high}'>{name}</option>" for name, (low, high) in WINDOWS.items())
+    low, high = WINDOWS["soft tissue"]
+    opacity = "<label>Mask <input class='opacity' type='range' min='0' max='1' step='0.05' value='0.4'></label>"
+    planes = "".join(
+        f"<div><canvas class='{name}' role='img' aria-label='{name} plane'></canvas><label>{name} slice "
+        f"<output class='{name}'></output><input class='{name}' type='range' min='0' value='0'></label></div>"
+        for name in ("axial", "coronal", "sagittal")
+    )
+    return (
+        f"<div class='viewer' id='{id}' data-volume='{_text(json.dumps(shown))}'><div class='controls'>"
+        f"<label>Window <select class='preset'>{presets}</select></label>"
+        f"<label>from <input class='low' type='number' step='10' value='{low}'> HU</label>"
+        f"<label>to <input class='high' type='number' step='10' value='{high}'> HU</label>"
+        f"{opacity if 'labels' in shown else ''}</div><div class='planes'>{planes}</div>"
+        "<p class='read note'>Move over a picture to read a voxel; turn the wheel to change the slice.</p></div>"
+    )
+
+
+def _data(id: str, values: np.ndarray) -> str:
+    packed = base64.b64encode(gzip.compress(values.tobytes(order="F"), 6, mtime=0)).decode()
+    return f"<script type='text/plain' id='{id}'>{packed}</script>"
+
+
+def _organs(case: Case) -> str:
+    """A row for each label: volume, median and middle 90 % of its HU, the expected range, its histogram."""
+    assert case.labels is not None
+    voxel_ml = float(np.prod(case.spacing)) / 1000
+    order = np.argsort(case.labels, axis=None, kind="stable")
+    values = case.hu.reshape(-1)[order]
+    labels, starts = np.unique(case.labels.reshape(-1)[order], return_index=True)
+    rows = []
+    for label, inside in zip(labels.tolist(), np.split(values, starts[1:]), strict=True):
+        if not label:
+            continue
+        low, median, high = np.percentile(inside, (5, 50, 95))
+        expected = VOCABULARY[label].hu_range if label in VOCABULARY else None
+        outside = expected is not None and not expected[0] <= median <= expected[1]
+        colour = "transparent" if (rgb := _colour(label)) is None else f"rgb({','.join(map(str, rgb))})"
+        rows.append(
+            f"<tr><td><span class='swatch' style='background:{colour}'></span>{_text(_name(label))}</td>"
+            f"<td class='number'>{inside.size * voxel_ml:.1f}</td>"
+            f"<td class='number{' bad' if outside else ''}'>{median:.0f}</td>"
+            f"<td class='number'>{low:.0f} to {high:.0f}</td>"
+            f"<td class='number'>{f'{expected[0]:g} to {expected[1]:g}' if expected else ''}"
+            f"{' (outside)' if outside else ''}</td><td>{_curve(inside)}</td></tr>"
+        )
+    return (
+        "<div class='scroll'><table><caption class='note'>Organs of the mask</caption><tr><th>organ</th><th>ml</th>"
+        "<th>median HU</th><th>5 to 95 %</th><th>expected median</th>"
+        f"<th>histogram, {CURVE_HU[0]} to {CURVE_HU[1]} HU</th></tr>{''.join(rows)}</table></div>"
+    )
+
+
+def _curve(values: np.ndarray) -> str:
+    """A histogram as a line of an SVG picture; what lies beyond its ends counts at them."""
+    counts, _ = np.histogram(values.clip(*CURVE_HU), CURVE_BINS, CURVE_HU)
+    width, height = CURVE_SIZE
+    x = np.linspace(0, width, CURVE_BINS)
+    y = height - 1 - (height - 2) * counts / max(int(counts.max()), 1)
+    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return (
+        f"<svg width='{width}' height='{height}' role='img' aria-label='histogram'><polyline points='{points}'/></svg>"
+    )
+
+
+def _csv(path: Path) -> str:
+    """A table that the run left."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return f"<h2>{_text(path.name)}</h2><p class='bad'>Not shown: {_text(error)}</p>"
+    if not rows:
+        return ""
+    more = len(rows) - 1 - LISTED_ROWS
+    return f"<h2>{_text(path.name)}</h2><div class='scroll'>{_table(rows[0], rows[1 : LISTED_ROWS + 1])}</div>" + (
+        f"<p class='note'>{more} more rows in the file.</p>" if more > 0 else ""
+    )
+
+
+def _record(path: Path) -> str:
+    """What ``run.json`` says."""
+    if not path.is_file():
+        return f"<p class='note'>Parameters, versions and weights were not recorded (no {path.name}).</p>"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        return f"<p class='bad'>{path.name} is no JSON: {_text(error)}</p>"
+    return _entries(_flat(content))
+
+
+def _flat(content: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Entries of nested dicts, with their path as name."""
+    for key, value in content.items() if isinstance(content, Mapping) else [("", content)]:
+        name = f"{prefix} {key}".strip()
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        else:
+            yield name, value
+
+
+def _entries(entries: Iterable[tuple[str, Any]]) -> str:
+    return f"<div class='scroll'>{_table(('entry', 'value'), entries)}</div>"
+
+
+def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        try:
+            float(text)
+        except ValueError:
+            return f"<td>{_text(text)}</td>"
+        return f"<td class='number'>{_text(text)}</td>"
+
+    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{lines}</table>"
+
+
+def _name(label: int) -> str:
+    return display_name(label) if label in VOCABULARY else f"label {label}"
+
+
+def _colour(label: int) -> list[int] | None:
+    """RGB, 0 to 255; None for the body, which would cover everything."""
+    return None if label == BODY else [int(round(255 * part)) for part in label_colour(label)]
