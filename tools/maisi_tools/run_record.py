@@ -26,7 +26,7 @@ def record_run(
     weights: Sequence[str | os.PathLike],
     settings: Mapping[str, Any],
 ) -> Path:
-    """Write ``run.json`` into a run's output folder; a later run there replaces it.
+    """Write ``run.json`` into a run's output folder; a later run there replaces it, and of several ranks the first writes.
 
     Args:
         output_dir: the folder.
@@ -38,8 +38,10 @@ def record_run(
         The file: ``bundle``, ``version``, ``started`` (local time, ISO 8601), ``command``, ``settings``, ``weights``
         (file name -> SHA-256), ``versions`` (package -> version) and ``machine``.
     """
-    metadata = json.loads((Path(bundle_root) / "configs" / "metadata.json").read_text())
     path = Path(output_dir).expanduser() / RUN_RECORD
+    if int(os.environ.get("RANK", 0)):  # as torchrun sets it
+        return path
+    metadata = json.loads((Path(bundle_root) / "configs" / "metadata.json").read_text())
     record = {
         "bundle": metadata.get("name"),
         "version": metadata.get("version"),
