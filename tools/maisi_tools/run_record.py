@@ -26,7 +26,7 @@ def record_run(
     weights: Sequence[str | os.PathLike],
     settings: Mapping[str, Any],
 ) -> Path:
-    """Write ``run.json`` into a run's output folder; a later run there replaces it, and of several ranks the first writes.
+    """Write ``run.json`` into a run's output folder (of several ranks the first does); a later run there replaces it.
 
     Args:
         output_dir: the folder.
