@@ -143,11 +143,12 @@ def _read_case(path: Path) -> Case:
         content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     except ValueError as error:
         raise InputError(f"sidecar {sidecar.name} is no JSON ({error}); remove it.") from error
+    x, y, z = image.header.get_zooms()[:3]
     return Case(
         stem,
         np.asanyarray(image.dataobj),
         load_labels(mask, image) if mask.is_file() else None,
-        tuple(float(mm) for mm in image.header.get_zooms()[:3]),
+        (float(x), float(y), float(z)),
         content if isinstance(content, dict) else {"content": content},
     )
 
