@@ -125,3 +125,19 @@ def test_what_is_refused(training, tmp_path):
         score_samples([{"image": training[0]}], [{"image": training[1]}], [], tmp_path)
     with pytest.raises(InputError, match="gone_ct.nii.gz does not exist"):
         nearest_training([read_coarse(training[0])], [str(tmp_path / "gone_ct.nii.gz")])
+
+
+def test_kept_out_volumes_that_cannot_be_compared_are_refused(tmp_path):
+    """Bodies farther apart in plane than volumes are shifted have no distance, and copies none to compare with."""
+
+    def cube(name: str, at: int, hu: int = 40) -> dict[str, str]:
+        ct = np.full((48, 48, 24), -1000, np.int16)
+        ct[at : at + 6, at : at + 6, 8:16] = hu
+        return {"image": save(tmp_path / f"{name}_ct.nii.gz", ct)}
+
+    training, near, far, copy = [cube("training", 2)], cube("near", 2, 60), cube("far", 40), cube("copy", 2)
+    with pytest.raises(InputError, match="copy of a training volume or overlaps none"):
+        score_samples([near], training, [far, copy], tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    summary = score_samples([near], training, [cube("other", 2, 50), far, copy], tmp_path / "out")
+    assert summary["ratio"]["mean"] == pytest.approx(2, rel=0.02)

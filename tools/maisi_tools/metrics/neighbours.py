@@ -87,7 +87,8 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
 
     Returns:
         For each query ``{"case", "distance_hu", "nearest", "to_second"}``: the last is the distance over that to the
-        second nearest, far below 1 for a copy whatever the sharpness (1 where there is one training volume).
+        second nearest, far below 1 for a copy whatever the sharpness (1 where there is one training volume). The
+        distance is infinite where no shift has the overlap.
 
     Raises:
         InputError: a file is no CT, or no query is given.
@@ -140,7 +141,7 @@ def score_samples(
         volumes) of the samples, and the former two as ``kept_out_...``.
 
     Raises:
-        InputError: nothing is kept out, or as :func:`nearest_training`.
+        InputError: nothing is kept out, or nothing of it that can be compared, or as :func:`nearest_training`.
     """
     folder = check_output_dir(output_dir)
     if not kept_out:
@@ -148,7 +149,13 @@ def score_samples(
     queries = [read_coarse(item["image"]) for item in (*samples, *kept_out)]
     found = nearest_training(queries, [item["image"] for item in training])
     number = len(samples)
-    usual = statistics.fmean(row["distance_hu"] for row in found[number:])
+    comparable = [row["distance_hu"] for row in found[number:] if 0 < row["distance_hu"] < np.inf]
+    if not comparable:
+        raise InputError(
+            "each kept-out volume is a copy of a training volume or overlaps none enough to be compared; give volumes "
+            "of other patients and of the same region"
+        )
+    usual = statistics.fmean(comparable)
     rows: dict[str, dict[str, Any]] = {}
     for row in found[:number]:
         rows[row.pop("case")] = {**row, "ratio": round(row["distance_hu"] / usual, 4)}
