@@ -85,6 +85,13 @@ def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, evaluate, tm
     assert "model.pt" in str(cause(raised.value)) and not list((tmp_path / "out").glob("*"))
 
 
+def test_masks_in_the_inputs_numbering_are_not_evaluated(cause, evaluate, tmp_path):
+    with pytest.raises(Exception) as raised:
+        evaluate(output_labels="input")
+    assert "allowed in an evaluation is 'vocabulary'" in str(cause(raised.value))
+    assert not (tmp_path / "out").exists()
+
+
 def test_ldm_samples_against_the_training_set(run_bundle, datalist, save, phantom_ct, bundles, tmp_path):
     cts = json.loads(datalist.read_text())
     run_bundle(

@@ -85,6 +85,16 @@ def pair_masks(cases: Sequence[Mapping[str, str]], masks_dir: str | Path) -> lis
     return find_inputs(items, "image")
 
 
+def check_numbering(output_labels: str) -> None:
+    """Refuse masks in another numbering than the vocabulary's, in which :func:`score_generated` reads them.
+
+    Raises:
+        InputError: `output_labels` is not "vocabulary".
+    """
+    if output_labels != "vocabulary":
+        raise InputError(f"output_labels is {output_labels!r}; allowed in an evaluation is 'vocabulary': leave it out")
+
+
 def score_generated(
     items: Sequence[Mapping[str, str]],
     output_dir: str | Path,
