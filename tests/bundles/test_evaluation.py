@@ -7,7 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from maisi_tools.weights import save_weights
 
@@ -50,6 +51,33 @@ def evaluate(run_bundle, segmentation, datalist, tmp_path):
         run_bundle("maisi_controlnet", configs, **given, segmenter_config=segmentation[0], **overrides)
 
     return run
+
+
+def test_segmentation_trains_on_cases_with_some_of_their_labels(repo_root, datalist, tmp_path):
+    """Ten steps, fewest that the learning rate's cycle has; the phantoms lack a mandible, larynx and esophagus."""
+    root = repo_root / "evaluation" / "segmentation"
+    workflow = ConfigWorkflow(
+        config_file=str(root / "configs" / "train.json"),
+        meta_file=str(root / "configs" / "metadata.json"),
+        workflow_type="train",
+        logging_file=False,
+        bundle_root=str(root),
+        datalist=str(datalist),
+        ckpt_dir=str(tmp_path / "segmentation"),
+        max_epochs=1,
+        epoch_length=10,
+        val_interval=1,
+        patch_size=[24, 24, 24],
+        **{"network_def#channels": [4, 8], "network_def#strides": [2], "device": "$torch.device('cpu')"},
+    )
+    workflow.initialize()
+    workflow.run()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    assert trainer.state.iteration == 10 and np.isfinite(trainer.state.output["loss"].item())
+    labelled = trainer.state.batch["labelled"]
+    assert labelled[0].tolist() == [True, True, True, False, False, False, True, True]
+    saved = torch.load(tmp_path / "segmentation" / "model.pt", weights_only=True)["model"]
+    assert saved.keys() == workflow.parser.get_parsed_content("network_def").state_dict().keys()
 
 
 def test_controlnet(evaluate, segmentation, tmp_path):
