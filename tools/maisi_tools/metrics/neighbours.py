@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU
-from maisi_tools.metrics.reconstruction import HU_RANGE
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
 
 GRID_MM = 10.0

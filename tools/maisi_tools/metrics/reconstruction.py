@@ -11,9 +11,7 @@ from monai.utils import convert_to_numpy
 from scipy.ndimage import gaussian_filter
 
 from maisi_tools.masks.body import body_envelope
-
-HU_RANGE = (-1000.0, 1000.0)
-"""The window compared, in HU: what MAISI's networks see (arXiv 2409.11169). Values outside are clipped to it."""
+from maisi_tools.volumes.normalise import HU_RANGE
 
 WINDOW, SIGMA = 11, 1.5
 """SSIM's Gaussian window and its standard deviation, in voxels (Wang et al. 2004, section III.B)."""

@@ -12,11 +12,14 @@ from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRa
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import check_ct_intensities
 
+HU_RANGE = (-1000.0, 1000.0)
+"""The window in HU that the networks see, and that figures of CTs are computed in (paper section 3.1)."""
+
 
 class NormaliseByModalityd(MapTransform):
     """Maps a volume's intensities to [0, 1] as its item's modality asks (paper section 3.1), clipped.
 
-    CT ("ct", "ct_contrast", ...): HU [-1000, 1000]. MR ("mri", "mri_t1", ...): from the lowest value to the 99.5th
+    CT ("ct", "ct_contrast", ...): :data:`HU_RANGE`. MR ("mri", "mri_t1", ...): from the lowest value to the 99.5th
     percentile, because MR has no unit. An item without modality is a CT.
 
     Args:
@@ -30,7 +33,7 @@ class NormaliseByModalityd(MapTransform):
     def __init__(self, keys: KeysCollection, modality_key: str = "modality") -> None:
         super().__init__(keys)
         self.modality_key = modality_key
-        self.ct = ScaleIntensityRange(a_min=-1000, a_max=1000, b_min=0, b_max=1, clip=True)
+        self.ct = ScaleIntensityRange(a_min=HU_RANGE[0], a_max=HU_RANGE[1], b_min=0, b_max=1, clip=True)
         self.mr = ScaleIntensityRangePercentiles(lower=0, upper=99.5, b_min=0, b_max=1, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
