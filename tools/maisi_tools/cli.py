@@ -580,9 +580,26 @@ def downstream(
     print(Path(str(output_dir)) / "downstream.csv")
 
 
+def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
+    """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
+
+    Args:
+        names: of bundles, or their folders; by default all.
+        output_dir: folder for the zip files.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    from maisi_tools.fingerprints import sha256
+    from maisi_tools.packaging import package_bundle
+
+    chosen = names or sorted(config.parent.name for config in _bundles(bundles).glob("*/configs"))
+    for folder in [_bundle(name, bundles) for name in chosen]:
+        path = package_bundle(folder, str(output_dir))
+        print(f"{sha256(path)}  {path}")
+
+
 COMMANDS = (
     *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(report, downstream, dicom_read, dicom_write),
+    *(report, downstream, package, dicom_read, dicom_write),
 )
 
 

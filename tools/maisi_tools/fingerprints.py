@@ -18,15 +18,20 @@ LENGTH = 32
 CHUNK = 1 << 20  # bytes
 
 
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, all 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    _update(digest, Path(path))
+    return digest.hexdigest()
+
+
 def of_file(path: str | os.PathLike) -> str:
     """Fingerprint of a file's bytes, or of the names and bytes of all files in a folder (a DICOM series)."""
     path, digest = Path(path), hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(file.name.encode() + b"\0")
-        with file.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                digest.update(chunk)
+        _update(digest, file)
     return digest.hexdigest()[:LENGTH]
 
 
@@ -56,3 +61,9 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_canonical(entry) for entry in value]
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _update(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)

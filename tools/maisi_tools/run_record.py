@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.atomic import write_json
+from maisi_tools.fingerprints import sha256
 
 RUN_RECORD = "run.json"
 
@@ -48,20 +48,12 @@ def record_run(
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "settings": dict(settings),
-        "weights": {Path(file).name: _sha256(Path(file)) for file in weights},
+        "weights": {Path(file).name: sha256(file) for file in weights},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
     }
     write_json(path, json.loads(json.dumps(record, default=str)))
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:
