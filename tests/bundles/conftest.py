@@ -26,13 +26,14 @@ def bundles(repo_root: Path) -> Path:
 def open_bundle(bundles: Path) -> Callable[..., ConfigWorkflow]:
     """``open_bundle("maisi_vae", "inference.json", key=value, ...)`` returns a config's workflow, ready to run."""
 
-    def ready(bundle: str, config: str | list[str], **overrides: Any) -> ConfigWorkflow:
+    def ready(bundle: str, config: str | list[str], kind: str | None = None, **overrides: Any) -> ConfigWorkflow:
         root = bundles / bundle
         files = [str(root / "configs" / name) for name in ([config] if isinstance(config, str) else config)]
         workflow = ConfigWorkflow(
             config_file=files,
             meta_file=str(root / "configs" / "metadata.json"),
             logging_file=False,
+            workflow_type=kind,
             bundle_root=str(root),
             **{"device": "$torch.device('cpu')", **overrides},
         )

@@ -50,6 +50,14 @@ def test_expected_keys(bundles, bundle):
     assert {"trainer", "dataset", "handlers"} <= train["train"].keys() and "data" in train["train"]["dataset"]
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_monai_finds_the_properties_of_inference(open_bundle, ct_file, mask_file, tmp_path, bundle):
+    """By their names, and the optional ones by what refers to them."""
+    given = {"maisi_vae": {"input": str(ct_file)}, "maisi_ldm": {}, "maisi_controlnet": {"input": str(mask_file)}}
+    workflow = open_bundle(bundle, "inference.json", "infer", output_dir=str(tmp_path / "out"), **given[bundle])
+    assert workflow.check_properties() == []
+
+
 def test_networks_are_defined_alike_everywhere(bundles):
     """A bundle is self-contained, so definitions are repeated; they may not drift apart."""
     definitions: dict[str, list] = {"autoencoder": [], "unet": [], "controlnet": []}

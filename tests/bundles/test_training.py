@@ -104,6 +104,13 @@ def tiny_overrides(cases, latents, bundles, tiny_unet_file):
     return overrides_of
 
 
+@pytest.mark.parametrize("stage", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
+def test_monai_finds_the_properties_of_training(open_bundle, cases, latents, bundles, tmp_path, stage):
+    """By their names, and the optional ones by what refers to them."""
+    workflow = open_bundle(stage, "train.json", "train", **overrides(stage, cases, latents, bundles, tmp_path / "out"))
+    assert workflow.check_properties() == []
+
+
 def read(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 

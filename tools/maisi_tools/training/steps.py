@@ -16,6 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 from maisi_tools.errors import InputError, TrainingError
 
 
+def listed(handler: Any) -> Any:
+    """The handler itself: MONAI's ``check_properties`` takes dicts in ``train#handlers`` and no references."""
+    return handler
+
+
 def whole_steps(iterations: int, accumulation_steps: int) -> int:
     """The length of an epoch: ``iterations``, rounded up so that it ends with an optimizer step.
 
