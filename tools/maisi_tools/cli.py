@@ -572,12 +572,65 @@ def downstream(
 
     from maisi_tools.downstream import run_downstream
 
-    wanted = [tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in (real, synthetic_counts)]
-    rows = run_downstream(str(datalist), str(synthetic), str(output_dir), folder, *wanted, seeds, steps)
+    real_counts, made_counts = (
+        tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in (real, synthetic_counts)
+    )
+    rows = run_downstream(
+        str(datalist), str(synthetic), str(output_dir), folder, real_counts, made_counts, seeds, steps
+    )
     columns = ("real", "synthetic", "figure", "dice_real", "dice_with_synthetic", "difference", "difference_sd")
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
         print("".join(f"{row[name]!s:>{22 if name == 'figure' else len(name) + 2}}" for name in columns))
     print(Path(str(output_dir)) / "downstream.csv")
+
+
+def realism(
+    reference: Any,
+    generated: Any,
+    output_dir: str = "realism",
+    network: str = "resnet18",
+    weights: str | None = None,
+    spacing: float = 3.0,
+    size: int = 128,
+    pairs: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Measure how like real CTs generated ones are, and how varied: FID in three planes, MMD, MS-SSIM.
+
+    `torchrun -m maisi_tools.cli realism` shares the volumes among its ranks.
+
+    Args:
+        reference: the real CTs: a folder, a glob, or a datalist.
+        generated: the same of the generated ones.
+        output_dir: folder for realism.json, and for features, which a second run takes from there.
+        network: that gives the features: resnet18 or resnet50.
+        weights: of that network, such as RadImageNet's; by default it is random, with a fixed seed.
+        spacing: mm that the volumes are resampled to.
+        size: voxels a side that they are cropped or padded to.
+        pairs: of volumes in each set that MS-SSIM is averaged over; 0 for none.
+        seed: draws the pairs.
+        device: cpu or cuda.
+    """
+    _check_seed(seed)
+
+    import ignite.distributed as idist
+    import torch.distributed
+
+    from maisi_tools.metrics.realism import SliceNetwork, measure_realism
+    from maisi_tools.volumes.inputs import find_inputs
+
+    real, made = ([item["image"] for item in find_inputs(files)] for files in (reference, generated))
+    features = SliceNetwork(str(network), None if weights is None else str(weights))
+    backend = "gloo" if torch.distributed.is_torchelastic_launched() else None
+    with idist.Parallel(backend=backend):
+        found = measure_realism(
+            real, made, str(output_dir), features, float(spacing), int(size), int(pairs), seed, device
+        )
+        if idist.get_rank() > 0:
+            return
+    for name, value in found["figures"].items():
+        print(f"{name:<40}{value:>14.6f}")
 
 
 def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
@@ -599,7 +652,7 @@ def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -
 
 COMMANDS = (
     *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(report, downstream, package, dicom_read, dicom_write),
+    *(report, realism, downstream, package, dicom_read, dicom_write),
 )
 
 

@@ -166,14 +166,14 @@ def _train(
     datalist = folder / "datalist.json"
     write_json(datalist, {"training": settings["training"], "validation": settings["validation"]})
     configs = root / "configs"
-    common = {
+    common: dict[str, Any] = {
         "bundle_root": str(root),
         "meta_file": str(configs / "metadata.json"),
         "datalist": str(datalist),
         "seed": arm.seed,
     }
     # No validation on the way: nothing is chosen by the kept-out cases.
-    length = {"max_epochs": EPOCHS, "epoch_length": steps // EPOCHS, "val_interval": EPOCHS + 1}
+    length: dict[str, Any] = {"max_epochs": EPOCHS, "epoch_length": steps // EPOCHS, "val_interval": EPOCHS + 1}
     run(config_file=str(configs / "train.json"), ckpt_dir=str(folder), **common, **length, **overrides)
     network = {key: value for key, value in overrides.items() if key.startswith("network_def")}
     run(

@@ -35,6 +35,11 @@ def of_file(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:LENGTH]
 
 
+def of_text(text: str) -> str:
+    """Fingerprint of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Fingerprint of named tensors, whatever their order.
 
