@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,13 @@ class AutoencoderBatch:
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=non_blocking)
-        size = [LATENT_CHANNELS, *(n // FACTOR for n in image.shape[2:])]
-        noise = []
-        for draw in batch["draw"]:
-            with sample_numbers(self.seed, int(draw), device):
-                noise.append(torch.randn(size, device=device))
-        return image, image, (), {"noise": torch.stack(noise)}
+        return image, image, (), {"noise": posterior_noise(batch["draw"], image.shape[2:], self.seed, device)}
+
+
+def posterior_noise(draws: Iterable[Any], size: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Unit normal (B, 4, D/4, H/4, W/4) for images of `size` (D, H, W), each sample's by its number in `draws`."""
+    noise = []
+    for draw in draws:
+        with sample_numbers(seed, int(draw), device):
+            noise.append(torch.randn([LATENT_CHANNELS, *(n // FACTOR for n in size)], device=device))
+    return torch.stack(noise)

@@ -76,9 +76,7 @@ class AutoencoderLoss(nn.Module):
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         reconstruction, mean, sigma = (part.float() for part in prediction)
         target = target.float()
-        variance = sigma.pow(2).clamp_min(1e-12)
-        kl = 0.5 * (mean.pow(2) + variance - variance.log() - 1)
-        terms = {"l1": self._l1(reconstruction, target), "kl": kl.sum() / kl.shape[0]}
+        terms = {"l1": self._l1(reconstruction, target), "kl": kl_divergence(mean, sigma)}
         if self.perceptual is not None and self.weights["perceptual"]:
             terms["perceptual"] = self.perceptual(reconstruction, target)
         if self.adversary is not None and self.weights["adversarial"] and self.adversary.active:
@@ -95,6 +93,12 @@ class AutoencoderLoss(nn.Module):
             weight[(target >= lowest) & (target <= highest)] = value
         axes = (1, 2, 3, 4)  # image by image, so that the ranks' mean is that of the whole batch
         return ((reconstruction - target).abs() * weight).sum(axes).div(weight.sum(axes)).mean()
+
+
+def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
+    """KL divergence of the posterior N(mean, sigma) from a unit normal, summed over a latent, averaged over the batch."""
+    variance = sigma.pow(2).clamp_min(1e-12)
+    return 0.5 * (mean.pow(2) + variance - variance.log() - 1).sum() / mean.shape[0]
 
 
 def _is_weighted_range(entry: object) -> bool:
