@@ -60,7 +60,7 @@ def test_monai_finds_the_properties_of_inference(open_bundle, ct_file, mask_file
 
 def test_networks_are_defined_alike_everywhere(bundles):
     """A bundle is self-contained, so definitions are repeated; they may not drift apart."""
-    definitions: dict[str, list] = {"autoencoder": [], "unet": [], "controlnet": []}
+    definitions: dict[str, list] = {"autoencoder": [], "unet": [], "controlnet": [], "mask_unet": []}
     for path in bundles.glob("*/configs/*.json"):
         config = json.loads(path.read_text())
         for key in ("network_def", "autoencoder_def"):
@@ -71,8 +71,11 @@ def test_networks_are_defined_alike_everywhere(bundles):
             if kind == "ControlledUNet":
                 definitions["unet"].append(definition["unet"])
                 definitions["controlnet"].append(definition["controlnet"])
+            elif kind == "Autoencoder":
+                if definition["in_channels"] == 1:  # the mask autoencoder's is given by overlays, but in one place
+                    definitions["autoencoder"].append(definition)
             else:
-                definitions["unet" if kind == "DiffusionUNet" else "autoencoder"].append(definition)
+                definitions["unet" if kind == "DiffusionUNet" else "mask_unet"].append(definition)
     for kind, found in definitions.items():
         assert len(found) >= 2 and all(one == found[0] for one in found), kind
 
@@ -124,6 +127,7 @@ def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
         ("maisi_vae", ["decode.json"], ["inferer#inferer"]),
         ("maisi_ldm", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_ldm", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
+        ("maisi_ldm", ["mask_inference.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
     ],
@@ -202,6 +206,61 @@ def test_full_size_networks_have_the_released_keys(bundles, bundle, config, over
     ours = (network.controlnet if expected == "ControlNetMaisi" else network).state_dict()
     theirs = released.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_full_size_mask_networks_have_the_released_keys(bundles):
+    """Those of ``mask_generation_autoencoder_def`` and ``mask_generation_diffusion_def`` of the release."""
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+    from monai.networks.nets import DiffusionModelUNet
+
+    parser = parser_of(bundles, "maisi_ldm", "mask_inference.json", "full_mask.json")
+    parser["classes"] = list(range(125))  # the release's file is not here
+    with torch.device("meta"):
+        autoencoder = AutoencoderKlMaisi(
+            spatial_dims=3,
+            in_channels=8,
+            out_channels=125,
+            latent_channels=4,
+            num_channels=[32, 64, 128],
+            num_res_blocks=[1, 2, 2],
+            norm_num_groups=32,
+            norm_eps=1e-6,
+            attention_levels=[False, False, False],
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+            use_checkpointing=True,
+            use_convtranspose=True,
+            norm_float16=True,
+            num_splits=8,
+            dim_split=1,
+        )
+        unet = DiffusionModelUNet(
+            spatial_dims=3,
+            in_channels=4,
+            out_channels=4,
+            channels=[64, 128, 256, 512],
+            attention_levels=[False, False, True, True],
+            num_head_channels=[0, 0, 32, 32],
+            num_res_blocks=2,
+            with_conditioning=True,
+            upcast_attention=True,
+            cross_attention_dim=10,
+        )
+        for name, released in (("autoencoder_def", autoencoder), ("network_def", unet)):
+            ours = parser.get_parsed_content(name).state_dict()
+            assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in released.state_dict().items()}
+
+
+def test_the_masks_of_generator_and_controlnet_have_the_same_labels(bundles):
+    """What the generator draws, the ControlNet knows; and every config of the generator has the same organs."""
+    inference = json.loads((bundles / "maisi_ldm" / "configs" / "mask_inference.json").read_text())
+    controlnet = json.loads((bundles / "maisi_controlnet" / "configs" / "train.json").read_text())
+    for bundle in ("maisi_ldm", "maisi_vae"):
+        training = json.loads((bundles / bundle / "configs" / "train_mask.json").read_text())
+        assert [0, *training["keep_labels"]] == inference["classes"]
+        assert training["keep_labels"] == controlnet["keep_labels"]
+        assert training["merge_labels"] == controlnet["merge_labels"]
+        assert training.get("organs", inference["organs"]) == inference["organs"]
 
 
 def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):

@@ -11,7 +11,7 @@ from scipy.ndimage import map_coordinates
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.training.controlnet import FitMaskd
-from maisi_tools.training.views import SeeViewd, View, make_views
+from maisi_tools.training.views import SeeMaskd, SeeViewd, View, make_views
 from maisi_tools.volumes.grid import latent_affine
 
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 2.0, 0, 10], [0, 0, 4.0, 5], [0, 0, 0, 1]])
@@ -142,3 +142,15 @@ def test_a_mask_follows_its_view_and_changes_sides(view):
     for one, other in ((left, right), (18, 20)):
         assert np.argwhere(fitted == one)[:, 0].mean() < middle < np.argwhere(fitted == other)[:, 0].mean()
     assert abs(np.argwhere(fitted == cord)[:, 0].mean() - middle) < 2
+
+
+def test_a_masks_view_has_its_labels_and_changes_sides():
+    labels = torch.zeros(1, 8, 8, 8)
+    labels[0, :3], labels[0, 5:] = 18, 20
+    mask = MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    views = [{"name": "flip", "flip": True, "spacing": [3.0, 3.0, 3.0]}]
+    seen = SeeMaskd("image", views, 0)({"image": mask, "view": "flip", "case": "a"})["image"]
+    assert set(seen.unique().tolist()) == {0.0, 18.0, 20.0}
+    assert (seen[0, 0] == 18).all() and (seen[0, -1] == 20).all() and np.linalg.det(seen.affine) < 0
+    with pytest.raises(InputError, match="shift_hu"):
+        SeeMaskd("image", [{"shift_hu": 5}], 0)

@@ -25,10 +25,12 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 )
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+from monai.networks.nets import DiffusionModelUNet
 from monai.networks.utils import freeze_layers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.volumes.latents import FACTOR
@@ -167,6 +169,27 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
             bottom_region_index_tensor=value(bottom_region_index_tensor, self.include_bottom_region_index_input, 4),
             spacing_tensor=value(spacing_tensor, self.include_spacing_input, 3),
         )
+
+
+class MaskUNet(DiffusionModelUNet):
+    """The mask generator's U-Net: noisy latent (B, 4, d, h, w) -> velocity or noise of the same shape.
+
+    ``organ_sizes`` (B, number of organs) is what its cross attention looks at; without it all are
+    :data:`~maisi_tools.diffusion.organ_sizes.UNKNOWN`.
+    """
+
+    def __init__(self, *, cross_attention_dim: int, **kwargs: Any) -> None:
+        super().__init__(with_conditioning=True, cross_attention_dim=cross_attention_dim, **kwargs)
+        self.organs = int(cross_attention_dim)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timesteps: Tensor | None = None, organ_sizes: Tensor | None = None
+    ) -> Tensor:
+        if organ_sizes is None:
+            organ_sizes = x.new_full((len(x), self.organs), UNKNOWN)
+        if timesteps is None:
+            timesteps = x.new_zeros(len(x))
+        return super().forward(x, timesteps, context=organ_sizes.to(x)[:, None])
 
 
 class ControlledUNet(nn.Module):

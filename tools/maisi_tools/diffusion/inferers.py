@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
+from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
+from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
 
@@ -177,3 +179,66 @@ class MaskToCT(Inferer):
         latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
         ct = crop_to(self.decoder(latent), size)
         return torch.where(labels == 0, torch.zeros_like(ct), ct)
+
+
+class MaskSampler(Inferer):
+    """Mask generator (paper section 3.3): noise (B, 4, d, h, w) -> label mask (B, 1, 4d, 4h, 4w), uint8.
+
+    Args:
+        decoder: latent -> logits of the classes.
+        scheduler, num_inference_steps: as in :class:`LatentSampler`.
+        organ_sizes: the network's condition (number of organs,), see
+            :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
+        classes: the label that each channel of the logits stands for.
+        single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
+        guidance_scale: 0 is off; the unconditional pass knows no size.
+        seed: of samples that come without one.
+        inferer: how the U-Net is run.
+    """
+
+    def __init__(
+        self,
+        decoder: LatentDecoder,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        organ_sizes: Tensor,
+        classes: Sequence[int],
+        single_pieces: Sequence[int] = (),
+        guidance_scale: float = 0.0,
+        seed: int = 0,
+        progress: bool = True,
+        inferer: Inferer | None = None,
+    ) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.scheduler = scheduler
+        self.num_inference_steps = int(num_inference_steps)
+        self.organ_sizes = organ_sizes
+        self.classes = torch.tensor([int(label) for label in classes], dtype=torch.uint8)
+        self.single_pieces = tuple(single_pieces)
+        self.guidance_scale = float(guidance_scale)
+        self.seed = int(seed)
+        self.progress = progress
+        self.inferer = inferer or SimpleInferer()
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
+    ) -> Tensor:
+        inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
+        seeds = [self.seed] * len(inputs) if seeds is None else [int(seed) for seed in seeds]
+        # One sample at a time: a mask must not depend on the batch it was drawn in.
+        return torch.cat([self._one(noise, seed, network) for noise, seed in zip(inputs.split(1), seeds, strict=True)])
+
+    def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
+        sizes = self.organ_sizes[None].to(noise)
+        denoiser = guided(
+            lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
+            lambda x, t: self.inferer(x, network, t, organ_sizes=torch.full_like(sizes, UNKNOWN)),
+            self.guidance_scale,
+        )
+        generator = step_generator(noise, seed)
+        latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        channels = self.decoder(latent).argmax(1)[0]
+        labels = self.classes.to(channels.device)[channels].cpu().numpy()
+        return torch.from_numpy(keep_largest_pieces(labels, self.single_pieces))[None, None].to(noise.device)

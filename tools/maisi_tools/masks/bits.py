@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import torch
+from monai.transforms import MapTransform
+from monai.utils import convert_to_dst_type
 from torch import Tensor
 
 
@@ -15,3 +20,16 @@ def label_bits(mask: Tensor, bits: int = 8) -> Tensor:
     planes = 2 ** torch.arange(bits, device=mask.device)
     values = mask.to(torch.long)
     return (values.bitwise_and(planes.view(1, bits, 1, 1, 1)) != 0).to(torch.float32)
+
+
+class LabelBitsd(MapTransform):
+    """MONAI dict transform: label mask (1, D, H, W) -> bit planes (8, D, H, W), float32, see :func:`label_bits`."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        planes = {
+            key: label_bits(torch.as_tensor(data[key]).as_subclass(Tensor)[None])[0] for key in self.key_iterator(data)
+        }
+        return {
+            **data,
+            **{key: convert_to_dst_type(value, dst=data[key], dtype=torch.float32)[0] for key, value in planes.items()},
+        }

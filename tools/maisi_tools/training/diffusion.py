@@ -132,12 +132,7 @@ class DiffusionBatch:
         noisy = self.scheduler.add_noise(latent, noise, timesteps)
         target, weight = self._target(latent, noise, timesteps)
 
-        conditions = {name: batch[name].to(device) for name in CONDITIONS}
-        conditions["class_labels"] = self._coarsened(conditions["class_labels"], chance)
-        kept = chance[0] >= self.condition_dropout
-        keywords: dict[str, Tensor] = {"timesteps": timesteps}
-        for name, value in conditions.items():
-            keywords[name] = value * kept.to(value.dtype).reshape(-1, *[1] * (value.ndim - 1))
+        keywords = {"timesteps": timesteps, **self._conditions(batch, chance, device)}
         if self.mask_key is None:
             return noisy, target if weight is None else Target(target, weight), (), keywords
 
@@ -159,6 +154,16 @@ class DiffusionBatch:
         weight = torch.ones_like(region) if weight is None else weight
         keywords = {name: torch.cat([value, value]) for name, value in keywords.items()}
         return torch.cat([mask, other]), Target(target, weight, region), (), keywords
+
+    def _conditions(self, batch: Mapping[str, Any], chance: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The network's condition inputs, of some samples replaced by their null value."""
+        conditions = {name: batch[name].to(device) for name in CONDITIONS}
+        conditions["class_labels"] = self._coarsened(conditions["class_labels"], chance)
+        kept = chance[0] >= self.condition_dropout
+        return {
+            name: value * kept.to(value.dtype).reshape(-1, *[1] * (value.ndim - 1))
+            for name, value in conditions.items()
+        }
 
     def _draw(self, latent: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (B, 4, d, h, w), timesteps (B,), and four uniform numbers for each sample (4, B)."""

@@ -96,7 +96,7 @@ class AutoencoderLoss(nn.Module):
 
 
 def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL divergence of the posterior N(mean, sigma) from a unit normal, summed over a latent, averaged over the batch."""
+    """KL divergence of N(mean, sigma) from a unit normal, summed over a latent and averaged over the batch."""
     variance = sigma.pow(2).clamp_min(1e-12)
     return 0.5 * (mean.pow(2) + variance - variance.log() - 1).sum() / mean.shape[0]
 

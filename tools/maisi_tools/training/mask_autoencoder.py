@@ -77,8 +77,8 @@ class MaskAutoencoderLoss(nn.Module):
         class_weights: of each class in the cross entropy; more for what is thin or small.
 
     Attributes:
-        terms: "cross_entropy", "dice" (1 - the mean over all classes but the background) and "kl", before its weight, of
-            the last call, and "scale_factor" as in :class:`~maisi_tools.training.losses.AutoencoderLoss`.
+        terms: "cross_entropy", "dice" (1 - the mean over all classes but the background) and "kl" (before its weight)
+            of the last call, and "scale_factor" as in :class:`~maisi_tools.training.losses.AutoencoderLoss`.
     """
 
     def __init__(self, kl_weight: float, class_weights: Sequence[float]) -> None:

@@ -15,6 +15,7 @@ from monai.transforms import Compose, Flip, MapTransform, Spacing, SpatialResamp
 from scipy.spatial.transform import Rotation
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.edits import swap_sides
 
 NAME_HELP = "letters, digits and hyphens, because it stands in the latent's file name"
 
@@ -71,20 +72,21 @@ class View:
         fields = {key: value for key, value in dataclasses.asdict(self).items() if value}
         return fields | ({"seed": seed} if self.is_drawn else {})
 
-    def see(self, volume: Any, seed: int, stem: str) -> Any:
+    def see(self, volume: Any, seed: int, stem: str, mode: str = "bilinear") -> Any:
         """The volume as this view shows it.
 
         Args:
             volume: ``MetaTensor`` (1, X, Y, Z), RAS.
             seed: of what is drawn.
             stem: the volume's name.
+            mode: of interpolation; "nearest" for a mask.
         """
         drawn = np.random.default_rng(list(hashlib.sha256(f"{seed} {stem} {self.name}".encode()).digest()))
         steps: list[Any] = []
         if self.spacing is not None:
             ranges = [(mm, mm) if _is_number(mm) else tuple(mm) for mm in self.spacing]  # type: ignore[arg-type]
             values = {limits: float(drawn.uniform(*limits)) for limits in dict.fromkeys(ranges)}
-            steps.append(Spacing(pixdim=[values[limits] for limits in ranges], mode="bilinear"))
+            steps.append(Spacing(pixdim=[values[limits] for limits in ranges], mode=mode))
         if self.flip:
             steps.append(Flip(spatial_axis=0))
         if self.rotate:
@@ -94,7 +96,7 @@ class View:
                 grid = step(grid, lazy=True)
             affine, size = _turned(grid.peek_pending_affine(), grid.peek_pending_shape(), angles)
             # The border goes on outside the volume, as FitMaskd lets the mask do.
-            resample = SpatialResample("bilinear", "border", align_corners=False)
+            resample = SpatialResample(mode, "border", align_corners=False)
             steps = [functools.partial(resample, dst_affine=affine, spatial_size=size)]
         seen: Any = Compose(steps)(volume)
         return seen + drawn.uniform(-self.shift_hu, self.shift_hu) if self.shift_hu else seen
@@ -138,6 +140,24 @@ class SeeViewd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         view = self.views[data["view"]]
         return {**data, **{key: view.see(data[key], self.seed, data["case"]) for key in self.key_iterator(data)}}
+
+
+class SeeMaskd(SeeViewd):
+    """As :class:`SeeViewd`, for masks: nearest labels, and on a mirrored grid left and right structures exchanged.
+
+    Raises:
+        InputError: a view that shifts HU.
+    """
+
+    def __init__(self, keys: str, views: Sequence[Mapping[str, Any]], seed: int) -> None:
+        super().__init__(keys, views, seed)
+        if shifted := [name for name, view in self.views.items() if view.shift_hu]:
+            raise InputError(f"view {shifted[0]!r} has shift_hu, but a mask has no HU; leave it out")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        view = self.views[data["view"]]
+        seen = {key: view.see(data[key], self.seed, data["case"], "nearest") for key in self.key_iterator(data)}
+        return {**data, **{key: swap_sides(mask) if view.flip else mask for key, mask in seen.items()}}
 
 
 def _turned(affine: Any, size: Sequence[int], degrees: np.ndarray) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -1,0 +1,99 @@
+"""Batches and loss of the mask autoencoder and the mask generator."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.networks.schedulers import RFlowScheduler
+from torch.nn.functional import one_hot
+
+from maisi_tools.diffusion.organ_sizes import UNKNOWN
+from maisi_tools.errors import InputError
+from maisi_tools.masks.bits import LabelBitsd
+from maisi_tools.training.mask_autoencoder import MaskAutoencoderLoss, MaskBatch, class_of_label
+from maisi_tools.training.mask_diffusion import MaskDiffusionBatch, OrganSizesd
+
+CPU = torch.device("cpu")
+
+
+def test_bits_go_in_and_classes_are_wanted():
+    labels = torch.tensor([0, 18, 200, 120]).reshape(1, 1, 4, 1, 1).repeat(1, 1, 1, 4, 4)
+    batch = {"image": labels.to(torch.uint8), "draw": torch.tensor([5])}
+    bits, target, _, keywords = MaskBatch(0, [0, 18, 120, 200])(batch, CPU)
+    assert target[0, 0, :, 0, 0].tolist() == [0, 1, 3, 2] and target.dtype == torch.int64
+    values = (bits * 2 ** torch.arange(8).reshape(1, 8, 1, 1, 1)).sum(1, keepdim=True)
+    assert torch.equal(values, labels.float())
+    assert keywords["noise"].shape == (1, 4, 1, 1, 1)
+    again = MaskBatch(0, [0, 18, 120, 200])({**batch, "draw": torch.tensor([5])}, CPU)[3]["noise"]
+    assert torch.equal(again, keywords["noise"])
+
+
+def test_labels_without_a_class_are_refused():
+    with pytest.raises(InputError, match="132"):
+        MaskBatch(0, [0, 18])({"image": torch.full((1, 1, 2, 2, 2), 132)}, CPU)
+
+
+@pytest.mark.parametrize("classes", [[], [1, 2], [0, 1, 1], [0, 199]])
+def test_wrong_classes_are_refused(classes):
+    with pytest.raises(InputError, match="leading 0"):
+        class_of_label(classes)
+
+
+def test_loss_against_numpy():
+    logits = torch.randn(2, 3, 4, 4, 4)
+    target = torch.randint(0, 3, (2, 1, 4, 4, 4))
+    mean, sigma = torch.randn(2, 4, 1, 1, 1), torch.rand(2, 4, 1, 1, 1) + 0.1
+    loss = MaskAutoencoderLoss(0.01, [1, 2, 5])
+    value = loss((logits, mean, sigma), target)
+    p = logits.softmax(1).double().numpy()
+    wanted = one_hot(target[:, 0], 3).movedim(-1, 1).double().numpy()
+    weight = np.array([1, 2, 5.0])[target[:, 0].numpy()]
+    entropy = (-np.log((p * wanted).sum(1)) * weight).sum() / weight.sum()
+    axes = (2, 3, 4)
+    dice = 1 - (2 * (p * wanted).sum(axes) + 1e-5) / (p.sum(axes) + wanted.sum(axes) + 1e-5)
+    m, s = mean.double().numpy(), sigma.double().numpy()
+    kl = (0.5 * (m**2 + s**2 - np.log(s**2) - 1)).sum() / 2
+    assert value.item() == pytest.approx(entropy + dice[:, 1:].mean() + 0.01 * kl, rel=1e-5)
+    assert set(loss.terms) == {"cross_entropy", "dice", "kl", "scale_factor"}
+
+
+def test_label_bits_keep_the_grid():
+    mask = MetaTensor(torch.full((1, 2, 2, 2), 5.0), affine=torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0])))
+    bits = LabelBitsd("image")({"image": mask})["image"]
+    assert bits.shape == (8, 2, 2, 2) and torch.equal(bits.affine, mask.affine)
+    assert bits[:, 0, 0, 0].tolist() == [1, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_sizes_are_measured_on_the_latents_grid():
+    latent = MetaTensor(torch.zeros(4, 1, 1, 1), meta={"sidecar": {"spacing": [5.0, 5.0, 4.0]}})
+    mask = torch.zeros(1, 10, 10, 10)
+    mask[0, :2] = 18  # 200 voxels of 0.1 ml
+    organs = {"left parotid": {"label": 18, "range": [10, 30]}, "body": {"label": 200, "range": [1, 2]}}
+    data = OrganSizesd("mask", "latent", organs)({"latent": latent, "mask": mask})
+    assert data["organ_sizes"].tolist() == pytest.approx([0.5, UNKNOWN])
+
+
+def batch_of(count: int) -> dict:
+    return {
+        "latent": torch.randn(count, 4, 2, 2, 2),
+        "organ_sizes": torch.full((count, 10), 0.5),
+        "draw": torch.arange(count),
+    }
+
+
+def test_sizes_are_dropped_one_by_one_at_a_rate_of_each_sample():
+    scheduler = RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=False, sample_method="uniform")
+    batch = batch_of(400)
+    sizes = MaskDiffusionBatch(scheduler, 1.0, 0, size_dropout=1.0)(batch, CPU)[3]["organ_sizes"]
+    dropped = (sizes == UNKNOWN).float()
+    assert set(sizes.unique().tolist()) == {0.5, UNKNOWN}
+    assert dropped.mean().item() == pytest.approx(0.5, abs=0.05)
+    # A rate for each sample: the number dropped is uniform over 0..10, which one common rate would not give.
+    assert dropped.sum(1).std().item() == pytest.approx(10**0.5, rel=0.1)
+    kept = MaskDiffusionBatch(scheduler, 1.0, 0)(batch, CPU)[3]["organ_sizes"]
+    assert torch.equal(kept, batch["organ_sizes"])
+    one = {name: value[7:8] for name, value in batch.items()}
+    alone = MaskDiffusionBatch(scheduler, 1.0, 0, size_dropout=1.0)(one, CPU)[3]["organ_sizes"]
+    assert torch.equal(alone, sizes[7:8])
