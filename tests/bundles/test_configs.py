@@ -114,7 +114,7 @@ def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
     parser["displayable_configs"]["seed"] = 7
     parser["displayable_configs"]["num_inference_steps"] = 2
     parser.parse()
-    inferer = parser.get_parsed_content("inferer")
+    inferer = parser.get_parsed_content("inferer" if bundle == "maisi_ldm" else "inferer#inferer")
     assert inferer.num_inference_steps == 2
     assert (inferer.conditions.seed if bundle == "maisi_ldm" else inferer.seed) == 7
 
@@ -128,8 +128,8 @@ def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
         ("maisi_ldm", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_ldm", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_ldm", ["mask_inference.json"], ["inferer#inferer", "decoder#inferer"]),
-        ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
-        ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["inferer#inferer#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["inferer#inferer#inferer", "decoder#inferer"]),
     ],
 )
 def test_every_network_is_run_in_slabs_as_the_top_level_keys_say(bundles, bundle, config, places):

@@ -28,6 +28,8 @@ def test_ct_has_the_masks_geometry_and_air_outside_the_body(run_bundle, save, ph
     metrics = json.loads((tmp_path / "out" / "case7_ct.json").read_text())["metrics"]
     assert metrics["hu_outside"] == -1000
     assert metrics["hu_airway"] < metrics["hu_soft_tissue"] < metrics["hu_bone"]
+    draws = json.loads((tmp_path / "out" / "case7_ct.json").read_text())["draws"]
+    assert draws["seed"] == 0 and len(draws["tried"]) == 1
 
 
 def test_same_seed_same_bytes_alone_or_among_others(run_bundle, save, phantom_labels, tmp_path):

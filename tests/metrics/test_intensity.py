@@ -5,8 +5,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY, label_id
-from maisi_tools.metrics.intensity import TissueIntensitiesd, tissue_intensities
+from maisi_tools.metrics.intensity import TissueIntensitiesd, hu_ranges, implausible_organs, tissue_intensities
 
 
 def case() -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
@@ -47,3 +48,25 @@ def test_transform_takes_masks_of_floating_point():
     result = TissueIntensitiesd("ct", "mask", output_key="figures")(data)
     assert result["figures"] == pytest.approx(expected, abs=0.006) and result["name"] == "x"
     assert TissueIntensitiesd("ct", "mask")(data)["metrics"] == result["figures"]
+
+
+def test_ranges_of_the_vocabulary_and_changed_ones():
+    ranges = hu_ranges({"liver": [-22, 300], "121": [-50, 100], "left parotid gland": [-100, 100], "spleen": None})
+    assert ranges[1] == (-22, 300) and ranges[121] == (-50, 100) and ranges[18] == (-100, 100)
+    assert 3 not in ranges and ranges[120] == (71, 1000)
+
+
+@pytest.mark.parametrize("changed", [{"nose": [0, 1]}, {"liver": [3, 1]}, {"liver": 3}, {"999": [0, 1]}, [1]])
+def test_wrong_ranges_are_refused(changed):
+    with pytest.raises(InputError):
+        hu_ranges(changed)
+
+
+def test_medians_outside_their_range_are_named():
+    labels = np.zeros((8, 8, 8), dtype=np.uint8)
+    labels[0], labels[1], labels[2, :7, :9] = 1, 120, 3  # liver, skull, and a spleen of 56 voxels, too few
+    ct = np.where(labels == 1, 250.0, -500.0)
+    ct[1, :5] = 400  # most of the skull
+    found = implausible_organs(ct, labels, hu_ranges())
+    assert found == {"liver": {"median": 250.0, "lowest": -22.0, "highest": 162.0}}
+    assert implausible_organs(ct, labels, hu_ranges({"liver": [-22, 300]})) == {}

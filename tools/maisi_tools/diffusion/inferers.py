@@ -138,11 +138,15 @@ class MaskToCT(Inferer):
         self.inferer = inferer or SimpleInferer()
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: nn.Module, *args: Any, seed: int | None = None, **kwargs: Any
+    ) -> Tensor:
+        """``seed`` in place of the one this was made with, for another draw."""
+        seed = self.seed if seed is None else int(seed)
         spacings = self._spacings(inputs)
         labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
         # One mask at a time: a CT must not depend on the batch its mask was in.
-        return torch.cat([self._one(*each, network) for each in zip(labels.split(1), spacings, strict=True)])
+        return torch.cat([self._one(*each, network, seed) for each in zip(labels.split(1), spacings, strict=True)])
 
     def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
         """Mm along x, y, z of each mask of a batch."""
@@ -154,7 +158,7 @@ class MaskToCT(Inferer):
         affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
         return affines[:, :3, :3].norm(dim=1).tolist()
 
-    def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module) -> Tensor:
+    def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module, seed: int) -> Tensor:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         condition = padded
         if self.keep_labels is not None:
@@ -164,7 +168,7 @@ class MaskToCT(Inferer):
             spacing=(spacing[0], spacing[1], spacing[2]),
             region=region_of(condition.unique().int().tolist()),
             modality=self.modality,
-            seed=self.seed,
+            seed=seed,
         )
         noise = conditions.noise()[None].to(labels.device)
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
@@ -175,7 +179,7 @@ class MaskToCT(Inferer):
             lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **without),
             self.guidance_scale,
         )
-        generator = step_generator(noise, self.seed)
+        generator = step_generator(noise, seed)
         latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
         ct = crop_to(self.decoder(latent), size)
         return torch.where(labels == 0, torch.zeros_like(ct), ct)

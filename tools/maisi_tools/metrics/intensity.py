@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from monai.transforms import MapTransform
 
-from maisi_tools.masks.vocabulary import VOCABULARY, labels_in_group
+from maisi_tools.errors import InputError
+from maisi_tools.masks.codes import display_name
+from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
 
 NOT_SOFT = ("bone", "airway", "lung", "cartilage", "bowel")
 """Groups whose voxels are not soft tissue: bowel holds gas, cartilage calcifies."""
+
+
+LEAST_VOXELS = 64
+"""Organs with fewer voxels are not checked: partial volume decides their median."""
 
 
 def tissue_intensities(ct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -48,3 +54,60 @@ class TissueIntensitiesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         ct, mask = (np.asarray(data[key][0].cpu()) for key in (self.keys[0], self.mask_key))
         return {**data, self.output_key: tissue_intensities(ct, mask.round().astype(int))}
+
+
+def hu_ranges(changed: Mapping[str | int, Sequence[float] | None] | None = None) -> dict[int, tuple[float, float]]:
+    """Plausible (lowest, highest) median HU of each label that has one.
+
+    Args:
+        changed: label (name or id) -> another range, for a contrast phase or an organ that has none in the vocabulary;
+            None leaves the label unchecked.
+
+    Raises:
+        InputError: an unknown label, or a range that is none.
+    """
+    ranges = {label: entry.hu_range for label, entry in VOCABULARY.items() if entry.hu_range is not None}
+    if not isinstance(changed or {}, Mapping):
+        raise InputError(f"hu_ranges is {changed!r}; allowed is label -> [lowest, highest]: {{'liver': [-22, 250]}}")
+    for name, limits in (changed or {}).items():
+        label = _label_of(name)
+        if limits is None:
+            ranges.pop(label, None)
+            continue
+        if not isinstance(limits, Sequence) or len(limits) != 2 or not limits[0] < limits[1]:
+            raise InputError(f"hu_ranges has {name}: {limits!r}; allowed are [lowest, highest] in HU, or null")
+        ranges[label] = (float(limits[0]), float(limits[1]))
+    return ranges
+
+
+def implausible_organs(
+    ct: np.ndarray, labels: np.ndarray, ranges: Mapping[int, tuple[float, float]]
+) -> dict[str, dict[str, float]]:
+    """Organs whose median HU lies outside its range (the quality check of the MAISI release).
+
+    Args:
+        ct: (D, H, W) in HU.
+        labels: (D, H, W) in the MAISI vocabulary.
+        ranges: see :func:`hu_ranges`.
+
+    Returns:
+        name -> ``median``, ``lowest``, ``highest``.
+    """
+    found = {}
+    for label in np.unique(labels).tolist():
+        if label not in ranges:
+            continue
+        values = ct[labels == label]
+        low, high = ranges[label]
+        if values.size >= LEAST_VOXELS and not low <= (median := float(np.median(values))) <= high:
+            found[display_name(label)] = {"median": round(median, 1), "lowest": low, "highest": high}
+    return found
+
+
+def _label_of(name: str | int) -> int:
+    if str(name).isdigit():
+        if int(name) in VOCABULARY:
+            return int(name)
+        raise InputError(f"hu_ranges has the label {name}; {ALLOWED}")
+    by_name = {display_name(label): label for label in VOCABULARY}
+    return by_name[str(name)] if str(name) in by_name else label_id(str(name))

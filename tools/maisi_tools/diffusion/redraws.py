@@ -1,0 +1,97 @@
+"""Drawing a CT again, with another seed, while an organ has Hounsfield units that it cannot have."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from monai.transforms import MapTransform
+from torch import Tensor, nn
+
+from maisi_tools.diffusion.inferers import MaskToCT
+from maisi_tools.errors import InputError
+from maisi_tools.metrics.intensity import hu_ranges, implausible_organs
+from maisi_tools.volumes.normalise import HU_RANGE
+
+logger = logging.getLogger(__name__)
+
+STRIDE = 1_000_003
+"""Seed N's redraws have the seeds N + STRIDE, N + 2 STRIDE, ..., so that they are not those of other samples."""
+
+
+class CheckedCT(Inferer):
+    """Stage 3 with the intensity check of the MAISI release: label mask (B, 1, D, H, W) -> CT of the same size.
+
+    Args:
+        inferer: draws a CT.
+        redraws: how often at most a CT is drawn again; the release has 2. The draw with the fewest implausible organs
+            is kept, the first of them.
+        ranges: label -> plausible median HU where it is not that of the vocabulary, see
+            :func:`~maisi_tools.metrics.intensity.hu_ranges`.
+
+    Returns:
+        ``{"ct": CT in [0, 1], "draws": for each mask JSON with the ``seed`` that was kept and all
+        that were ``tried``, each with its ``implausible`` organs}``, for :class:`SplitCheckedd`.
+    """
+
+    def __init__(
+        self,
+        inferer: MaskToCT,
+        redraws: int = 0,
+        ranges: Mapping[str | int, Sequence[float] | None] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(redraws, int) or isinstance(redraws, bool) or redraws < 0:
+            raise InputError(f"redraws is {redraws!r}; allowed are whole numbers from 0 on")
+        self.inferer = inferer
+        self.redraws = redraws
+        self.ranges = hu_ranges(ranges)
+
+    def __call__(  # type: ignore[override]
+        self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        drawn = [self._draw(mask, network) for mask in inputs.split(1)]
+        return {"ct": torch.cat([ct for ct, _ in drawn]), "draws": [json.dumps(record) for _, record in drawn]}
+
+    def _draw(self, mask: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+        labels = np.asarray(mask[0, 0].cpu()).round().astype(int)
+        tried: list[dict[str, Any]] = []
+        kept: tuple[Tensor, int, int] | None = None
+        for again in range(self.redraws + 1):
+            seed = self.inferer.seed + again * STRIDE
+            ct = self.inferer(mask, network, seed=seed)
+            hu = ct[0, 0].clamp(0, 1).cpu().numpy() * (HU_RANGE[1] - HU_RANGE[0]) + HU_RANGE[0]
+            wrong = implausible_organs(hu, labels, self.ranges)
+            tried.append({"seed": seed, "implausible": wrong})
+            if kept is None or len(wrong) < kept[2]:
+                kept = ct, seed, len(wrong)
+            if not wrong:
+                break
+            listed = ", ".join(f"{name} {found['median']:g} HU" for name, found in wrong.items())
+            logger.warning("draw %d of %d, seed %d: implausible %s", again + 1, self.redraws + 1, seed, listed)
+        assert kept is not None
+        return kept[0], {"seed": kept[1], "tried": tried}
+
+
+class SplitCheckedd(MapTransform):
+    """Splits what :class:`CheckedCT` returns: ``data[key]`` becomes the CT, ``data[output_key]`` how it was drawn."""
+
+    def __init__(self, keys: str, output_key: str = "draws") -> None:
+        super().__init__(keys)
+        self.output_key = output_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        output = data[self.keys[0]]
+        if not isinstance(output, Mapping):
+            return dict(data)
+        draws = output["draws"]
+        return {
+            **data,
+            self.keys[0]: output["ct"],
+            self.output_key: json.loads(draws if isinstance(draws, str) else draws[0]),
+        }
