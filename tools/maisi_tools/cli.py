@@ -633,6 +633,32 @@ def realism(
         print(f"{name:<40}{value:>14.6f}")
 
 
+def stratify(
+    metrics: str, cases: str, by: Any, output: str = "stratified.csv", edges: Any = None, case_column: str = "case"
+) -> None:
+    """Group the figures of an evaluation by columns of a case table, such as sex, age or scanner.
+
+    Args:
+        metrics: metrics.csv of a bundle's evaluation.
+        cases: CSV file with a row a case.
+        by: columns of it: sex,scanner.
+        output: CSV file to write.
+        edges: bounds of groups of a column with numbers: "{'age': [40,60]}".
+        case_column: column of `cases` that holds the names.
+    """
+    from maisi_tools.metrics.stratify import COLUMNS
+    from maisi_tools.metrics.stratify import stratify as group
+
+    columns = [str(name) for name in (by if isinstance(by, (tuple, list)) else str(by).split(","))]
+    if edges is not None and not isinstance(edges, dict):
+        raise InputError(f"edges is {edges!r}; allowed is column -> bounds: \"{{'age': [40,60]}}\"")
+    rows = group(str(metrics), str(cases), columns, str(output), edges, str(case_column))
+    widths = [max(len(str(row[name])) for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]) for name in COLUMNS]
+    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
+        print("  ".join(f"{row[name]!s:<{width}}" for name, width in zip(COLUMNS, widths, strict=True)).rstrip())
+    print(output)
+
+
 def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
     """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
 
@@ -652,7 +678,7 @@ def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -
 
 COMMANDS = (
     *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(report, realism, downstream, package, dicom_read, dicom_write),
+    *(report, realism, stratify, downstream, package, dicom_read, dicom_write),
 )
 
 

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from maisi_tools.cli import main
+from maisi_tools.errors import InputError
+from maisi_tools.metrics.stratify import stratify
+
+
+@pytest.fixture
+def tables(tmp_path):
+    random = np.random.default_rng(0)
+    dice = random.uniform(0.5, 1, 12).round(4)
+    sexes = ["F", "M"] * 5 + ["", "F"]
+    with open(tmp_path / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "dice", "note", "psnr"])
+        writer.writerows([f"pt_{i}_ct", dice[i], "text", "nan" if i == 0 else 30 + i] for i in range(12))
+    with open(tmp_path / "cases.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "sex", "age"])
+        writer.writerows([f"pt_{i}", sexes[i], 30 + 4 * i] for i in range(12))
+        writer.writerow(["pt", "X", "1"])  # a shorter name: pt_3_ct is pt_3's
+    return tmp_path, dice, sexes
+
+
+def test_groups_agree_with_numpy_and_scipy(tables):
+    folder, dice, sexes = tables
+    rows = stratify(folder / "metrics.csv", folder / "cases.csv", ["sex"], folder / "out.csv", case_column="name")
+    found = {(row["group"], row["figure"]): row for row in rows}
+    assert {figure for _, figure in found} == {"dice", "psnr"}
+    groups = {name: [dice[i] for i in range(12) if sexes[i] == name] for name in ("F", "M", "")}
+    for name, values in groups.items():
+        row = found[name or "unknown", "dice"]
+        assert row["cases"] == len(values) and row["mean"] == pytest.approx(np.mean(values), rel=1e-5)
+        assert row["sd"] == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0, rel=1e-4)
+        assert float(row["p_value"]) == pytest.approx(stats.kruskal(groups["F"], groups["M"]).pvalue, rel=1e-3)
+    assert found["F", "psnr"]["cases"] == 5  # one is not a number
+    with open(folder / "out.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_numbers_are_grouped_by_edges(tables):
+    folder, dice, _ = tables
+    options = {"edges": {"age": [40, 60]}, "case_column": "name"}
+    rows = stratify(folder / "metrics.csv", folder / "cases.csv", ["age"], folder / "out.csv", **options)
+    ages = 30 + 4 * np.arange(12)
+    expected = [dice[ages < 40].mean(), dice[(ages >= 40) & (ages < 60)].mean(), dice[ages >= 60].mean()]
+    found = [row for row in rows if row["figure"] == "dice"]
+    assert [row["group"] for row in found] == ["below 40", "40 to below 60", "from 60"]
+    assert [row["mean"] for row in found] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"by": ["height"]}, "height.*sex, age"),
+        ({"case_column": "id"}, "'id'"),
+        ({"edges": {"sex": [1]}, "by": ["sex"]}, "'F' in column sex"),
+        ({"edges": {"age": [60, 40]}, "by": ["age"]}, "ascending"),
+        ({"metrics": "absent.csv"}, "absent.csv"),
+    ],
+)
+def test_wrong_requests_are_refused(tables, change, words):
+    folder, *_ = tables
+    settings = {"metrics": "metrics.csv", "by": ["sex"], "case_column": "name", **change}
+    metrics = folder / settings.pop("metrics")
+    with pytest.raises(InputError, match=words):
+        stratify(metrics, folder / "cases.csv", output=folder / "out.csv", **settings)
+    assert not (folder / "out.csv").exists()
+
+
+def test_cases_without_a_row_are_named(tables):
+    folder, *_ = tables
+    (folder / "few.csv").write_text("name,sex\npt_1,F\n")
+    with pytest.raises(InputError, match="pt_0_ct"):
+        stratify(folder / "metrics.csv", folder / "few.csv", ["sex"], folder / "out.csv", case_column="name")
+
+
+def test_command(tables, capsys):
+    folder, *_ = tables
+    files = [str(folder / "metrics.csv"), str(folder / "cases.csv"), "--case_column", "name"]
+    assert main(["stratify", *files, "--by", "sex,age", "--edges", "{'age':[50]}", "--output", f"{folder}/o.csv"]) == 0
+    shown = capsys.readouterr().out
+    assert "from 50" in shown and "unknown" in shown and "Kruskal" not in shown
+    assert main(["stratify", *files, "--by", "sex", "--edges", "5"]) == 2
+    assert "column -> bounds" in capsys.readouterr().err

@@ -1,0 +1,157 @@
+"""Any figure by the columns of a case table: does it depend on sex, age, scanner or region?"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from maisi_tools.atomic import replacing
+from maisi_tools.errors import InputError
+
+Table = dict[str, dict[str, str]]
+"""Case -> column -> text."""
+
+UNKNOWN = "unknown"
+"""The group of cases without an entry."""
+
+COLUMNS = ("column", "group", "figure", "cases", "mean", "sd", "median", "lowest", "highest", "p_value")
+
+
+def stratify(
+    metrics: str | Path,
+    cases: str | Path,
+    by: Sequence[str],
+    output: str | Path,
+    edges: Mapping[str, Sequence[float]] | None = None,
+    case_column: str = "case",
+) -> list[dict[str, Any]]:
+    """Write each figure of each group of cases to the CSV file `output`.
+
+    Args:
+        metrics: ``metrics.csv`` of an evaluation: a row a case, numbers in the other columns.
+        cases: CSV file with a row a case; a case of `metrics` belongs to the row whose name it is or begins with,
+            followed by "_", the longest one (``pt_1_ct_recon`` to ``pt_1``).
+        by: columns of `cases`.
+        output: file to write.
+        edges: column with numbers -> ascending bounds of its groups: ``{"age": [40, 60]}`` gives below 40, 40 to below
+            60, and from 60 on.
+        case_column: where the names stand in `cases`.
+
+    Returns:
+        A row for each column, group and figure: :data:`COLUMNS`. ``p_value`` is that of the Kruskal-Wallis test of the
+        column's groups of two cases and more, empty where there are fewer than two such groups; it is not corrected for
+        the number of figures. A case without an entry in a column is in the group "unknown", which is not tested.
+
+    Raises:
+        InputError: a file that is no such table, an unknown column, a case without a row, or an entry that is no number
+            where edges are given.
+    """
+    figures, table = _read(metrics, "case"), _read(cases, case_column)
+    edges = edges or {}
+    columns = list(next(iter(table.values())))
+    if unknown := sorted({*by, *edges} - set(columns)):
+        raise InputError(f"{cases} has no column {', '.join(unknown)}; allowed are {', '.join(columns)}")
+    owners = {case: _owner(case, table) for case in figures}
+    if lost := [case for case, owner in owners.items() if owner is None]:
+        raise InputError(f"{cases} has no row for {', '.join(lost[:5])} of {metrics}; add it, or name it alike")
+    rows = []
+    for column in by:
+        group_of = {
+            case: _group(table[str(owner)][column], edges.get(column), column, cases) for case, owner in owners.items()
+        }
+        names = sorted(set(group_of.values()), key=lambda name: (name == UNKNOWN, _order(name, edges.get(column))))
+        for figure in _figures(figures):
+            values = {
+                name: [
+                    value
+                    for case in figures
+                    if group_of[case] == name and (value := _number(figures[case].get(figure, ""))) is not None
+                ]
+                for name in names
+            }
+            tested = [found for name, found in values.items() if name != UNKNOWN and len(found) > 1]
+            differ = len(tested) > 1 and len({value for found in tested for value in found}) > 1
+            p_value: Any = f"{stats.kruskal(*tested).pvalue:.4g}" if differ else ""
+            rows += [
+                dict(zip(COLUMNS, (column, name, figure, *_summary(found), p_value), strict=True))
+                for name, found in values.items()
+                if found
+            ]
+    with replacing(Path(output)) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def _read(path: str | Path, case_column: str) -> Table:
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"table {path} cannot be read ({error}); give a CSV file with a header") from error
+    if not rows or case_column not in rows[0]:
+        columns = ", ".join(map(str, rows[0])) if rows else "none"
+        raise InputError(
+            f"table {path} has no rows with a column {case_column!r} (columns: {columns}); give such a one"
+        )
+    names = [row[case_column] for row in rows]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"table {path} has {', '.join(twice[:5])} twice; allowed is one row a case")
+    return {row.pop(case_column): row for row in rows}
+
+
+def _owner(case: str, table: Table) -> str | None:
+    fitting = [name for name in table if case == name or case.startswith(f"{name}_")]
+    return max(fitting, key=len, default=None)
+
+
+def _group(entry: str | None, edges: Sequence[float] | None, column: str, cases: str | Path) -> str:
+    entry = (entry or "").strip()
+    if not entry:
+        return UNKNOWN
+    if edges is None:
+        return entry
+    number = _number(entry)
+    if number is None:
+        raise InputError(f"{cases} has {entry!r} in column {column}, which is to be grouped by numbers; correct it")
+    place = sum(number >= edge for edge in edges)
+    return _names(edges)[place]
+
+
+def _names(edges: Sequence[float]) -> list[str]:
+    if not edges or list(edges) != sorted(set(edges)):
+        raise InputError(f"edges are {list(edges)}; allowed are ascending numbers: 40,60")
+    between = [f"{low:g} to below {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"below {edges[0]:g}", *between, f"from {edges[-1]:g}"]
+
+
+def _order(name: str, edges: Sequence[float] | None) -> Any:
+    return _names(edges).index(name) if edges is not None and name != UNKNOWN else name
+
+
+def _figures(figures: Table) -> list[str]:
+    names = dict.fromkeys(name for row in figures.values() for name in row)
+    return [name for name in names if any(_number(row.get(name, "")) is not None for row in figures.values())]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _summary(values: Sequence[float]) -> list[Any]:
+    if not values:
+        return [0, "", "", "", "", ""]
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    figures = (statistics.fmean(values), sd, statistics.median(values), min(values), max(values))
+    return [len(values), *(float(f"{value:.6g}") for value in figures)]
