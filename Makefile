@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test test-browser lint clean
+.PHONY: demo test test-browser test-cohort test-monailabel lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
@@ -16,6 +16,21 @@ test-browser: $(VENV)/.installed-all
 	command -v chromium
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest -m browser
+
+# 200 samples by one process, and by Ray with workers killed at random; half an hour on two cores.
+test-cohort: $(VENV)/.installed-all
+	$(BIN)/python -m pytest -m cohort -s
+
+# MONAI Label in an environment of its own: it pins numpy 1.26 and pydicom 2.
+LABEL := .venv-monailabel
+test-monailabel: $(VENV)/.installed-all $(LABEL)/.installed
+	$(BIN)/python -m pytest -m monailabel
+
+$(LABEL)/.installed:
+	$(PYTHON) -m venv --clear $(LABEL)
+	$(LABEL)/bin/python -m pip install --disable-pip-version-check monailabel==0.8.5 'pydicom<3' 'pynetdicom<3' \
+		'dicomweb-client<0.60' 'monai>=1.6' pynrrd einops fire pytorch-ignite scipy
+	touch $@
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
@@ -36,5 +51,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv --clear $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist demo_output .pytest_cache .hypothesis .mypy_cache .ruff_cache tools/*.egg-info
+	rm -rf $(VENV) $(LABEL) build dist demo_output .pytest_cache .hypothesis .mypy_cache .ruff_cache tools/*.egg-info
 	find bundles tests tools -type d -name __pycache__ -prune -exec rm -rf {} +

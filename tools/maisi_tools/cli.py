@@ -659,6 +659,60 @@ def stratify(
     print(output)
 
 
+def cohort(
+    spec: str,
+    output_dir: str = "cohort",
+    engine: str = "process",
+    workers: int = 1,
+    device: str = "cpu",
+    gpus: float = 0.0,
+    threads: int = 1,
+    address: str | None = None,
+    bundles: str | None = None,
+) -> None:
+    """Generate many CT + mask pairs from a specification (docs/cohorts.md); started again, it goes on.
+
+    `torchrun --nproc_per_node=N -m maisi_tools.cli cohort SPEC` shares the samples among N processes.
+
+    Args:
+        spec: YAML file.
+        output_dir: folder of the cohort.
+        engine: process, or ray (extra 'ray').
+        workers: Ray actors.
+        device: cpu or cuda.
+        gpus: GPUs, or the fraction of one, for each Ray actor.
+        threads: of each worker on the CPU; another number may change the last bits of the files.
+        address: of a running Ray cluster, by default one on this machine.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    import ignite.distributed as idist
+    import torch.distributed
+
+    from maisi_tools.cohort.run import MANIFEST, make_cohort
+    from maisi_tools.cohort.spec import read_spec
+
+    for name, value in (("workers", workers), ("threads", threads)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} is {value!r}; allowed is a whole number, at least 1")
+    wanted = read_spec(str(spec))
+    if wanted.format == "dicom":
+        _need_dicom()
+    backend = "gloo" if torch.distributed.is_torchelastic_launched() else None
+    with idist.Parallel(backend=backend):
+        if device == "cuda" and backend is not None:
+            device = f"cuda:{idist.get_local_rank()}"
+        found = make_cohort(
+            wanted, str(output_dir), _bundles(bundles), engine, workers, device, float(gpus), threads, address
+        )
+    if found:
+        print(f"{output_dir}: {found['done']} of {wanted.count} samples, {found['made']} handled in this run")
+        print(Path(str(output_dir)) / MANIFEST)
+        if found["failed"]:
+            raise InputError(
+                f"{len(found['failed'])} samples failed: {', '.join(found['failed'][:5])}; see the manifest"
+            )
+
+
 def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
     """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
 
@@ -678,7 +732,7 @@ def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -
 
 COMMANDS = (
     *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(report, realism, stratify, downstream, package, dicom_read, dicom_write),
+    *(report, realism, stratify, downstream, cohort, package, dicom_read, dicom_write),
 )
 
 

@@ -27,7 +27,7 @@ _NAMED = re.compile(rf"\b{PACKAGE}(?:\.\w+)*")
 
 
 def package_bundle(bundle: str | Path, output_dir: str | Path) -> Path:
-    """Write a bundle, with the modules of this package that its configs need, as one zip file.
+    """Write a bundle, with the modules of this package that it and the bundles beside it need, as one zip file.
 
     The zip holds the folder NAME. MONAI finds the modules in it when it is the working folder, MONAI Label always does.
     Nothing is compressed (weights hardly would be), so the same content gives the same bytes everywhere. Weights that
@@ -52,7 +52,8 @@ def package_bundle(bundle: str | Path, output_dir: str | Path) -> Path:
     if not any(name.startswith("models/") for name in files):
         raise InputError(f"{root / 'models'} holds no weights; a bundle is packaged with its own: put them there")
     source = Path(maisi_tools.__file__).parent
-    needed = needed_files(path for name, path in files.items() if name.startswith("configs/"))
+    # Of all bundles: MONAI Label loads several into one process, where the first one's package serves the others.
+    needed = needed_files(root.parent.glob("*/configs/*.json"))
     files |= {f"{PACKAGE}/{path.relative_to(source).as_posix()}": path for path in needed}
     target = Path(output_dir).expanduser() / f"{root.name}_v{version}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)

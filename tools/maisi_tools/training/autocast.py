@@ -11,7 +11,7 @@ from torch import nn
 from maisi_tools.errors import InputError
 
 
-def fastest_dtype(device: torch.device) -> str:
+def fastest_dtype(device: torch.device | str) -> str:
     """The dtype to train in: "bfloat16" where the hardware computes in it, else "float16" on CUDA, "float32" on a CPU.
 
     float16 needs a gradient scaler: give the trainer ``amp: true``. A CPU computes in bfloat16 with AMX. With AVX512
@@ -19,7 +19,7 @@ def fastest_dtype(device: torch.device) -> str:
     3.13 leaves memory unset in the weights' gradient of a convolution from 256 channels to one on 3^3 voxels, the last
     of the discriminator.
     """
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return "bfloat16" if torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported() else "float32"
 

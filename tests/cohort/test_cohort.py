@@ -1,0 +1,206 @@
+"""Cohorts of small samples, through the shipped ControlNet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.cli import main
+from maisi_tools.cohort.run import make_cohort
+from maisi_tools.cohort.spec import read_spec
+from maisi_tools.errors import InputError
+from maisi_tools.fingerprints import sha256
+
+
+def made(write_spec, bundles, folder: Path, engine: str = "process", workers: int = 1, **changes: str) -> Path:
+    make_cohort(read_spec(write_spec(**changes)), folder, bundles, engine, workers)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict]:
+    with open(folder / "manifest.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def samples(content: dict[str, bytes]) -> dict[str, bytes]:
+    """What has to be the same whatever made it."""
+    return {name: value for name, value in content.items() if name.endswith((".gz", ".dcm", ".csv", "dataset.json"))}
+
+
+def test_an_nnunet_data_set(write_spec, bundles, tmp_path):
+    folder = made(write_spec, bundles, tmp_path / "out")
+    described = json.loads((folder / "dataset.json").read_text())
+    assert described["numTraining"] == 3 and described["labels"]["left parotid gland"] == 4
+    assert sorted(described["labels"].values()) == list(range(11))
+    rows = rows_of(folder)
+    assert [row["name"] for row in rows] == ["heads_0000", "heads_0001", "heads_0002"]
+    assert len({row["ct_sha256"] for row in rows}) == 3 and all(row["status"] == "done" for row in rows)
+    for row in rows:
+        ct, mask = (nib.load(folder / row[what]) for what in ("ct", "mask"))
+        assert ct.shape == mask.shape == tuple(int(n) for n in row["size"].split())
+        assert np.array_equal(ct.affine, mask.affine)
+        labels = np.asarray(mask.dataobj)
+        assert labels.max() <= 10 and (np.asarray(ct.dataobj)[labels == 0] == -1000).all()
+        assert sha256(folder / row["ct"]) == row["ct_sha256"]
+    assert not (folder / ".scratch").exists()
+
+
+def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of, tmp_path):
+    whole = made(write_spec, bundles, tmp_path / "whole")
+    parts = made(write_spec, bundles, tmp_path / "parts", count="1")
+    (parts / ".scratch").mkdir()  # as a killed run leaves it
+    first = (parts / "records" / "heads_0000.json").stat().st_mtime_ns
+    made(write_spec, bundles, parts)
+    assert (parts / "records" / "heads_0000.json").stat().st_mtime_ns == first  # not made again
+    assert samples(files_of(parts)) == samples(files_of(whole))
+    (parts / "imagesTr" / "heads_0001_0000.nii.gz").unlink()
+    assert make_cohort(read_spec(write_spec()), parts, bundles)["made"] == 1
+    assert samples(files_of(parts)) == samples(files_of(whole))
+
+
+def test_two_ranks_make_the_same(write_spec, bundles, files_of, tmp_path):
+    one = made(write_spec, bundles, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "maisi_tools.cli", "cohort", str(write_spec()), "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run([*command, "--bundles", str(bundles)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("3 of 3 samples") == 1
+    assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ct", "mask"),
+    [
+        ("msd", "imagesTr/heads_0000.nii.gz", "labelsTr/heads_0000.nii.gz"),
+        (
+            "bids",
+            "sub-heads0000/ct/sub-heads0000_ct.nii.gz",
+            "derivatives/masks/sub-heads0000/ct/sub-heads0000_desc-mask_dseg.nii.gz",
+        ),
+        ("folders", "heads_0000/ct.nii.gz", "heads_0000/mask.nii.gz"),
+    ],
+)
+def test_other_layouts_keep_the_vocabulary(write_spec, bundles, tmp_path, layout, ct, mask):
+    folder = made(write_spec, bundles, tmp_path / "out", layout=layout, count="1")
+    assert (folder / ct).is_file()
+    assert 200 in np.unique(np.asarray(nib.load(folder / mask).dataobj))
+
+
+def test_dicom_studies(write_spec, bundles, files_of, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    folder = made(write_spec, bundles, tmp_path / "out", layout="folders", format="dicom", count="1")
+    files = sorted((folder / "heads_0000").rglob("*.dcm"))
+    assert {"SEG.dcm", "RTSTRUCT.dcm"} <= {path.name for path in files}
+    assert all(pydicom.dcmread(path, stop_before_pixels=True).SyntheticData == "YES" for path in files)
+    again = made(write_spec, bundles, tmp_path / "again", layout="folders", format="dicom", count="1")
+    assert samples(files_of(folder)) == samples(files_of(again))
+
+
+def test_a_library_with_tumors_and_organ_sizes(write_spec, bundles, tmp_path):
+    library = tmp_path / "library"
+    library.mkdir()
+    for seed in (0, 1):
+        arguments = [str(library / f"t{seed}.nii.gz"), "--kind", "torso", "--size", "64,48,48", "--seed", str(seed)]
+        assert main(["phantom", *arguments, "--spacing", "5,5,3.4"]) == 0
+    assert main(["index", str(library)]) == 0
+    changes = {
+        "masks": "{source: library, path: library, organs: [liver]}",
+        "tumors": "[{lesion: hepatic tumor, diameter_mm: [18, 24]}]",
+        "resize": "{spleen: [0.7, 0.8]}",
+        "layout": "msd",
+        "count": "2",
+        "flip": "0",
+    }
+    rows = rows_of(made(write_spec, bundles, tmp_path / "out", **changes))
+    assert all("26" in row["labels"].split() and "spleen x 0.7" in row["edits"] for row in rows)
+    assert all(row["origin"].startswith(str(library)) for row in rows)
+
+
+def test_samples_that_fail_are_listed_and_tried_again(write_spec, bundles, tmp_path, capsys):
+    spec = write_spec(tumors="[{lesion: lung tumor, diameter_mm: 900}]", count="2", retries="1")
+    assert main(["cohort", str(spec), "--output_dir", str(tmp_path / "out"), "--bundles", str(bundles)]) == 2
+    assert "2 samples failed: heads_0000, heads_0001" in capsys.readouterr().err
+    rows = rows_of(tmp_path / "out")
+    assert all(row["status"] == "failed" and row["attempts"] == "2" and "lung tumor" in row["error"] for row in rows)
+    assert make_cohort(read_spec(spec), tmp_path / "out", bundles)["made"] == 2
+
+
+def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
+    folder = made(write_spec, bundles, tmp_path / "out", count="1")
+    with pytest.raises(InputError, match="other seed"):
+        make_cohort(read_spec(write_spec(seed="8")), folder, bundles)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="other files"):
+        make_cohort(read_spec(write_spec()), tmp_path / "mine", bundles)
+    with pytest.raises(InputError, match="process, ray"):
+        make_cohort(read_spec(write_spec()), tmp_path / "new", bundles, "slurm")
+
+
+def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
+    with pytest.raises(InputError, match="step_count"):
+        made(write_spec, bundles, tmp_path / "out", ct="{step_count: 3}")
+
+
+def kill_workers(folder: Path, stop: threading.Event, seconds: tuple[float, float], most: int, killed: list) -> None:
+    """Kill a worker that is making samples of the cohort, again and again (its process is in its scratch's name)."""
+    chance = random.Random(0)
+    while len(killed) < most and not stop.wait(chance.uniform(*seconds)):
+        running = [int(path.name.split("-")[0]) for path in (folder / ".scratch").glob("*")]
+        alive = [pid for pid in running if Path(f"/proc/{pid}").exists() and pid != os.getpid()]
+        if alive:
+            killed.append(chance.choice(alive))
+            os.kill(killed[-1], signal.SIGKILL)
+
+
+def with_kills(
+    write_spec, bundles, folder: Path, seconds: tuple[float, float], most: int, **changes: str
+) -> tuple[int, float]:
+    """Make a cohort on Ray, with at most so many kills at intervals of so many seconds; returns kills and seconds."""
+    stop, killed = threading.Event(), []
+    killer = threading.Thread(target=kill_workers, args=(folder, stop, seconds, most, killed))
+    killer.start()
+    start = time.perf_counter()
+    try:
+        made(write_spec, bundles, folder, "ray", 2, **changes)
+    finally:
+        stop.set()
+        killer.join()
+    return len(killed), time.perf_counter() - start
+
+
+def test_ray_makes_the_same_though_a_worker_is_killed(write_spec, bundles, files_of, tmp_path):
+    pytest.importorskip("ray")
+    one = made(write_spec, bundles, tmp_path / "one", count="6")
+    killed, _ = with_kills(write_spec, bundles, tmp_path / "ray", (1, 1), 1, count="6")
+    assert killed == 1
+    rows = rows_of(tmp_path / "ray")
+    assert [row["status"] for row in rows] == ["done"] * 6
+    assert samples(files_of(tmp_path / "ray")) == samples(files_of(one))
+
+
+@pytest.mark.cohort
+@pytest.mark.timeout(3600)
+def test_200_samples_with_workers_killed_at_random(write_spec, bundles, files_of, tmp_path, capsys):
+    start = time.perf_counter()
+    one = made(write_spec, bundles, tmp_path / "one", count="200")
+    alone = time.perf_counter() - start
+    killed, seconds = with_kills(write_spec, bundles, tmp_path / "ray", (15, 40), 1000, count="200")
+    assert killed > 2
+    rows = rows_of(tmp_path / "ray")
+    assert len({row["name"] for row in rows}) == 200 and all(row["status"] == "done" for row in rows)
+    assert samples(files_of(tmp_path / "ray")) == samples(files_of(one))
+    with capsys.disabled():
+        print(f"\n200 samples: one process {alone:.0f} s; Ray, 2 actors, {killed} kills, {seconds:.0f} s")

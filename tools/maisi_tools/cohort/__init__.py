@@ -1,0 +1,1 @@
+"""Many CT + mask pairs from one specification."""

@@ -1,0 +1,174 @@
+"""Runs a cohort: in this process, under torchrun, or on Ray; started again it goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+from tqdm import tqdm
+
+from maisi_tools.atomic import replacing, write_json
+from maisi_tools.cohort.layouts import LAYOUTS, label_names
+from maisi_tools.cohort.spec import CohortSpec
+from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker
+from maisi_tools.errors import InputError
+from maisi_tools.fingerprints import sha256
+
+logger = logging.getLogger(__name__)
+
+SPEC = "cohort.json"
+MANIFEST = "manifest.csv"
+ENGINES = ("process", "ray")
+
+
+def make_cohort(
+    spec: CohortSpec,
+    folder: str | Path,
+    bundles: str | Path,
+    engine: str = "process",
+    workers: int = 1,
+    device: str = "cpu",
+    gpus: float = 0.0,
+    threads: int = 1,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Make what is missing of a cohort, and its manifest.
+
+    Args:
+        spec: the cohort.
+        folder: where it goes.
+        bundles: folder with the bundles.
+        engine: "process": this one, or the ranks of torchrun, which share the samples; "ray": actors on a Ray cluster.
+        workers: Ray actors; Ray starts those that die anew, and hands their sample out again.
+        device: for the networks.
+        gpus: GPUs, or the fraction of one, for each Ray actor.
+        threads: of torch on the CPU for each worker.
+        address: of a running Ray cluster; None starts one on this machine.
+
+    Returns:
+        ``done``, ``failed`` (names), ``made`` (samples made in this run).
+
+    Raises:
+        InputError: an unknown engine, a folder with another cohort, or a failing setup.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
+    folder, bundles = Path(folder).expanduser().resolve(), Path(bundles).resolve()
+    rank, ranks = idist.get_rank(), idist.get_world_size()
+    if rank == 0:
+        _claim(spec, folder, bundles)
+    idist.barrier()
+    open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
+    share = open_ones[rank::ranks]
+    arguments = (spec, folder, bundles, device, threads)
+    results = _on_ray(arguments, share, workers, gpus, address) if engine == "ray" else _here(arguments, share)
+    done = spec.count - len(open_ones)
+    with tqdm(results, total=len(share), desc=f"{spec.name}, {done} of {spec.count} there", unit="sample") as bar:
+        for record in bar:
+            if record["status"] == "failed":
+                logger.warning("%s failed: %s", record["name"], record["error"])
+    idist.barrier()
+    if rank:
+        return {}
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    return {**write_manifest(spec, folder, bundles), "made": len(open_ones)}
+
+
+def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, Any]:
+    """Write ``manifest.csv`` (a row a sample) and what describes the data set in its layout, from the records."""
+    records = [json.loads((folder / RECORDS / f"{spec.sample_name(i)}.json").read_text()) for i in range(spec.count)]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    with replacing(folder / MANIFEST) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
+    done = [record for record in records if record["status"] == "done"]
+    config = json.loads((bundles / "maisi_controlnet" / "configs" / "inference.json").read_text())
+    layout = LAYOUTS[spec.layout]
+    names = label_names(layout, config["keep_labels"], {label for record in done for label in record["labels"]})
+    layout.describe(folder, spec.name, [record["name"] for record in done], names)
+    return {"done": len(done), "failed": [record["name"] for record in records if record["status"] == "failed"]}
+
+
+def _here(arguments: tuple, share: Iterable[int]) -> Iterator[dict[str, Any]]:
+    share = list(share)
+    if not share:
+        return
+    worker = Worker(*arguments)
+    try:
+        for index in share:
+            yield worker.make(index)
+    finally:
+        worker.close()
+
+
+def _on_ray(
+    arguments: tuple, share: list[int], workers: int, gpus: float, address: str | None
+) -> Iterator[dict[str, Any]]:
+    try:
+        import ray
+        from ray.util import ActorPool
+    except ImportError as error:
+        raise InputError(
+            "engine ray needs the extra 'ray'; install it with: pip install 'maisi-bundles[ray]'"
+        ) from error
+    if not share:
+        return
+    started = not ray.is_initialized()
+    if started:
+        # This package as it is here, also where it is not installed.
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
+        environment = {"env_vars": {"PYTHONPATH": paths}}
+        ray.init(address=address, runtime_env=environment, include_dashboard=False, log_to_driver=False)
+    try:
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Worker)
+        pool = ActorPool([actor.remote(*arguments) for _ in range(min(workers, len(share)))])
+        yield from pool.map_unordered(lambda one, index: one.make.remote(index), share)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
+    """Make the folder this cohort's, or make sure that it is."""
+    weights = {
+        str(file.relative_to(bundles)): sha256(file)
+        for bundle in ("maisi_controlnet", *(["maisi_ldm"] if spec.masks.source == "generator" else []))
+        for file in sorted((bundles / bundle / "models").glob("*.pt"))
+    }
+    content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights}))
+    path = folder / SPEC
+    if path.is_file():
+        earlier = json.loads(path.read_text())
+        free = ("count", "retries")
+        changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
+        if changed or earlier["weights"] != weights:
+            raise InputError(
+                f"{folder} holds a cohort made with other {', '.join(changed) or 'weights'}; only count and retries "
+                "may change: give another folder"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds other files; give a new or empty folder")
+    write_json(path, content)
+
+
+def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:
+    path = folder / RECORDS / f"{spec.sample_name(index)}.json"
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text())
+    there = all((folder / record[what]).exists() for what in ("ct", "mask") if what in record)
+    if record["status"] == "done" and not there:
+        path.unlink()
+    return record["status"] == "done" and there
+
+
+def _text(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value

@@ -1,0 +1,217 @@
+"""What a cohort is: a YAML file, checked once, and everything about a sample that follows from its number."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from maisi_tools.cohort.layouts import LAYOUTS
+from maisi_tools.errors import InputError
+from maisi_tools.masks.library import MaskRequest
+from maisi_tools.masks.vocabulary import hosts_of, label_id
+
+SOURCES = ("phantom", "files", "library", "generator")
+FORMATS = ("nifti", "dicom")
+
+FIXED = ("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data")
+"""Keys of a bundle's config that the cohort itself sets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Where the masks come from.
+
+    Args:
+        source: one of :data:`SOURCES`.
+        path: folder (library) or folder, file or glob (files).
+        label_map: how those are read.
+        region, organs, field_of_view: see :class:`~maisi_tools.masks.library.MaskRequest`.
+        spacing: mm along x, y, z of a phantom.
+        organ_sizes: of the generator: organ -> ml, or a range [lowest, highest] that each sample draws from.
+        settings: further keys of the generator's ``mask_inference.json``.
+    """
+
+    source: str = "phantom"
+    path: str | None = None
+    label_map: str = "maisi"
+    region: Sequence[str] = ()
+    organs: Sequence[str] = ()
+    field_of_view: Sequence[float] | None = None
+    spacing: Sequence[float] = (4.0, 4.0, 2.5)
+    organ_sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _allowed("masks.source", self.source, SOURCES)
+        if self.source in ("files", "library") and not self.path:
+            raise InputError(f"masks.source is {self.source}, but there is no masks.path; add it")
+        if self.source == "generator" and (self.region or self.organs or self.field_of_view):
+            raise InputError("masks.source generator takes organ_sizes, and no region, organs or field_of_view")
+        for name, size in self.organ_sizes.items():
+            _range(f"masks.organ_sizes.{name}", size)
+        self.request  # noqa: B018 - checks
+
+    @property
+    def request(self) -> MaskRequest:
+        """What is asked of the source."""
+        return MaskRequest(tuple(self.region), tuple(self.organs), self.field_of_view)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tumor:
+    """A lesion that is put into some of the masks.
+
+    Args:
+        lesion: its name in the vocabulary, such as "lung tumor".
+        diameter_mm: or a range to draw from.
+        probability: of a sample to get it.
+    """
+
+    lesion: str
+    diameter_mm: Any
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        hosts_of(label_id(self.lesion))
+        _range(f"tumors.{self.lesion}.diameter_mm", self.diameter_mm)
+        _share(f"tumors.{self.lesion}.probability", self.probability)
+
+
+@dataclasses.dataclass(frozen=True)
+class CohortSpec:
+    """A cohort.
+
+    Args:
+        count: samples.
+        name: of the data set, and what the names of its samples begin with.
+        seed: of everything that is drawn; sample N depends on it and N alone.
+        masks: where masks come from.
+        tumors: lesions put in.
+        resize: organ -> factor of its volume, or a range to draw from.
+        flip: probability of the mirror image.
+        ct: keys of the ControlNet bundle's inference config, such as ``num_inference_steps`` or ``redraws``.
+        layout: one of :data:`~maisi_tools.cohort.layouts.LAYOUTS`.
+        format: "nifti", or "dicom": a study with CT, Segmentation and RT Structure Set for each sample.
+        retries: how often a sample that failed is tried again before it is listed as failed.
+        created: date that DICOM objects carry, ISO 8601.
+
+    Raises:
+        InputError: an unknown key, or a value that is not allowed.
+    """
+
+    count: int
+    name: str = "maisi"
+    seed: int = 0
+    masks: Masks = dataclasses.field(default_factory=Masks)
+    tumors: Sequence[Tumor] = ()
+    resize: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flip: float = 0.0
+    ct: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layout: str = "nnunet"
+    format: str = "nifti"
+    retries: int = 2
+    created: str = "2000-01-01"
+
+    def __post_init__(self) -> None:
+        for key, least in (("count", 1), ("seed", 0), ("retries", 0)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{key} is {value!r}; allowed is a whole number, at least {least}")
+        if not isinstance(self.name, str) or not self.name.replace("-", "a").isalnum():
+            raise InputError(f"name is {self.name!r}; allowed are letters, digits and hyphens")
+        _allowed("layout", self.layout, tuple(LAYOUTS))
+        _allowed("format", self.format, FORMATS)
+        if self.format == "dicom" and self.layout != "folders":
+            raise InputError(f"format dicom with layout {self.layout}; DICOM studies have the layout folders")
+        _share("flip", self.flip)
+        for organ, factor in self.resize.items():
+            label_id(organ)
+            _range(f"resize.{organ}", factor)
+        if fixed := sorted(set(self.ct) & set(FIXED)):
+            raise InputError(f"ct has {', '.join(fixed)}, which the cohort sets itself; leave it out")
+        try:
+            datetime.datetime.fromisoformat(self.created)
+        except (TypeError, ValueError):
+            raise InputError(f"created is {self.created!r}; allowed is a date such as 2026-01-31") from None
+
+    def sample_name(self, index: int) -> str:
+        """Name of sample number `index`."""
+        return f"{self.name}_{index:0{max(4, len(str(self.count - 1)))}d}"
+
+    def random(self, index: int) -> np.random.Generator:
+        """What is drawn for sample number `index`."""
+        return np.random.default_rng([self.seed, index])
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+
+def read_spec(path: str | Path) -> CohortSpec:
+    """Read a specification; relative paths in it are relative to the file.
+
+    Raises:
+        InputError: no such file, no YAML, or see :class:`CohortSpec`.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"specification {path} cannot be read as YAML ({error}); see docs/cohorts.md") from error
+    content = _fields(CohortSpec, content, str(path))
+    if "masks" in content:
+        masks = _fields(Masks, content["masks"], "masks")
+        if masks.get("path") is not None:
+            masks["path"] = str(path.parent / Path(str(masks["path"])).expanduser())
+        content["masks"] = Masks(**masks)
+    tumors = content.get("tumors") or ()
+    if not isinstance(tumors, (list, tuple)):
+        raise InputError(f"tumors is {tumors!r}; allowed is a list with lesion, diameter_mm and probability")
+    content["tumors"] = tuple(Tumor(**_fields(Tumor, tumor, "tumors")) for tumor in tumors)
+    if isinstance(content.get("created"), (datetime.date, datetime.datetime)):
+        content["created"] = content["created"].isoformat()
+    return CohortSpec(**content)
+
+
+def draw(random: np.random.Generator, value: Any) -> float:
+    """A number as it is, or one from a range [lowest, highest]."""
+    return float(random.uniform(*value)) if isinstance(value, (list, tuple)) else float(value)
+
+
+def _fields(kind: Any, content: Any, where: str) -> dict[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(content, Mapping):
+        raise InputError(f"{where} is {content!r}; allowed is a mapping with some of {', '.join(fields)}")
+    if unknown := sorted(map(str, set(content) - set(fields))):
+        raise InputError(f"{where} has {', '.join(unknown)}; allowed are {', '.join(fields)}")
+    needed = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in needed if name not in content]:
+        raise InputError(f"{where} has no {', '.join(missing)}; add it")
+    return dict(content)
+
+
+def _allowed(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+def _share(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise InputError(f"{name} is {value!r}; allowed is a number from 0 to 1")
+
+
+def _range(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    good = all(isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0 for one in numbers)
+    if not good or not (isinstance(value, (int, float)) or (len(numbers) == 2 and numbers[0] <= numbers[1])):
+        raise InputError(f"{name} is {value!r}; allowed is a number above 0, or a range [lowest, highest]")

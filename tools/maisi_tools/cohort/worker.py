@@ -1,0 +1,239 @@
+"""Makes single samples of a cohort; one a process, thread or Ray actor, each with the networks in memory."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor, decollate_batch, list_data_collate
+
+from maisi_tools.atomic import write_json
+from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
+from maisi_tools.cohort.spec import CohortSpec, draw
+from maisi_tools.errors import InputError, find_input_error
+from maisi_tools.fingerprints import sha256
+from maisi_tools.masks.class_folder import is_class_folder
+from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
+from maisi_tools.masks.label_maps import read_label_map
+from maisi_tools.masks.library import read_index, search
+from maisi_tools.masks.sources import FileSource, PhantomSource
+from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.volumes.inputs import find_inputs
+from maisi_tools.volumes.writing import write_volume
+
+RECORDS = "records"
+"""Folder of the cohort with one JSON file a finished sample: it is written last, so what has one is whole."""
+
+SCRATCH = ".scratch"
+
+
+class Stage:
+    """A bundle's inference config, kept in memory and run for one item after another, as MONAI Label does.
+
+    Args:
+        bundle: its folder.
+        config: file name in ``configs``.
+        settings: keys to set.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        InputError: a key that the config does not have.
+    """
+
+    def __init__(self, bundle: Path, config: str, settings: Mapping[str, Any], device: str) -> None:
+        self.parser = ConfigParser()
+        self.parser.read_config(str(bundle / "configs" / config))
+        self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
+        if unknown := sorted(key for key in settings if key.split("#")[0] not in self.parser.config):
+            raise InputError(f"{bundle.name}'s {config} has no {', '.join(unknown)}; correct the specification")
+        for key, value in {"bundle_root": str(bundle), "device": f"$torch.device({device!r})", **settings}.items():
+            self.parser[key] = value
+        self.network = self.parser.get_parsed_content("network")
+        self.preprocessing = self.parser.get_parsed_content("preprocessing")
+        self.inferer = self.parser.get_parsed_content("inferer")
+        self.postprocessing = self.parser.get_parsed_content("postprocessing")
+        self.device = torch.device(device)
+
+    def __call__(self, item: Mapping[str, Any], **keywords: Any) -> dict[str, Any]:
+        """Run one item, whose files go where the config writes them."""
+        batch = list_data_collate([self.preprocessing(item)])
+        pred = self.inferer(batch["image"].to(self.device), self.network, **keywords)
+        return self.postprocessing(decollate_batch({**batch, "pred": pred})[0])
+
+
+class Worker:
+    """Makes samples of a cohort, each from its number alone.
+
+    Args:
+        spec: the cohort.
+        folder: where it goes.
+        bundles: folder with the bundles.
+        device: for the networks.
+        threads: of torch on the CPU; the same number gives the same bytes.
+    """
+
+    def __init__(
+        self, spec: CohortSpec, folder: str | Path, bundles: str | Path, device: str = "cpu", threads: int = 1
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.spec, self.folder, self.bundles = spec, Path(folder), Path(bundles)
+        self.device = device
+        self.layout = LAYOUTS[spec.layout]
+        (self.folder / SCRATCH).mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self.folder / SCRATCH))
+        self.ct = Stage(
+            self.bundles / "maisi_controlnet",
+            "inference.json",
+            {**_quiet(spec.ct), "output_dir": str(self.scratch), "seed": 0},
+            device,
+        )
+        self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
+        self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
+        self.pool = _pool(spec)
+
+    def make(self, index: int) -> dict[str, Any]:
+        """Make sample number `index`, unless it is there, and return its record.
+
+        A sample that fails is tried again as often as the specification says; then its record has the ``status``
+        "failed" and the ``error``, and the next run tries it once more.
+        """
+        name = self.spec.sample_name(index)
+        path = self.folder / RECORDS / f"{name}.json"
+        if path.is_file() and (record := json.loads(path.read_text()))["status"] == "done":
+            return record
+        record: dict[str, Any] = {}
+        for attempt in range(self.spec.retries + 1):
+            try:
+                record = {"index": index, "name": name, "status": "done", **self._sample(index, name)}
+                break
+            except Exception as error:  # whatever is wrong with one sample, the others are made
+                known = find_input_error(error)
+                text = str(known) if known else f"{type(error).__name__}: {error}"
+                record = {"index": index, "name": name, "status": "failed", "error": text, "attempts": attempt + 1}
+        write_json(path, record)
+        for file in self.scratch.iterdir():
+            file.unlink()
+        return record
+
+    def close(self) -> None:
+        """Remove what is left in the scratch folder."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _sample(self, index: int, name: str) -> dict[str, Any]:
+        random = self.spec.random(index)
+        seed = int(random.integers(2**31))
+        mask, origin, misfits = self._mask(random, seed)
+        labels = np.asarray(mask[0]).astype(np.uint8)
+        affine = np.asarray(mask.affine, dtype=float)
+        edits = []
+        spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        for organ, factor in self.spec.resize.items():
+            drawn = draw(random, factor)
+            labels = resize_organ(labels, spacing, label_id(organ), drawn)
+            edits.append(f"{organ} x {drawn:.3g}")
+        for tumor in self.spec.tumors:
+            wanted = random.random() < tumor.probability
+            diameter = draw(random, tumor.diameter_mm)
+            if wanted:
+                labels = insert_lesion(labels, spacing, label_id(tumor.lesion), diameter, random)
+                edits.append(f"{tumor.lesion} {diameter:.3g} mm")
+        if random.random() < self.spec.flip:
+            labels = flip_sides(labels)
+            edits.append("flip")
+        source = self.scratch / f"{name}.nii.gz"
+        write_volume(source, labels, affine, np.uint8)
+        self.ct.inferer.inferer.seed = seed
+        self.ct({"image": str(source)})
+        made = {what: self.scratch / f"{name}_{what}.nii.gz" for what in ("ct", "mask")}
+        sidecar = json.loads((self.scratch / f"{name}_ct.json").read_text())
+        used: Any = nib.load(made["mask"])
+        values = np.asarray(used.dataobj)
+        record = {
+            "seed": sidecar["draws"]["seed"],
+            "origin": origin,
+            "misfits": "; ".join(misfits),
+            "edits": "; ".join(edits),
+            "size": list(values.shape),
+            "spacing": [round(float(mm), 6) for mm in used.header.get_zooms()],
+            "labels": [int(label) for label in np.unique(values) if label],
+            "draws": len(sidecar["draws"]["tried"]),
+            "implausible": sorted(
+                next(one for one in sidecar["draws"]["tried"] if one["seed"] == sidecar["draws"]["seed"])["implausible"]
+            ),
+            **sidecar["metrics"],
+        }
+        if self.layout.consecutive:
+            write_volume(made["mask"], consecutive_labels(values, self.keep, self.merge), used.affine, np.uint8)
+        return {**record, **self._store(name, made, record)}
+
+    def _mask(self, random: np.random.Generator, seed: int) -> tuple[MetaTensor, str, Sequence[str]]:
+        masks = self.spec.masks
+        if masks.source == "phantom":
+            (one,) = PhantomSource(masks.spacing).masks(masks.request, 1, seed)
+            return one.mask, one.origin, one.misfits
+        if masks.source == "generator":
+            sizes = {organ: round(draw(random, size), 3) for organ, size in masks.organ_sizes.items()}
+            settings = {**_quiet(masks.settings), "output_dir": str(self.scratch), "organ_sizes": sizes}
+            stage = Stage(self.bundles / "maisi_ldm", "mask_inference.json", settings, self.device)
+            stage({"name": "drawn", "seed": seed}, seeds=[seed])
+            (one,) = FileSource([self.scratch / "drawn_mask.nii.gz"]).masks(masks.request, 1)
+            return one.mask, f"generator seed {seed} {json.dumps(sizes)}", ()
+        path = self.pool[int(random.integers(len(self.pool)))]
+        (one,) = FileSource([path], read_label_map(masks.label_map)).masks(masks.request, 1)
+        return one.mask, one.origin, one.misfits
+
+    def _store(self, name: str, made: Mapping[str, Path], record: Mapping[str, Any]) -> dict[str, str]:
+        """Put the files where they belong, and return their paths and hashes."""
+        if self.spec.format == "dicom":
+            from maisi_tools.dicom.study import write_study
+
+            ct: Any = nib.load(made["ct"])
+            mask: Any = nib.load(made["mask"])
+            files = write_study(
+                self.folder / name,
+                np.asarray(ct.dataobj),
+                ct.affine,
+                np.asarray(mask.dataobj),
+                seed=record["seed"],
+                conditions={"spacing": record["spacing"], **self.spec.ct},
+                created=datetime.datetime.fromisoformat(self.spec.created),
+                replace=True,
+            )
+            digests = "".join(f"{file.name} {sha256(file)}\n" for file in files)
+            return {"ct": name, "ct_sha256": hashlib.sha256(digests.encode()).hexdigest()}
+        stored: dict[str, str] = {}
+        for what, pattern in (("ct", self.layout.ct), ("mask", self.layout.mask)):
+            path = self.folder / place(pattern, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made[what], path)
+            stored |= {what: place(pattern, name), f"{what}_sha256": sha256(path)}
+        return stored
+
+
+def _quiet(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"progress": False, **settings}
+
+
+def _pool(spec: CohortSpec) -> list[Path]:
+    """The masks that samples draw from: all files, or what fits of a library; its nearest where nothing does."""
+    masks = spec.masks
+    if masks.source == "files":
+        label_map = read_label_map(masks.label_map)
+        found = find_inputs(masks.path, "image", lambda folder: is_class_folder(folder, label_map))
+        return [Path(item["image"]) for item in found]
+    if masks.source == "library":
+        label_map = read_label_map(masks.label_map)
+        ranked = search(read_index(str(masks.path), label_map), masks.request)
+        return [path for path, misfits in ranked if not misfits] or [ranked[0][0]]
+    return []
