@@ -169,6 +169,8 @@ def with_kills(
     write_spec, bundles, folder: Path, seconds: tuple[float, float], most: int, **changes: str
 ) -> tuple[int, float]:
     """Make a cohort on Ray, with at most so many kills at intervals of so many seconds; returns kills and seconds."""
+    # Ray's workers are nice by default, and get next to nothing on a machine that is busy otherwise.
+    os.environ["RAY_worker_niceness"] = "0"
     stop, killed = threading.Event(), []
     killer = threading.Thread(target=kill_workers, args=(folder, stop, seconds, most, killed))
     killer.start()

@@ -55,7 +55,8 @@ class Stage:
         self.parser = ConfigParser()
         self.parser.read_config(str(bundle / "configs" / config))
         self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
-        if unknown := sorted(key for key in settings if key.split("#")[0] not in self.parser.config):
+        known: Any = self.parser.config
+        if unknown := sorted(key for key in settings if key.split("#")[0] not in known):
             raise InputError(f"{bundle.name}'s {config} has no {', '.join(unknown)}; correct the specification")
         for key, value in {"bundle_root": str(bundle), "device": f"$torch.device({device!r})", **settings}.items():
             self.parser[key] = value
@@ -110,9 +111,9 @@ class Worker:
         """
         name = self.spec.sample_name(index)
         path = self.folder / RECORDS / f"{name}.json"
-        if path.is_file() and (record := json.loads(path.read_text()))["status"] == "done":
+        record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        if record.get("status") == "done":
             return record
-        record: dict[str, Any] = {}
         for attempt in range(self.spec.retries + 1):
             try:
                 record = {"index": index, "name": name, "status": "done", **self._sample(index, name)}
