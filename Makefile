@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test test-browser test-cohort test-monailabel lint clean
+.PHONY: demo test test-browser test-cohort test-monailabel test-orthanc lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
@@ -20,6 +20,11 @@ test-browser: $(VENV)/.installed-all
 # 200 samples by one process, and by Ray with workers killed at random; half an hour on two cores.
 test-cohort: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -m cohort -s
+
+# The listener against a real PACS (Debian: apt-get install orthanc orthanc-dicomweb).
+test-orthanc: $(VENV)/.installed-all
+	command -v Orthanc
+	$(BIN)/python -m pytest -m orthanc -s
 
 # MONAI Label in an environment of its own: it pins numpy 1.26 and pydicom 2.
 LABEL := .venv-monailabel

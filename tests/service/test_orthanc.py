@@ -1,0 +1,144 @@
+"""The listener beside a real Orthanc: what is sent to it comes back, whatever happens in between."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import shutil
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pydicom
+import pytest
+
+pytestmark = [
+    pytest.mark.orthanc,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(shutil.which("Orthanc") is None, reason="needs Orthanc (make test-orthanc)"),
+]
+
+PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
+
+
+class Orthanc:
+    def __init__(self, folder: Path, http: int, dicom: int, listener: int) -> None:
+        self.http, self.dicom = http, dicom
+        settings = {
+            "StorageDirectory": str(folder / "db"),
+            "IndexDirectory": str(folder / "db"),
+            "HttpPort": http,
+            "DicomPort": dicom,
+            "DicomAet": "ORTHANC",
+            "DicomModalities": {"maisi": ["MAISI", "127.0.0.1", listener]},
+            "AuthenticationEnabled": True,
+            "RegisteredUsers": {"me": "secret"},
+            "DicomAlwaysAllowStore": True,
+            "Plugins": [str(PLUGIN)] if PLUGIN.exists() else [],
+        }
+        (folder / "orthanc.json").write_text(json.dumps(settings))
+        self.log = open(folder / "orthanc.log", "w")
+        self.process = subprocess.Popen(["Orthanc", str(folder / "orthanc.json")], stdout=self.log, stderr=self.log)
+        for _ in range(100):
+            try:
+                self.rest("/system")
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((folder / "orthanc.log").read_text())
+
+    def rest(self, path: str, body: bytes | None = None):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.http}{path}", body)
+        request.add_header("Authorization", "Basic " + base64.b64encode(b"me:secret").decode())
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+    def studies(self) -> list[dict]:
+        return [self.rest(f"/studies/{one}") for one in self.rest("/studies")]
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self.log.close()
+
+
+@pytest.fixture
+def setup(listen, free_port, tmp_path):
+    """``setup(**changes)`` starts Orthanc and a listener that sends to it."""
+    started = []
+
+    def start(**changes):
+        ports = free_port(), free_port(), free_port()
+        orthanc = Orthanc(tmp_path, *ports)
+        started.append(orthanc)
+        common = {
+            "send": {"ae_title": "ORTHANC", "host": "127.0.0.1", "port": orthanc.dicom},
+            "listen": {
+                "port": ports[2],
+                "host": "127.0.0.1",
+                "quiet_seconds": 1.0,
+                "allowed": [{"ae_title": "ORTHANC", "host": "127.0.0.1"}],
+            },
+        }
+        return orthanc, listen(orthanc.dicom, **{**common, **changes})
+
+    yield start
+    for orthanc in started:
+        orthanc.close()
+
+
+def test_20_studies_in_20_results_back_though_the_listener_is_killed(setup, real_study, tmp_path, capsys):
+    orthanc, listener = setup()
+    sources = set()
+    for seed in range(20):
+        (path,) = [path for path in real_study(tmp_path / f"s{seed}", seed) if path.name == "SEG.dcm"]
+        sources.add(pydicom.dcmread(path, stop_before_pixels=True).StudyInstanceUID)
+        orthanc.rest("/instances", path.read_bytes())
+    instances = orthanc.rest("/instances")
+    assert len(instances) == 20
+    start = time.time()
+    orthanc.rest("/modalities/maisi/store", json.dumps(instances).encode())
+    chance, kills = random.Random(1), 0
+    while listener.health().get("done", 0) < 20:
+        time.sleep(chance.uniform(3, 15))
+        if kills < 5:
+            listener.kill()
+            kills += 1
+            listener.start()
+        assert time.time() - start < 1200, listener.log.read_text()[-3000:]
+    seconds = time.time() - start
+    studies = orthanc.studies()
+    assert len(studies) == 40
+    results = [study for study in studies if study["MainDicomTags"]["StudyInstanceUID"] not in sources]
+    assert len(results) == 20
+    for study in results:
+        series = [orthanc.rest(f"/series/{one}") for one in study["Series"]]
+        found = sorted((one["MainDicomTags"]["Modality"], len(one["Instances"])) for one in series)
+        assert found == [("CT", 48), ("RTSTRUCT", 1), ("SEG", 1)]
+    assert listener.health() == {"status": "ok", "waiting": 0, "running": 0, "done": 20, "dead": 0}
+    with capsys.disabled():
+        print(f"\n20 studies, {kills} kills: {seconds:.0f} s, {3600 * 20 / seconds:.0f} studies an hour")
+
+
+@pytest.mark.skipif(not PLUGIN.exists(), reason="needs Orthanc's DICOMweb plugin")
+def test_an_archive_is_asked_by_dicomweb(listen, real_study, free_port, repo_root, tmp_path):
+    """With basic authentication; structure sets, which need the CT of their study."""
+    fast = {"num_inference_steps": 1, "progress": False}
+    step = {"bundle": str(repo_root / "bundles" / "maisi_controlnet"), "settings": fast}
+    http = free_port()
+    web = {"url": f"http://127.0.0.1:{http}/dicom-web", "every_seconds": 2, "user": "me"}
+    orthanc = Orthanc(tmp_path, http, free_port(), free_port())
+    try:
+        for path in real_study(tmp_path / "s", 3):
+            if path.name != "SEG.dcm":
+                orthanc.rest("/instances", path.read_bytes())
+        from_web = {"poll": web, "listen": None, "chains": [{"when": "RTSTRUCT", "steps": [step]}]}
+        listener = listen(orthanc.dicom, **from_web)
+        listener.wait(lambda: listener.health().get("done") == 1, 180)
+        assert len(orthanc.studies()) == 2
+        time.sleep(6)  # the result, a structure set among it, is not done once more
+        assert listener.health()["done"] == 1 and listener.health()["waiting"] == 0
+    finally:
+        orthanc.close()

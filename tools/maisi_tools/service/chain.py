@@ -1,0 +1,149 @@
+"""Runs one job: DICOM in, the chain of bundles, a DICOM study out."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+import ssl
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from monai.bundle import ConfigWorkflow
+from pydicom.dataset import Dataset
+from pynetdicom import AE
+
+from maisi_tools.dicom.study import read_mask, write_study
+from maisi_tools.errors import InputError
+from maisi_tools.service.jobs import Job
+from maisi_tools.service.settings import Chain, Node, Settings
+from maisi_tools.volumes.grid import straighten
+from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.writing import write_volume
+
+logger = logging.getLogger(__name__)
+
+
+def run_job(job: Job, settings: Settings, work: Path) -> list[Path]:
+    """Make a job's result, the files of a DICOM study, in the folder `work`, which is emptied first.
+
+    Raises:
+        InputError: what came in cannot be used, or the chain refuses it.
+    """
+    chain = settings.chain(job.kind)
+    if chain is None:
+        raise InputError(f"there is no chain for {job.kind} any more; add it, or give the job up")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    volume, series = _volume(job, chain, work)
+    ran: dict[str, Any] = {}
+    for number, step in enumerate(chain.steps):
+        bundle = Path(step.bundle)
+        configs = [step.config] if isinstance(step.config, str) else list(step.config)
+        out = work / f"step{number}"
+        workflow = ConfigWorkflow(
+            config_file=[str(bundle / "configs" / name) for name in configs],
+            meta_file=str(bundle / "configs" / "metadata.json"),
+            logging_file=False,
+            bundle_root=str(bundle),
+            input=str(volume),
+            output_dir=str(out),
+            device=f"$torch.device({settings.device!r})",
+            **step.settings,
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        ran[bundle.name] = dict(step.settings)
+        made = sorted(out.glob(f"*{step.result}"))
+        if len(made) != 1:
+            raise InputError(
+                f"{bundle.name} wrote {len(made)} files *{step.result}; correct result of the chain's step"
+            )
+        volume = made[0]
+    ct: Any = nib.load(volume)
+    mask_file = volume.with_name(volume.name.replace(chain.steps[-1].result, "_mask.nii.gz"))
+    mask = np.asarray(nib.load(mask_file).dataobj) if mask_file.is_file() else None  # type: ignore[attr-defined]
+    return write_study(
+        work / "study",
+        np.asarray(ct.dataobj),
+        ct.affine,
+        mask,
+        source=series if chain.keep_patient else None,
+        conditions=ran,
+        created=datetime.datetime.fromisoformat(job.received),
+    )
+
+
+def send(files: list[Path], node: Node, calling: str) -> None:
+    """Store files in an archive with C-STORE.
+
+    Raises:
+        ConnectionError: it cannot be reached, or does not take one of them.
+    """
+    datasets = [pydicom.dcmread(path) for path in files]
+    ae = AE(calling)
+    for kind in {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}:
+        ae.add_requested_context(*kind)
+    tls: Any = None
+    if node.tls:
+        tls = (ssl.create_default_context(), node.host)
+    association = ae.associate(node.host, node.port, ae_title=node.ae_title, tls_args=tls)
+    if not association.is_established:
+        raise ConnectionError(f"{node.ae_title} at {node.host}:{node.port} cannot be reached, or refuses us")
+    try:
+        for ds in datasets:
+            status: Dataset = association.send_c_store(ds)
+            if not status or status.Status != 0x0000:
+                code = f"status {status.Status:#06x}" if status else "no answer"
+                raise ConnectionError(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
+    finally:
+        association.release()
+
+
+def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
+    """The first step's input as a NIfTI file, and the folder of the CT series it belongs to."""
+    series = _series(job, work)
+    if job.kind == "CT":
+        ct: Any = read_volume(series, "ct") if series else None
+        if ct is None:
+            raise InputError(f"series {job.key} is not in the study any more")
+        path = work / "scan.nii.gz"
+        ct = straighten(ct, "bilinear", -1000)
+        write_volume(path, ct[0].numpy(), ct.affine.numpy(), np.int16)
+        return path, series
+    path = work / "drawn.nii.gz"
+    drawn: Any = read_mask(Path(job.folder) / f"{job.key}.dcm", series, chain.names)
+    drawn = straighten(drawn, "nearest", 0)
+    write_volume(path, drawn[0].numpy(), drawn.affine.numpy(), np.uint8)
+    return path, series
+
+
+def _series(job: Job, work: Path) -> Path | None:
+    """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path(job.folder).glob("*.dcm")):
+        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+        if ds.get("Modality") == "CT":
+            found.setdefault(str(ds.SeriesInstanceUID), []).append(path)
+    if job.kind == "CT":
+        wanted = job.key
+    else:
+        referenced = _referenced_series(Path(job.folder) / f"{job.key}.dcm")
+        wanted = next((uid for uid in found if uid in referenced), next(iter(found), ""))
+    if wanted not in found:
+        return None
+    folder = work / "series"
+    folder.mkdir()
+    for path in found[wanted]:
+        (folder / path.name).hardlink_to(path)
+    return folder
+
+
+def _referenced_series(path: Path) -> set[str]:
+    """Every Series Instance UID that stands in a SEG or RTSTRUCT."""
+    ds = pydicom.dcmread(path, stop_before_pixels=True)
+    return {str(element.value) for element in ds.iterall() if element.keyword == "SeriesInstanceUID"}
