@@ -19,7 +19,7 @@ from pynetdicom import AE
 from maisi_tools.dicom.study import read_mask, write_study
 from maisi_tools.errors import InputError
 from maisi_tools.service.jobs import Job
-from maisi_tools.service.settings import Chain, Node, Settings
+from maisi_tools.service.settings import Chain, Node
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
@@ -27,15 +27,18 @@ from maisi_tools.volumes.writing import write_volume
 logger = logging.getLogger(__name__)
 
 
-def run_job(job: Job, settings: Settings, work: Path) -> list[Path]:
+def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Path]:
     """Make a job's result, the files of a DICOM study, in the folder `work`, which is emptied first.
+
+    Args:
+        job: what came in.
+        chain: the bundles to run.
+        work: the study goes to ``study`` in it, intermediate volumes beside that.
+        device: for the networks.
 
     Raises:
         InputError: what came in cannot be used, or the chain refuses it.
     """
-    chain = settings.chain(job.kind)
-    if chain is None:
-        raise InputError(f"there is no chain for {job.kind} any more; add it, or give the job up")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     volume, series = _volume(job, chain, work)
@@ -51,7 +54,7 @@ def run_job(job: Job, settings: Settings, work: Path) -> list[Path]:
             bundle_root=str(bundle),
             input=str(volume),
             output_dir=str(out),
-            device=f"$torch.device({settings.device!r})",
+            device=f"$torch.device({device!r})",
             **step.settings,
         )
         workflow.initialize()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.atomic import write_json
-from maisi_tools.errors import find_input_error
+from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.service.chain import run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
 from maisi_tools.service.receive import poll, queue_whole_studies, start_receiver
@@ -78,7 +78,10 @@ class Listener:
         start = time.perf_counter()
         work = self.spool / "work"
         try:
-            files = run_job(job, self.settings, work)
+            chain = self.settings.chain(job.kind)
+            if chain is None:
+                raise InputError(f"there is no chain for {job.kind} any more; add it, or leave the job")
+            files = run_job(job, chain, work, self.settings.device)
             send(files, self.settings.send, self.settings.listen.ae_title if self.settings.listen else "MAISI")
         except Exception as error:  # one bad job must not stop the others
             self._failed(job, error)

@@ -1,0 +1,78 @@
+"""MONAI Deploy application: a folder with a SEG, or an RTSTRUCT and its CT, in; a synthetic CT study out.
+
+    python app.py -i INPUT -o OUTPUT        # or `monai-deploy package`, see README.md
+
+``MAISI_BUNDLES`` is the folder with the bundles, by default the one of the repository.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from holoscan.conditions import CountCondition
+from monai.deploy.core import Application, Operator, OperatorSpec
+
+from maisi_tools.errors import InputError
+from maisi_tools.service.chain import run_job
+from maisi_tools.service.jobs import Job
+from maisi_tools.service.settings import Chain, Step
+
+BUNDLES = Path(os.environ.get("MAISI_BUNDLES", Path(__file__).resolve().parents[2] / "bundles"))
+
+
+class MaskToCTOperator(Operator):
+    """Runs ``maisi_controlnet`` on the first SEG or RTSTRUCT of the input folder, and writes the study."""
+
+    def __init__(self, fragment: Any, *args: Any, input_path: Path, output_path: Path, **kwargs: Any) -> None:
+        self.input_path, self.output_path = input_path, output_path
+        super().__init__(fragment, *args, **kwargs)
+
+    def setup(self, spec: OperatorSpec) -> None:
+        """It reads a folder and writes one: there are no ports."""
+
+    def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            study = work / "incoming"
+            study.mkdir()
+            found: dict[str, str] = {}
+            for path in sorted(self.input_path.rglob("*")):
+                if not path.is_file() or not pydicom.misc.is_dicom(path):
+                    continue
+                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SOPInstanceUID"])
+                shutil.copy(path, study / f"{ds.SOPInstanceUID}.dcm")
+                found.setdefault(str(ds.Modality), str(ds.SOPInstanceUID))
+            kind = next((kind for kind in ("SEG", "RTSTRUCT") if kind in found), None)
+            if kind is None:
+                raise InputError(f"{self.input_path} holds no SEG and no RTSTRUCT; give one, an RTSTRUCT with its CT")
+            steps = Step(os.environ.get("MAISI_CONTROLNET", str(BUNDLES / "maisi_controlnet")), settings=_settings())
+            now = datetime.datetime.now().isoformat(timespec="seconds")
+            job = Job(found[kind], kind, "", str(study), now)
+            for path in run_job(job, Chain(kind, (steps,)), work / "run"):
+                target = self.output_path / path.relative_to(work / "run" / "study")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+
+
+def _settings() -> dict[str, Any]:
+    steps = os.environ.get("MAISI_STEPS")
+    return {} if steps is None else {"num_inference_steps": int(steps)}
+
+
+class MaisiApp(Application):
+    """Mask to CT."""
+
+    def compose(self) -> None:
+        context = Application.init_app_context(self.argv)
+        paths = {"input_path": Path(context.input_path), "output_path": Path(context.output_path)}
+        self.add_operator(MaskToCTOperator(self, CountCondition(self, 1), name="mask_to_ct", **paths))
+
+
+if __name__ == "__main__":
+    MaisiApp().run()
