@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_tools.diffusion.mask_source import GeneratorSource
 from maisi_tools.masks.edits import volumes_ml
+from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import VOCABULARY
 
 AUTOENCODER = {"network_def#num_channels": [8, 8, 16], "network_def#norm_num_groups": 4}
@@ -100,6 +102,20 @@ def test_same_seed_same_bytes_other_seed_another_mask(generate, tmp_path):
     first = mask("a", seed=1)
     assert first == mask("b", seed=1)
     assert first != mask("c", seed=2)
+
+
+def test_a_source_of_masks(generate, bundles, trained, tmp_path):
+    """The same mask as the config writes, as an object."""
+    weights = {
+        "ckpt_path": str(trained / "ldm" / "model.pt"),
+        "autoencoder_ckpt_path": str(trained / "vae" / "model.pt"),
+    }
+    tiny = {**UNET, **{key.replace("network_def", "autoencoder_def"): value for key, value in AUTOENCODER.items()}}
+    source = GeneratorSource(bundles / "maisi_ldm", {"left parotid": 20}, {**tiny, **weights, **GRID})
+    first, second = source.masks(MaskRequest(organs=("liver",)), 2, seed=4)
+    (path,) = generate(tmp_path, seed=5, organ_sizes={"left parotid": 20})
+    assert np.array_equal(second.mask[0].numpy(), np.asarray(nib.load(path).dataobj))
+    assert first.origin == 'generator seed 4 {"left parotid": 20}' and "liver" in first.misfits[0]
 
 
 @pytest.mark.parametrize(

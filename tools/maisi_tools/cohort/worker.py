@@ -21,6 +21,7 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate
 from maisi_tools.atomic import write_json
 from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
 from maisi_tools.cohort.spec import CohortSpec, draw
+from maisi_tools.diffusion.mask_source import GeneratorSource
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.fingerprints import sha256
 from maisi_tools.masks.class_folder import is_class_folder
@@ -185,11 +186,9 @@ class Worker:
             return one.mask, one.origin, one.misfits
         if masks.source == "generator":
             sizes = {organ: round(draw(random, size), 3) for organ, size in masks.organ_sizes.items()}
-            settings = {**_quiet(masks.settings), "output_dir": str(self.scratch), "organ_sizes": sizes}
-            stage = Stage(self.bundles / "maisi_ldm", "mask_inference.json", settings, self.device)
-            stage({"name": "drawn", "seed": seed}, seeds=[seed])
-            (one,) = FileSource([self.scratch / "drawn_mask.nii.gz"]).masks(masks.request, 1)
-            return one.mask, f"generator seed {seed} {json.dumps(sizes)}", ()
+            source = GeneratorSource(self.bundles / "maisi_ldm", sizes, masks.settings, self.device)
+            (one,) = source.masks(masks.request, 1, seed)
+            return one.mask, one.origin, one.misfits
         path = self.pool[int(random.integers(len(self.pool)))]
         (one,) = FileSource([path], read_label_map(masks.label_map)).masks(masks.request, 1)
         return one.mask, one.origin, one.misfits

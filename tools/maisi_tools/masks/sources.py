@@ -35,7 +35,7 @@ class SourcedMask:
 
 
 class MaskSource(Protocol):
-    """What gives masks for a request. A learned generator is one more class with this method."""
+    """What gives masks for a request; the learned one is :class:`maisi_tools.diffusion.mask_source.GeneratorSource`."""
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
         """`count` masks, best match first; the same seed gives the same ones.
