@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+import subprocess
 import time
 import urllib.error
 
@@ -42,13 +45,13 @@ def archive(free_port):
     found.close()
 
 
-def store(files, port: int, title: str = "ARCHIVE") -> bool:
+def store(files, port: int, title: str = "ARCHIVE", tls=None) -> bool:
     """Send files; whether they were taken."""
     datasets = [pydicom.dcmread(path) for path in files]
     ae = AE(title)
     for kind in {ds.SOPClassUID for ds in datasets}:
         ae.add_requested_context(kind)
-    association = ae.associate("127.0.0.1", port, ae_title="MAISI")
+    association = ae.associate("127.0.0.1", port, ae_title="MAISI", tls_args=tls)
     if not association.is_established:
         return False
     good = all(association.send_c_store(ds).Status == 0 for ds in datasets)
@@ -87,6 +90,26 @@ def test_strangers_are_refused(listen, archive, real_study, tmp_path):
     assert not store(files, listener.settings["listen"]["port"], "STRANGER")
     assert "STRANGER" in listener.log.read_text()
     assert not list((tmp_path / "spool" / "incoming").iterdir())
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_with_a_certificate_it_speaks_tls_alone(listen, archive, free_port, real_study, tmp_path):
+    names = {name: str(tmp_path / f"{name}.pem") for name in ("certificate", "key")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", names["key"], "-out", names["certificate"]],
+        check=True,
+        capture_output=True,
+    )
+    allowed = [{"ae_title": "ARCHIVE", "host": "127.0.0.1"}]
+    listen_at = {"port": free_port(), "host": "127.0.0.1", "quiet_seconds": 1.0, "allowed": allowed, **names}
+    listener = listen(archive.port, listen=listen_at)
+    files = [path for path in real_study(tmp_path / "study", 1) if path.name == "SEG.dcm"]
+    assert not store(files, listen_at["port"])
+    context = ssl.create_default_context(cafile=names["certificate"])
+    assert store(files, listen_at["port"], tls=(context, "127.0.0.1"))
+    assert len(list((tmp_path / "spool" / "incoming").glob("*/*.dcm"))) == 1
+    assert listener.health()["status"] == "ok"
 
 
 def test_what_cannot_be_used_is_a_dead_letter_with_the_reason(listen, archive, real_study, tmp_path, capsys):
