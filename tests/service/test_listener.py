@@ -149,7 +149,7 @@ def test_two_bundles_one_after_another_for_a_ct(listen, archive, real_study, rep
     step = {
         "bundle": str(repo_root / "bundles" / "maisi_vae"),
         "result": "_recon.nii.gz",
-        "settings": {},
+        "settings": {"data": [{"image": "{input}"}]},
     }
     listener = listen(archive.port, chains=[{"when": "CT", "steps": [step, step], "keep_patient": True}])
     files = real_study(tmp_path / "study", 3)

@@ -6,6 +6,7 @@ import datetime
 import logging
 import shutil
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     volume, series = _volume(job, chain, work)
+    if chain.keep_patient and series is None:
+        raise InputError(f"study {job.study} has no CT series, whose patient the result could join; send it, too")
     ran: dict[str, Any] = {}
     for number, step in enumerate(chain.steps):
         bundle = Path(step.bundle)
@@ -55,7 +58,7 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
             input=str(volume),
             output_dir=str(out),
             device=f"$torch.device({device!r})",
-            **step.settings,
+            **_filled(step.settings, str(volume)),
         )
         workflow.initialize()
         workflow.run()
@@ -79,6 +82,17 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
         conditions=ran,
         created=datetime.datetime.fromisoformat(job.received),
     )
+
+
+def _filled(value: Any, volume: str) -> Any:
+    """Settings with "{input}" replaced by the volume's path, for bundles whose input has another key than ours."""
+    if isinstance(value, str):
+        return value.replace("{input}", volume)
+    if isinstance(value, Mapping):
+        return {key: _filled(one, volume) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_filled(one, volume) for one in value]
+    return value
 
 
 def send(files: list[Path], node: Node, calling: str) -> None:

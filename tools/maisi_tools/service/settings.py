@@ -106,7 +106,8 @@ class Step:
     Args:
         bundle: its folder.
         config: file, or files, in its ``configs``.
-        settings: keys to set.
+        settings: keys to set. Our bundles read ``input``, which is set to the volume; for others "{input}" in a text
+            stands for its path: ``{datalist: ["{input}"]}``.
         result: which of the files that it writes goes on: ``NAME`` + this.
     """
 
