@@ -117,7 +117,8 @@ def test_metadata_is_true(name, repo_root):
     assert re.search(rf"^## {re.escape(metadata['version'])}\b", (repo_root / "CHANGELOG.md").read_text(), re.MULTILINE)
     project = (repo_root / "pyproject.toml").read_text()
     assert f'\nversion = "{metadata["version"]}"' in project
-    allowed = {r.name: r for r in map(Requirement, re.findall(r'^    "([^"]+)",$', project, re.MULTILINE))}
+    (listed,) = re.findall(r"^dependencies = \[$(.*?)^\]$", project, re.MULTILINE | re.DOTALL)
+    allowed = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', listed))}
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (repo_root / "constraints.txt").read_text(), re.MULTILINE))
     given = {
         **metadata["required_packages_version"],
