@@ -127,6 +127,10 @@ def _on_ray(
         paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
         environment = {"env_vars": {"PYTHONPATH": paths}}
         ray.init(address=address, runtime_env=environment, include_dashboard=False, log_to_driver=False)
+    if address is None and workers > (most := int(ray.cluster_resources().get("CPU", 1))):
+        # On a cluster that scales itself nodes may come; here, an actor without a core would wait for ever.
+        logger.warning("%d workers were asked for, but this machine has %d cores: %d are started", workers, most, most)
+        workers = most
     try:
         actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Worker)
         pool = ActorPool([actor.remote(*arguments) for _ in range(min(workers, len(share)))])
