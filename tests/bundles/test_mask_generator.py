@@ -144,7 +144,7 @@ def test_the_shipped_weights_draw_a_head_and_the_controlnet_takes_it(run_bundle,
     labels = np.asarray(nib.load(path).dataobj)
     assert set(np.unique(labels)) <= {0, 2, 11, 16, 18, 20, 28, 120, 121, 132, 200}
     share = {label: float((labels == label).mean()) for label in (0, 120, 200)}
-    assert share[0] > 0.2 and share[200] > 0.1 and share[120] > 0.003
+    assert share[0] > 0.2 and share[200] > 0.05 and share[120] > 0.001
     run_bundle(
         *("maisi_controlnet", "inference.json"),
         **{"input": str(tmp_path / "masks"), "output_dir": str(tmp_path / "ct")},
