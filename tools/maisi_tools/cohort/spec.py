@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from maisi_tools.cohort.layouts import LAYOUTS
 from maisi_tools.errors import InputError
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
+from maisi_tools.yaml_fields import checked_fields, read_yaml
 
 SOURCES = ("phantom", "files", "library", "generator")
 FORMATS = ("nifti", "dicom")
@@ -160,20 +160,17 @@ def read_spec(path: str | Path) -> CohortSpec:
         InputError: no such file, no YAML, or see :class:`CohortSpec`.
     """
     path = Path(path).expanduser()
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"specification {path} cannot be read as YAML ({error}); see docs/cohorts.md") from error
-    content = _fields(CohortSpec, content, str(path))
+    content = read_yaml(path, "specification", "docs/cohorts.md")
+    content = checked_fields(CohortSpec, content, str(path))
     if "masks" in content:
-        masks = _fields(Masks, content["masks"], "masks")
+        masks = checked_fields(Masks, content["masks"], "masks")
         if masks.get("path") is not None:
             masks["path"] = str(path.parent / Path(str(masks["path"])).expanduser())
         content["masks"] = Masks(**masks)
     tumors = content.get("tumors") or ()
     if not isinstance(tumors, (list, tuple)):
         raise InputError(f"tumors is {tumors!r}; allowed is a list with lesion, diameter_mm and probability")
-    content["tumors"] = tuple(Tumor(**_fields(Tumor, tumor, "tumors")) for tumor in tumors)
+    content["tumors"] = tuple(Tumor(**checked_fields(Tumor, tumor, "tumors")) for tumor in tumors)
     if isinstance(content.get("created"), (datetime.date, datetime.datetime)):
         content["created"] = content["created"].isoformat()
     return CohortSpec(**content)
@@ -182,22 +179,6 @@ def read_spec(path: str | Path) -> CohortSpec:
 def draw(random: np.random.Generator, value: Any) -> float:
     """A number as it is, or one from a range [lowest, highest]."""
     return float(random.uniform(*value)) if isinstance(value, (list, tuple)) else float(value)
-
-
-def _fields(kind: Any, content: Any, where: str) -> dict[str, Any]:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(content, Mapping):
-        raise InputError(f"{where} is {content!r}; allowed is a mapping with some of {', '.join(fields)}")
-    if unknown := sorted(map(str, set(content) - set(fields))):
-        raise InputError(f"{where} has {', '.join(unknown)}; allowed are {', '.join(fields)}")
-    needed = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing := [name for name in needed if name not in content]:
-        raise InputError(f"{where} has no {', '.join(missing)}; add it")
-    return dict(content)
 
 
 def _allowed(name: str, value: Any, allowed: Sequence[str]) -> None:

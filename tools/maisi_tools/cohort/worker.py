@@ -67,10 +67,10 @@ class Stage:
         self.postprocessing = self.parser.get_parsed_content("postprocessing")
         self.device = torch.device(device)
 
-    def __call__(self, item: Mapping[str, Any], **keywords: Any) -> dict[str, Any]:
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """Run one item, whose files go where the config writes them."""
         batch = list_data_collate([self.preprocessing(item)])
-        pred = self.inferer(batch["image"].to(self.device), self.network, **keywords)
+        pred = self.inferer(batch["image"].to(self.device), self.network)
         return self.postprocessing(decollate_batch({**batch, "pred": pred})[0])
 
 

@@ -6,7 +6,6 @@ in the name of every figure.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,6 @@ from maisi_tools.volumes.inputs import check_output_dir
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.weights import load_weights
-
-logger = logging.getLogger(__name__)
 
 PLANES = ("sagittal", "coronal", "axial")
 """Slices across x, y and z of a volume in RAS."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import logging
 import shutil
 import ssl
 from collections.abc import Mapping
@@ -24,8 +23,6 @@ from maisi_tools.service.settings import Chain, Node
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
-
-logger = logging.getLogger(__name__)
 
 
 def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Path]:

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from maisi_tools.errors import InputError
+from maisi_tools.yaml_fields import checked_fields, read_yaml
 
 KINDS = ("SEG", "RTSTRUCT", "CT")
 """Modalities that a chain may wait for."""
@@ -191,31 +190,29 @@ def read_settings(path: str | os.PathLike) -> Settings:
         InputError: no such file, no YAML, an unknown key or a wrong value.
     """
     path = Path(path).expanduser()
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"settings {path} cannot be read as YAML ({error}); see docs/hospital.md") from error
-    content = _fields(Settings, content, str(path))
+    content = read_yaml(path, "settings", "docs/hospital.md")
+    content = checked_fields(Settings, content, str(path))
 
     def near(value: Any) -> Any:
         return None if value is None else str(path.parent / Path(str(value)).expanduser())
 
     content["spool"] = near(content["spool"])
-    content["send"] = Node(**_fields(Node, content["send"], "send"))
+    content["send"] = Node(**checked_fields(Node, content["send"], "send"))
     if content.get("listen") is not None:
-        listen = _fields(Listen, content["listen"], "listen")
+        listen = checked_fields(Listen, content["listen"], "listen")
         listen["allowed"] = tuple(
-            Node(**_fields(Node, node, "listen.allowed")) for node in _list(listen.get("allowed", []), "listen.allowed")
+            Node(**checked_fields(Node, node, "listen.allowed"))
+            for node in _list(listen.get("allowed", []), "listen.allowed")
         )
         for name in ("certificate", "key", "authority"):
             listen[name] = near(listen.get(name))
         content["listen"] = Listen(**listen)
     if content.get("poll") is not None:
-        content["poll"] = Poll(**_fields(Poll, content["poll"], "poll"))
+        content["poll"] = Poll(**checked_fields(Poll, content["poll"], "poll"))
     chains = []
     for number, chain in enumerate(_list(content["chains"], "chains")):
-        chain = _fields(Chain, chain, f"chains[{number}]")
-        steps = [_fields(Step, step, f"chains[{number}].steps") for step in _list(chain["steps"], "steps")]
+        chain = checked_fields(Chain, chain, f"chains[{number}]")
+        steps = [checked_fields(Step, step, f"chains[{number}].steps") for step in _list(chain["steps"], "steps")]
         chain["steps"] = tuple(Step(**{**step, "bundle": near(step["bundle"])}) for step in steps)
         chain["names"] = near(chain.get("names"))
         chains.append(Chain(**chain))
@@ -232,19 +229,3 @@ def _list(content: Any, where: str) -> list:
     if not isinstance(content, list):
         raise InputError(f"{where} is {content!r}; allowed is a list")
     return content
-
-
-def _fields(kind: Any, content: Any, where: str) -> dict[str, Any]:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(content, Mapping):
-        raise InputError(f"{where} is {content!r}; allowed is a mapping with some of {', '.join(fields)}")
-    if unknown := sorted(map(str, set(content) - set(fields))):
-        raise InputError(f"{where} has {', '.join(unknown)}; allowed are {', '.join(fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING and name not in content
-    ]
-    if missing:
-        raise InputError(f"{where} has no {', '.join(missing)}; add it")
-    return dict(content)
