@@ -615,15 +615,13 @@ def realism(
     _check_seed(seed)
 
     import ignite.distributed as idist
-    import torch.distributed
 
     from maisi_tools.metrics.realism import SliceNetwork, measure_realism
     from maisi_tools.volumes.inputs import find_inputs
 
     real, made = ([item["image"] for item in find_inputs(files)] for files in (reference, generated))
     features = SliceNetwork(str(network), None if weights is None else str(weights))
-    backend = "gloo" if torch.distributed.is_torchelastic_launched() else None
-    with idist.Parallel(backend=backend):
+    with _process_group():
         found = measure_realism(
             real, made, str(output_dir), features, float(spacing), int(size), int(pairs), seed, device
         )
@@ -697,9 +695,8 @@ def cohort(
     wanted = read_spec(str(spec))
     if wanted.format == "dicom":
         _need_dicom()
-    backend = "gloo" if torch.distributed.is_torchelastic_launched() else None
-    with idist.Parallel(backend=backend):
-        if device == "cuda" and backend is not None:
+    with _process_group():
+        if device == "cuda" and torch.distributed.is_torchelastic_launched():
             device = f"cuda:{idist.get_local_rank()}"
         found = make_cohort(
             wanted, str(output_dir), _bundles(bundles), engine, workers, device, float(gpus), threads, address
@@ -880,6 +877,14 @@ def _listed(value: Any) -> list[str]:
     """Names given as a list, or as one text with commas."""
     names = value if isinstance(value, (tuple, list)) else str(value).split(",")
     return [str(name).strip() for name in names if str(name).strip()]
+
+
+def _process_group() -> Any:
+    """Context of a process group of torchrun's ranks; outside torchrun, of this process alone."""
+    import ignite.distributed as idist
+    import torch.distributed
+
+    return idist.Parallel(backend="gloo" if torch.distributed.is_torchelastic_launched() else None)
 
 
 def _check_seed(seed: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,7 @@ class LatentSampler(Inferer):
         self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
     ) -> Tensor | dict[str, Tensor]:
         """``seeds``, one a sample, feed the noise that DDPM adds on the way; rectified flow and DDIM need none."""
-        inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
-        seeds = [self.conditions.seed] * len(inputs) if seeds is None else [int(seed) for seed in seeds]
-        # One sample at a time: a volume must not depend on the batch it was drawn in.
-        latents = [self._one(noise, seed, network) for noise, seed in zip(inputs.split(1), seeds, strict=True)]
+        latents = [self._one(noise, seed, network) for noise, seed in _samples(inputs, seeds, self.conditions.seed)]
         ct = torch.cat([self.decoder(latent) for latent in latents])
         return {"ct": ct, "latent": torch.cat(latents)} if self.return_latent else ct
 
@@ -229,10 +226,7 @@ class MaskSampler(Inferer):
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
-        seeds = [self.seed] * len(inputs) if seeds is None else [int(seed) for seed in seeds]
-        # One sample at a time: a mask must not depend on the batch it was drawn in.
-        return torch.cat([self._one(noise, seed, network) for noise, seed in zip(inputs.split(1), seeds, strict=True)])
+        return torch.cat([self._one(noise, seed, network) for noise, seed in _samples(inputs, seeds, self.seed)])
 
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
         sizes = self.organ_sizes[None].to(noise)
@@ -246,3 +240,14 @@ class MaskSampler(Inferer):
         channels = self.decoder(latent).argmax(1)[0]
         labels = self.classes.to(channels.device)[channels].cpu().numpy()
         return torch.from_numpy(keep_largest_pieces(labels, self.single_pieces))[None, None].to(noise.device)
+
+
+def _samples(inputs: Tensor, seeds: Sequence[int] | None, seed: int) -> Iterator[tuple[Tensor, int]]:
+    """(noise (1, 4, d, h, w), seed) one sample at a time: a volume must not depend on the batch it was drawn in.
+
+    Args:
+        inputs: (B, 4, d, h, w).
+        seeds: one a sample; None takes `seed` for all.
+    """
+    inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
+    return zip(inputs.split(1), [seed] * len(inputs) if seeds is None else map(int, seeds), strict=True)

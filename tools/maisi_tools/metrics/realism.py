@@ -162,11 +162,13 @@ def measure_realism(
     cache = check_output_dir(folder / "features")
     sets = {}
     for name, files in (("reference", reference), ("generated", generated)):
-        mine = [Path(file) for file in files][idist.get_rank() :: idist.get_world_size()]
-        for file in tqdm(mine, desc=f"features, {name}", unit="volume", delay=2):
-            _features(file, cache, settings, prepare, network, device)
+        kept = [cache / f"{fingerprints.of_text(f'{fingerprints.of_file(file)} {settings}')}.npz" for file in files]
+        mine = list(zip(files, kept, strict=True))[idist.get_rank() :: idist.get_world_size()]
+        for file, path in tqdm(mine, desc=f"features, {name}", unit="volume", delay=2):
+            if not path.is_file():
+                _keep_features(file, path, prepare, network, device)
         idist.barrier()
-        sets[name] = [_features(Path(file), cache, settings, prepare, network, device) for file in files]
+        sets[name] = [_read_features(path) for path in kept]
 
     figures: dict[str, float] = {}
     for plane in PLANES:
@@ -205,23 +207,24 @@ def slices_of(volume: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield plane, slices[slices.flatten(1).amax(1) > 0]
 
 
-def _features(
-    file: Path, cache: Path, settings: str, prepare: Compose, network: SliceNetwork, device: str | torch.device
-) -> Mapping[str, Tensor]:
-    """Plane -> features (slices, F) of a CT, from the cache where file and settings are the same."""
-    kept = cache / f"{fingerprints.of_text(f'{fingerprints.of_file(file)} {settings}')}.npz"
-    if not kept.is_file():
-        volume = _prepared(file, prepare)
-        found = {
-            plane: torch.cat([network(part.to(device)).cpu() for part in slices.split(BATCH)]).numpy()
-            for plane, slices in slices_of(volume)
-            if len(slices)
-        }
-        if len(found) < len(PLANES):
-            raise InputError(f"{file} holds nothing but air in what is compared; leave it out, or give another size")
-        with replacing(kept) as part, open(part, "wb") as stream:
-            np.savez(stream, **found)  # type: ignore[arg-type]
-    with np.load(kept) as content:
+def _keep_features(
+    file: str | Path, path: Path, prepare: Compose, network: SliceNetwork, device: str | torch.device
+) -> None:
+    """Write plane -> features (slices, F) of a CT to the cache."""
+    found = {
+        plane: torch.cat([network(part.to(device)).cpu() for part in slices.split(BATCH)]).numpy()
+        for plane, slices in slices_of(_prepared(file, prepare))
+        if len(slices)
+    }
+    if len(found) < len(PLANES):
+        raise InputError(f"{file} holds nothing but air in what is compared; leave it out, or give another size")
+    with replacing(path) as part, open(part, "wb") as stream:
+        np.savez(stream, **found)  # type: ignore[arg-type]
+
+
+def _read_features(path: Path) -> Mapping[str, Tensor]:
+    """Plane -> features (slices, F) from the cache."""
+    with np.load(path) as content:
         return {plane: torch.from_numpy(content[plane]) for plane in PLANES}
 
 

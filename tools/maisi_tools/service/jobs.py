@@ -127,10 +127,6 @@ class JobQueue:
             ).fetchall()
         return [(row[0], Job(*row[1:])) for row in rows]
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:

@@ -7,7 +7,6 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ class Listener:
             folder.mkdir(parents=True, exist_ok=True)
         self.queue = JobQueue(self.spool / "queue.sqlite")
         self.stopping = threading.Event()
-        self.beats = {"receive": time.time()}
+        self.looked = time.time()
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -50,7 +49,7 @@ class Listener:
         host, _, port = self.settings.http.rpartition(":")
         http = ThreadingHTTPServer((host, int(port)), _handler(self))
         threads = [threading.Thread(target=http.serve_forever, daemon=True)]
-        threads.append(threading.Thread(target=self._loop, args=("receive", self._look), daemon=True))
+        threads.append(threading.Thread(target=self._watch, daemon=True))
         if self.settings.poll is not None:
             threads.append(threading.Thread(target=self._poll, daemon=True))
         for thread in threads:
@@ -94,7 +93,7 @@ class Listener:
 
     def health(self) -> dict[str, Any]:
         """Whether all is well, and what is in the queue."""
-        late = time.time() - self.beats["receive"] > 60
+        late = time.time() - self.looked > 60
         return {"status": "late" if late else "ok", **self.queue.counts()}
 
     def metrics(self) -> str:
@@ -143,13 +142,13 @@ class Listener:
             except Exception as error:  # the archive may be away for a while
                 logger.warning("%s cannot be asked: %s", settings.url, error)
 
-    def _loop(self, name: str, action: Callable[[], None]) -> None:
+    def _watch(self) -> None:
         while not self.stopping.wait(TICK):
             try:
-                action()
-                self.beats[name] = time.time()
-            except Exception as error:
-                logger.error("%s: %s", name, error)
+                self._look()
+                self.looked = time.time()
+            except Exception as error:  # a full disk may have room again
+                logger.error("the spool: %s", error)
 
 
 def _handler(listener: Listener) -> type[BaseHTTPRequestHandler]:
