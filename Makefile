@@ -17,7 +17,7 @@ test-browser: $(VENV)/.installed-all
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest -m browser
 
-# 200 samples by one process, and by Ray with workers killed at random; half an hour on two cores.
+# 200 samples by one process, and by Ray with workers killed at random; 10 minutes on two cores.
 test-cohort: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -m cohort -s
 
