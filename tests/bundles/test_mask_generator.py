@@ -50,11 +50,12 @@ def trained(masks, run_bundle, tmp_path_factory) -> Path:
     run_bundle(
         *("maisi_vae", ["encode.json", "encode_mask.json"]),
         **{**AUTOENCODER, "input": str(masks), "output_dir": str(out / "latents"), "ckpt_path": autoencoder},
+        canvas=[32, 32, 32],
         views=views,
     )
     run_bundle(
         *("maisi_ldm", ["train.json", "train_mask.json"]),
-        **{**TRAIN, **UNET, "dataset_dir": str(out / "latents"), "masks_dir": str(masks), "held_out": ["p3"]},
+        **{**TRAIN, **UNET, "dataset_dir": str(out / "latents"), "held_out": ["p3"]},
         autoencoder_ckpt_path=autoencoder,
         ckpt_dir=str(out / "ldm"),
     )
@@ -79,6 +80,21 @@ def generate(trained, run_bundle):
 def test_every_view_of_every_mask_is_encoded(trained):
     stems = {path.name.removesuffix("_latent.nii.gz") for path in (trained / "latents").glob("*.nii.gz")}
     assert stems == {f"{name}_mask{view}" for name in ("p1", "p2", "p3") for view in ("", "_flip")}
+
+
+def test_latents_are_of_the_whole_body_on_the_canvas_with_its_volumes(trained, masks):
+    """Crops and air around the body do not count; what the canvas holds of each label is in the sidecar."""
+    for name in ("p1", "p2"):
+        mask = np.asarray(nib.load(masks / f"{name}_mask.nii.gz").dataobj)
+        body = volumes_ml(np.where(mask > 0, 200, 0).astype(np.uint8), (5.0, 5.0, 3.4))[200]
+        sidecars = [
+            json.loads((trained / "latents" / f"{name}_mask{view}_latent.json").read_text()) for view in ("", "_flip")
+        ]
+        for sidecar in sidecars:
+            assert sidecar["size"] == [32, 32, 32] and sidecar["spacing"] == [5.0, 5.0, 5.0]
+        plain, flip = (sidecar["label_ml"] for sidecar in sidecars)
+        assert sum(plain.values()) == pytest.approx(body, rel=0.15)
+        assert plain["18"] == pytest.approx(flip["20"]) and plain["20"] == pytest.approx(flip["18"])
 
 
 def test_masks_are_labels_on_the_grid_that_was_asked_for(generate, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from maisi_tools.diffusion.organ_sizes import UNKNOWN, MeasureOrgansd, OrganSizes, labels_of_channels
+from maisi_tools.diffusion.organ_sizes import UNKNOWN, MeasureLabelsd, MeasureOrgansd, OrganSizes, labels_of_channels
 from maisi_tools.errors import InputError
 
 ORGANS = {"left parotid": {"label": 18, "range": [10, 50]}, "body": {"label": 200, "range": [1000, 5000]}}
@@ -52,6 +52,7 @@ def test_organs_are_measured_in_ml():
     labels[0, :5] = 18
     mask = MetaTensor(torch.from_numpy(labels), affine=torch.diag(torch.tensor([2.0, 2.0, 5.0, 1.0])))
     assert MeasureOrgansd("mask", ORGANS)({"mask": mask})["organ_ml"] == {"left parotid": 10.0, "body": 0.0}
+    assert MeasureLabelsd("mask", [18, 20])({"mask": mask})["label_ml"] == {"18": 10.0, "20": 0.0}
 
 
 def test_channels_of_the_release_are_read_from_its_file(tmp_path):

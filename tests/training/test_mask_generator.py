@@ -66,13 +66,17 @@ def test_label_bits_keep_the_grid():
     assert bits[:, 0, 0, 0].tolist() == [1, 0, 1, 0, 0, 0, 0, 0]
 
 
-def test_sizes_are_measured_on_the_latents_grid():
-    latent = MetaTensor(torch.zeros(4, 1, 1, 1), meta={"sidecar": {"spacing": [5.0, 5.0, 4.0]}})
-    mask = torch.zeros(1, 10, 10, 10)
-    mask[0, :2] = 18  # 200 voxels of 0.1 ml
+def test_sizes_come_from_the_latents_sidecar():
+    latent = MetaTensor(torch.zeros(4, 1, 1, 1), meta={"sidecar": {"label_ml": {"18": 20.0, "20": 3.0, "200": 0.0}}})
     organs = {"left parotid": {"label": 18, "range": [10, 30]}, "body": {"label": 200, "range": [1, 2]}}
-    data = OrganSizesd("mask", "latent", organs)({"latent": latent, "mask": mask})
+    data = OrganSizesd("latent", organs)({"latent": latent})
     assert data["organ_sizes"].tolist() == pytest.approx([0.5, UNKNOWN])
+
+
+def test_a_latent_of_a_ct_is_refused():
+    latent = MetaTensor(torch.zeros(4, 1, 1, 1), meta={"sidecar": {}, "filename_or_obj": "p1_latent.nii.gz"})
+    with pytest.raises(InputError, match=r"p1_latent.*encode_mask\.json"):
+        OrganSizesd("latent", {})({"latent": latent})
 
 
 def batch_of(count: int) -> dict:

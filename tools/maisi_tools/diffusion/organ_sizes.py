@@ -104,9 +104,28 @@ class MeasureOrgansd(MapTransform):
         self.sizes = OrganSizes(organs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        mask = data[self.keys[0]]
-        volumes = volumes_ml(np.asarray(mask)[0].astype(np.uint8), [float(mm) for mm in mask.pixdim])
-        return {**data, "organ_ml": self.sizes.named(volumes)}
+        return {**data, "organ_ml": self.sizes.named(_volumes_of(data[self.keys[0]]))}
+
+
+class MeasureLabelsd(MapTransform):
+    """Adds ``label_ml``, label (as text, for JSON) -> volume in ml, of a mask ``MetaTensor`` (1, D, H, W).
+
+    Args:
+        keys: key of the mask.
+        labels: those measured; 0 for one that the mask does not have.
+    """
+
+    def __init__(self, keys: str, labels: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.labels = [int(label) for label in labels]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        volumes = _volumes_of(data[self.keys[0]])
+        return {**data, "label_ml": {str(label): volumes.get(label, 0.0) for label in self.labels}}
+
+
+def _volumes_of(mask: Any) -> dict[int, float]:
+    return volumes_ml(np.asarray(mask)[0].astype(np.uint8), [float(mm) for mm in mask.pixdim])
 
 
 def labels_of_channels(classes: Sequence[int] | str) -> list[int]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, OrganSizes
-from maisi_tools.masks.edits import volumes_ml
+from maisi_tools.errors import InputError
 from maisi_tools.training.diffusion import DiffusionBatch
 from maisi_tools.training.loaders import sample_numbers, seed_of
 
@@ -20,23 +19,29 @@ SIZES = 10
 
 
 class OrganSizesd(MapTransform):
-    """Adds ``organ_sizes`` (number of organs,), measured in a mask.
+    """Adds ``organ_sizes`` (number of organs,), from the volumes in a mask latent's sidecar.
 
     Args:
-        keys: key of the mask (1, D, H, W).
-        latent_key: key of the latent whose grid the mask is on, with the image's ``spacing`` in its sidecar.
+        keys: key of the latent, whose sidecar has ``label_ml`` as ``encode_mask.json`` writes it.
         organs: see :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
+
+    Raises:
+        InputError: the sidecar has no volumes.
     """
 
-    def __init__(self, keys: str, latent_key: str, organs: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, keys: str, organs: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(keys)
-        self.latent_key = latent_key
         self.sizes = OrganSizes(organs)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        spacing = data[self.latent_key].meta["sidecar"]["spacing"]
-        labels = np.asarray(data[self.keys[0]])[0].astype(np.uint8)
-        return {**data, "organ_sizes": self.sizes.of_volumes(volumes_ml(labels, spacing))}
+        meta = data[self.keys[0]].meta
+        if "label_ml" not in meta["sidecar"]:
+            raise InputError(
+                f"latent {meta.get('filename_or_obj')} has no label_ml in its sidecar, the volumes of a mask's labels; "
+                "the mask generator trains from masks encoded with encode.json and encode_mask.json of maisi_vae"
+            )
+        volumes = {int(label): float(ml) for label, ml in meta["sidecar"]["label_ml"].items()}
+        return {**data, "organ_sizes": self.sizes.of_volumes(volumes)}
 
 
 class MaskDiffusionBatch(DiffusionBatch):
