@@ -57,6 +57,17 @@ def test_an_nnunet_data_set(write_spec, bundles, tmp_path):
     assert not (folder / ".scratch").exists()
 
 
+def test_labels_that_the_specification_keeps_have_their_names(write_spec, bundles, tmp_path):
+    """Fewer labels than the weights know: the numbers in the masks and the names in dataset.json are still a pair."""
+    ct = "{num_inference_steps: 1, keep_labels: [120, 18, 200], merge_labels: {bone: 120}}"
+    folder = made(write_spec, bundles, tmp_path / "out", count="1", ct=ct)
+    names = {"background": 0, "skull": 1, "left parotid gland": 2, "body": 3}
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == names
+    labels = np.asarray(nib.load(folder / rows_of(folder)[0]["mask"]).dataobj)
+    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    assert (labels == 3).sum() > (labels == 1).sum() > (labels == 2).sum()
+
+
 def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of, tmp_path):
     whole = made(write_spec, bundles, tmp_path / "whole")
     parts = made(write_spec, bundles, tmp_path / "parts", count="1")

@@ -141,6 +141,21 @@ def test_the_record_of_a_run_is_shown(run_dir, repo_root, tmp_path):
     assert "were not recorded" in write_report(run_dir).read_text()
 
 
+def test_medians_are_judged_by_the_ranges_of_the_run(run_dir):
+    """A contrast phase that the run allowed is not marked as implausible."""
+
+    def marked() -> int:
+        return write_report(run_dir).read_text().count("(outside)")
+
+    before = marked()
+    assert before > 0
+    wide = {name: [-2000, 2000] for name in ("liver", "skull", "body")}
+    (run_dir / "run.json").write_text(json.dumps({"settings": {"hu_ranges": wide}}))
+    assert marked() == 0
+    (run_dir / "run.json").write_text(json.dumps({"settings": {"seed": 5}}))
+    assert marked() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

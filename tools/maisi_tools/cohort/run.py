@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from maisi_tools.atomic import replacing, write_json
@@ -90,9 +91,11 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
         writer.writeheader()
         writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
     done = [record for record in records if record["status"] == "done"]
-    config = json.loads((bundles / "maisi_controlnet" / "configs" / "inference.json").read_text())
+    config = ConfigParser(ConfigParser.load_config_file(bundles / "maisi_controlnet" / "configs" / "inference.json"))
+    config.update(spec.ct)
+    keep = config.get_parsed_content("keep_labels")
     layout = LAYOUTS[spec.layout]
-    names = label_names(layout, config["keep_labels"], {label for record in done for label in record["labels"]})
+    names = label_names(layout, keep, {label for record in done for label in record["labels"]})
     layout.describe(folder, spec.name, [record["name"] for record in done], names)
     return {"done": len(done), "failed": [record["name"] for record in records if record["status"] == "failed"]}
 

@@ -21,6 +21,7 @@ from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.metrics.intensity import hu_ranges
 from maisi_tools.report.preview import centre_of, label_colour, load_image, load_labels, plane
 from maisi_tools.run_record import RUN_RECORD
 from maisi_tools.volumes.inputs import is_volume, stem_of
@@ -89,6 +90,8 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
     if not volumes and not tables:
         raise InputError(f"run folder {folder} holds no CT and no table; give the output_dir of a bundle's run.")
 
+    record = folder / RUN_RECORD
+    ranges = _hu_ranges(record)
     sheet, viewers = [], []
     for number, path in enumerate(volumes[:max_cases]):
         try:
@@ -97,7 +100,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
             viewers.append(f"<h3>{_text(path.name)}</h3><p class='bad'>Not shown: {_text(error)}</p>")
             continue
         sheet.append(_thumbnail(case, f"case{number}"))
-        viewers.append(_case(case, f"case{number}", opened=not number))
+        viewers.append(_case(case, f"case{number}", ranges, opened=not number))
     hidden = len(volumes) - len(volumes[:max_cases])
     title = f"Run {folder.resolve().name}"
     body = [
@@ -109,7 +112,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
         *viewers,
         *(_csv(path) for path in tables),
         "<h2>Run</h2>",
-        _record(folder / RUN_RECORD),
+        _record(record),
     ]
     style, script = (resources.files(__package__).joinpath(f"viewer.{kind}").read_text() for kind in ("css", "js"))
     page = (
@@ -167,8 +170,8 @@ def _thumbnail(case: Case, anchor: str) -> str:
     )
 
 
-def _case(case: Case, id: str, opened: bool) -> str:
-    """The section of one case: viewer, organs, sidecar."""
+def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened: bool) -> str:
+    """The section of one case: viewer, organs with the `ranges` of their medians, sidecar."""
     step = max(1, int(np.ceil((case.hu.size / MAX_VOXELS) ** (1 / 3))))
     hu = np.clip(np.rint(case.hu[::step, ::step, ::step]), -32768, 32767).astype("<i2")
     labels = None if case.labels is None else case.labels[::step, ::step, ::step].astype(np.uint8)
@@ -187,7 +190,7 @@ def _case(case: Case, id: str, opened: bool) -> str:
         _viewer(id, shown),
         _data(f"{id}-ct", hu),
         "" if labels is None else _data(f"{id}-mask", labels),
-        "" if case.labels is None else _organs(case),
+        "" if case.labels is None else _organs(case, ranges),
         _entries(_flat(case.sidecar)) if case.sidecar else "",
         "</details>",
     ]
@@ -218,7 +221,7 @@ def _data(id: str, values: np.ndarray) -> str:
     return f"<script type='text/plain' id='{id}'>{packed}</script>"
 
 
-def _organs(case: Case) -> str:
+def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
     """A row for each label: volume, median and middle 90 % of its HU, the expected range, its histogram."""
     assert case.labels is not None
     voxel_ml = float(np.prod(case.spacing)) / 1000
@@ -230,7 +233,7 @@ def _organs(case: Case) -> str:
         if not label:
             continue
         low, median, high = np.percentile(inside, (5, 50, 95))
-        expected = VOCABULARY[label].hu_range if label in VOCABULARY else None
+        expected = ranges.get(label)
         outside = expected is not None and not expected[0] <= median <= expected[1]
         colour = "transparent" if (rgb := _colour(label)) is None else f"rgb({','.join(map(str, rgb))})"
         rows.append(
@@ -273,6 +276,14 @@ def _csv(path: Path) -> str:
     return f"<h2>{_text(path.name)}</h2><div class='scroll'>{_table(rows[0], rows[1 : LISTED_ROWS + 1])}</div>" + (
         f"<p class='note'>{more} more rows in the file.</p>" if more > 0 else ""
     )
+
+
+def _hu_ranges(record: Path) -> dict[int, tuple[float, float]]:
+    """Plausible medians: those that the run itself checked where ``run.json`` has them, else the vocabulary's."""
+    try:
+        return hu_ranges(json.loads(record.read_text())["settings"]["hu_ranges"])
+    except (OSError, ValueError, LookupError, TypeError):  # no record, a damaged one, or one of another config
+        return hu_ranges()
 
 
 def _record(path: Path) -> str:
