@@ -40,6 +40,7 @@ class Listener:
         for folder in (self.incoming, self.dead):
             folder.mkdir(parents=True, exist_ok=True)
         self.queue = JobQueue(self.spool / "queue.sqlite")
+        self.queued: dict[str, int] = {}
         self.stopping = threading.Event()
         self.looked = time.time()
 
@@ -123,11 +124,12 @@ class Listener:
             logger.warning("%s %s failed, again in %.0f s: %s", job.kind, job.key, pause, text)
 
     def _look(self) -> None:
-        queue_whole_studies(self.settings, self.incoming, self.queue)
+        queue_whole_studies(self.settings, self.incoming, self.queue, self.queued)
         for folder in self.incoming.iterdir():
             old = time.time() - folder.stat().st_mtime > self.settings.keep_hours * 3600
             if old and (folder / ".queued").is_file() and not self.queue.in_use(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+                self.queued.pop(folder.name, None)
 
     def _poll(self) -> None:
         settings = self.settings.poll

@@ -88,11 +88,18 @@ def keep(ds: Dataset, incoming: Path) -> Path:
     return path
 
 
-def queue_whole_studies(settings: Settings, incoming: Path, queue: JobQueue) -> int:
+def queue_whole_studies(settings: Settings, incoming: Path, queue: JobQueue, queued: dict[str, int]) -> int:
     """Queue a job for what a chain waits for in every study that nothing has been added to for a while.
 
     The studies lie on the disk, so this sees after a restart what was there before. What is synthetic is passed over:
     our own results come back from some archives.
+
+    Args:
+        settings: the chains, and how long a study must have been quiet.
+        incoming: the spool.
+        queue: where jobs go.
+        queued: study -> when its folder last changed, of those that need no look at their files until it changes
+            again; kept up to date here.
 
     Returns:
         Jobs that are new.
@@ -100,12 +107,16 @@ def queue_whole_studies(settings: Settings, incoming: Path, queue: JobQueue) -> 
     quiet = settings.listen.quiet_seconds if settings.listen is not None else 0.0
     new = 0
     for folder in sorted(incoming.iterdir()):
+        changed = folder.stat().st_mtime_ns  # before the files are listed: one that comes later changes it
+        if queued.get(folder.name) == changed:
+            continue
         files = [path for path in folder.glob("*.dcm") if not path.name.startswith(".")] if folder.is_dir() else []
         if not files or time.time() - max(path.stat().st_mtime for path in files) < quiet:
             continue
         mark = folder / ".queued"
         names = "\n".join(sorted(path.name for path in files))
         if mark.is_file() and mark.read_text() == names:
+            queued[folder.name] = changed
             continue
         for key, kind in _triggers(files, settings).items():
             added = queue.add(key, kind, folder.name, folder)
