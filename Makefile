@@ -8,8 +8,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constrain
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
 
+# A worker a core, up to four; each takes whole files, whose tests share what they have trained.
 test: $(VENV)/.installed-all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The report in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from maisi_tools.downstream import ARM, Arm, compare_arms, run_downstream
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.training.checkpoint import Checkpointer
 
 TINY = {
     "patch_size": [24, 24, 24],
@@ -71,6 +73,27 @@ def test_both_arms_train_and_finished_ones_are_kept(experiment, tmp_path):
     assert again == {out / Arm(2, 2, 0).name / "model.pt"}
     with pytest.raises(InputError, match="another steps"):
         experiment(steps=20)
+
+
+def test_an_interrupted_training_goes_on(experiment, tmp_path, monkeypatch):
+    """Stopped after the first arm's fourth epoch; all figures are those of a run that was not."""
+    epochs, save = [], Checkpointer.save
+
+    def stop_in_the_fifth(self, engine):
+        save(self, engine)
+        epochs.append(engine.state.epoch)
+        if epochs == [1, 2, 3, 4]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpointer, "save", stop_in_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        experiment()
+    with pytest.raises(InputError, match="another steps"):
+        experiment(steps=20)
+    rows = experiment()
+    assert epochs[:5] == [1, 2, 3, 4, 5] and not list((tmp_path / "out").glob("*/checkpoint.pt"))
+    shutil.rmtree(tmp_path / "out")
+    assert experiment() == rows
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import CacheDataset
-from monai.transforms import Compose, RandGaussianNoised
+from monai.transforms import Compose, RandGaussianNoised, RandSpatialCropSamplesd
 
 from maisi_tools.errors import InputError
 from maisi_tools.training.loaders import TrainingLoader, ValidationLoader, seed_of
@@ -98,3 +98,13 @@ def test_another_stream_is_refused_and_items_are_described():
 def test_seeds_differ_by_purpose_and_number():
     seeds = [seed_of(seed, purpose, n) for seed in range(3) for purpose in range(3) for n in range(3)]
     assert len(set(seeds)) == 27 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_patches_of_one_volume_are_one_sample():
+    """As a cropping transform with ``num_samples`` gives them."""
+    volumes = CacheDataset(
+        [{"image": torch.arange(40.0)[None]}] * 2, RandSpatialCropSamplesd("image", 4, 3), progress=False
+    )
+    first, again = (next(iter(TrainingLoader(volumes, seed=1))) for _ in range(2))
+    assert first["image"].shape == (3, 1, 4) and first["draw"].tolist() == [0, 0, 0]
+    assert torch.equal(first["image"], again["image"])

@@ -19,16 +19,17 @@ from monai.bundle import run
 
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError
+from maisi_tools.training import checkpoint
 from maisi_tools.training.datalist import read_datalist
 from maisi_tools.volumes.inputs import check_output_dir
 
 logger = logging.getLogger(__name__)
 
 EPOCHS = 10
-"""Into how many epochs a training is cut; only its log and its checkpoints depend on it."""
+"""Into how many epochs a training is cut; only its log and its checkpoints, from which it goes on, depend on it."""
 
 ARM = "arm.json"
-"""Settings and figures of an arm, written when it is finished."""
+"""Settings of an arm, written when it starts, and its figures, added when it is finished."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _train(
 ) -> dict[str, dict[str, float]]:
     """Train one arm, measure it on the kept-out cases, and leave its record: case -> figure -> value."""
     folder.mkdir(exist_ok=True)
+    write_json(folder / ARM, {"settings": settings, "figures": None})
     datalist = folder / "datalist.json"
     write_json(datalist, {"training": settings["training"], "validation": settings["validation"]})
     configs = root / "configs"
@@ -174,7 +176,7 @@ def _train(
     }
     # No validation on the way: nothing is chosen by the kept-out cases.
     length: dict[str, Any] = {"max_epochs": EPOCHS, "epoch_length": steps // EPOCHS, "val_interval": EPOCHS + 1}
-    run(config_file=str(configs / "train.json"), ckpt_dir=str(folder), **common, **length, **overrides)
+    run(config_file=str(configs / "train.json"), ckpt_dir=str(folder), resume=True, **common, **length, **overrides)
     network = {key: value for key, value in overrides.items() if key.startswith("network_def")}
     run(
         config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],
@@ -187,8 +189,7 @@ def _train(
         rows = list(csv.DictReader(file))
     found = {row.pop("case"): {name: float(value) for name, value in row.items() if value.strip()} for row in rows}
     write_json(folder / ARM, {"settings": settings, "figures": found})
-    for checkpoint in folder.glob("checkpoint*.pt"):
-        checkpoint.unlink()
+    (folder / checkpoint.NAME).unlink()
     return found
 
 
@@ -214,7 +215,7 @@ def _read_finished(folder: Path, settings: Mapping[str, Any]) -> dict[str, dict[
     """The figures of an arm that is finished, or None.
 
     Raises:
-        InputError: it was made with other settings.
+        InputError: it was made, or begun, with other settings.
     """
     path = folder / ARM
     if not path.is_file():

@@ -61,8 +61,8 @@ class SeededDataset(Dataset):
     """A MONAI data set whose random transforms are seeded by the :class:`Draw` that is asked for.
 
     What is random in a transform has to come from MONAI's ``Randomizable.R``, not from global generators, which worker
-    processes seed in their own way. Items (dicts) get the keys ``item`` (index in the data set) and ``draw`` (number of
-    the sample).
+    processes seed in their own way. Items (dicts, or lists of them where several patches are cut from one volume) get
+    the keys ``item`` (index in the data set) and ``draw`` (number of the sample).
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -72,9 +72,11 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, draw: Draw) -> dict:
+    def __getitem__(self, draw: Draw) -> dict | list[dict]:
         self.dataset.transform.set_random_state(seed=seed_of(self.seed, AUGMENTATION, draw.number))
-        return {**self.dataset[draw.item], "item": draw.item, "draw": draw.number}
+        found = self.dataset[draw.item]
+        origin = {"item": draw.item, "draw": draw.number}
+        return [{**part, **origin} for part in found] if isinstance(found, list) else {**found, **origin}
 
 
 class _Stream(Sampler[Draw]):
