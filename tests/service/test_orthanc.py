@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import random
 import shutil
@@ -82,6 +83,8 @@ def setup(listen, free_port, tmp_path):
                 "allowed": [{"ae_title": "ORTHANC", "host": "127.0.0.1"}],
             },
         }
+        if "query" in changes:
+            changes["query"]["port"] = orthanc.dicom
         return orthanc, listen(orthanc.dicom, **{**common, **changes})
 
     yield start
@@ -142,3 +145,28 @@ def test_an_archive_is_asked_by_dicomweb(listen, real_study, free_port, repo_roo
         assert listener.health()["done"] == 1 and listener.health()["waiting"] == 0
     finally:
         orthanc.close()
+
+
+def test_an_archive_is_asked_by_c_find_and_sends_by_c_move(setup, real_study, repo_root, tmp_path):
+    """Structure sets, with the CT of their study; studies of other days are left where they are."""
+    fast = {"num_inference_steps": 1, "progress": False}
+    step = {"bundle": str(repo_root / "bundles" / "maisi_controlnet"), "settings": fast}
+    today, old = real_study(tmp_path / "today", 3), real_study(tmp_path / "old", 4)
+    for path in today:
+        ds = pydicom.dcmread(path)
+        ds.StudyDate = f"{datetime.date.today():%Y%m%d}"
+        ds.save_as(path)
+    query = {"ae_title": "ORTHANC", "host": "127.0.0.1", "every_seconds": 2, "days": 1}
+    orthanc, listener = setup(query=query, chains=[{"when": "RTSTRUCT", "steps": [step]}])
+    for path in (*today, *old):
+        if path.name != "SEG.dcm":
+            orthanc.rest("/instances", path.read_bytes())
+    listener.wait(lambda: listener.health().get("done") == 1, 180)
+    assert len(orthanc.studies()) == 3
+    incoming = [
+        pydicom.dcmread(path, stop_before_pixels=True) for path in (tmp_path / "spool").glob("incoming/*/*.dcm")
+    ]
+    source = pydicom.dcmread(today[0], stop_before_pixels=True).StudyInstanceUID
+    assert {ds.Modality for ds in incoming if ds.StudyInstanceUID == source} == {"CT", "RTSTRUCT"}
+    time.sleep(6)
+    assert listener.health()["done"] == 1 and listener.health()["waiting"] == 0

@@ -21,6 +21,10 @@ STEP = {"bundle": "bundles/maisi_vae"}
     ("change", "words"),
     [
         ({"listen": None}, "neither listen nor poll"),
+        ({"listen": None, "query": {"ae_title": "A", "host": "h", "port": 104}}, "neither listen nor poll"),
+        ({"listen": None, "poll": {"url": "u"}, "query": {"ae_title": "A", "host": "h", "port": 104}}, "needs listen"),
+        ({"query": {"ae_title": "A", "host": "h"}}, "query.port"),
+        ({"query": {"ae_title": "A", "host": "h", "port": 104, "days": -1}}, "query.days"),
         ({"listen": {"port": 104}}, "allowed is empty"),
         ({"listen": {"prot": 104}}, "prot; allowed are"),
         ({"send": {"ae_title": "A" * 17, "host": "h", "port": 1}}, "1 to 16 characters"),

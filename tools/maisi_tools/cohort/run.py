@@ -92,7 +92,7 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
         writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
     done = [record for record in records if record["status"] == "done"]
     config = ConfigParser(ConfigParser.load_config_file(bundles / "maisi_controlnet" / "configs" / "inference.json"))
-    config.update(spec.ct)
+    config.update(dict(spec.ct))
     keep = config.get_parsed_content("keep_labels")
     layout = LAYOUTS[spec.layout]
     names = label_names(layout, keep, {label for record in done for label in record["labels"]})

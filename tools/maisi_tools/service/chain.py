@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import shutil
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ import numpy as np
 import pydicom
 from monai.bundle import ConfigWorkflow
 from pydicom.dataset import Dataset
-from pynetdicom import AE
 
 from maisi_tools.dicom.study import read_mask, write_study
 from maisi_tools.errors import InputError
+from maisi_tools.service.association import SUCCESS, association
 from maisi_tools.service.jobs import Job
 from maisi_tools.service.settings import Chain, Node
 from maisi_tools.volumes.grid import straighten
@@ -99,23 +98,13 @@ def send(files: list[Path], node: Node, calling: str) -> None:
         ConnectionError: it cannot be reached, or does not take one of them.
     """
     datasets = [pydicom.dcmread(path) for path in files]
-    ae = AE(calling)
-    for kind in {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}:
-        ae.add_requested_context(*kind)
-    tls: Any = None
-    if node.tls:
-        tls = (ssl.create_default_context(), node.host)
-    association = ae.associate(node.host, node.port, ae_title=node.ae_title, tls_args=tls)
-    if not association.is_established:
-        raise ConnectionError(f"{node.ae_title} at {node.host}:{node.port} cannot be reached, or refuses us")
-    try:
+    kinds = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}
+    with association(node, calling, kinds) as opened:
         for ds in datasets:
-            status: Dataset = association.send_c_store(ds)
-            if not status or status.Status != 0x0000:
+            status: Dataset = opened.send_c_store(ds)
+            if not status or status.Status != SUCCESS:
                 code = f"status {status.Status:#06x}" if status else "no answer"
                 raise ConnectionError(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
-    finally:
-        association.release()
 
 
 def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:

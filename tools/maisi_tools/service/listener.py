@@ -7,15 +7,17 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError, find_input_error
+from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new
 from maisi_tools.service.chain import run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
-from maisi_tools.service.receive import poll, queue_whole_studies, start_receiver
+from maisi_tools.service.receive import queue_whole_studies, start_receiver
 from maisi_tools.service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,8 +53,8 @@ class Listener:
         http = ThreadingHTTPServer((host, int(port)), _handler(self))
         threads = [threading.Thread(target=http.serve_forever, daemon=True)]
         threads.append(threading.Thread(target=self._watch, daemon=True))
-        if self.settings.poll is not None:
-            threads.append(threading.Thread(target=self._poll, daemon=True))
+        for name, ask, every in self._archives():
+            threads.append(threading.Thread(target=self._ask, args=(name, ask, every), daemon=True))
         for thread in threads:
             thread.start()
         logger.info("listening; health at http://%s/health", self.settings.http)
@@ -131,18 +133,24 @@ class Listener:
                 shutil.rmtree(folder, ignore_errors=True)
                 self.queued.pop(folder.name, None)
 
-    def _poll(self) -> None:
-        settings = self.settings.poll
-        assert settings is not None
-        path = self.spool / "polled.json"
+    def _archives(self) -> Iterator[tuple[str, Callable[[], Archive], float]]:
+        """(name, archive, seconds between questions) of those that are to be asked."""
+        poll, query, listen = self.settings.poll, self.settings.query, self.settings.listen
+        if poll is not None:
+            yield "poll", lambda: DicomWebArchive(poll, self.incoming), poll.every_seconds
+        if query is not None and listen is not None:
+            yield "query", lambda: DimseArchive(query, listen.ae_title), query.every_seconds
+
+    def _ask(self, name: str, archive: Callable[[], Archive], every_seconds: float) -> None:
+        path = self.spool / f"{name}.json"
         seen = set(json.loads(path.read_text())) if path.is_file() else set()
         kinds = {chain.when: chain.when != "CT" for chain in self.settings.chains}
-        while not self.stopping.wait(settings.every_seconds):
+        while not self.stopping.wait(every_seconds):
             try:
-                if poll(settings, kinds, self.incoming, seen):
+                if fetch_new(archive(), kinds, seen):
                     write_json(path, sorted(seen))
             except Exception as error:  # the archive may be away for a while
-                logger.warning("%s cannot be asked: %s", settings.url, error)
+                logger.warning("%s: the archive cannot be asked: %s", name, error)
 
     def _watch(self) -> None:
         while not self.stopping.wait(TICK):

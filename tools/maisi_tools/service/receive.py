@@ -1,4 +1,4 @@
-"""How objects come in: a C-STORE SCP, or questions to a DICOMweb archive; and when a study is whole."""
+"""How objects come in, by a C-STORE SCP; and when a study is whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.atomic import replacing
 from maisi_tools.service.jobs import JobQueue
-from maisi_tools.service.settings import Listen, Poll, Settings
+from maisi_tools.service.settings import Listen, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -126,43 +125,6 @@ def queue_whole_studies(settings: Settings, incoming: Path, queue: JobQueue, que
         with replacing(mark) as part:
             part.write_text(names)
     return new
-
-
-def poll(settings: Poll, kinds: Mapping[str, bool], incoming: Path, seen: set[str]) -> int:
-    """Fetch what is new in a DICOMweb archive; a structure set is fetched with the CT of its study.
-
-    Args:
-        settings: the archive.
-        kinds: modality -> whether the study's CT is needed, too.
-        incoming: the spool.
-        seen: series that were fetched before; those fetched now are added.
-
-    Returns:
-        Series fetched.
-    """
-    from dicomweb_client.api import DICOMwebClient
-    from dicomweb_client.session_utils import create_session_from_user_pass
-
-    session = None
-    if settings.user is not None:
-        session = create_session_from_user_pass(settings.user, os.environ.get(settings.password_variable, ""))
-    client = DICOMwebClient(settings.url, session=session)
-    fetched = 0
-    for kind, needs_ct in kinds.items():
-        for found in client.search_for_series(search_filters={"Modality": kind}):
-            series = Dataset.from_json(found)
-            if series.SeriesInstanceUID in seen:
-                continue
-            wanted = [series.SeriesInstanceUID]
-            if needs_ct:
-                listed = client.search_for_series(series.StudyInstanceUID, search_filters={"Modality": "CT"})
-                wanted = [Dataset.from_json(one).SeriesInstanceUID for one in listed] + wanted
-            for uid in wanted:
-                for ds in client.retrieve_series(series.StudyInstanceUID, uid):
-                    keep(ds, incoming)
-            seen.add(series.SeriesInstanceUID)
-            fetched += 1
-    return fetched
 
 
 def _triggers(files: list[Path], settings: Settings) -> dict[str, str]:

@@ -99,6 +99,29 @@ class Poll:
 
 
 @dataclasses.dataclass(frozen=True)
+class Query(Node):
+    """A PACS that is asked for new objects by C-FIND and sends them here by C-MOVE.
+
+    It has to know this listener's AE title with its host and port, and stands in ``listen.allowed``.
+
+    Args:
+        ae_title, host, port, tls: see :class:`Node`.
+        every_seconds: how often.
+        days: studies of today and so many days before are looked at.
+    """
+
+    every_seconds: float = 30.0
+    days: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.port:
+            raise InputError("query.port is 0; give the port at which the PACS answers C-FIND")
+        if not isinstance(self.days, int) or self.days < 0:
+            raise InputError(f"query.days is {self.days!r}; allowed is a whole number from 0 up")
+
+
+@dataclasses.dataclass(frozen=True)
 class Step:
     """One bundle of a chain; its input is the volume that the step before wrote.
 
@@ -148,7 +171,8 @@ class Settings:
         send: where results are stored.
         chains: at most one for each kind.
         listen: None for a listener that only polls.
-        poll: None for one that is only sent to.
+        poll: DICOMweb archive to ask, if any.
+        query: PACS to ask by C-FIND, if any.
         http: address and port of ``/health`` and ``/metrics``.
         attempts: how often a job is tried before it is a dead letter.
         retry_seconds: pause after its first failure; doubled after each further one.
@@ -161,6 +185,7 @@ class Settings:
     chains: Sequence[Chain]
     listen: Listen | None = None
     poll: Poll | None = None
+    query: Query | None = None
     http: str = "127.0.0.1:8080"
     attempts: int = 5
     retry_seconds: float = 30.0
@@ -175,6 +200,8 @@ class Settings:
             )
         if self.listen is None and self.poll is None:
             raise InputError("there is neither listen nor poll, so nothing could come in; add one of them")
+        if self.query is not None and self.listen is None:
+            raise InputError("query needs listen, because C-MOVE stores what was asked for there; add it, or use poll")
         if self.listen is not None and not self.listen.allowed:
             raise InputError("listen.allowed is empty, so nobody may send; add the PACS with ae_title and host")
 
@@ -209,6 +236,8 @@ def read_settings(path: str | os.PathLike) -> Settings:
         content["listen"] = Listen(**listen)
     if content.get("poll") is not None:
         content["poll"] = Poll(**checked_fields(Poll, content["poll"], "poll"))
+    if content.get("query") is not None:
+        content["query"] = Query(**checked_fields(Query, content["query"], "query"))
     chains = []
     for number, chain in enumerate(_list(content["chains"], "chains")):
         chain = checked_fields(Chain, chain, f"chains[{number}]")

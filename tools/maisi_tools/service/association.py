@@ -1,0 +1,44 @@
+"""A DICOM association that we open, to a node of the settings."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pynetdicom import AE
+from pynetdicom.association import Association
+
+from maisi_tools.service.settings import Node
+
+SUCCESS = 0x0000
+"""Status of every service that has done what it was asked (DICOM PS3.7 annex C)."""
+
+PENDING = (0xFF00, 0xFF01)
+"""Status of an answer after which more will come (DICOM PS3.4 tables C.4-1 and C.4-2)."""
+
+
+@contextmanager
+def association(node: Node, calling: str, contexts: Iterable[tuple[str, ...]]) -> Iterator[Association]:
+    """Open an association, in TLS where the node wants it, and release it afterwards.
+
+    Args:
+        node: whom to call.
+        calling: our AE title.
+        contexts: SOP classes, each with its transfer syntax if it is not one of pynetdicom's own.
+
+    Raises:
+        ConnectionError: it cannot be reached, or refuses us.
+    """
+    ae = AE(calling)
+    for context in contexts:
+        ae.add_requested_context(*context)
+    tls: Any = (ssl.create_default_context(), node.host) if node.tls else None
+    opened = ae.associate(node.host, node.port, ae_title=node.ae_title, tls_args=tls)
+    if not opened.is_established:
+        raise ConnectionError(f"{node.ae_title} at {node.host}:{node.port} cannot be reached, or refuses us")
+    try:
+        yield opened
+    finally:
+        opened.release()
