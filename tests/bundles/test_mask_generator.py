@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from maisi_tools.diffusion.mask_source import GeneratorSource
+from maisi_tools.diffusion.noise import redraw_seeds
+from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import VOCABULARY
@@ -63,7 +65,7 @@ def trained(masks, run_bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def generate(trained, run_bundle):
+def generate(trained, run_bundle, bundles):
     def run(output_dir, **overrides):
         weights = {
             "ckpt_path": str(trained / "ldm" / "model.pt"),
@@ -74,6 +76,7 @@ def generate(trained, run_bundle):
         run_bundle("maisi_ldm", "mask_inference.json", **settings)
         return sorted(Path(output_dir).glob("*_mask.nii.gz"))
 
+    run.configs = bundles / "maisi_ldm" / "configs"
     return run
 
 
@@ -120,6 +123,28 @@ def test_same_seed_same_bytes_other_seed_another_mask(generate, tmp_path):
     assert first != mask("c", seed=2)
 
 
+def test_of_several_draws_the_one_nearest_to_the_sizes_is_kept(generate, tmp_path):
+    """Each of three draws, asked for alone by its seed, is no nearer than the one that was kept."""
+    asked = {"body": 3000, "bone": 400}
+
+    def far(path: Path) -> float:
+        got = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["organ_ml"]
+        organs = json.loads((generate.configs / "mask_inference.json").read_text())["organs"]
+        distances = []
+        for name, ml in asked.items():
+            low, high = organs[name]["range"]
+            share = min(max((got[name] - low) / (high - low), 0), 1) if got[name] else UNKNOWN
+            distances.append(abs(share - (ml - low) / (high - low)))
+        return sum(distances)
+
+    (kept,) = generate(tmp_path / "kept", seed=2, organ_sizes=asked, redraws=2)
+    alone = [generate(tmp_path / str(seed), seed=seed, organ_sizes=asked)[0] for seed in redraw_seeds(2, 2)]
+    assert far(kept) == min(map(far, alone))
+    assert kept.read_bytes() in [path.read_bytes() for path in alone]
+    free = generate(tmp_path / "free", seed=2, redraws=2)[0]  # nothing is asked for: the first draw
+    assert free.read_bytes() == generate(tmp_path / "once", seed=2)[0].read_bytes()
+
+
 def test_a_source_of_masks(generate, bundles, trained, tmp_path):
     """The same mask as the config writes, as an object."""
     weights = {
@@ -140,6 +165,7 @@ def test_a_source_of_masks(generate, bundles, trained, tmp_path):
         ({"organ_sizes": {"liver": 3}}, ["liver", "left parotid"]),
         ({"organ_sizes": {"left parotid": 900}}, ["900", "10 to 53 ml"]),
         ({"output_size": [30, 32, 32]}, ["30"]),
+        ({"redraws": -1}, ["-1"]),
     ],
 )
 def test_bad_requests_are_refused(generate, cause, tmp_path, override, words):

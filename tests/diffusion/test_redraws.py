@@ -4,7 +4,8 @@ import pytest
 import torch
 from monai.data import MetaTensor, decollate_batch
 
-from maisi_tools.diffusion.redraws import STRIDE, CheckedCT, SplitCheckedd
+from maisi_tools.diffusion.noise import STRIDE
+from maisi_tools.diffusion.redraws import CheckedCT, SplitCheckedd
 from maisi_tools.errors import InputError
 
 SKULL, CORD = 120, 121

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
+from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.pieces import keep_largest_pieces
@@ -193,8 +196,13 @@ class MaskSampler(Inferer):
         classes: the label that each channel of the logits stands for.
         single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
         guidance_scale: 0 is off; the unconditional pass knows no size.
+        redraws: how many more masks are drawn where sizes are asked for; the one whose sizes are nearest is kept.
+        measure: label mask (4d, 4h, 4w) -> its sizes, in the form of `organ_sizes`; needed for redraws.
         seed: of samples that come without one.
         inferer: how the U-Net is run.
+
+    Raises:
+        InputError: `redraws` is no number of draws.
     """
 
     def __init__(
@@ -206,6 +214,8 @@ class MaskSampler(Inferer):
         classes: Sequence[int],
         single_pieces: Sequence[int] = (),
         guidance_scale: float = 0.0,
+        redraws: int = 0,
+        measure: Callable[[np.ndarray], Tensor] | None = None,
         seed: int = 0,
         progress: bool = True,
         inferer: Inferer | None = None,
@@ -218,6 +228,8 @@ class MaskSampler(Inferer):
         self.classes = torch.tensor([int(label) for label in classes], dtype=torch.uint8)
         self.single_pieces = tuple(single_pieces)
         self.guidance_scale = float(guidance_scale)
+        self.redraws = check_redraws(redraws)
+        self.measure = measure
         self.seed = int(seed)
         self.progress = progress
         self.inferer = inferer or SimpleInferer()
@@ -226,9 +238,26 @@ class MaskSampler(Inferer):
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
     ) -> Tensor:
-        return torch.cat([self._one(noise, seed, network) for noise, seed in _samples(inputs, seeds, self.seed)])
+        drawn = [self._nearest(noise, seed, network) for noise, seed in _samples(inputs, seeds, self.seed)]
+        return torch.from_numpy(np.stack(drawn))[:, None].to(inputs.device)
 
-    def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
+    def _nearest(self, noise: Tensor, seed: int, network: nn.Module) -> np.ndarray:
+        """Of the draws for a sample, the one whose organs are nearest to what is asked for."""
+        asked = self.organ_sizes != UNKNOWN
+        if self.measure is None or not asked.any():
+            return self._one(noise, seed, network)
+        kept, least = np.empty(0), math.inf
+        for again in redraw_seeds(seed, self.redraws):
+            if again != seed:
+                generator = torch.Generator().manual_seed(again)
+                noise = torch.randn(noise.shape, generator=generator).to(noise)
+            labels = self._one(noise, again, network)
+            far = (self.measure(labels) - self.organ_sizes)[asked].abs().mean().item()
+            if far < least:
+                kept, least = labels, far
+        return kept
+
+    def _one(self, noise: Tensor, seed: int, network: nn.Module) -> np.ndarray:
         sizes = self.organ_sizes[None].to(noise)
         denoiser = guided(
             lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
@@ -239,7 +268,7 @@ class MaskSampler(Inferer):
         latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
         channels = self.decoder(latent).argmax(1)[0]
         labels = self.classes.to(channels.device)[channels].cpu().numpy()
-        return torch.from_numpy(keep_largest_pieces(labels, self.single_pieces))[None, None].to(noise.device)
+        return keep_largest_pieces(labels, self.single_pieces)
 
 
 def _samples(inputs: Tensor, seeds: Sequence[int] | None, seed: int) -> Iterator[tuple[Tensor, int]]:

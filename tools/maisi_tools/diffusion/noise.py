@@ -1,4 +1,4 @@
-"""The input of stage 2: noise drawn from seeds, and the bookkeeping around it."""
+"""The input of stage 2: noise drawn from seeds, the seeds of further draws, and the bookkeeping around it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from monai.transforms import MapTransform
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.latents import FACTOR
+
+STRIDE = 1_000_003
+"""Between the seeds of a sample's draws."""
 
 
 def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int, seed: int) -> list[dict[str, Any]]:
@@ -47,6 +50,22 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"samples with the same name would overwrite each other: {', '.join(twice)}")
     return samples
+
+
+def check_redraws(redraws: int) -> int:
+    """The number itself.
+
+    Raises:
+        InputError: it is no whole number from 0 on.
+    """
+    if not isinstance(redraws, int) or isinstance(redraws, bool) or redraws < 0:
+        raise InputError(f"redraws is {redraws!r}; allowed are whole numbers from 0 on")
+    return redraws
+
+
+def redraw_seeds(seed: int, redraws: int) -> list[int]:
+    """The seed of a sample's first draw and of those that may follow: far apart, so as not to be other samples'."""
+    return [seed + again * STRIDE for again in range(redraws + 1)]
 
 
 class DrawNoised(MapTransform):

@@ -14,14 +14,11 @@ from monai.transforms import MapTransform
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.inferers import MaskToCT
-from maisi_tools.errors import InputError
+from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.metrics.intensity import hu_ranges, implausible_organs
 from maisi_tools.volumes.normalise import HU_RANGE
 
 logger = logging.getLogger(__name__)
-
-STRIDE = 1_000_003
-"""Seed N's redraws have the seeds N + STRIDE, N + 2 STRIDE, ..., so that they are not those of other samples."""
 
 
 class CheckedCT(Inferer):
@@ -46,10 +43,8 @@ class CheckedCT(Inferer):
         ranges: Mapping[str | int, Sequence[float] | None] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(redraws, int) or isinstance(redraws, bool) or redraws < 0:
-            raise InputError(f"redraws is {redraws!r}; allowed are whole numbers from 0 on")
         self.inferer = inferer
-        self.redraws = redraws
+        self.redraws = check_redraws(redraws)
         self.ranges = hu_ranges(ranges)
 
     def __call__(  # type: ignore[override]
@@ -62,8 +57,7 @@ class CheckedCT(Inferer):
         labels = np.asarray(mask[0, 0].cpu()).round().astype(int)
         tried: list[dict[str, Any]] = []
         kept: tuple[Tensor, int, int] | None = None
-        for again in range(self.redraws + 1):
-            seed = self.inferer.seed + again * STRIDE
+        for number, seed in enumerate(redraw_seeds(self.inferer.seed, self.redraws), start=1):
             ct = self.inferer(mask, network, seed=seed)
             hu = ct[0, 0].clamp(0, 1).cpu().numpy() * (HU_RANGE[1] - HU_RANGE[0]) + HU_RANGE[0]
             wrong = implausible_organs(hu, labels, self.ranges)
@@ -73,7 +67,7 @@ class CheckedCT(Inferer):
             if not wrong:
                 break
             listed = ", ".join(f"{name} {found['median']:g} HU" for name, found in wrong.items())
-            logger.warning("draw %d of %d, seed %d: implausible %s", again + 1, self.redraws + 1, seed, listed)
+            logger.warning("draw %d of %d, seed %d: implausible %s", number, self.redraws + 1, seed, listed)
         assert kept is not None
         return kept[0], {"seed": kept[1], "tried": tried}
 
