@@ -81,14 +81,14 @@ def test_networks_are_defined_alike_everywhere(bundles):
 
 
 def test_weights_are_small(bundles):
-    """A model zoo takes files under 25 MB; all weights in the repository together stay below 40 MB."""
+    """A model zoo takes files under 25 MB; all weights in the repository together stay below 50 MB."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--", "*.pt"], cwd=bundles, capture_output=True, text=True, check=False
     ).stdout.split("\0")
     sizes = {path: (bundles / path).stat().st_size for path in listed if path}
     if not sizes:
         pytest.skip("not a git checkout")
-    assert max(sizes.values()) < 25e6 and sum(sizes.values()) < 40e6
+    assert max(sizes.values()) < 25e6 and sum(sizes.values()) < 50e6
 
 
 def test_copies_of_the_weights_agree(bundles):
