@@ -252,15 +252,24 @@ def test_full_size_mask_networks_have_the_released_keys(bundles):
 
 
 def test_the_masks_of_generator_and_controlnet_have_the_same_labels(bundles):
-    """What the generator draws, the ControlNet knows; and every config of the generator has the same organs."""
+    """What the generator draws, the ControlNet knows."""
     inference = json.loads((bundles / "maisi_ldm" / "configs" / "mask_inference.json").read_text())
     controlnet = json.loads((bundles / "maisi_controlnet" / "configs" / "train.json").read_text())
-    for bundle in ("maisi_ldm", "maisi_vae"):
-        training = json.loads((bundles / bundle / "configs" / "train_mask.json").read_text())
-        assert [0, *training["keep_labels"]] == inference["classes"]
-        assert training["keep_labels"] == controlnet["keep_labels"]
-        assert training["merge_labels"] == controlnet["merge_labels"]
-        assert training.get("organs", inference["organs"]) == inference["organs"]
+    for name in ("train_mask.json", "encode_mask.json"):
+        overlay = json.loads((bundles / "maisi_vae" / "configs" / name).read_text())
+        assert [0, *overlay["keep_labels"]] == inference["classes"]
+        assert overlay["keep_labels"] == controlnet["keep_labels"]
+        assert overlay["merge_labels"] == controlnet["merge_labels"]
+
+
+def test_the_generator_is_asked_as_it_was_trained(bundles):
+    """The same organs in the same order, canvas, spacing, and the same way from noise."""
+    training = parser_of(bundles, "maisi_ldm", "train.json", "train_mask.json")
+    inference = parser_of(bundles, "maisi_ldm", "mask_inference.json")
+    encoding = parser_of(bundles, "maisi_vae", "encode.json", "encode_mask.json")
+    assert training["organs"] == inference["organs"]
+    assert {**training["scheduler"], "sample_method": "uniform"} == inference["scheduler"]
+    assert (encoding["canvas"], encoding["spacing"]) == (inference["output_size"], inference["spacing"])
 
 
 def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):
