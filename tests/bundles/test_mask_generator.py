@@ -15,6 +15,7 @@ from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.library import MaskRequest
+from maisi_tools.masks.pieces import count_pieces
 from maisi_tools.masks.vocabulary import VOCABULARY
 
 AUTOENCODER = {"network_def#num_channels": [8, 8, 16], "network_def#norm_num_groups": 4}
@@ -143,6 +144,26 @@ def test_of_several_draws_the_one_nearest_to_the_sizes_is_kept(generate, tmp_pat
     assert kept.read_bytes() in [path.read_bytes() for path in alone]
     free = generate(tmp_path / "free", seed=2, redraws=2)[0]  # nothing is asked for: the first draw
     assert free.read_bytes() == generate(tmp_path / "once", seed=2)[0].read_bytes()
+
+
+def test_the_shipped_weights_draw_heads_of_the_size_that_is_asked_for(bundles):
+    """A few steps through the shipped weights: the body follows its size where all sizes are given."""
+    organs = json.loads((bundles / "maisi_ldm" / "configs" / "mask_inference.json").read_text())["organs"]
+    small, large = (
+        GeneratorSource(
+            bundles / "maisi_ldm",
+            {name: low + share * (high - low) for name, (low, high) in ((n, o["range"]) for n, o in organs.items())},
+            {"num_inference_steps": 6},
+        )
+        .masks(MaskRequest(), 1)[0]
+        .mask
+        for share in (0.2, 0.7)
+    )
+    volumes = [volumes_ml(mask[0].numpy().astype(np.uint8), (4.0, 4.0, 3.0)) for mask in (small, large)]
+    assert volumes[1][200] > 1.3 * volumes[0][200], volumes
+    for mask, found in zip((small, large), volumes, strict=True):
+        assert mask.shape == (1, 144, 80, 128) and {120, 200} <= found.keys(), volumes
+        assert count_pieces(mask[0].numpy(), 121) <= 1
 
 
 def test_a_source_of_masks(generate, bundles, trained, tmp_path):
