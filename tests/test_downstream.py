@@ -9,6 +9,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from maisi_tools.downstream import ARM, Arm, compare_arms, run_downstream
 from maisi_tools.errors import InputError
@@ -75,8 +76,12 @@ def test_both_arms_train_and_finished_ones_are_kept(experiment, tmp_path):
         experiment(steps=20)
 
 
-def test_an_interrupted_training_goes_on(experiment, tmp_path, monkeypatch):
-    """Stopped after the first arm's fourth epoch; all figures are those of a run that was not."""
+def test_an_interrupted_training_goes_on(experiment, assert_same, tmp_path, monkeypatch):
+    """Stopped after the first arm's fourth epoch; all figures and weights are those of a run that was not."""
+
+    def weights() -> dict:
+        return {path.parent.name: torch.load(path, weights_only=True) for path in (tmp_path / "out").glob("*/model.pt")}
+
     epochs, save = [], Checkpointer.save
 
     def stop_in_the_fifth(self, engine):
@@ -92,8 +97,10 @@ def test_an_interrupted_training_goes_on(experiment, tmp_path, monkeypatch):
         experiment(steps=20)
     rows = experiment()
     assert epochs[:5] == [1, 2, 3, 4, 5] and not list((tmp_path / "out").glob("*/checkpoint.pt"))
+    resumed = weights()
     shutil.rmtree(tmp_path / "out")
     assert experiment() == rows
+    assert_same(weights(), resumed)
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,11 @@ def trained(masks, run_bundle, tmp_path_factory) -> Path:
         **{**TRAIN, **AUTOENCODER, **patches, "datalist": str(out / "datalist.json"), "ckpt_dir": str(out / "vae")},
     )
     autoencoder = str(out / "vae" / "model.pt")
-    views = [{"name": "", "spacing": [5.0, 5.0, 5.0]}, {"name": "flip", "spacing": [5.0, 5.0, 5.0], "flip": True}]
     run_bundle(
         *("maisi_vae", ["encode.json", "encode_mask.json"]),
         **{**AUTOENCODER, "input": str(masks), "output_dir": str(out / "latents"), "ckpt_path": autoencoder},
         canvas=[32, 32, 32],
-        views=views,
+        spacing=[5.0, 5.0, 5.0],
     )
     run_bundle(
         *("maisi_ldm", ["train.json", "train_mask.json"]),
@@ -66,7 +65,7 @@ def trained(masks, run_bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def generate(trained, run_bundle, bundles):
+def generate(trained, run_bundle):
     def run(output_dir, **overrides):
         weights = {
             "ckpt_path": str(trained / "ldm" / "model.pt"),
@@ -77,8 +76,12 @@ def generate(trained, run_bundle, bundles):
         run_bundle("maisi_ldm", "mask_inference.json", **settings)
         return sorted(Path(output_dir).glob("*_mask.nii.gz"))
 
-    run.configs = bundles / "maisi_ldm" / "configs"
     return run
+
+
+@pytest.fixture(scope="module")
+def organs(bundles) -> dict:
+    return json.loads((bundles / "maisi_ldm" / "configs" / "mask_inference.json").read_text())["organs"]
 
 
 def test_every_view_of_every_mask_is_encoded(trained):
@@ -124,13 +127,12 @@ def test_same_seed_same_bytes_other_seed_another_mask(generate, tmp_path):
     assert first != mask("c", seed=2)
 
 
-def test_of_several_draws_the_one_nearest_to_the_sizes_is_kept(generate, tmp_path):
+def test_of_several_draws_the_one_nearest_to_the_sizes_is_kept(generate, organs, tmp_path):
     """Each of three draws, asked for alone by its seed, is no nearer than the one that was kept."""
     asked = {"body": 3000, "bone": 400}
 
     def far(path: Path) -> float:
         got = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["organ_ml"]
-        organs = json.loads((generate.configs / "mask_inference.json").read_text())["organs"]
         distances = []
         for name, ml in asked.items():
             low, high = organs[name]["range"]
@@ -146,24 +148,17 @@ def test_of_several_draws_the_one_nearest_to_the_sizes_is_kept(generate, tmp_pat
     assert free.read_bytes() == generate(tmp_path / "once", seed=2)[0].read_bytes()
 
 
-def test_the_shipped_weights_draw_heads_of_the_size_that_is_asked_for(bundles):
+def test_the_shipped_weights_draw_heads_of_the_size_that_is_asked_for(bundles, organs):
     """A few steps through the shipped weights: the body follows its size where all sizes are given."""
-    organs = json.loads((bundles / "maisi_ldm" / "configs" / "mask_inference.json").read_text())["organs"]
-    small, large = (
-        GeneratorSource(
-            bundles / "maisi_ldm",
-            {name: low + share * (high - low) for name, (low, high) in ((n, o["range"]) for n, o in organs.items())},
-            {"num_inference_steps": 6},
-        )
-        .masks(MaskRequest(), 1)[0]
-        .mask
-        for share in (0.2, 0.7)
-    )
-    volumes = [volumes_ml(mask[0].numpy().astype(np.uint8), (4.0, 4.0, 3.0)) for mask in (small, large)]
+    volumes = []
+    for share in (0.2, 0.7):
+        sizes = {name: low + share * (high - low) for name, low, high in ((n, *o["range"]) for n, o in organs.items())}
+        source = GeneratorSource(bundles / "maisi_ldm", sizes, {"num_inference_steps": 6})
+        labels = source.masks(MaskRequest(), 1)[0].mask[0].numpy().astype(np.uint8)
+        volumes.append(volumes_ml(labels, (4.0, 4.0, 3.0)))
+        assert labels.shape == (144, 80, 128) and {120, 200} <= volumes[-1].keys(), volumes
+        assert count_pieces(labels, 121) <= 1
     assert volumes[1][200] > 1.1 * volumes[0][200], volumes
-    for mask, found in zip((small, large), volumes, strict=True):
-        assert mask.shape == (1, 144, 80, 128) and {120, 200} <= found.keys(), volumes
-        assert count_pieces(mask[0].numpy(), 121) <= 1
 
 
 def test_a_source_of_masks(generate, bundles, trained, tmp_path):

@@ -13,7 +13,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
@@ -244,13 +244,12 @@ class MaskSampler(Inferer):
     def _nearest(self, noise: Tensor, seed: int, network: nn.Module) -> np.ndarray:
         """Of the draws for a sample, the one whose organs are nearest to what is asked for."""
         asked = self.organ_sizes != UNKNOWN
-        if self.measure is None or not asked.any():
+        if not self.redraws or self.measure is None or not asked.any():
             return self._one(noise, seed, network)
         kept, least = np.empty(0), math.inf
         for again in redraw_seeds(seed, self.redraws):
             if again != seed:
-                generator = torch.Generator().manual_seed(again)
-                noise = torch.randn(noise.shape, generator=generator).to(noise)
+                noise = draw_noise(noise.shape, again).to(noise)
             labels = self._one(noise, again, network)
             far = (self.measure(labels) - self.organ_sizes)[asked].abs().mean().item()
             if far < least:

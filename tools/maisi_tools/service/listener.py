@@ -7,7 +7,8 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive,
 from maisi_tools.service.chain import run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
 from maisi_tools.service.receive import queue_whole_studies, start_receiver
-from maisi_tools.service.settings import Settings
+from maisi_tools.service.settings import Poll, Query, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,13 @@ class Listener:
         http = ThreadingHTTPServer((host, int(port)), _handler(self))
         threads = [threading.Thread(target=http.serve_forever, daemon=True)]
         threads.append(threading.Thread(target=self._watch, daemon=True))
-        for name, ask, every in self._archives():
-            threads.append(threading.Thread(target=self._ask, args=(name, ask, every), daemon=True))
+        if (poll := self.settings.poll) is not None:
+            web = partial(DicomWebArchive, poll, self.incoming)
+            threads.append(threading.Thread(target=self._ask, args=(poll.url, web, poll, "polled.json"), daemon=True))
+        if (query := self.settings.query) is not None and (listen := self.settings.listen) is not None:
+            pacs = partial(DimseArchive, query, listen.ae_title)
+            place = f"{query.ae_title} at {query.host}:{query.port}"
+            threads.append(threading.Thread(target=self._ask, args=(place, pacs, query, "queried.json"), daemon=True))
         for thread in threads:
             thread.start()
         logger.info("listening; health at http://%s/health", self.settings.http)
@@ -133,24 +139,17 @@ class Listener:
                 shutil.rmtree(folder, ignore_errors=True)
                 self.queued.pop(folder.name, None)
 
-    def _archives(self) -> Iterator[tuple[str, Callable[[], Archive], float]]:
-        """(name, archive, seconds between questions) of those that are to be asked."""
-        poll, query, listen = self.settings.poll, self.settings.query, self.settings.listen
-        if poll is not None:
-            yield "poll", lambda: DicomWebArchive(poll, self.incoming), poll.every_seconds
-        if query is not None and listen is not None:
-            yield "query", lambda: DimseArchive(query, listen.ae_title), query.every_seconds
-
-    def _ask(self, name: str, archive: Callable[[], Archive], every_seconds: float) -> None:
-        path = self.spool / f"{name}.json"
+    def _ask(self, place: str, archive: Callable[[], Archive], settings: Poll | Query, memory: str) -> None:
+        """Fetch what is new in an archive, again and again; the spool's file `memory` lists what was fetched."""
+        path = self.spool / memory
         seen = set(json.loads(path.read_text())) if path.is_file() else set()
         kinds = {chain.when: chain.when != "CT" for chain in self.settings.chains}
-        while not self.stopping.wait(every_seconds):
+        while not self.stopping.wait(settings.every_seconds):
             try:
                 if fetch_new(archive(), kinds, seen):
                     write_json(path, sorted(seen))
             except Exception as error:  # the archive may be away for a while
-                logger.warning("%s: the archive cannot be asked: %s", name, error)
+                logger.warning("%s cannot be asked: %s", place, error)
 
     def _watch(self) -> None:
         while not self.stopping.wait(TICK):

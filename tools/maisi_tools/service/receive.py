@@ -17,13 +17,14 @@ from pynetdicom.presentation import DEFAULT_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.atomic import replacing
+from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.settings import Listen, Settings
 
 logger = logging.getLogger(__name__)
 
-SUCCESS, REFUSED, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
-"""C-STORE status codes (DICOM PS3.4 table B.2-1)."""
+REFUSED, CANNOT_UNDERSTAND = 0xA700, 0xC000
+"""C-STORE status codes of failure (DICOM PS3.4 table B.2-1)."""
 
 COMPRESSED = (
     "1.2.840.10008.1.2.4.57",  # JPEG lossless
