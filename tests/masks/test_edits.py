@@ -98,6 +98,20 @@ def test_resize(torsos, seed):
         assert distance[changed].max() <= distance[left].min() + 1e-6 or organ in np.unique(edited[left])
 
 
+@pytest.mark.parametrize("factor", [0.3, 0.8, 1.3, 3.0])
+def test_resizing_in_a_box_is_that_in_the_whole(torsos, factor, monkeypatch):
+    """But for which voxel is taken of several that are equally far."""
+    labels, _, _ = drawn(torsos, 0)
+    organ = label_id("spleen")
+    boxed = resize_organ(labels, SPACING, organ, factor)
+    whole = (slice(None),) * 3
+    monkeypatch.setattr(edits, "_boxes", lambda inside, mm: iter([(whole, np.inf)]))
+    full = resize_organ(labels, SPACING, organ, factor)
+    depth = edits._signed_distance(labels == organ, np.array(SPACING))
+    assert np.allclose(np.sort(depth[boxed == organ]), np.sort(depth[full == organ]))
+    assert np.array_equal(boxed, full) or factor > 1
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_flip(torsos, seed):
     labels, _, rng = drawn(torsos, seed)

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,24 @@ def test_bfloat16_is_as_exact_as_the_unsplit_network_in_bfloat16(autoencoder):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = TSPInferer(splits=4)(z, autoencoder.decode)
     assert torch.equal(cast, found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_conditions_beside_the_volume_are_computed_in_the_same_type(dtype):
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.embed = nn.Conv3d(2, 3, 3, padding=1), nn.Linear(5, 3)
+
+        def forward(self, x, condition):
+            return self.conv(x) + self.embed(condition.to(x.dtype))[:, :, None, None, None]
+
+    network, x, condition = Conditioned().eval(), torch.randn(1, 2, 9, 5, 6), torch.randn(1, 5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = TSPInferer(splits=3, dtype=dtype)(x, network, condition)
+        apart = (found - network(x, condition)).abs().max()
+    assert found.dtype == torch.float32 and apart < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_several_devices_in_one_process(autoencoder):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
-from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
-from maisi_tools.diffusion.organ_sizes import UNKNOWN
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
+from maisi_tools.diffusion.noise import check_redraws
+from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
+
+logger = logging.getLogger(__name__)
 
 
 class LatentSampler(Inferer):
@@ -191,13 +194,12 @@ class MaskSampler(Inferer):
     Args:
         decoder: latent -> logits of the classes.
         scheduler, num_inference_steps: as in :class:`LatentSampler`.
-        organ_sizes: the network's condition (number of organs,), see
-            :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
+        asked: the sizes that masks should have.
         classes: the label that each channel of the logits stands for.
         single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
         guidance_scale: 0 is off; the unconditional pass knows no size.
-        redraws: how many more masks are drawn where sizes are asked for; the one whose sizes are nearest is kept.
-        measure: label mask (4d, 4h, 4w) -> its sizes, in the form of `organ_sizes`; needed for redraws.
+        redraws: how often at most a mask is drawn again while a size is not what is asked for: from the same noise, but
+            asked for more of what came out too small. The one whose sizes are nearest is kept, the first of them.
         seed: of samples that come without one.
         inferer: how the U-Net is run.
 
@@ -210,12 +212,11 @@ class MaskSampler(Inferer):
         decoder: LatentDecoder,
         scheduler: Scheduler,
         num_inference_steps: int,
-        organ_sizes: Tensor,
+        asked: AskedSizes,
         classes: Sequence[int],
         single_pieces: Sequence[int] = (),
         guidance_scale: float = 0.0,
         redraws: int = 0,
-        measure: Callable[[np.ndarray], Tensor] | None = None,
         seed: int = 0,
         progress: bool = True,
         inferer: Inferer | None = None,
@@ -224,12 +225,11 @@ class MaskSampler(Inferer):
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
-        self.organ_sizes = organ_sizes
+        self.asked = asked
         self.classes = torch.tensor([int(label) for label in classes], dtype=torch.uint8)
         self.single_pieces = tuple(single_pieces)
         self.guidance_scale = float(guidance_scale)
         self.redraws = check_redraws(redraws)
-        self.measure = measure
         self.seed = int(seed)
         self.progress = progress
         self.inferer = inferer or SimpleInferer()
@@ -242,22 +242,30 @@ class MaskSampler(Inferer):
         return torch.from_numpy(np.stack(drawn))[:, None].to(inputs.device)
 
     def _nearest(self, noise: Tensor, seed: int, network: nn.Module) -> np.ndarray:
-        """Of the draws for a sample, the one whose organs are nearest to what is asked for."""
-        asked = self.organ_sizes != UNKNOWN
-        if not self.redraws or self.measure is None or not asked.any():
-            return self._one(noise, seed, network)
-        kept, least = np.empty(0), math.inf
-        for again in redraw_seeds(seed, self.redraws):
-            if again != seed:
-                noise = draw_noise(noise.shape, again).to(noise)
-            labels = self._one(noise, again, network)
-            far = (self.measure(labels) - self.organ_sizes)[asked].abs().mean().item()
-            if far < least:
-                kept, least = labels, far
+        """Of the draws for a sample, the one whose organs are nearest to what is asked for.
+
+        With a prior, organs whose size is not given are asked for, too, with a size that goes with the given ones.
+        """
+        prior = getattr(network, "prior", None)
+        asked = self.asked
+        if prior is not None:
+            asked = asked.completed(prior.complete(asked.vector, torch.Generator().manual_seed(seed)))
+        kept, least, sizes = np.empty(0), math.inf, asked.vector
+        for _ in range(self.redraws + 1):
+            drawn = self._one(noise, seed, network, sizes)
+            labels = keep_largest_pieces(asked.resize(drawn), self.single_pieces)  # growing may leave loose voxels
+            if (distance := asked.distance(labels)) < least:
+                kept, least = labels, distance
+            if not asked.misses(labels):
+                break
+            sizes = asked.corrected(sizes, drawn)
+        if misses := self.asked.misses(kept):
+            listed = ", ".join(f"{name} {ml:g} ml" for name, ml in misses.items())
+            logger.warning("seed %d: not of the size that is asked for: %s", seed, listed)
         return kept
 
-    def _one(self, noise: Tensor, seed: int, network: nn.Module) -> np.ndarray:
-        sizes = self.organ_sizes[None].to(noise)
+    def _one(self, noise: Tensor, seed: int, network: nn.Module, organ_sizes: Tensor) -> np.ndarray:
+        sizes = organ_sizes[None].to(noise)
         denoiser = guided(
             lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
             lambda x, t: self.inferer(x, network, t, organ_sizes=torch.full_like(sizes, UNKNOWN)),

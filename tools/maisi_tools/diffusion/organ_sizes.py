@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,11 +17,17 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.edits import volumes_ml
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.edits import YIELDING, resize_organ, volumes_ml
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 
 UNKNOWN = -1.0
 """Stands for a size that is not given, as in the MAISI release: the organ may have any size, or be absent."""
+
+TOLERANCE = 0.1
+"""A size is as asked for within this share of it."""
+
+LEEWAY = 0.75
+"""So far beyond the range of the training masks, as a share of it, a draw may be asked for to get inside it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,96 @@ class OrganSizes:
     def _example(self) -> str:
         name, organ = next(iter(self.organs.items()))
         return str({name: organ["range"][1]})
+
+
+class AskedSizes:
+    """The sizes that masks are asked for: the network's condition, how near a mask comes, and what can be mended.
+
+    Args:
+        organs: see :class:`OrganSizes`.
+        asked: organ -> ml.
+        spacing: of the masks, mm along x, y, z.
+        max_resize: an organ is resized by this factor of its volume at most, up or down; with 1 none is.
+        in_ml: False where the ranges are not in ml, as with the release's networks: masks are then as they are drawn.
+
+    Attributes:
+        vector: (number of organs,), see :meth:`OrganSizes.vector`.
+        names: label -> organ, in the order of the vector, as are the `ranges` in ml.
+        ml: label -> ml asked for; empty where `in_ml` is False.
+
+    Raises:
+        InputError: an organ these weights do not know, a size outside its range, or `max_resize` below 1.
+    """
+
+    def __init__(
+        self,
+        organs: Mapping[str, Mapping[str, Any]],
+        asked: Mapping[str, float] | None,
+        spacing: Sequence[float],
+        max_resize: float = 1.0,
+        in_ml: bool = True,
+    ) -> None:
+        if not isinstance(max_resize, (int, float)) or isinstance(max_resize, bool) or not 1 <= max_resize < math.inf:
+            raise InputError(f"max_resize is {max_resize!r}; allowed is a factor of the volume from 1 (no resizing) on")
+        self.vector = OrganSizes(organs).vector(asked)
+        given = {str(name).strip().casefold(): float(ml) for name, ml in (asked or {}).items()} if in_ml else {}
+        self.names = {int(organ["label"]): name for name, organ in organs.items()}
+        self.ranges = [tuple(map(float, organ["range"])) for organ in organs.values()]
+        self.ml = {label: given[name.casefold()] for label, name in self.names.items() if name.casefold() in given}
+        self.spacing = tuple(float(mm) for mm in spacing)
+        self.max_resize = float(max_resize)
+        self.in_ml = bool(in_ml)
+
+    def completed(self, vector: Tensor) -> AskedSizes:
+        """The same with all that a fuller `vector` asks for."""
+        full = copy.copy(self)
+        full.vector = vector
+        if self.in_ml:
+            for label, size, (low, high) in zip(self.names, vector.tolist(), self.ranges, strict=True):
+                if label not in self.ml and size != UNKNOWN:
+                    full.ml = {**full.ml, label: low + size * (high - low)}
+        return full
+
+    def resize(self, labels: np.ndarray) -> np.ndarray:
+        """The mask (X, Y, Z) with its organs resized to what is asked for, as far as `max_resize` and room allow.
+
+        The body, which is what the others leave, stays; so do organs that the mask does not have.
+        """
+        yielding_last = sorted(self.ml, key=lambda label: VOCABULARY[label].group in YIELDING)
+        for label in yielding_last if self.max_resize > 1 else []:
+            got = volumes_ml(labels, self.spacing).get(label, 0.0)
+            if got and label != BODY:
+                factor = min(max(self.ml[label] / got, 1 / self.max_resize), self.max_resize)
+                with contextlib.suppress(InputError):  # no room: the size it was drawn with
+                    labels = resize_organ(labels, self.spacing, label, factor)
+        return labels
+
+    def corrected(self, vector: Tensor, labels: np.ndarray) -> Tensor:
+        """The condition for another draw from the same noise, after one with `vector` gave the mask (X, Y, Z).
+
+        More is asked for of what came out too small, and less of what came out too large, by as much as it was off.
+        """
+        volumes = volumes_ml(labels, self.spacing)
+        result = vector.clone()
+        for i, (label, (low, high)) in enumerate(zip(self.names, self.ranges, strict=True)):
+            if label in self.ml:
+                result[i] += (self.ml[label] - volumes.get(label, 0.0)) / (high - low)
+        return torch.where(vector == UNKNOWN, vector, result.clamp(-LEEWAY, 1 + LEEWAY))
+
+    def misses(self, labels: np.ndarray) -> dict[str, float]:
+        """Organ -> its ml in the mask (X, Y, Z), of the organs that are not what is asked for (:data:`TOLERANCE`)."""
+        volumes = volumes_ml(labels, self.spacing)
+        off = [label for label, share in self._off(labels).items() if share > TOLERANCE]
+        return {self.names[label]: round(volumes.get(label, 0.0), 1) for label in off}
+
+    def distance(self, labels: np.ndarray) -> float:
+        """Mean over the organs that are asked for of how far their volume is off, as a share of it."""
+        off = self._off(labels)
+        return sum(off.values()) / max(len(off), 1)
+
+    def _off(self, labels: np.ndarray) -> dict[int, float]:
+        volumes = volumes_ml(labels, self.spacing)
+        return {label: abs(volumes.get(label, 0.0) - ml) / max(ml, 1e-6) for label, ml in self.ml.items()}
 
 
 class MeasureOrgansd(MapTransform):

@@ -8,7 +8,7 @@ Randomness comes from the generator that is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,26 +254,63 @@ def resize_organ(labels: np.ndarray, spacing: Sequence[float], organ: int, facto
     whole = healthy == organ
     size = int(np.count_nonzero(whole))
     count = max(1, round(size * factor))
-    depth = _signed_distance(whole, mm)
     result = labels.copy()
     if count < size:
-        vacated = whole & ~_lowest(depth, whole, count)
-        fills = np.isin(labels, _in_groups(FILLING)) & ~whole
-        result[vacated] = _nearest(labels, fills, mm)[vacated] if fills.any() else BODY
-    else:
-        room = np.isin(labels, _in_groups(YIELDING)) & ~whole
-        if count - size > np.count_nonzero(room):
-            most = 1 + np.count_nonzero(room) / size
-            raise InputError(
-                f"{_name(organ)} has no room to grow by a factor of {factor:g}; allowed are up to {most:.3g}"
-            )
-        result[_lowest(depth, room, count - size)] = organ
+        _shrink(result, whole, count, mm)
+    elif count > size:
+        _grow(result, whole, count, mm, organ)
     if lost := np.setdiff1d(labels, result).tolist():
         raise InputError(
             f"with {_name(organ)} {factor:g} times as large, {', '.join(map(_name, lost))} would vanish; give a factor "
             "nearer to 1"
         )
     return result
+
+
+def _grow(labels: np.ndarray, whole: np.ndarray, count: int, mm: np.ndarray, organ: int) -> None:
+    """Give an organ the nearest voxels of what yields, in place."""
+    size = int(np.count_nonzero(whole))
+    for box, reach in _boxes(whole, mm):
+        depth = _signed_distance(whole[box], mm)
+        room = np.isin(labels[box], _in_groups(YIELDING)) & ~whole[box]
+        if np.count_nonzero(room & (depth <= reach)) >= count - size:
+            labels[box][_lowest(depth, room, count - size)] = organ
+            return
+    raise InputError(
+        f"{_name(organ)} has no room to grow by a factor of {count / size:.3g}; allowed are up to "
+        f"{1 + np.count_nonzero(room) / size:.3g}"
+    )
+
+
+def _shrink(labels: np.ndarray, whole: np.ndarray, count: int, mm: np.ndarray) -> None:
+    """Leave an organ's outermost voxels to what fills its room, whichever is nearer, in place."""
+    for box, reach in _boxes(whole, mm):
+        inside = whole[box]
+        vacated = inside & ~_lowest(_signed_distance(inside, mm), inside, count)
+        fills = np.isin(labels[box], _in_groups(FILLING)) & ~inside
+        if fills.any() and ndimage.distance_transform_edt(~fills, sampling=mm)[vacated].max() <= reach:
+            labels[box][vacated] = _nearest(labels[box], fills, mm)[vacated]
+            return
+    labels[box][vacated] = BODY
+
+
+def _boxes(inside: np.ndarray, mm: np.ndarray) -> Iterator[tuple[tuple[slice, ...], float]]:
+    """Boxes around the true voxels, ever larger up to the whole: (slices, mm that they reach in all directions).
+
+    What lies within that reach is found in the box as in the whole, in a fraction of the time.
+    """
+    box, reach = _box(inside), 4 * float(mm.max())
+    while True:
+        margins = np.ceil(reach / mm).astype(int)
+        larger = tuple(
+            slice(max(side.start - margin, 0), min(side.stop + margin, length))
+            for side, margin, length in zip(box, margins, inside.shape, strict=True)
+        )
+        if all(side == slice(0, length) for side, length in zip(larger, inside.shape, strict=True)):
+            yield larger, np.inf
+            return
+        yield larger, reach
+        reach *= 2
 
 
 def twins(label_map: LabelMap = LABEL_MAPS["openkbp"]) -> dict[int, int]:

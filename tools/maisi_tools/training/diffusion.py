@@ -171,12 +171,15 @@ class DiffusionBatch:
         for one, draw in zip(latent.split(1), draws.tolist(), strict=True):
             with sample_numbers(self.seed, draw, latent.device):
                 noise.append(torch.randn_like(one))
-                if isinstance(self.scheduler, RFlowScheduler):
-                    timesteps.append(self.scheduler.sample_timesteps(one))
-                else:
-                    timesteps.append(torch.randint(self.scheduler.num_train_timesteps, (1,), device=latent.device))
+                timesteps.append(self._timestep(one))
                 chance.append(torch.rand(4, 1, device=latent.device))
         return torch.cat(noise), torch.cat(timesteps), torch.cat(chance, dim=1)
+
+    def _timestep(self, latent: Tensor) -> Tensor:
+        """(1,), drawn from the random numbers of the sample (1, 4, d, h, w)."""
+        if isinstance(self.scheduler, RFlowScheduler):
+            return self.scheduler.sample_timesteps(latent)
+        return torch.randint(self.scheduler.num_train_timesteps, (1,), device=latent.device)
 
     def _target(self, latent: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network should return, and the min-SNR weight (B, 1, 1, 1, 1) of each sample."""

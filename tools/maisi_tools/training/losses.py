@@ -117,15 +117,51 @@ class WeightedVelocityLoss(nn.Module):
         power: of the absolute difference. 1 is the paper's; its optimum is the median of what may come, with which a
             sample of few voxels of one kind loses them where samples differ much, as masks do. 2 has the mean, with
             which the flow keeps the distribution (Lipman et al. 2023, arXiv 2210.02747, theorem 2).
+
+    Attributes:
+        terms: what a subclass adds up; here there is but one.
     """
 
     def __init__(self, power: float = 1.0) -> None:
         super().__init__()
         self.power = float(power)
+        self.terms: dict[str, Tensor] = {}
 
     def forward(self, prediction: Tensor, target: Tensor | Target) -> Tensor:
         value, weight = (target, 1.0) if isinstance(target, Tensor) else (target.value, target.weight)
         return ((prediction.float() - value.float()).abs() ** self.power * weight).mean()
+
+
+class SizeVelocityLoss(WeightedVelocityLoss):
+    """:class:`WeightedVelocityLoss` with power 2, plus the squared error of each organ's size, for the mask generator.
+
+    A small organ fills a handful of the latent's voxels, so that the plain loss hardly notices whether it has the size
+    that was asked for. The size is taken as a linear function of the latent, which makes the sum a squared error in
+    another metric: its optimum is the same velocity, the mean of what may come.
+
+    Args:
+        directions: (number of organs, 4, d, h, w), what of a latent tells each organ's size, see
+            :func:`~maisi_tools.training.mask_diffusion.size_directions`.
+        size_weight: of the sizes' errors, summed over organs.
+
+    Attributes:
+        terms: "l2" and "size" (before its weight) of the last call.
+    """
+
+    directions: Tensor
+
+    def __init__(self, directions: Tensor, size_weight: float) -> None:
+        super().__init__(power=2)
+        self.register_buffer("directions", directions.flatten(1), persistent=False)
+        self.size_weight = float(size_weight)
+
+    def forward(self, prediction: Tensor, target: Tensor | Target) -> Tensor:
+        value = target if isinstance(target, Tensor) else target.value
+        l2 = super().forward(prediction, target)
+        apart = (prediction.float() - value.float()).flatten(1)
+        size = (apart @ self.directions.to(apart).T).square().sum(1).mean()
+        self.terms = {"l2": l2.detach(), "size": size.detach()}
+        return l2 + self.size_weight * size
 
 
 class RegionContrastiveLoss(nn.Module):

@@ -74,22 +74,30 @@ class MaskAutoencoderLoss(nn.Module):
 
     Args:
         kl_weight: of the KL divergence, summed over a latent and averaged over the batch.
-        class_weights: of each class in the cross entropy; more for what is thin or small.
+        class_weights: of each class in the cross entropy; more for what is thin or small. The losses see logits plus
+            the weights' logarithms, so that the network's own are those of unweighted classes (logit adjustment, Menon
+            et al. 2021, arXiv 2007.07314): decoded organs are not larger for it.
 
     Attributes:
+        adjustment: what is added to the logits.
         terms: "cross_entropy", "dice" (1 - the mean over all classes but the background) and "kl" (before its weight)
             of the last call, and "scale_factor" as in :class:`~maisi_tools.training.losses.AutoencoderLoss`.
     """
+
+    adjustment: Tensor
 
     def __init__(self, kl_weight: float, class_weights: Sequence[float]) -> None:
         super().__init__()
         self.kl_weight = float(kl_weight)
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True)
-        self.cross_entropy = nn.CrossEntropyLoss(weight=torch.tensor([float(value) for value in class_weights]))
+        weight = torch.tensor([float(value) for value in class_weights])
+        self.cross_entropy = nn.CrossEntropyLoss(weight=weight)
+        self.register_buffer("adjustment", weight.log().reshape(1, -1, 1, 1, 1), persistent=False)
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         logits, mean, sigma = (part.float() for part in prediction)
+        logits = logits + self.adjustment.to(logits.device)
         terms = {
             "cross_entropy": self.cross_entropy(logits, target[:, 0]),
             "dice": self.dice(logits, target),

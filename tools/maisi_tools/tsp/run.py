@@ -159,7 +159,10 @@ class Call:
             for leaf in leaves
         ]
         arguments, keywords = tree_unflatten(wrapped, spec)
-        with torch.autocast(self.kind, enabled=False) if self.dtype else contextlib.nullcontext():
+        # What has no volume in it is computed right here, by layers whose weights are still in the network's own type.
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        here = self.kind if self.kind == there else "cpu"
+        with torch.autocast(here, self.dtype, enabled=half) if self.dtype else contextlib.nullcontext():
             results, self.form = tree_flatten(network(*arguments, **keywords))
         self.results = results
         self.outputs = [leaf.node for leaf in results if isinstance(leaf, Volume)]
