@@ -82,8 +82,8 @@ class Conditions:
 
     def noise(self, channels: int = 4, factor: int = FACTOR) -> Tensor:
         """The initial noise (channels, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
-        shape = (channels, *(n // factor for n in self.size))
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(int(self.seed)))
+        generator = torch.Generator().manual_seed(int(self.seed))
+        return torch.randn(channels, *(n // factor for n in self.size), generator=generator)
 
     def tensors(self, scale: float) -> dict[str, Tensor]:
         """The conditions as the U-Net's keyword inputs, one sample, unbatched.
