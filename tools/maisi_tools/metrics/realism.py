@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ BATCH = 32  # slices
 
 SSIM_KERNEL = 7
 """Voxels; MONAI's default of 11 would ask for 176 voxels a side."""
+
+SSIM_HELD = 8
+"""Volumes that stay in memory for the next pairs."""
 
 SSIM_LEAST = SSIM_KERNEL * 2**4
 """Voxels a side, after four halvings as large as the kernel: MONAI refuses less."""
@@ -239,6 +243,7 @@ def _diversity(files: Sequence[str | Path], prepare: Compose, pairs: int, seed: 
     random = np.random.default_rng(seed)
     chosen = [every[k] for k in random.permutation(len(every))[:pairs]]
     metric = MultiScaleSSIMMetric(spatial_dims=3, data_range=1.0, kernel_size=SSIM_KERNEL)
-    for i, j in tqdm(chosen, desc="MS-SSIM", unit="pair", delay=2):
-        metric(*(_prepared(files[k], prepare)[None] for k in (i, j)))
+    volume = lru_cache(SSIM_HELD)(lambda k: _prepared(files[k], prepare)[None])
+    for i, j in tqdm(sorted(chosen), desc="MS-SSIM", unit="pair", delay=2):
+        metric(volume(i), volume(j))
     return torch.as_tensor(metric.aggregate()).item()
