@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import nibabel as nib
@@ -131,18 +132,12 @@ def test_draws_go_on_until_the_sizes_are_near_and_the_nearest_is_kept(generate, 
 
     def far(path: Path) -> float:
         got = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["organ_ml"]
-        return sum(abs(got[name] / ml - 1) for name, ml in asked.items())
+        return sum(abs(math.log(max(got[name], 0.1) / ml)) for name, ml in asked.items())
 
     plain = {"seed": 2, "organ_sizes": asked, "max_resize": 1}
-    kept = [generate(tmp_path / str(n), redraws=n, **plain)[0] for n in range(3)]
-    assert far(kept[0]) >= far(kept[1]) >= far(kept[2])
+    kept = [generate(tmp_path / str(n), redraws=n, **plain)[0] for n in range(4)]
+    assert far(kept[0]) >= far(kept[1]) >= far(kept[2]) >= far(kept[3])
     assert "seed 2: not of the size that is asked for" in caplog.text and "body" in caplog.text
-
-
-def test_without_sizes_or_with_all_of_them_met_the_first_draw_is_kept(generate, tmp_path):
-    (once,) = generate(tmp_path / "once", seed=2, redraws=0)
-    (free,) = generate(tmp_path / "free", seed=2, redraws=2)
-    assert free.read_bytes() == once.read_bytes()
 
 
 def test_the_shipped_weights_draw_heads_of_the_size_that_is_asked_for(bundles, organs):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_resizing_has_its_limits():
     assert asked.misses(absent)["left parotid"] == 0 and asked.distance(absent) > 0.9
 
 
+def test_half_and_twice_the_size_are_as_far_off():
+    """And an organ that is missing counts as a single voxel, so that a draw without it hardly ever wins."""
+    whole = AskedSizes(HEAD, {"left parotid": 32, "lung": 110.592}, SPACING)
+    assert whole.distance(head()) == pytest.approx(0, abs=1e-3)
+    larger, smaller = (AskedSizes(HEAD, {"left parotid": ml}, SPACING).distance(head()) for ml in (16, 48))
+    assert larger == pytest.approx(math.log(2), abs=1e-3) and smaller == pytest.approx(math.log(1.5), abs=1e-3)
+    absent = np.where(head() == 18, 200, head()).astype(np.uint8)
+    assert AskedSizes(HEAD, {"left parotid": 32}, SPACING).distance(absent) == pytest.approx(math.log(32 / 0.064))
+    assert AskedSizes(HEAD, {}, SPACING).distance(head()) == 0
+
+
 def test_another_draw_is_asked_for_what_the_last_one_lacked():
     asked = AskedSizes(HEAD, {"left parotid": 40, "lung": 59}, SPACING)
     again = asked.corrected(asked.vector, head())
@@ -118,7 +130,9 @@ def test_another_draw_is_asked_for_what_the_last_one_lacked():
 def test_what_is_completed_is_asked_for_too():
     asked = AskedSizes(HEAD, {"lung": 59}, SPACING, max_resize=1.5)
     full = asked.completed(torch.tensor([0.5, 0.1, 0.0]))
-    assert full.ml == pytest.approx({28: 59, 18: 30, 200: 500}) and asked.ml == {28: 59}
+    assert full.ml == pytest.approx({28: 59, 18: 30}) and asked.ml == {28: 59}
+    assert full.vector[2] == 0  # the network is asked for the body's size, too, but nothing is drawn again for it
+    assert AskedSizes(HEAD, {"body": 600}, SPACING).completed(torch.tensor([0.5, 0.1, 0.2])).ml[200] == 600
     assert volumes_ml(full.resize(head()), SPACING)[18] == pytest.approx(30, abs=0.064)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
-from maisi_tools.diffusion.noise import check_redraws
+from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
 from maisi_tools.masks.pieces import keep_largest_pieces
@@ -198,8 +198,9 @@ class MaskSampler(Inferer):
         classes: the label that each channel of the logits stands for.
         single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
         guidance_scale: 0 is off; the unconditional pass knows no size.
-        redraws: how often at most a mask is drawn again while a size is not what is asked for: from the same noise, but
-            asked for more of what came out too small. The one whose sizes are nearest is kept, the first of them.
+        redraws: how often at most a mask is drawn again while a size is not what is asked for: by turns from the same
+            noise, but asked for more of what came out too small, and from another one. The one whose sizes are nearest
+            is kept, the first of them.
         seed: of samples that come without one.
         inferer: how the U-Net is run.
 
@@ -250,15 +251,20 @@ class MaskSampler(Inferer):
         asked = self.asked
         if prior is not None:
             asked = asked.completed(prior.complete(asked.vector, torch.Generator().manual_seed(seed)))
-        kept, least, sizes = np.empty(0), math.inf, asked.vector
-        for _ in range(self.redraws + 1):
-            drawn = self._one(noise, seed, network, sizes)
+        kept, least, sizes, drawn = np.empty(0), math.inf, asked.vector, np.empty(0)
+        starts = [start for start in redraw_seeds(seed, self.redraws // 2) for _ in range(2)]
+        for number, start in enumerate(starts[: self.redraws + 1]):
+            if number % 2:
+                sizes = asked.corrected(sizes, drawn)
+            elif number:
+                sizes = asked.vector
+                noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(start)).to(noise)
+            drawn = self._one(noise, start, network, sizes)
             labels = keep_largest_pieces(asked.resize(drawn), self.single_pieces)  # growing may leave loose voxels
             if (distance := asked.distance(labels)) < least:
                 kept, least = labels, distance
             if not asked.misses(labels):
                 break
-            sizes = asked.corrected(sizes, drawn)
         if misses := self.asked.misses(kept):
             listed = ", ".join(f"{name} {ml:g} ml" for name, ml in misses.items())
             logger.warning("seed %d: not of the size that is asked for: %s", seed, listed)

@@ -138,12 +138,12 @@ class AskedSizes:
         self.in_ml = bool(in_ml)
 
     def completed(self, vector: Tensor) -> AskedSizes:
-        """The same with all that a fuller `vector` asks for."""
+        """The same with all organs that a fuller `vector` asks for, but for the body, which is not resized."""
         full = copy.copy(self)
         full.vector = vector
         if self.in_ml:
             for label, size, (low, high) in zip(self.names, vector.tolist(), self.ranges, strict=True):
-                if label not in self.ml and size != UNKNOWN:
+                if label not in self.ml and label != BODY and size != UNKNOWN:
                     full.ml = {**full.ml, label: low + size * (high - low)}
         return full
 
@@ -176,17 +176,17 @@ class AskedSizes:
     def misses(self, labels: np.ndarray) -> dict[str, float]:
         """Organ -> its ml in the mask (X, Y, Z), of the organs that are not what is asked for (:data:`TOLERANCE`)."""
         volumes = volumes_ml(labels, self.spacing)
-        off = [label for label, share in self._off(labels).items() if share > TOLERANCE]
-        return {self.names[label]: round(volumes.get(label, 0.0), 1) for label in off}
+        pairs = {self.names[label]: (volumes.get(label, 0.0), ml) for label, ml in self.ml.items()}
+        return {name: round(got, 1) for name, (got, ml) in pairs.items() if abs(got - ml) > TOLERANCE * ml}
 
     def distance(self, labels: np.ndarray) -> float:
-        """Mean over the organs that are asked for of how far their volume is off, as a share of it."""
-        off = self._off(labels)
-        return sum(off.values()) / max(len(off), 1)
+        """Mean over the organs that are asked for of the logarithm of the factor that their volume is off by.
 
-    def _off(self, labels: np.ndarray) -> dict[int, float]:
-        volumes = volumes_ml(labels, self.spacing)
-        return {label: abs(volumes.get(label, 0.0) - ml) / max(ml, 1e-6) for label, ml in self.ml.items()}
+        Half and twice the size are as far off. An organ that the mask does not have counts as one voxel of it.
+        """
+        volumes, voxel = volumes_ml(labels, self.spacing), math.prod(self.spacing) / 1000
+        factors = [max(volumes.get(label, 0.0), voxel) / max(ml, voxel) for label, ml in self.ml.items()]
+        return sum(abs(math.log(factor)) for factor in factors) / max(len(factors), 1)
 
 
 class MeasureOrgansd(MapTransform):
