@@ -39,6 +39,11 @@ def modality_code(modality: str | int) -> int:
     raise InputError(f"modality is {modality!r}; allowed are {', '.join(MODALITIES)} or a class code 0..127")
 
 
+def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """The initial noise of a seed, standard normal of this shape, drawn on the CPU."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed)))
+
+
 @dataclass(frozen=True)
 class Conditions:
     """The conditions of one volume, checked when made.
@@ -82,8 +87,7 @@ class Conditions:
 
     def noise(self, channels: int = 4, factor: int = FACTOR) -> Tensor:
         """The initial noise (channels, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
-        generator = torch.Generator().manual_seed(int(self.seed))
-        return torch.randn(channels, *(n // factor for n in self.size), generator=generator)
+        return draw_noise((channels, *(n // factor for n in self.size)), self.seed)
 
     def tensors(self, scale: float) -> dict[str, Tensor]:
         """The conditions as the U-Net's keyword inputs, one sample, unbatched.

@@ -14,7 +14,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, without_conditions
+from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
@@ -258,7 +258,7 @@ class MaskSampler(Inferer):
                 sizes = asked.corrected(sizes, drawn)
             elif number:
                 sizes = asked.vector
-                noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(start)).to(noise)
+                noise = draw_noise(noise.shape, start).to(noise)
             drawn = self._one(noise, start, network, sizes)
             labels = keep_largest_pieces(asked.resize(drawn), self.single_pieces)  # growing may leave loose voxels
             if (distance := asked.distance(labels)) < least:
