@@ -22,6 +22,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
     AutoencoderKlMaisi,
     MaisiConvolution,
     MaisiDecoder,
+    MaisiDownsample,
     MaisiEncoder,
     MaisiGroupNorm3D,
 )
@@ -126,6 +127,11 @@ class Autoencoder(AutoencoderKlMaisi):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         use_plain_layers(self)
+
+    @property
+    def factor(self) -> int:
+        """Voxels of the image along an axis for each of the latent: 2 to the power of the levels less one."""
+        return 2 ** sum(isinstance(block, MaisiDownsample) for block in self.encoder.blocks)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, noise: Tensor | None = None

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from maisi_tools.training.loaders import sample_numbers
 from maisi_tools.volumes.checks import LATENT_CHANNELS
-from maisi_tools.volumes.latents import FACTOR
 
 
 class AutoencoderBatch:
@@ -21,22 +20,26 @@ class AutoencoderBatch:
 
     Args:
         seed: of the noise.
+        factor: of the autoencoder.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, factor: int) -> None:
         self.seed = seed
+        self.factor = factor
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=non_blocking)
-        return image, image, (), {"noise": posterior_noise(batch["draw"], image.shape[2:], self.seed, device)}
+        return image, image, (), {"noise": posterior_noise(batch["draw"], image.shape[2:], self.seed, device, self.factor)}
 
 
-def posterior_noise(draws: Iterable[Any], size: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """Unit normal (B, 4, D/4, H/4, W/4) for images of `size` (D, H, W), each sample's by its number in `draws`."""
+def posterior_noise(
+    draws: Iterable[Any], size: Sequence[int], seed: int, device: torch.device, factor: int
+) -> Tensor:
+    """Unit normal (B, 4, D/factor, ...) for images of `size` (D, H, W), each sample's by its number in `draws`."""
     noise = []
     for draw in draws:
         with sample_numbers(seed, int(draw), device):
-            noise.append(torch.randn([LATENT_CHANNELS, *(n // FACTOR for n in size)], device=device))
+            noise.append(torch.randn([LATENT_CHANNELS, *(n // factor for n in size)], device=device))
     return torch.stack(noise)

@@ -96,6 +96,7 @@ class Checkpointer:
         if ranks()[0] == 0:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._save_when_due)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+            engine.add_event_handler(Events.TERMINATE, self.save)
 
     def load(self, engine: Engine) -> None:
         """Put the engine and all objects into the state of ``resume_from``, if there is one."""

@@ -40,8 +40,8 @@ BODY = 0.05
 """A voxel counts as body above this in [0, 1]: -900 HU of a CT."""
 CONSTANTS = (2.0, -2.0, 0.0)
 """Values of the channels that fix a group's statistics."""
-BLOCKS_PER_IMAGE = 20000
-"""Drawn from each image; for 8 numbers a block a few thousand would do."""
+BLOCKS_PER_IMAGE = 5000
+"""Drawn from each image; for 8 numbers a block this is plenty."""
 MEASURED_IMAGES = 12
 """Whole images on which the group norms' statistics are measured."""
 
@@ -168,6 +168,17 @@ def fit_linear_code(sizes: Sequence[int], latent_channels: int, images: Sequence
     components = _components(last - mean, latent_channels)
     deviations = ((last - mean)[np.concatenate(inside)] @ components.T).std(0)
     return LinearCode(tuple(levels), components, mean, deviations)
+
+
+def start(init: str | None, network: Autoencoder, images: Iterable[Any], seed: int = 0) -> Autoencoder:
+    """The network as ``init`` says: None as its weights were drawn, "linear" by :func:`start_linear`.
+
+    Raises:
+        InputError: another ``init``.
+    """
+    if init not in (None, "linear"):
+        raise InputError(f"init is {init!r}; allowed are null (weights as drawn) and 'linear' (the best linear code)")
+    return network if init is None else start_linear(network, images, seed)
 
 
 @torch.no_grad()

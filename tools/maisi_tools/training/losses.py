@@ -17,10 +17,11 @@ class AutoencoderLoss(nn.Module):
     """Loss of the VAE-GAN's autoencoder (paper section 3.1): the sum of these terms, each times its weight.
 
     ======================  ==========================================================================================
-    ``l1``                  mean absolute error, weight 1; with ``intensity_weights`` a weighted mean over each image
+    ``l1``                  mean absolute error; with ``intensity_weights`` a weighted mean over each image
+    ``mse``                 mean squared error, weighted likewise; of use where the network starts near its goal
     ``kl``                  KL divergence of the posterior from a unit normal, summed over a latent and averaged over
                             the batch as in the paper's code; so its weight is small (1e-7): it only keeps the latents'
-                            scale in check
+                            scale in check. With ``kl_per_value`` its mean, which does not grow with the image
     ``perceptual``          ``perceptual(reconstruction, image)``
     ``adversarial``         what the adversary says of the reconstruction, from its first step on
     ======================  ==========================================================================================
@@ -31,12 +32,15 @@ class AutoencoderLoss(nn.Module):
 
     Args:
         kl_weight: MAISI's released training settings have 1e-7.
+        kl_per_value: take the mean over the latent's values instead of the sum.
+        l1_weight: the paper's is 1.
+        mse_weight: the paper has no such term.
         perceptual: None for no such term.
         perceptual_weight: there 0.3.
         adversary: None for no such term.
         adversarial_weight: there 0.1; with 0 the adversary is not asked.
         intensity_weights: (lowest, highest, weight) for ranges of the image's intensities whose voxels have this weight
-            in ``l1``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin, such as an
+            in ``l1`` and ``mse``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin, such as an
             airway between two walls, to the tissue around it.
 
     Attributes:
@@ -55,6 +59,9 @@ class AutoencoderLoss(nn.Module):
         adversary: Adversary | None = None,
         adversarial_weight: float = 0.0,
         intensity_weights: Sequence[Sequence[float]] = (),
+        l1_weight: float = 1.0,
+        mse_weight: float = 0.0,
+        kl_per_value: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(intensity_weights, Sequence) or not all(map(_is_weighted_range, intensity_weights)):
@@ -63,10 +70,12 @@ class AutoencoderLoss(nn.Module):
                 "lowest <= highest in the image's intensities (0 to 1) and a weight above 0: [[0.0, 0.3, 6.0]]"
             )
         self.intensity_weights = intensity_weights
+        self.kl_per_value = kl_per_value
         self.perceptual = perceptual
         self.adversary = adversary
         self.weights = {
-            "l1": 1.0,
+            "l1": l1_weight,
+            "mse": mse_weight,
             "kl": kl_weight,
             "perceptual": perceptual_weight,
             "adversarial": adversarial_weight,
@@ -76,7 +85,12 @@ class AutoencoderLoss(nn.Module):
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         reconstruction, mean, sigma = (part.float() for part in prediction)
         target = target.float()
-        terms = {"l1": self._l1(reconstruction, target), "kl": kl_divergence(mean, sigma)}
+        error = (reconstruction - target).abs()
+        weight = self._weight(target)
+        kl = kl_divergence(mean, sigma)
+        terms = {"l1": _mean(error, weight), "kl": kl / mean[0].numel() if self.kl_per_value else kl}
+        if self.weights["mse"]:
+            terms["mse"] = _mean(error.square(), weight)
         if self.perceptual is not None and self.weights["perceptual"]:
             terms["perceptual"] = self.perceptual(reconstruction, target)
         if self.adversary is not None and self.weights["adversarial"] and self.adversary.active:
@@ -85,14 +99,21 @@ class AutoencoderLoss(nn.Module):
         self.terms["scale_factor"] = 1 / mean.detach().std()
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
 
-    def _l1(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+    def _weight(self, target: Tensor) -> Tensor | None:
         if not self.intensity_weights:
-            return nn.functional.l1_loss(reconstruction, target)
+            return None
         weight = torch.ones_like(target)
         for lowest, highest, value in self.intensity_weights:
             weight[(target >= lowest) & (target <= highest)] = value
-        axes = (1, 2, 3, 4)  # image by image, so that the ranks' mean is that of the whole batch
-        return ((reconstruction - target).abs() * weight).sum(axes).div(weight.sum(axes)).mean()
+        return weight
+
+
+def _mean(error: Tensor, weight: Tensor | None) -> Tensor:
+    """Weighted image by image, so that the ranks' mean is that of the whole batch."""
+    if weight is None:
+        return error.mean()
+    axes = (1, 2, 3, 4)
+    return (error * weight).sum(axes).div(weight.sum(axes)).mean()
 
 
 def kl_divergence(mean: Tensor, sigma: Tensor) -> Tensor:

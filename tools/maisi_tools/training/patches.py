@@ -12,6 +12,7 @@ from monai.transforms import MapTransform, RandomizableTransform, SpatialResampl
 from monai.transforms.utils import create_rotate
 
 from maisi_tools.errors import InputError
+from maisi_tools.training.budget import Budget
 
 PLACES_TRIED = 100
 """How often a place outside the body is drawn again before it is taken: a volume may be all air."""
@@ -107,4 +108,66 @@ class RandSpacingPatchd(RandomizableTransform, MapTransform):
         result = dict(data)
         for key in self.key_iterator(data):
             result[key] = self.resample(data[key], dst_affine=torch.as_tensor(patch), spatial_size=size.tolist())
+        return result
+
+
+class RandCropOrWholed(RandomizableTransform, MapTransform):
+    """Cuts a crop of drawn size and place on the volume's own grid, or, ever more often, takes all of it.
+
+    Group norm sees a whole volume at inference, much of it air. A network that has only seen crops meets statistics
+    there that it does not know, so the training ends with whole volumes among its samples.
+
+    Args:
+        keys: images (1, D, H, W) in [0, 1].
+        min_size: smallest crop in voxels; an axis that is shorter is padded by its edge.
+        max_size: largest crop in voxels.
+        multiple: all sizes are multiples of this, whole volumes padded by their edge.
+        budget: of the run; its progress decides on the share of whole volumes.
+        whole: that share at the end of the run and in its last quarter; it grows evenly until then.
+        foreground: share of the crops whose middle lies in tissue (above ``threshold``).
+        threshold: in the image's intensities.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        min_size: Sequence[int],
+        max_size: Sequence[int],
+        multiple: int,
+        budget: Budget,
+        whole: float = 0.5,
+        foreground: float = 0.85,
+        threshold: float = 0.3,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        self.min_size = np.asarray(min_size)
+        self.max_size = np.asarray(max_size)
+        self.multiple = multiple
+        self.budget = budget
+        self.whole = whole
+        self.foreground = foreground
+        self.threshold = threshold
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data[self.keys[0]]
+        size = self.R.randint(self.min_size // self.multiple, self.max_size // self.multiple + 1) * self.multiple
+        in_tissue = self.R.random_sample() < self.foreground
+        take_all = self.R.random_sample() < self.whole * min(1.0, self.budget.progress / 0.75)
+        for _ in range(PLACES_TRIED):
+            middle = self.R.randint(0, image.shape[1:])
+            if not in_tissue or image[(0, *middle)] > self.threshold:
+                break
+
+        result = dict(data)
+        for key in self.key_iterator(data):
+            part = data[key]
+            if not take_all:
+                start = np.clip(middle - size // 2, 0, np.maximum(np.asarray(part.shape[1:]) - size, 0))
+                part = part[(slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))]
+            wanted = [-(-n // self.multiple) * self.multiple for n in part.shape[1:]] if take_all else size
+            missing = [int(want - n) for want, n in zip(wanted, part.shape[1:], strict=True)]
+            if any(missing):
+                around = [amount for n in reversed(missing) for amount in (0, n)]
+                part = torch.nn.functional.pad(part[None], around, mode="replicate")[0]
+            result[key] = part
         return result
