@@ -292,8 +292,8 @@ class ControlledUNet(nn.Module):
         super().__init__()
         if not isinstance(controlnet, ControlNet):
             raise InputError(
-                f"controlnet is a {type(controlnet).__name__}; allowed is maisi_tools.networks.ControlNet, which has the "
-                "same arguments and weights: name it as the config's `_target_`"
+                f"controlnet is a {type(controlnet).__name__}; allowed is maisi_tools.networks.ControlNet, which has "
+                "the same arguments and weights: name it as the config's `_target_`"
             )
         self.unet = unet.requires_grad_(False)
         self.controlnet = controlnet
