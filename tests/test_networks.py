@@ -16,8 +16,17 @@ from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import Diff
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.networks import Autoencoder, ControlledUNet, MaskUNet, checkpoint_blocks
+from maisi_tools.networks import (
+    Autoencoder,
+    ControlledUNet,
+    ControlNet,
+    DiffusionUNet,
+    MaskUNet,
+    agreed_factor,
+    checkpoint_blocks,
+)
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.weights import save_weights
 
 
 def test_plain_layers_change_nothing(tiny_settings):
@@ -244,3 +253,33 @@ def test_a_prior_is_kept_with_the_weights(mask_unet):
     x = torch.randn(1, 4, 8, 4, 8)
     with torch.no_grad():
         torch.testing.assert_close(other(x, torch.tensor([900.0])), mask_unet(x, torch.tensor([900.0])))
+
+
+@pytest.mark.parametrize(("levels", "embedding"), [(1, [8]), (2, [8, 8]), (3, [8, 16, 8]), (4, [8, 8, 8, 8])])
+def test_the_factor_follows_from_the_networks(tiny_settings, levels, embedding):
+    per_level = {"num_channels": [8] * levels, "num_res_blocks": [1] * levels, "attention_levels": [False] * levels}
+    autoencoder = Autoencoder(**tiny_settings["vae"] | per_level).eval()
+    settings = tiny_settings["controlnet"] | {"conditioning_embedding_num_channels": embedding}
+    controlled = ControlledUNet(DiffusionUNet(**tiny_settings["unet"]), ControlNet(**settings)).eval()
+    factor = 2 ** (levels - 1)
+    assert autoencoder.factor == controlled.factor == factor
+    with torch.no_grad():
+        latent = autoencoder.encode(torch.zeros(1, 1, 16, 16, 32))[0]
+        assert latent.shape[2:] == (16 // factor, 16 // factor, 32 // factor)
+        assert controlled(torch.zeros(1, 1, 16, 16, 32)).shape == latent.shape
+
+
+def test_networks_and_weights_of_several_factors_are_refused_with_all_values(
+    tiny_settings, tiny_autoencoder, tiny_controlled, tmp_path
+):
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    save_weights(old, {"a": torch.zeros(1)})  # before factors were recorded all were 4
+    save_weights(new, {"a": torch.zeros(1)}, factor=2)
+    assert agreed_factor(tiny_autoencoder) == agreed_factor(tiny_autoencoder, old, tiny_controlled) == 4
+    per_level = {"num_channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, False]}
+    fine = Autoencoder(**tiny_settings["vae"] | per_level)
+    assert agreed_factor(fine, new) == 2
+    with pytest.raises(InputError, match=r"the autoencoder 2, weights .*old\.pt 4; allowed is one for all"):
+        agreed_factor(fine, old)
+    with pytest.raises(InputError, match="the autoencoder 2, weights .* 2, the ControlNet's mask embedding 4"):
+        agreed_factor(fine, [new], tiny_controlled)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from maisi_tools.errors import InputError
-from maisi_tools.weights import fetch_weights, load_weights, read_scale_factor, save_weights
+from maisi_tools.weights import fetch_weights, load_weights, read_factor, read_scale_factor, save_weights
 
 
 def network(width: int = 4) -> nn.Module:
@@ -169,6 +169,19 @@ def test_no_usable_scale_factor(tmp_path, checkpoint):
     torch.save(checkpoint, tmp_path / "x.pt")
     with pytest.raises(InputError, match="scale_factor"):
         read_scale_factor(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("stored", "factor"), [({"factor": 2}, 2), ({}, 4), ({"factor": 8, "scale_factor": 1.0}, 8)])
+def test_factor_is_the_recorded_one_or_the_releases(tmp_path, stored, factor):
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, **stored)
+    assert read_factor(tmp_path / "x.pt") == factor
+
+
+@pytest.mark.parametrize("factor", [0, -2, 2.0, "2", True, None])
+def test_no_usable_factor(tmp_path, factor):
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, factor=factor)
+    with pytest.raises(InputError, match=f"has factor {factor!r}; allowed is a whole number"):
+        read_factor(tmp_path / "x.pt")
 
 
 # --- fetch_weights ----------------------------------------------------------------------------------------------------

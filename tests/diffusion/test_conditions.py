@@ -30,8 +30,8 @@ def test_batch_stacks():
 
 
 def test_noise_depends_on_the_seed_alone():
-    first, again, other = (Conditions(**OK, seed=seed).noise() for seed in (1, 1, 2))
-    assert first.shape == (4, 16, 12, 8)
+    first, again, other = (Conditions(**OK, seed=seed).noise(4) for seed in (1, 1, 2))
+    assert first.shape == (4, 16, 12, 8) and Conditions(**OK).noise(2).shape == (4, 32, 24, 16)
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert abs(first.std() - 1) < 0.05
 

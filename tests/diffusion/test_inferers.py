@@ -46,7 +46,7 @@ class Watched:
     """A controlled network that notes what it is asked for."""
 
     def __init__(self, network) -> None:
-        self.network = network
+        self.network, self.factor = network, network.factor
         self.masks, self.embeddings, self.conditions = [], [], []
 
     def embed(self, mask):
@@ -132,7 +132,7 @@ def test_seeds_feed_ddpm_alone(tiny_unet, decoder):
 
 def test_ddpm_does_not_add_the_initial_noise_again(decoder):
     """With a network that predicts no noise, the first step adds to the initial noise something independent of it."""
-    noise = Conditions(size=(64, 64, 64), spacing=(1, 1, 1), seed=5).noise()[None]
+    noise = Conditions(size=(64, 64, 64), spacing=(1, 1, 1), seed=5).noise(4)[None]
     seen = []
 
     def network(x, t, **conditions):

@@ -60,19 +60,20 @@ def test_bad_files_are_refused(tmp_path):
 
 
 def test_noise_has_the_seed_of_its_sample():
-    draw = DrawNoised("noise", CONDITIONS, 1.0)
+    draw = DrawNoised("noise", CONDITIONS, 1.0, 4)
     noise = draw({"name": "a", "seed": 3})["noise"]
     expected = torch.randn(4, 16, 12, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise.as_tensor(), expected)
     assert not torch.equal(draw({"name": "a", "seed": 99})["noise"].as_tensor(), expected)
 
 
+@pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("size", [(64, 48, 32), (4, 4, 4), (16, 32, 4)])
-def test_image_is_centred_in_patient_coordinates(size):
+def test_image_is_centred_in_patient_coordinates(size, factor):
     conditions = Conditions(size=size, spacing=(1.5, 2.0, 3.0))
-    noise = DrawNoised("noise", conditions, 1.0)({"name": "a", "seed": 0})["noise"]
-    assert tuple(noise.shape) == (4, *(n // 4 for n in size))
-    affine = image_affine(noise.affine, 4)
+    noise = DrawNoised("noise", conditions, 1.0, factor)({"name": "a", "seed": 0})["noise"]
+    assert tuple(noise.shape) == (4, *(n // factor for n in size))
+    affine = image_affine(noise.affine, factor)
     np.testing.assert_allclose(affine[:3, :3], np.diag([1.5, 2.0, 3.0]))
     for grid, shape in ((affine, size), (noise.affine.numpy(), noise.shape[1:])):
         centre = grid @ [*((np.array(shape) - 1) / 2), 1]
@@ -80,13 +81,14 @@ def test_image_is_centred_in_patient_coordinates(size):
 
 
 def test_item_holds_what_goes_into_the_sidecar():
-    item = DrawNoised("noise", CONDITIONS, 0.75)({"name": "first", "seed": 3})
+    item = DrawNoised("noise", CONDITIONS, 0.75, 4)({"name": "first", "seed": 3})
     expected = {
         "size": [64, 48, 32],
         "spacing": [1.5, 2.0, 3.0],
         "orientation": "RAS",
         "region": ["head", "chest"],
         "modality": "ct",
+        "factor": 4,
         "scale_factor": 0.75,
     }
     assert set(expected) == set(SIDECAR)
@@ -96,7 +98,7 @@ def test_item_holds_what_goes_into_the_sidecar():
 
 
 def test_sampled_pair_is_split_and_placed():
-    noise = DrawNoised("image", CONDITIONS, 1.0)({"name": "first", "seed": 3})["image"]
+    noise = DrawNoised("image", CONDITIONS, 1.0, 4)({"name": "first", "seed": 3})["image"]
     ct, latent = torch.rand(1, 64, 48, 32), torch.randn(4, 16, 12, 8)
     item = SplitSampled("pred", "image")({"image": noise, "pred": {"ct": ct, "latent": latent}})
     assert item["pred"] is ct

@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.controlnet import FitMaskd, check_labels, start_from_unet
+from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet
 from maisi_tools.volumes.grid import latent_affine
 
 
@@ -20,7 +20,7 @@ def item(mask_size, latent_size, sidecar_size=None, image_affine=None, mask_affi
         "latent": MetaTensor(
             torch.zeros(4, *latent_size),
             affine=torch.as_tensor(affine),
-            meta={"sidecar": {"size": list(sidecar_size or mask_size)}},
+            meta={"sidecar": {"size": list(sidecar_size or mask_size), "factor": 4}},
         ),
     }
 
@@ -100,3 +100,9 @@ def test_labels_that_are_merged_away_are_refused():
     check_labels(None, label_weights={"26": 100})
     with pytest.raises(InputError, match=r"contrast_labels has 23, 26, but keep_labels .* allowed are 1, 2: add them"):
         check_labels([1, 2], label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
+
+
+def test_a_mask_embedding_of_another_factor_is_refused(tiny_controlled):
+    check_embedding(tiny_controlled, 4)
+    with pytest.raises(InputError, match=r"latents have factor 2 .*, the ControlNet's mask embedding 4; .*: 2 numbers"):
+        check_embedding(tiny_controlled, 2)

@@ -171,7 +171,7 @@ def test_label_weights_are_averaged_over_a_latent_voxel():
 
 
 def test_conditions_are_read_from_the_sidecar():
-    sidecar = {"spacing": [0.75, 0.75, 3.0], "region": ["chest", "abdomen"], "modality": "ct_contrast"}
+    sidecar = {"factor": 2, "spacing": [0.75, 0.75, 3.0], "region": ["chest", "abdomen"], "modality": "ct_contrast"}
     latent = MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": sidecar})
     data = ConditionTensorsd("latent", condition_scale=100)({"latent": latent, "other": 1})
     assert data["top_region_index_tensor"].tolist() == [0, 100, 0, 0]
@@ -181,7 +181,7 @@ def test_conditions_are_read_from_the_sidecar():
 
 
 def test_sidecar_without_region_and_modality_is_an_unknown_region_of_a_ct():
-    latent = MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": {"spacing": [1, 1, 1]}})
+    latent = MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": {"factor": 4, "spacing": [1, 1, 1]}})
     data = ConditionTensorsd("latent", 1.0)({"latent": latent})
     assert not data["top_region_index_tensor"].any() and not data["bottom_region_index_tensor"].any()
     assert int(data["class_labels"]) == 1

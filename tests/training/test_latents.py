@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.latents import encoder_fingerprint, find_latents, latents_to_encode
+from maisi_tools.training.latents import encoder_fingerprint, find_latents, latents_factor, latents_to_encode
+from maisi_tools.weights import save_weights
 
 
 def add(folder: Path, *stems: str, **sidecar) -> None:
@@ -180,3 +181,18 @@ def test_two_latents_of_one_name_are_refused(volumes, tmp_path, tiny_autoencoder
     volumes.append({"image": str(tmp_path / "a_ct_flip.nii.gz")})
     with pytest.raises(InputError, match=r"would both be a_ct_flip_latent\.nii\.gz"):
         jobs(volumes, tmp_path, tiny_autoencoder)
+
+
+def test_latents_and_weights_of_several_factors_are_refused_with_all_values(tmp_path):
+    fine, coarse = tmp_path / "fine", tmp_path / "coarse"
+    for folder, factor in ((fine, 2), (coarse, None)):
+        folder.mkdir()
+        add(folder, "pt_1_ct", "pt_2", **({} if factor is None else {"factor": factor}))
+        save_weights(folder / "model.pt", {"a": torch.ones(1)}, **({} if factor is None else {"factor": factor}))
+    assert latents_factor(find_latents(fine), None, fine / "model.pt") == 2
+    assert latents_factor(find_latents(coarse, ["pt_2"]), coarse / "model.pt", None) == 4
+    with pytest.raises(InputError, match=r"latent .*fine.* 2, weights .*coarse.*model\.pt 4; allowed is one for all"):
+        latents_factor(find_latents(fine), coarse / "model.pt")
+    both = {"training": [*find_latents(fine)["training"], *find_latents(coarse)["training"]], "validation": []}
+    with pytest.raises(InputError, match="latent .* 2, latent .* 4"):
+        latents_factor(both)

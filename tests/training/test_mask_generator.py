@@ -22,18 +22,18 @@ CPU = torch.device("cpu")
 def test_bits_go_in_and_classes_are_wanted():
     labels = torch.tensor([0, 18, 200, 120]).reshape(1, 1, 4, 1, 1).repeat(1, 1, 1, 4, 4)
     batch = {"image": labels.to(torch.uint8), "draw": torch.tensor([5])}
-    bits, target, _, keywords = MaskBatch(0, [0, 18, 120, 200])(batch, CPU)
+    bits, target, _, keywords = MaskBatch(0, [0, 18, 120, 200], 4)(batch, CPU)
     assert target[0, 0, :, 0, 0].tolist() == [0, 1, 3, 2] and target.dtype == torch.int64
     values = (bits * 2 ** torch.arange(8).reshape(1, 8, 1, 1, 1)).sum(1, keepdim=True)
     assert torch.equal(values, labels.float())
     assert keywords["noise"].shape == (1, 4, 1, 1, 1)
-    again = MaskBatch(0, [0, 18, 120, 200])({**batch, "draw": torch.tensor([5])}, CPU)[3]["noise"]
+    again = MaskBatch(0, [0, 18, 120, 200], 4)({**batch, "draw": torch.tensor([5])}, CPU)[3]["noise"]
     assert torch.equal(again, keywords["noise"])
 
 
 def test_labels_without_a_class_are_refused():
     with pytest.raises(InputError, match="132"):
-        MaskBatch(0, [0, 18])({"image": torch.full((1, 1, 2, 2, 2), 132)}, CPU)
+        MaskBatch(0, [0, 18], 4)({"image": torch.full((1, 1, 2, 2, 2), 132)}, CPU)
 
 
 @pytest.mark.parametrize("classes", [[], [1, 2], [0, 1, 1], [0, 199]])

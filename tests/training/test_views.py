@@ -132,7 +132,7 @@ def test_a_mask_follows_its_view_and_changes_sides(view):
     latent = MetaTensor(
         torch.zeros(4, *(-(-n // 4) for n in size)),
         affine=torch.as_tensor(latent_affine(seen.affine.numpy(), 4)),
-        meta={"sidecar": {"size": size}},
+        meta={"sidecar": {"size": size, "factor": 4}},
     )
     fitted = FitMaskd("mask", "latent")({"mask": mask, "latent": latent})["mask"]
     fitted = fitted[0, : size[0], : size[1], : size[2]].numpy()

@@ -10,25 +10,28 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
+from maisi_tools.errors import InputError
 from maisi_tools.volumes.grid import pad_to_multiple
 from maisi_tools.volumes.latents import SIDECAR, DescribeLatentd, RestoreGeometryd, UnscaleLatentd
 
 from .test_orientation import AFFINES, as_read
 
 
-def described(name: str, shape=(10, 13, 8), multiple: int = 4, **extra) -> tuple[dict, MetaTensor, torch.Tensor]:
+def described(
+    name: str, shape=(10, 13, 8), multiple: int = 4, factor: int = 4, **extra
+) -> tuple[dict, MetaTensor, torch.Tensor]:
     """The item after encoding, the CT as in the file, and the padded RAS volume that a perfect decoder would give."""
     volume = as_read(AFFINES[name], shape)
     image = Orientation("RAS", labels=None)(volume)
     padded = pad_to_multiple(image.as_tensor()[None], multiple)[0][0]
-    latent = torch.randn(4, *(n // 4 for n in padded.shape[1:]))
-    return DescribeLatentd("latent", "image")({"image": image, "latent": latent, **extra}), volume, padded
+    latent = torch.randn(4, *(n // factor for n in padded.shape[1:]))
+    return DescribeLatentd("latent", "image", factor)({"image": image, "latent": latent, **extra}), volume, padded
 
 
 @pytest.mark.parametrize("name", AFFINES)
-@pytest.mark.parametrize("multiple", [4, 16])
-def test_geometry_round_trip(name, multiple):
-    item, volume, padded = described(name, multiple=multiple)
+@pytest.mark.parametrize(("multiple", "factor"), [(4, 4), (16, 4), (2, 2), (8, 2), (8, 8)])
+def test_geometry_round_trip(name, multiple, factor):
+    item, volume, padded = described(name, multiple=multiple, factor=factor)
     sidecar = json.loads(json.dumps({key: item[key] for key in SIDECAR}))  # as written and read again
     latent = MetaTensor(item["latent"].as_tensor(), affine=item["latent"].affine)
     latent.meta.update({"sidecar": sidecar, "filename_or_obj": "case_latent.nii.gz"})
@@ -39,12 +42,15 @@ def test_geometry_round_trip(name, multiple):
 
 
 @pytest.mark.parametrize("name", AFFINES)
-def test_latent_lies_where_its_voxels_do(name):
-    item, _, _ = described(name)
+@pytest.mark.parametrize("factor", [2, 4])
+def test_latent_lies_where_its_voxels_do(name, factor):
+    item, _, _ = described(name, factor=factor)
     image, latent = item["image"], item["latent"]
     for voxel in ((0, 0, 0), (2, 1, 1)):
-        block = np.array([[4 * v + i for v, i in zip(voxel, inner, strict=True)] for inner in np.ndindex(4, 4, 4)])
-        centre = (image.affine.numpy() @ np.c_[block, np.ones(64)].T).mean(1)
+        block = np.array(
+            [[factor * v + i for v, i in zip(voxel, inner, strict=True)] for inner in np.ndindex(*[factor] * 3)]
+        )
+        centre = (image.affine.numpy() @ np.c_[block, np.ones(factor**3)].T).mean(1)
         np.testing.assert_allclose(latent.affine.numpy() @ [*voxel, 1], centre, atol=1e-9)
 
 
@@ -61,19 +67,25 @@ def test_sidecar_describes_the_image_in_ras():
 
 def test_a_sidecar_without_orientation_is_written_in_ras():
     item, _, padded = described("LPS")
-    item["latent"].meta["sidecar"] = {"size": item["size"]}
+    item["latent"].meta["sidecar"] = {"size": item["size"], "factor": 4}
     restored = RestoreGeometryd("pred", "latent")({"latent": item["latent"], "pred": padded})["pred"]
     assert np.array_equal(restored.numpy(), item["image"].numpy())
     np.testing.assert_allclose(restored.affine.numpy(), item["image"].affine.numpy(), atol=1e-9)
 
 
-@pytest.mark.parametrize("factor", [0.5, "0.5", torch.tensor(0.5)])
-def test_unscaling_divides_and_keeps_the_rest(factor):
-    latent = MetaTensor(
-        torch.randn(4, 2, 3, 2), affine=torch.as_tensor(AFFINES["LPS"]), meta={"sidecar": {"scale_factor": factor}}
-    )
-    data = UnscaleLatentd("latent")({"latent": latent, "name": "x"})
+@pytest.mark.parametrize("scale", [0.5, "0.5", torch.tensor(0.5)])
+def test_unscaling_divides_and_keeps_the_rest(scale):
+    sidecar = {"scale_factor": scale, "factor": 4}
+    latent = MetaTensor(torch.randn(4, 2, 3, 2), affine=torch.as_tensor(AFFINES["LPS"]), meta={"sidecar": sidecar})
+    data = UnscaleLatentd("latent", 4)({"latent": latent, "name": "x"})
     assert np.array_equal(data["latent"].numpy(), latent.numpy() / 0.5) and data["name"] == "x"
     assert (
         torch.equal(data["latent"].affine, latent.affine) and data["latent"].meta["sidecar"] == latent.meta["sidecar"]
     )
+
+
+def test_a_latent_of_another_factor_is_not_decoded():
+    meta = {"sidecar": {"scale_factor": 1.0, "factor": 4}, "filename_or_obj": "old_latent.nii.gz"}
+    latent = MetaTensor(torch.zeros(4, 2, 3, 2), meta=meta)
+    with pytest.raises(InputError, match=r"old_latent\.nii\.gz has factor 4, the autoencoder that is to decode it 2"):
+        UnscaleLatentd("latent", 2)({"latent": latent})

@@ -257,8 +257,21 @@ def test_latent_with_its_sidecar(write_nifti):
     assert batch["image"].shape == (1, 4, 3, 4, 5)
     item = decollate_batch(batch)[0]["image"]
     assert np.array_equal(item.numpy(), np.moveaxis(values, -1, 0))
-    assert item.meta["sidecar"] == {**needed, "region": ["head", "chest"]}
+    assert item.meta["sidecar"] == {**needed, "region": ["head", "chest"], "factor": 4}  # of before it was recorded
     assert np.allclose(item.affine, OBLIQUE, atol=1e-6)
+
+
+def test_a_latent_has_to_cover_the_image_of_its_sidecar(write_nifti):
+    path = write_nifti(np.zeros((3, 4, 5, 4), dtype=np.float32), "case_latent.nii.gz")
+    sidecar = {"scale_factor": 1.0, "size": [6, 7, 10], "spacing": [1.0, 1.0, 2.5], "factor": 2}
+    path.with_name("case_latent.json").write_text(json.dumps(sidecar))
+    assert read_volume(path, "latent").meta["sidecar"] == sidecar
+    path.with_name("case_latent.json").write_text(json.dumps({**sidecar, "size": [6, 9, 10]}))
+    refused(path, "(3, 4, 5) voxels", "factor 2 cover (6, 8, 10)", "says (6, 9, 10)", kind="latent")
+    for factor in (0, 2.0, "2", True):
+        path.with_name("case_latent.json").write_text(json.dumps({**sidecar, "factor": factor}))
+        if factor:
+            refused(path, f"the factor {factor!r}", kind="latent")
 
 
 def test_latent_with_the_wrong_channel_count(write_nifti):

@@ -115,7 +115,7 @@ def test_transform_writes_ct_latent_and_sidecar(write_nifti, tmp_path, caplog):
     again = read_volume(item["z_path"], "latent")
     assert item["z_path"].endswith("sample_1.5_latent.nii.gz")
     assert torch.equal(again.as_tensor(), latent.as_tensor())
-    assert again.meta["sidecar"] == {"scale_factor": 1.25, "size": [12, 16, 20], "spacing": [1, 1, 2]}
+    assert again.meta["sidecar"] == {"scale_factor": 1.25, "size": [12, 16, 20], "spacing": [1, 1, 2], "factor": 4}
     WriteVolumed("z", tmp_path / "out", sidecar={"modality": "ct"}, dtype=np.float32)({"z": latent.bfloat16()})
     assert json.loads((tmp_path / "out" / "case.json").read_text()) == {"modality": "ct"}
     names = ["case.json", "case.nii.gz", "case_recon.nii.gz", "sample_1.5_latent.json", "sample_1.5_latent.nii.gz"]

@@ -39,8 +39,7 @@ from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.diffusion.shape_prior import ShapePrior
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.volumes.latents import FACTOR
-from maisi_tools.weights import load_weights
+from maisi_tools.weights import load_weights, read_factor
 
 
 def use_plain_layers(module: nn.Module) -> None:
@@ -117,10 +116,10 @@ def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: A
 
 
 class Autoencoder(AutoencoderKlMaisi):
-    """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, D/4, H/4, W/4).
+    """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, d, h, w).
 
     In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior, by
-    ``noise`` (B, 4, D/4, H/4, W/4) from a unit normal where it is given; in evaluation mode it returns the
+    ``noise`` (B, 4, d, h, w) from a unit normal where it is given; in evaluation mode it returns the
     reconstruction from the posterior's mean, so the result does not depend on chance.
     """
 
@@ -270,6 +269,11 @@ class MaskUNet(DiffusionModelUNet):
 class ControlNet(ControlNetMaisi):
     """MAISI's ControlNet, whose mask embedding can be computed apart, once for all steps of a sampler."""
 
+    @property
+    def factor(self) -> int:
+        """Voxels of the mask along an axis for each of the latent: the embedding halves it from level to level."""
+        return 2 ** sum(2 in getattr(layer, "stride", ()) for layer in self.controlnet_cond_embedding.modules())
+
     def embed(self, bits: Tensor) -> Tensor:
         """Bit planes (B, 8, D, H, W) -> what is added behind the first convolution, (B, C, d, h, w)."""
         if self.use_checkpointing and torch.is_grad_enabled():
@@ -296,7 +300,7 @@ class ControlNet(ControlNetMaisi):
 class ControlledUNet(nn.Module):
     """A frozen :class:`DiffusionUNet` steered by a ControlNet that reads a label mask (paper section 3.3).
 
-    ``forward(mask)`` takes label values (B, 1, D, H, W); ``latent`` (B, 4, D/4, H/4, W/4) is the noisy latent, zeros
+    ``forward(mask)`` takes label values (B, 1, D, H, W); ``latent`` (B, 4, D/factor, ...) is the noisy latent, zeros
     when left out. The mask enters the ControlNet as the 8 bits of its label values. A sampler computes :meth:`embed`
     once and calls :meth:`denoise` at each step.
 
@@ -326,13 +330,18 @@ class ControlledUNet(nn.Module):
     ) -> Tensor:
         if latent is None:
             latent = mask.new_zeros(
-                len(mask), self.unet.in_channels, *(n // FACTOR for n in mask.shape[2:]), dtype=torch.float32
+                len(mask), self.unet.in_channels, *(n // self.factor for n in mask.shape[2:]), dtype=torch.float32
             )
         embedding = self.embed(mask, latent.dtype)
         return self.denoise(latent, embedding, timesteps, conditioning_scale, class_labels, **conditions)
 
+    @property
+    def factor(self) -> int:
+        """Voxels of the mask along an axis for each of the latent."""
+        return self.controlnet.factor
+
     def embed(self, mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Label values (B, 1, D, H, W) -> (B, C, D/4, H/4, W/4), which no step, latent or condition changes."""
+        """Label values (B, 1, D, H, W) -> (B, C, D/factor, ...), which no step, latent or condition changes."""
         return self.controlnet.embed(label_bits(mask).to(dtype))
 
     def denoise(
@@ -372,3 +381,31 @@ def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_p
     load_weights(network.unet, unet_path)
     load_weights(network.controlnet, controlnet_path)
     return network
+
+
+def agreed_factor(
+    autoencoder: Autoencoder, checkpoints: str | Path | Sequence[str | Path] = (), network: ControlledUNet | None = None
+) -> int:
+    """The factor of an autoencoder, once the weights and the network beside it are found to have the same.
+
+    Args:
+        autoencoder: that encodes or decodes.
+        checkpoints: weights of a U-Net or ControlNet that generate for it, which record their factor.
+        network: whose mask embedding has a factor of its own.
+
+    Raises:
+        InputError: they do not have the same factor, or a file is missing or no checkpoint.
+    """
+    paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    found = {"the autoencoder": autoencoder.factor}
+    found |= {f"weights {path}": read_factor(path) for path in paths}
+    if network is not None:
+        found["the ControlNet's mask embedding"] = network.factor
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {factor}" for name, factor in found.items())
+        raise InputError(
+            f"factors differ (image voxels per latent voxel): {listed}; allowed is one for all. Give weights that were "
+            "trained on latents of this autoencoder, or its own autoencoder with them; a mask embedding of n numbers "
+            "of channels (conditioning_embedding_num_channels) has the factor 2 to the power of n - 1"
+        )
+    return autoencoder.factor

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
 # usual name, and those of MAISI's released files.
@@ -99,6 +100,21 @@ def read_scale_factor(path: str | Path) -> float:
             "fetch its weights again."
         )
     return value
+
+
+def read_factor(path: str | Path) -> int:
+    """Return the "factor" (image voxels per latent voxel along each axis) that a checkpoint's network was trained for.
+
+    A file that does not say is of :data:`~maisi_tools.volumes.checks.UNRECORDED_FACTOR`.
+
+    Raises:
+        InputError: the file is missing or no checkpoint, or its factor is no whole number from 1 on.
+    """
+    checkpoint = _read(Path(path))
+    factor = checkpoint.get("factor", UNRECORDED_FACTOR) if isinstance(checkpoint, Mapping) else UNRECORDED_FACTOR
+    if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
+        raise InputError(f"checkpoint {path} has factor {factor!r}; allowed is a whole number: fetch its weights again")
+    return factor
 
 
 def save_weights(path: str | Path, network_state: Mapping[str, Tensor], **extra: Any) -> None:

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from maisi_tools.networks import Autoencoder
 from maisi_tools.volumes.grid import pad_to_multiple
-from maisi_tools.volumes.latents import FACTOR
 
 
 class EncodeInferer(Inferer):
     """CT (B, 1, D, H, W) in [0, 1] -> posterior mean (B, 4, d, h, w), the CT padded to ``multiple`` by its edge.
 
     Args:
-        multiple: 4 is the least; 16 (32 for the full-size U-Net) gives latents the diffusion stages can train on.
+        multiple: the autoencoder's factor is the least; for latents that the diffusion stages can train on, that times
+            2 for each level of their U-Net but the first. None for the factor.
         inferer: how the encoder is run.
         sigma: return ``{"mean": ..., "sigma": ...}``, with the posterior's standard deviation, instead of the mean
             alone.
     """
 
-    def __init__(self, multiple: int = FACTOR, inferer: Inferer | None = None, sigma: bool = False) -> None:
+    def __init__(self, multiple: int | None = None, inferer: Inferer | None = None, sigma: bool = False) -> None:
         super().__init__()
         self.multiple = multiple
         self.sigma = sigma
@@ -33,7 +33,7 @@ class EncodeInferer(Inferer):
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: Autoencoder, *args: Any, **kwargs: Any
     ) -> Tensor | dict[str, Tensor]:
-        padded, _ = pad_to_multiple(inputs, self.multiple, "replicate", 0)
+        padded, _ = pad_to_multiple(inputs, self.multiple or network.factor, "replicate", 0)
         if self.sigma:
             mean, sigma = self.inferer(torch.as_tensor(padded), network.encode)
             return {"mean": mean, "sigma": sigma}
@@ -41,7 +41,7 @@ class EncodeInferer(Inferer):
 
 
 class LatentDecoder:
-    """Latent (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1], for stages whose network is not the autoencoder.
+    """Latent (B, 4, d, h, w) -> CT (B, 1, factor * d, ...) in [0, 1], for stages whose network is not the autoencoder.
 
     Args:
         autoencoder: decodes; set to evaluation mode.
@@ -60,7 +60,7 @@ class LatentDecoder:
 
 
 class DecodeInferer(Inferer):
-    """Latent (B, 4, d, h, w), as written by encode.json or by the maisi_ldm bundle -> CT (B, 1, 4d, 4h, 4w) in [0, 1].
+    """Latent (B, 4, d, h, w), as encode.json or maisi_ldm write it -> CT (B, 1, factor * d, ...) in [0, 1].
 
     Args:
         inferer: how the decoder is run.

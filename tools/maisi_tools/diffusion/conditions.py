@@ -11,8 +11,7 @@ from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
-from maisi_tools.volumes.checks import check_output_size, check_spacing, warn_field_of_view
-from maisi_tools.volumes.latents import FACTOR
+from maisi_tools.volumes.checks import LATENT_CHANNELS, check_output_size, check_spacing, warn_field_of_view
 
 REGIONS = tuple(INDICATORS)
 """Body regions from top to bottom; "head" is head and neck, "lower" is pelvis and legs (paper section 3.2)."""
@@ -85,9 +84,9 @@ class Conditions:
             raise InputError(f"spacing is {self.spacing}; give three positive numbers in mm, x, y, z")
         modality_code(self.modality)
 
-    def noise(self, channels: int = 4, factor: int = FACTOR) -> Tensor:
-        """The initial noise (channels, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
-        return draw_noise((channels, *(n // factor for n in self.size)), self.seed)
+    def noise(self, factor: int) -> Tensor:
+        """The initial noise (4, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
+        return draw_noise((LATENT_CHANNELS, *(n // factor for n in self.size)), self.seed)
 
     def tensors(self, scale: float) -> dict[str, Tensor]:
         """The conditions as the U-Net's keyword inputs, one sample, unbatched.

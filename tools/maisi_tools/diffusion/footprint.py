@@ -16,7 +16,6 @@ from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.plan import Plan
 from maisi_tools.volumes.checks import check_output_size
-from maisi_tools.volumes.latents import FACTOR
 
 UNLIMITED = 2**60
 """Bytes: a limit that no plan reaches, in place of what this machine happens to have free."""
@@ -53,7 +52,9 @@ def footprints(
     parser.read_config([str(path) for path in configs])
     parser["bundle_root"] = str(Path(configs[0]).parent.parent)
     parser["device"] = f"$torch.device('{device}')"
-    size = check_output_size(output_size, int(parser.get("size_multiple", FACTOR)))
+    with torch.device("meta"):
+        multiple = parser.get_parsed_content("size_multiple" if "size_multiple" in parser.get() else "factor")
+    size = check_output_size(output_size, int(multiple))
     inferer = TSPInferer(
         splits,
         memory_limit=memory_limit or UNLIMITED,
@@ -82,7 +83,7 @@ def _stages(
         autoencoder = (
             network if isinstance(network, Autoencoder) else parser.get_parsed_content("autoencoder_def").eval()
         )
-        latent = torch.empty(1, autoencoder.latent_channels, *(n // FACTOR for n in size))
+        latent = torch.empty(1, autoencoder.latent_channels, *(n // autoencoder.factor for n in size))
         if network is autoencoder:
             yield "encoder", lambda x: autoencoder.encode(x)[0], (image,)
         elif isinstance(network, ControlledUNet):

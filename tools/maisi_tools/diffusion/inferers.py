@@ -124,7 +124,7 @@ class MaskToCT(Inferer):
         decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
         guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
-        multiple: legal sizes are multiples of this (a property of the U-Net: 4 times 2 per further level).
+        multiple: legal sizes are multiples of this (the autoencoder's factor, times 2 for each further level of the U-Net).
         spacing: mm along x, y, z; None reads it from the mask's affine.
         keep_labels: labels these weights were trained with; None means the whole vocabulary.
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
@@ -226,7 +226,7 @@ class MaskToCT(Inferer):
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:
-            noise = replace(conditions, seed=seed).noise()[None].to(labels.device)
+            noise = replace(conditions, seed=seed).noise(network.factor)[None].to(labels.device)
             generator = step_generator(noise, seed)
             latent = sample(
                 denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
@@ -238,7 +238,7 @@ class MaskToCT(Inferer):
 
 
 class MaskSampler(Inferer):
-    """Mask generator (paper section 3.3): noise (B, 4, d, h, w) -> label mask (B, 1, 4d, 4h, 4w), uint8.
+    """Mask generator (paper section 3.3): noise (B, 4, d, h, w) -> label mask (B, 1, factor * d, ...), uint8.
 
     Args:
         decoder: latent -> logits of the classes.

@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.latents import FACTOR
+from maisi_tools.volumes.grid import latent_affine
 
 STRIDE = 1_000_003
 """Between the seeds of a sample's draws."""
@@ -73,30 +73,38 @@ class DrawNoised(MapTransform):
 
     The image's centre lies at the origin of the patient coordinates; its axes are RAS. What a latent's sidecar holds
     (:data:`maisi_tools.volumes.latents.SIDECAR`) is added to the data as well.
+
+    Args:
+        keys: key of the noise.
+        conditions: whose size the image has.
+        scale_factor: of the weights, for the sidecar.
+        factor: of the autoencoder.
     """
 
-    def __init__(self, keys: str, conditions: Conditions, scale_factor: float) -> None:
+    def __init__(self, keys: str, conditions: Conditions, scale_factor: float, factor: int) -> None:
         super().__init__(keys)
         self.conditions = conditions
+        self.factor = factor
         self.scale_factor = float(scale_factor)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         conditions = replace(self.conditions, seed=data["seed"])
         spacing = torch.tensor(conditions.spacing, dtype=torch.float64)
         size = torch.tensor(conditions.size, dtype=torch.float64)
-        affine = torch.diag(torch.cat([spacing * FACTOR, torch.ones(1, dtype=torch.float64)]))
-        # Centre of latent voxel 0, (FACTOR - 1) / 2 image voxels beyond the centre of image voxel 0.
-        affine[:3, 3] = -spacing * (size - 1) / 2 + spacing * (FACTOR - 1) / 2
+        image = torch.diag(torch.cat([spacing, torch.ones(1, dtype=torch.float64)]))
+        image[:3, 3] = -spacing * (size - 1) / 2
+        affine = torch.as_tensor(latent_affine(image, self.factor))
         described: dict[Hashable, Any] = {
             "size": list(conditions.size),
             "spacing": list(conditions.spacing),
             "orientation": "RAS",
             "region": list(conditions.region),
             "modality": conditions.modality,
+            "factor": self.factor,
             "scale_factor": self.scale_factor,
         }
         meta = {"filename_or_obj": data["name"], "sidecar": described}
-        return {**data, **described, self.keys[0]: MetaTensor(conditions.noise(), affine=affine, meta=meta)}
+        return {**data, **described, self.keys[0]: MetaTensor(conditions.noise(self.factor), affine=affine, meta=meta)}
 
 
 class SplitSampled(MapTransform):

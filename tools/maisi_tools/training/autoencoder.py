@@ -31,12 +31,15 @@ class AutoencoderBatch:
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor, tuple, dict[str, Tensor]]:
         image = batch["image"].to(device, non_blocking=non_blocking)
-        return image, image, (), {"noise": posterior_noise(batch["draw"], image.shape[2:], self.seed, device, self.factor)}
+        return (
+            image,
+            image,
+            (),
+            {"noise": posterior_noise(batch["draw"], image.shape[2:], self.seed, device, self.factor)},
+        )
 
 
-def posterior_noise(
-    draws: Iterable[Any], size: Sequence[int], seed: int, device: torch.device, factor: int
-) -> Tensor:
+def posterior_noise(draws: Iterable[Any], size: Sequence[int], seed: int, device: torch.device, factor: int) -> Tensor:
     """Unit normal (B, 4, D/factor, ...) for images of `size` (D, H, W), each sample's by its number in `draws`."""
     noise = []
     for draw in draws:

@@ -87,8 +87,6 @@ def late_fall(progress: float, fall: float = 0.4) -> float:
     return min(1.0, (1 - progress) / fall)
 
 
-def by_budget(
-    optimizer: torch.optim.Optimizer, budget: Budget, shape: Callable[[float], float] = cosine
-) -> LambdaLR:
+def by_budget(optimizer: torch.optim.Optimizer, budget: Budget, shape: Callable[[float], float] = cosine) -> LambdaLR:
     """A schedule that multiplies the optimizer's learning rates by ``shape`` of the budget's progress."""
     return LambdaLR(optimizer, lambda _: shape(budget.progress))

@@ -17,7 +17,6 @@ from maisi_tools.masks.edits import swap_sides
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import image_affine
-from maisi_tools.volumes.latents import FACTOR
 from maisi_tools.weights import load_weights
 
 
@@ -54,6 +53,24 @@ def check_labels(keep: Sequence[int] | None, **asked: Mapping[int | str, float])
             )
 
 
+def check_embedding(network: ControlledUNet, factor: int) -> None:
+    """Refuse a mask embedding that does not lead to the grid of the latents.
+
+    Args:
+        network: to be trained.
+        factor: of the latents.
+
+    Raises:
+        InputError: its mask embedding has another factor.
+    """
+    if network.factor != factor:
+        raise InputError(
+            f"the latents have factor {factor} (image voxels per latent voxel), the ControlNet's mask embedding "
+            f"{network.factor}; give conditioning_embedding_num_channels one number for each halving and one more: "
+            f"{factor.bit_length()} numbers"
+        )
+
+
 class FitMaskd(MapTransform):
     """Puts a mask (1, D, H, W) on the image grid of its latent (4, d, h, w), padded by its edge as the image was.
 
@@ -78,7 +95,8 @@ class FitMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         mask, latent = data[self.keys[0]], data[self.latent_key]
         size = [int(n) for n in latent.meta["sidecar"]["size"]]
-        affine = image_affine(latent.affine, FACTOR)
+        factor = latent.meta["sidecar"]["factor"]
+        affine = image_affine(latent.affine, factor)
         to_mask = np.linalg.inv(np.asarray(mask.affine, dtype=float)) @ affine
         corners = np.stack([to_mask[:3, 3], (to_mask @ [*(n - 1 for n in size), 1])[:3]])
         if not _is_parallel(to_mask):  # the corners of a turned grid stick out; then its centre must be inside
@@ -92,7 +110,7 @@ class FitMaskd(MapTransform):
         image: Any = self.resample(mask.float(), dst_affine=torch.as_tensor(affine), spatial_size=size)
         if np.linalg.det(affine[:3, :3]) < 0:
             image = swap_sides(image, self.label_map)
-        missing = [FACTOR * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
+        missing = [factor * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         widths = [width for axis in reversed(missing) for width in (0, axis)]
         padded = pad(image.as_tensor()[None], widths, mode="replicate")[0]
         return {**data, self.keys[0]: padded}

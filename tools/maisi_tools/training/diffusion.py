@@ -16,7 +16,6 @@ from torch.nn.functional import adaptive_max_pool3d, interpolate
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 from maisi_tools.errors import InputError
 from maisi_tools.training.loaders import sample_numbers
-from maisi_tools.volumes.latents import FACTOR
 
 
 class ConditionTensorsd(MapTransform):
@@ -36,7 +35,7 @@ class ConditionTensorsd(MapTransform):
         latent = data[self.keys[0]]
         sidecar = latent.meta["sidecar"]
         conditions = Conditions(
-            size=tuple(FACTOR * n for n in latent.shape[1:]),
+            size=tuple(sidecar["factor"] * n for n in latent.shape[1:]),
             spacing=sidecar["spacing"],
             region=sidecar.get("region") or (),
             modality=sidecar.get("modality", "ct"),

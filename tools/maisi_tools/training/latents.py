@@ -17,7 +17,8 @@ from maisi_tools.training.views import make_views
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_sidecar, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar
-from maisi_tools.weights import read_weights
+from maisi_tools.volumes.checks import UNRECORDED_FACTOR
+from maisi_tools.weights import read_factor, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,29 @@ def find_latents(
     if not names:
         logger.warning("no case is held out, so nothing is validated on unseen patients; name some with held_out")
     return lists
+
+
+def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoints: str | Path | None) -> int:
+    """The factor of the autoencoder that made the latents (image voxels per latent voxel along each axis).
+
+    Args:
+        latents: as :func:`find_latents` lists them.
+        checkpoints: weights to go on from; None among them are passed over.
+
+    Raises:
+        InputError: latents of several factors, or weights of another.
+    """
+    paths = [item["latent"] for section in latents.values() for item in section]
+    by_factor = {read_sidecar(path).get("factor") or UNRECORDED_FACTOR: path for path in paths}
+    found = {f"latent {path}": factor for factor, path in by_factor.items()}
+    found |= {f"weights {path}": read_factor(path) for path in checkpoints if path is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} {factor}" for name, factor in found.items())
+        raise InputError(
+            f"factors differ (image voxels per latent voxel): {listed}; allowed is one for all: encode the CTs again "
+            "with the autoencoder the weights were trained for, or train without these weights"
+        )
+    return next(iter(by_factor))
 
 
 def belongs(stem: str, name: str) -> bool:

@@ -49,55 +49,41 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
-    """From 2x2x2 blocks of the ``values`` below to the values of this level: ``analysis (block - mean)``.
-
-    Attributes:
-        analysis: (values here, 8 * values below) with orthonormal rows; its transpose leads back. A block's values are
-            ordered by position (depth, height, width; the last one fastest), then by channel.
-        mean: (values below), the same for all eight positions.
-    """
-
-    analysis: np.ndarray
-    mean: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
 class LinearCode:
-    """A linear code, level by level.
+    """A linear code: ``components levels[-1] ... levels[0] (image - mean) / deviations``, block by block.
 
     Attributes:
-        levels: finest first.
+        mean: of the voxels of blocks that lie in the body, the same for all places of a block, because a network has one bias for them.
+        levels: for each level a matrix (values here, 8 * values below) with orthonormal rows, finest first, from 2x2x2
+            blocks of the values below to the values here; its transpose leads back. A block's values are ordered by
+            position (depth, height, width; the last one fastest), then by channel.
         components: (latent channels, values of the last level), orthonormal rows, in the order of their variance.
-        mean: (values of the last level).
-        deviations: (latent channels), standard deviations of the components over blocks that lie in the body, by which
-            they are divided.
+        deviations: (latent channels), standard deviations of the components over blocks that lie in the body.
     """
 
-    levels: tuple[Level, ...]
+    mean: float
+    levels: tuple[np.ndarray, ...]
     components: np.ndarray
-    mean: np.ndarray
     deviations: np.ndarray
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         """Latent (C, d, h, w) of an image (D, H, W) in [0, 1] whose sizes are multiples of the factor."""
-        values = image[None].astype(np.float64)
+        values = image[None].astype(np.float64) - self.mean
         for level in self.levels:
-            blocks = _blocks(values) - np.tile(level.mean, 8)[:, None, None, None]
-            values = np.tensordot(level.analysis, blocks, 1)
-        centred = values - self.mean[:, None, None, None]
-        return np.tensordot(self.components / self.deviations[:, None], centred, 1)
+            c, d, h, w = values.shape
+            split = values.reshape(c, d // 2, 2, h // 2, 2, w // 2, 2).transpose(2, 4, 6, 0, 1, 3, 5)
+            values = np.tensordot(level, split.reshape(8 * c, d // 2, h // 2, w // 2), 1)
+        return np.tensordot(self.components / self.deviations[:, None], values, 1)
 
     def decode(self, latent: np.ndarray) -> np.ndarray:
         """Image (D, H, W) of a latent (C, d, h, w)."""
         values = np.tensordot((self.components * self.deviations[:, None]).T, latent.astype(np.float64), 1)
-        values = values + self.mean[:, None, None, None]
         for level in reversed(self.levels):
-            blocks = np.tensordot(level.analysis.T, values, 1) + np.tile(level.mean, 8)[:, None, None, None]
+            blocks = np.tensordot(level.T, values, 1)
             channels, (d, h, w) = len(blocks) // 8, blocks.shape[1:]
             values = blocks.reshape(2, 2, 2, channels, d, h, w).transpose(3, 4, 0, 5, 1, 6, 2)
             values = values.reshape(channels, 2 * d, 2 * h, 2 * w)
-        return values[0]
+        return values[0] + self.mean
 
 
 def start_linear(network: Autoencoder, images: Iterable[Any], seed: int = 0) -> Autoencoder:
@@ -113,7 +99,7 @@ def start_linear(network: Autoencoder, images: Iterable[Any], seed: int = 0) -> 
     """
     _check(network)
     kept = [_cropped(image, 2 ** (len(_widths(network)) - 1)) for image in images]
-    code = fit_linear_code(_sizes_of_levels(network), network.latent_channels, kept, seed)
+    code = fit_linear_code(levels_of(network), network.latent_channels, kept, seed)
     measured = kept[:: max(1, len(kept) // MEASURED_IMAGES)][:MEASURED_IMAGES]
     write_code(network, code, [torch.as_tensor(image, dtype=torch.float32)[None, None] for image in measured])
     log.info(
@@ -150,24 +136,21 @@ def fit_linear_code(sizes: Sequence[int], latent_channels: int, images: Sequence
             "-900 HU), from which a linear start takes its components; give CTs of patients, or init null"
         )
     values = np.concatenate(found).astype(np.float64)[:, None]  # (blocks, channels, D, H, W)
+    body = np.concatenate(inside)
+    mean = float(values[body].mean())
+    values -= mean
     levels = []
     for size in sizes:
         n, channels, d, h, w = values.shape
         split = values.reshape(n, channels, d // 2, 2, h // 2, 2, w // 2, 2).transpose(0, 2, 4, 6, 3, 5, 7, 1)
         blocks = split.reshape(-1, 8 * channels)
-        if size == 8 * channels:
-            level = Level(np.eye(size), np.zeros(channels))
-        else:
-            mean = blocks.reshape(-1, 8, channels).mean((0, 1))
-            level = Level(_components(blocks - np.tile(mean, 8), size), mean)
-        below = blocks - np.tile(level.mean, 8)
-        values = (below @ level.analysis.T).reshape(n, d // 2, h // 2, w // 2, size).transpose(0, 4, 1, 2, 3)
+        level = np.eye(size) if size == 8 * channels else _components(blocks, size)
+        values = (blocks @ level.T).reshape(n, d // 2, h // 2, w // 2, size).transpose(0, 4, 1, 2, 3)
         levels.append(level)
     last = values.reshape(len(values), -1)
-    mean = last.mean(0)
-    components = _components(last - mean, latent_channels)
-    deviations = ((last - mean)[np.concatenate(inside)] @ components.T).std(0)
-    return LinearCode(tuple(levels), components, mean, deviations)
+    components = _components(last, latent_channels)
+    deviations = (last[body] @ components.T).std(0)
+    return LinearCode(mean, tuple(levels), components, deviations)
 
 
 def start(init: str | None, network: Autoencoder, images: Iterable[Any], seed: int = 0) -> Autoencoder:
@@ -205,82 +188,68 @@ def write_code(network: Autoencoder, code: LinearCode, images: Sequence[Tensor])
 
     was_training = network.training
     network.eval()
-    places = _places(encoder[-2], len(code.mean))
-    white = code.components / code.deviations[:, None]
-    _write_last(encoder[-2], _conv(encoder[-1]), places, white, -white @ code.mean)
+    places = _places(encoder[-2], code.components.shape[1])
+    _write_last(encoder[-2], _conv(encoder[-1]), places, code.components / code.deviations[:, None])
     _measure_norm(encoder[-2], places, lambda: [network.encoder(image) for image in images])
-    _write_last(decoder[-2], _conv(decoder[-1]), [0], np.ones((1, 1)), np.zeros(1))
+    _write_last(decoder[-2], _conv(decoder[-1]), [0], np.ones((1, 1)))
     _measure_norm(decoder[-2], [0], lambda: [network.decode(network.encode(image)[0]) for image in images])
     network.train(was_training)
 
 
 def _write_encoder(blocks: list[nn.Module], code: LinearCode) -> None:
-    levels = iter(code.levels)
-    left = len(code.levels)
-    places = list(range(len(code.mean)))
-    for at, block in enumerate(blocks):
-        if not isinstance(block, MaisiDownsample):
-            continue
-        level = next(levels)
-        left -= 1
-        conv = _conv(block.conv)
-        size, below = len(level.analysis), len(level.mean)
-        conv.weight[:size] = 0
-        taps = level.analysis.reshape(size, 2, 2, 2, below).transpose(0, 4, 1, 2, 3)
+    downs = [at for at, block in enumerate(blocks) if isinstance(block, MaisiDownsample)]
+    for number, (at, level) in enumerate(zip(downs, code.levels, strict=True)):
+        conv = _conv(blocks[at].conv)
+        size, below = len(level), level.shape[1] // 8
+        _clear(conv, range(size))
+        taps = level.reshape(size, 2, 2, 2, below).transpose(0, 4, 1, 2, 3)
         conv.weight[:size, :below, :2, :2, :2] = torch.as_tensor(taps).to(conv.weight)
-        conv.bias[:size] = torch.as_tensor(-level.analysis @ np.tile(level.mean, 8)).to(conv.bias)
-        following = blocks[at + 1]
-        shortcut = _shortcut(following)
-        last = left == 0
+        if number == 0:
+            conv.bias[:size] = torch.as_tensor(-code.mean * level.sum(1)).to(conv.bias)
+        last = at == downs[-1]
         places = _places(blocks[-2], size) if last else list(range(size))
+        shortcut = _shortcut(blocks[at + 1])
         if shortcut is not None:
-            _zero_rows(shortcut, None if last else places)
+            _clear(shortcut, range(shortcut.out_channels) if last else places)
             for source, place in enumerate(places):
                 shortcut.weight[place, source] = 1
-            if last:
-                _set_constants(shortcut.bias, blocks[-2])
         elif last:
-            _rearrange(conv, places, 0)
-            _set_constants(conv.bias, blocks[-2])
+            weight, bias = conv.weight[:size].clone(), conv.bias[:size].clone()
+            _clear(conv, range(conv.out_channels))
+            conv.weight[places], conv.bias[places] = weight, bias
+        if last:
+            _set_constants(conv if shortcut is None else shortcut, blocks[-2])
 
 
 def _write_decoder(blocks: list[nn.Module], code: LinearCode) -> None:
     _route(_conv(blocks[0]), len(code.components))
     ups = [at for at, block in enumerate(blocks) if isinstance(block, MaisiUpsample)]
     back = (code.components * code.deviations[:, None]).T  # (values of the last level, latent channels)
-    offset = code.mean
+    norm = blocks[-2]
     for at, level in zip(ups, reversed(code.levels), strict=True):
         conv = _conv(blocks[at].conv)
-        below = len(level.mean)
-        matrix = level.analysis.T @ back  # (8 * values below, values that come in)
-        bias = (level.analysis.T @ offset).reshape(8, below).mean(0) + level.mean
-        incoming = matrix.shape[1]
-        taps = matrix.reshape(2, 2, 2, below, incoming).transpose(4, 3, 0, 1, 2)
-        conv.weight[:, :below] = 0
-        conv.weight[:incoming, :below, 1:, 1:, 1:] = torch.as_tensor(taps.copy()).to(conv.weight)
-        conv.bias[:below] = torch.as_tensor(bias).to(conv.bias)
-        back, offset = np.eye(below), np.zeros(below)
+        below = level.shape[1] // 8
         last = at == ups[-1]
+        matrix = level.T @ back  # (8 * values below, values that come in)
+        taps = matrix.reshape(2, 2, 2, below, -1).transpose(4, 3, 0, 1, 2)
         shortcut = _shortcut(blocks[at + 1])
-        norm = blocks[-2]
+        cleared = range(norm.num_channels // norm.num_groups if last else below)
+        conv.weight[:, : len(cleared) if shortcut is None else below] = 0
+        conv.bias[: len(cleared) if shortcut is None else below] = 0
+        conv.weight[: matrix.shape[1], :below, 1:, 1:, 1:] = torch.as_tensor(taps.copy()).to(conv.weight)
+        if last:
+            conv.bias[0] = code.mean
         if shortcut is not None:
-            group = norm.num_channels // norm.num_groups if last else below
-            _zero_rows(shortcut, list(range(group)))
+            _clear(shortcut, cleared)
             for place in range(below):
                 shortcut.weight[place, place] = 1
-            if last:
-                _set_constants(shortcut.bias, norm, groups=1)
-        elif last:
-            group = norm.num_channels // norm.num_groups
-            conv.weight[:, 1:group] = 0
-            conv.bias[1:group] = 0
-            _set_constants(conv.bias, norm, groups=1)
+        if last:
+            _set_constants(conv if shortcut is None else shortcut, norm, groups=1)
+        back = np.eye(below)
 
 
-def _write_last(
-    norm: nn.GroupNorm, conv: Any, places: Sequence[int], matrix: np.ndarray, bias: np.ndarray
-) -> None:
-    """The convolution behind a norm: ``matrix (data - the group's zero channel) + bias``."""
+def _write_last(norm: nn.GroupNorm, conv: Any, places: Sequence[int], matrix: np.ndarray) -> None:
+    """The convolution behind a norm: ``matrix (data - the group's zero channel)``."""
     group = norm.num_channels // norm.num_groups
     free = [c for c in range(norm.num_channels) if c % group < group - len(CONSTANTS) and c not in places]
     used = {place // group for place in places}
@@ -294,7 +263,7 @@ def _write_last(
         taken = torch.as_tensor(matrix[:, column]).to(middle)
         middle[:, place] += taken
         middle[:, (place // group + 1) * group - 1] -= taken
-    conv.bias.copy_(torch.as_tensor(bias))
+    conv.bias.zero_()
 
 
 def _measure_norm(norm: nn.GroupNorm, places: Sequence[int], run: Callable[[], object]) -> None:
@@ -317,6 +286,11 @@ def _measure_norm(norm: nn.GroupNorm, places: Sequence[int], run: Callable[[], o
         channels = slice(index * group, (index + 1) * group)
         norm.weight[channels] = deviation[index].to(norm.weight)
         norm.bias[channels] = mean[index].to(norm.bias)
+        # The constants are done with. Left alone, their many weights behind the norm would act as one bias that learns
+        # a hundred times as fast as all else, and throw the network off its start.
+        done = slice((index + 1) * group - len(CONSTANTS), (index + 1) * group - 1)
+        norm.weight[done] = 0
+        norm.bias[done] = 0
 
 
 def _places(norm: nn.GroupNorm, size: int) -> list[int]:
@@ -325,25 +299,17 @@ def _places(norm: nn.GroupNorm, size: int) -> list[int]:
     return [(i % norm.num_groups) * group + i // norm.num_groups for i in range(size)]
 
 
-def _set_constants(bias: Tensor, norm: nn.GroupNorm, groups: int | None = None) -> None:
+def _set_constants(conv: Any, norm: nn.GroupNorm, groups: int | None = None) -> None:
+    """Let the last channels of the norm's groups be constant, by the bias of the convolution that makes them."""
     group = norm.num_channels // norm.num_groups
     for index in range(norm.num_groups if groups is None else groups):
-        bias[(index + 1) * group - len(CONSTANTS) : (index + 1) * group] = torch.tensor(CONSTANTS)
+        conv.bias[(index + 1) * group - len(CONSTANTS) : (index + 1) * group] = torch.tensor(CONSTANTS)
 
 
-def _zero_rows(conv: Any, rows: list[int] | None) -> None:
-    chosen = slice(None) if rows is None else rows
-    conv.weight[chosen] = 0
-    conv.bias[chosen] = 0
-
-
-def _rearrange(conv: Any, places: Sequence[int], fill: float) -> None:
-    """Move the first outputs of a convolution to ``places`` and clear all others."""
-    weight, bias = conv.weight[: len(places)].clone(), conv.bias[: len(places)].clone()
-    conv.weight.fill_(fill)
-    conv.bias.fill_(fill)
-    conv.weight[places] = weight
-    conv.bias[places] = bias
+def _clear(conv: Any, outputs: Sequence[int]) -> None:
+    """Set some outputs of a convolution to zero."""
+    conv.weight[list(outputs)] = 0
+    conv.bias[list(outputs)] = 0
 
 
 def _route(conv: Any, count: int) -> None:
@@ -371,16 +337,9 @@ def _shortcut(block: nn.Module) -> Any | None:
     return None
 
 
-def _blocks(values: np.ndarray) -> np.ndarray:
-    """(C, D, H, W) -> (8 C, D/2, H/2, W/2), ordered as in :class:`Level`."""
-    c, d, h, w = values.shape
-    split = values.reshape(c, d // 2, 2, h // 2, 2, w // 2, 2).transpose(2, 4, 6, 0, 1, 3, 5)
-    return split.reshape(8 * c, d // 2, h // 2, w // 2)
-
-
-def _components(centred: np.ndarray, count: int) -> np.ndarray:
+def _components(values: np.ndarray, count: int) -> np.ndarray:
     """The leading principal components (count, numbers), the largest number of each positive."""
-    _, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
+    _, vectors = np.linalg.eigh(values.T @ values)
     leading = vectors[:, ::-1][:, :count].T
     signs = np.sign(leading[np.arange(count), np.abs(leading).argmax(1)])
     return leading * signs[:, None]
@@ -397,7 +356,7 @@ def _widths(network: Autoencoder) -> list[int]:
     return [*(_conv(block.conv).in_channels for block in downs), network.encoder.blocks[-2].num_channels]
 
 
-def _sizes_of_levels(network: Autoencoder) -> list[int]:
+def levels_of(network: Autoencoder) -> list[int]:
     """How many values each level behind the image can keep."""
     widths, norm = _widths(network), network.encoder.blocks[-2]
     sizes = [1]
@@ -413,7 +372,8 @@ def _check(network: Autoencoder) -> None:
     """Raises InputError: see :func:`start_linear`."""
     faults = list(_faults(network))
     if faults:
-        raise InputError(f"an autoencoder with {', and '.join(faults)} cannot start as a linear code; change it, or leave out init")
+        listed = ", and ".join(faults)
+        raise InputError(f"an autoencoder with {listed} cannot start as a linear code; change it, or leave out init")
 
 
 def _faults(network: Autoencoder) -> Iterator[str]:
@@ -430,5 +390,5 @@ def _faults(network: Autoencoder) -> Iterator[str]:
     sizes = [norm.num_channels // norm.num_groups for norm in norms]
     if min(sizes) < len(CONSTANTS) + 1:
         yield f"{min(sizes)} channels in a norm's group (at least 4 are needed: give fewer norm_num_groups)"
-    elif ups and _sizes_of_levels(network)[-1] < network.latent_channels:
-        yield f"{network.latent_channels} latent channels but room for {_sizes_of_levels(network)[-1]} (more num_channels)"
+    elif ups and levels_of(network)[-1] < network.latent_channels:
+        yield f"{network.latent_channels} latent channels but room for {levels_of(network)[-1]} (more num_channels)"

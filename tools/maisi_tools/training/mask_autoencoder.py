@@ -44,10 +44,12 @@ class MaskBatch:
     Args:
         seed: of the noise.
         classes: see :func:`class_of_label`.
+        factor: of the autoencoder.
     """
 
-    def __init__(self, seed: int, classes: Sequence[int]) -> None:
+    def __init__(self, seed: int, classes: Sequence[int], factor: int) -> None:
         self.seed = seed
+        self.factor = factor
         self.table = class_of_label(classes)
 
     def __call__(
@@ -62,7 +64,7 @@ class MaskBatch:
             )
         keywords = {}
         if "draw" in batch:
-            keywords["noise"] = posterior_noise(batch["draw"], labels.shape[2:], self.seed, device)
+            keywords["noise"] = posterior_noise(batch["draw"], labels.shape[2:], self.seed, device, self.factor)
         return label_bits(labels), target, (), keywords
 
 

@@ -38,7 +38,7 @@ class StepLog:
     Args:
         optimizers: one, or name -> optimizer.
         losses: modules with ``terms``, see :func:`loss_terms`.
-        voxel_factor: image voxels along an axis for each voxel of the batch's input (4 where it is a latent).
+        voxel_factor: image voxels along an axis for each voxel of the batch's input (the autoencoder's factor where it is a latent).
     """
 
     def __init__(

@@ -13,6 +13,10 @@ from maisi_tools.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+UNRECORDED_FACTOR = 4
+"""Image voxels per latent voxel along each axis where a file does not say: that of MAISI's released networks (paper
+section 3.1), and of all that this project wrote before an autoencoder could have another."""
+
 LATENT_CHANNELS = 4
 """Channels of a MAISI latent (arXiv 2409.11169 section 3.1)."""
 
@@ -143,6 +147,28 @@ def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], 
             f"{what} is {_mm(spacing)}, outside along {', '.join(names[i] for i in outside)}; allowed "
             f"is {ranges} mm, the range these weights were trained for: give --spacing to resample, or use the "
             "full-size weights"
+        )
+
+
+def check_latent_size(latent: Sequence[int], size: Sequence[int], factor: int, name: str) -> None:
+    """Refuse a latent that cannot stand for the image that its sidecar describes.
+
+    Args:
+        latent: its voxels (d, h, w).
+        size: voxels of the image.
+        factor: image voxels per latent voxel along each axis.
+        name: of the file.
+
+    Raises:
+        InputError: a factor that is no whole number from 1 on, or a latent smaller than its image.
+    """
+    if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
+        raise InputError(f"the sidecar of {name} has the factor {factor!r}; allowed is a whole number such as 2 or 4")
+    if any(factor * have < want for have, want in zip(latent, size, strict=True)):
+        raise InputError(
+            f"latent {name} has {tuple(latent)} voxels, which with its factor {factor} cover "
+            f"{tuple(factor * n for n in latent)} voxels of an image; its sidecar says {tuple(size)}, and allowed is "
+            "at most that: encode it again"
         )
 
 

@@ -8,17 +8,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation
 
+from maisi_tools.errors import InputError
 from maisi_tools.volumes.grid import crop_to, image_affine, latent_affine
 
-FACTOR = 4
-"""Image voxels per latent voxel along each axis (paper section 3.1)."""
-
-SIDECAR = ("size", "spacing", "orientation", "region", "modality", "scale_factor")
+SIDECAR = ("size", "spacing", "orientation", "region", "modality", "factor", "scale_factor")
 """What the sidecar holds: voxels and mm of the image the latent stands for (RAS), the orientation to write it in, the
-conditions, and the factor the latent is divided by before decoding."""
+conditions, image voxels per latent voxel along each axis, and what the latent is divided by before decoding."""
 
 
 class DescribeLatentd(MapTransform):
@@ -28,18 +27,20 @@ class DescribeLatentd(MapTransform):
         keys: key of the latent (4, d, h, w), or of a dict with its ``mean`` and ``sigma`` as
             :class:`maisi_tools.diffusion.autoencoder.EncodeInferer` returns it; then ``data["sigma"]`` gets the latter.
         image_key: key of the image it was encoded from, a ``MetaTensor`` (1, D, H, W) in RAS.
+        factor: of the autoencoder.
         modality: written as condition of data that have none of their own; ``region`` is the data's own alone.
     """
 
-    def __init__(self, keys: str, image_key: str, modality: str = "ct") -> None:
+    def __init__(self, keys: str, image_key: str, factor: int, modality: str = "ct") -> None:
         super().__init__(keys)
         self.image_key = image_key
+        self.factor = factor
         self.modality = modality
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, latent = data[self.image_key], data[self.keys[0]]
         parts = {"mean": latent} if not isinstance(latent, Mapping) else latent
-        affine = torch.as_tensor(latent_affine(image.affine, FACTOR))
+        affine = torch.as_tensor(latent_affine(image.affine, self.factor))
         meta = {"filename_or_obj": image.meta["filename_or_obj"]}
         placed = {
             self.keys[0] if name == "mean" else name: MetaTensor(part, affine=affine, meta=dict(meta))
@@ -53,6 +54,7 @@ class DescribeLatentd(MapTransform):
             "orientation": "".join(nib.aff2axcodes(np.asarray(image.meta["original_affine"], dtype=float))),
             "region": list(data.get("region") or []),
             "modality": data.get("modality", self.modality),
+            "factor": self.factor,
             "scale_factor": 1.0,
         }
 
@@ -74,14 +76,33 @@ class RestoreGeometryd(MapTransform):
         sidecar = latent.meta["sidecar"]
         ct = crop_to(ct[None], sidecar["size"])[0]
         meta = {"filename_or_obj": latent.meta["filename_or_obj"]}
-        ct = MetaTensor(ct, affine=torch.as_tensor(image_affine(latent.affine, FACTOR)), meta=meta)
+        ct = MetaTensor(ct, affine=torch.as_tensor(image_affine(latent.affine, int(sidecar["factor"]))), meta=meta)
         return {**data, self.keys[0]: Orientation(axcodes=sidecar.get("orientation", "RAS"), labels=None)(ct)}
 
 
 class UnscaleLatentd(MapTransform):
-    """Divides a latent read from disk by its sidecar's ``scale_factor``, so that the decoder can take it."""
+    """Divides a latent read from disk by its sidecar's ``scale_factor``, so that the decoder can take it.
+
+    Args:
+        keys: latents with ``meta["sidecar"]``.
+        factor: of the autoencoder that is to decode them.
+
+    Raises:
+        InputError: a latent of another factor.
+    """
+
+    def __init__(self, keys: KeysCollection, factor: int) -> None:
+        super().__init__(keys)
+        self.factor = factor
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            meta = data[key].meta
+            if meta["sidecar"]["factor"] != self.factor:
+                raise InputError(
+                    f"latent {meta.get('filename_or_obj')} has factor {meta['sidecar']['factor']}, the autoencoder "
+                    f"that is to decode it {self.factor}; give the weights that it was encoded with, or encode it again"
+                )
         unscaled = {
             key: data[key] / float(data[key].meta["sidecar"]["scale_factor"]) for key in self.key_iterator(data)
         }

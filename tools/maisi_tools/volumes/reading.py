@@ -18,9 +18,11 @@ from monai.utils import ImageMetaKey, MetaKeys
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
+    UNRECORDED_FACTOR,
     check_affine,
     check_ct_intensities,
     check_finite,
+    check_latent_size,
     check_mask_values,
     check_shape,
 )
@@ -51,7 +53,8 @@ def read_volume(
     Returns:
         MetaTensor (C, X, Y, Z), float32, C = 1 or, for a latent, 4; affine (4, 4) from voxels to RAS in mm, the axes
         as in the file; ``meta["filename_or_obj"]`` is the path. A latent's ``meta["sidecar"]`` is the dict of its JSON
-        sidecar, without entries that are null, which MONAI's collation could not carry.
+        sidecar, without entries that are null, which MONAI's collation could not carry; its "factor" is
+        :data:`~maisi_tools.volumes.checks.UNRECORDED_FACTOR` where the file has none.
 
     Raises:
         InputError: the file is missing, damaged, or not a volume of that kind.
@@ -91,7 +94,9 @@ def read_volume(
                 f"the sidecar {sidecar_path(path).name} of {path} has no {', '.join(missing)}; allowed is one as the "
                 "encode config writes it: encode the volume again, or add the entries"
             )
-        meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None}
+        factor = sidecar.get("factor") or UNRECORDED_FACTOR
+        check_latent_size(values.shape[:3], sidecar["size"], factor, str(path))
+        meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None} | {"factor": factor}
     meta[ImageMetaKey.FILENAME_OR_OBJ] = str(path)
     # Not by LoadImage, which makes every reader MONAI has, and these warn of decoders that are not installed.
     volume = MetaTensor.ensure_torch_and_prune_meta(values, meta)
