@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet
+from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet, train_parts
 from maisi_tools.volumes.grid import latent_affine
 
 
@@ -106,3 +106,48 @@ def test_a_mask_embedding_of_another_factor_is_refused(tiny_controlled):
     check_embedding(tiny_controlled, 4)
     with pytest.raises(InputError, match=r"latents have factor 2 .*, the ControlNet's mask embedding 4; .*: 2 numbers"):
         check_embedding(tiny_controlled, 2)
+
+
+def test_the_unet_learns_together_with_its_controlnet_or_stays_frozen(tiny_controlled):
+    assert start_from_unet(tiny_controlled, None) is tiny_controlled
+    mask, latent = torch.randint(0, 256, (1, 1, 16, 16, 16)), torch.randn(1, 4, 4, 4, 4)
+    for train_unet in (True, False):
+        network = train_parts(tiny_controlled, train_unet, started=True)
+        network.zero_grad()
+        network(mask, latent, torch.tensor([3.0])).square().mean().backward()
+        assert any(p.grad is not None and p.grad.any() for p in network.controlnet.parameters())
+        assert all((p.grad is not None) == train_unet for n, p in network.unet.named_parameters() if "conv" in n)
+    with pytest.raises(InputError, match="unet_ckpt_path is null and train_unet false"):
+        train_parts(tiny_controlled, False, started=False)
+
+
+def test_gradients_of_a_unet_that_learns_are_those_of_the_sum(tiny_controlled):
+    """By finite differences, along a random direction of the U-Net's weights, in double precision."""
+    network = train_parts(tiny_controlled.double(), True, started=True)
+    for parameter in network.controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    latent, embedding = torch.randn(1, 4, 4, 4, 4).double(), torch.randn(1, 8, 4, 4, 4).double()
+    step = {name: torch.randn_like(p) for name, p in network.unet.named_parameters()}
+
+    def value(eps: float) -> torch.Tensor:
+        moved = {f"unet.{n}": p + eps * step[n] for n, p in network.unet.named_parameters()}
+        call = (latent, embedding, torch.tensor([500.0]).double())
+        return torch.func.functional_call(Denoise(network), {f"network.{n}": p for n, p in moved.items()}, call)
+
+    value(0.0).backward()
+    slope = sum((p.grad * step[n]).sum() for n, p in network.unet.named_parameters() if p.grad is not None)
+    with torch.no_grad():
+        expected = (value(1e-6) - value(-1e-6)) / 2e-6
+    torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6)
+
+
+class Denoise(torch.nn.Module):
+    """``denoise`` as a module's forward, squared and averaged."""
+
+    def __init__(self, network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args):
+        return self.network.denoise(*args).square().mean()

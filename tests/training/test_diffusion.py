@@ -170,6 +170,17 @@ def test_label_weights_are_averaged_over_a_latent_voxel():
     np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-5)
 
 
+def test_control_dropout_leaves_the_residuals_out_and_changes_nothing_else():
+    given = batch(200, (2, 2, 2))
+    _, target, _, keywords = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask")(given, CPU)
+    assert "conditioning_scale" not in keywords
+    _, same, _, dropped = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask", control_dropout=0.25)(given, CPU)
+    scale = dropped.pop("conditioning_scale")
+    assert scale.shape == (200, 1, 1, 1, 1) and set(scale.unique().tolist()) == {0.0, 1.0}
+    assert (scale == 0).float().mean().item() == pytest.approx(0.25, abs=0.08)
+    assert torch.equal(target, same) and all(torch.equal(keywords[name], value) for name, value in dropped.items())
+
+
 def test_conditions_are_read_from_the_sidecar():
     sidecar = {"factor": 2, "spacing": [0.75, 0.75, 3.0], "region": ["chest", "abdomen"], "modality": "ct_contrast"}
     latent = MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": sidecar})

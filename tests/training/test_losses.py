@@ -136,3 +136,19 @@ def test_contrast_without_a_region_is_the_l1():
     loss = RegionContrastiveLoss(contrast_weight=0.01, limit=2)
     assert loss(prediction, target) == torch.nn.functional.l1_loss(prediction, target)
     assert loss.terms["contrast"] == 0
+
+
+def test_the_squared_term_and_a_mean_of_the_kl():
+    """By hand, weights as for L1; the KL per value does not grow with the image."""
+    image = torch.tensor([0.0, 0.26, 0.5, 0.9]).reshape(1, 1, 1, 1, 4)
+    error = torch.tensor([0.1, -0.2, 0.3, 0.4])
+    mean, sigma = torch.randn(1, 4, 1, 1, 2), torch.rand(1, 4, 1, 1, 2) + 0.1
+    loss = AutoencoderLoss(0.5, intensity_weights=[[0.0, 0.05, 0.1]], l1_weight=2.0, mse_weight=8.0, kl_per_value=True)
+    l1 = (0.1 * 0.1 + 0.2 + 0.3 + 0.4) / 3.1
+    mse = (0.1 * 0.01 + 0.04 + 0.09 + 0.16) / 3.1
+    kl = kl_divergence(Normal(mean.double(), sigma.double()), Normal(0.0, 1.0)).mean().item()
+    value = loss((image + error, mean, sigma), image).item()
+    assert value == pytest.approx(2 * l1 + 8 * mse + 0.5 * kl, rel=1e-5)
+    assert loss.terms["mse"].item() == pytest.approx(mse, rel=1e-5)
+    wide = loss((image + error, mean.repeat(1, 1, 1, 9, 1), sigma.repeat(1, 1, 1, 9, 1)), image).item()
+    assert wide == pytest.approx(value, rel=1e-5)

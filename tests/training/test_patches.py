@@ -6,7 +6,8 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.patches import RandSpacingPatchd, check_patches
+from maisi_tools.training.budget import Budget
+from maisi_tools.training.patches import RandCropOrWholed, RandLatentCropd, RandSpacingPatchd, check_patches
 
 
 def ramp(size=(40, 36, 30), spacing=(3.0, 2.0, 2.5), origin=(-50.0, 7.0, 11.0)):
@@ -106,3 +107,50 @@ def test_patch_sizes_that_cannot_be_used_are_refused(low, high, batch, match):
 def test_usable_patch_sizes_pass():
     check_patches([24, 24, 24], [64, 64, 64], multiple=4, smallest=24, batch_size=1)
     check_patches([48, 48, 32], [48, 48, 32], multiple=4, smallest=24, batch_size=4)
+
+
+def counted(size: tuple[int, ...], channels: int = 1) -> torch.Tensor:
+    """A volume in which every voxel has its own number, and 1 + that in each further channel."""
+    numbers = torch.arange(1, 1 + int(np.prod(size)), dtype=torch.float32).reshape(1, *size)
+    return torch.cat([numbers + 1e6 * channel for channel in range(channels)])
+
+
+def test_crops_on_the_own_grid_are_parts_of_the_volume_or_all_of_it():
+    image, budget = counted((20, 13, 9)), Budget()
+    crop = RandCropOrWholed("image", [8, 8, 4], [12, 12, 12], 4, budget, whole=0.5, threshold=0)
+    crop.set_random_state(seed=0)
+    for progress, share in ((0.0, 0.0), (0.375, 0.25), (0.75, 0.5), (1.0, 0.5)):
+        budget._progress.fill_(progress)
+        made = [crop({"image": image})["image"] for _ in range(400)]
+        whole = [part for part in made if part.shape == (1, 20, 16, 12)]
+        assert len(whole) / len(made) == pytest.approx(share, abs=0.07)
+        expected = np.pad(image.numpy(), [(0, 0), (0, 0), (0, 3), (0, 3)], mode="edge")
+        assert all(np.array_equal(part.numpy(), expected) for part in whole)
+        for part in made:
+            if part.shape != (1, 20, 16, 12):
+                assert all(4 <= n <= 12 and n % 4 == 0 for n in part.shape[1:])
+                first = int(part[0, 0, 0, 0]) - 1
+                a, b, c = first // (13 * 9), first // 9 % 13, first % 9
+                inside = image[:, a : a + part.shape[1], b : b + part.shape[2], c : c + part.shape[3]].numpy()
+                widths = [(0, n - m) for n, m in zip(part.shape, inside.shape, strict=True)]
+                assert np.array_equal(part.numpy(), np.pad(inside, widths, mode="edge"))
+
+
+def test_a_crop_of_a_latent_comes_with_its_part_of_the_mask():
+    latent, mask = counted((24, 16, 20), 4), counted((48, 32, 40))
+    crop = RandLatentCropd(["latent", "mask"], 2, [8, 8, 8], [16, 8, 16], 8)
+    crop.set_random_state(seed=0)
+    sizes = set()
+    for _ in range(50):
+        made = crop({"latent": latent, "mask": mask, "other": 1})
+        sizes.add(tuple(made["latent"].shape[1:]))
+        first = int(made["latent"][0, 0, 0, 0]) - 1
+        start = np.array([first // (16 * 20), first // 20 % 16, first % 20])
+        place = 2 * start
+        assert int(made["mask"][0, 0, 0, 0]) - 1 == (place[0] * 32 + place[1]) * 40 + place[2]
+        assert [2 * n for n in made["latent"].shape[1:]] == list(made["mask"].shape[1:]) and made["other"] == 1
+    assert sizes == {(a, 8, c) for a in (8, 16) for c in (8, 16)}
+    whole = RandLatentCropd(["latent", "mask"], 2, [8, 8, 8], [8, 8, 8], 8, whole=1.0)
+    assert whole({"latent": latent, "mask": mask})["latent"] is latent
+    small = RandLatentCropd(["latent", "mask"], 2, [24, 24, 24], [24, 24, 24], 8)
+    assert small({"latent": latent, "mask": mask})["mask"] is mask

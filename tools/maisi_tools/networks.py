@@ -187,6 +187,19 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
             spacing_tensor=value(spacing_tensor, self.include_spacing_input, 3),
         )
 
+    def _apply_down_blocks(
+        self, h: Tensor, emb: Tensor, context: Tensor | None, down_block_additional_residuals: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As MONAI's, whose additions in place would keep a U-Net that is trained with its ControlNet from learning.
+
+        The middle block sees the last residual, too: there, in place, it is added to what goes on to it.
+        """
+        h, samples = super()._apply_down_blocks(h, emb, context, None)
+        if down_block_additional_residuals is None:
+            return h, samples
+        samples = [one + more for one, more in zip(samples, down_block_additional_residuals, strict=True)]
+        return samples[-1], samples
+
 
 class MaskUNet(DiffusionModelUNet):
     """The mask generator's U-Net: noisy latent (B, 4, d, h, w) -> velocity or noise of the same shape.

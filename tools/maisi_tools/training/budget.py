@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from ignite.engine import Engine, Events
@@ -87,6 +87,16 @@ def late_fall(progress: float, fall: float = 0.4) -> float:
     return min(1.0, (1 - progress) / fall)
 
 
-def by_budget(optimizer: torch.optim.Optimizer, budget: Budget, shape: Callable[[float], float] = cosine) -> LambdaLR:
-    """A schedule that multiplies the optimizer's learning rates by ``shape`` of the budget's progress."""
-    return LambdaLR(optimizer, lambda _: shape(budget.progress))
+SHAPES = {"cosine": cosine, "late_fall": late_fall}
+"""Of a learning rate over a run, by name."""
+
+
+def by_budget(optimizer: torch.optim.Optimizer, budget: Budget, shape: str) -> LambdaLR:
+    """A schedule that multiplies the optimizer's learning rates by a shape of the budget's progress.
+
+    Raises:
+        InputError: a shape that is none of :data:`SHAPES`.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"shape is {shape!r}; allowed are {', '.join(SHAPES)}: name one of them")
+    return LambdaLR(optimizer, lambda _: SHAPES[shape](budget.progress))

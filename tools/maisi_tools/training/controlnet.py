@@ -20,12 +20,15 @@ from maisi_tools.volumes.grid import image_affine
 from maisi_tools.weights import load_weights
 
 
-def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> ControlledUNet:
-    """Load the frozen U-Net, and start the ControlNet as a copy of its encoder half (paper section 3.3).
+def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> ControlledUNet:
+    """Load the U-Net, and start the ControlNet as a copy of its encoder half (paper section 3.3).
 
     What the U-Net does not have, the mask embedding and the zero convolutions, keeps its initial value, so before the
-    first step the controlled network equals the U-Net.
+    first step the controlled network equals the U-Net. Without a file (None) all weights stay as they were drawn, for a
+    U-Net that is trained with its ControlNet.
     """
+    if unet_path is None:
+        return network
     load_weights(network.unet, unet_path)
     encoder = {name: value for name, value in network.unet.state_dict().items() if not name.startswith("up_blocks")}
     own = network.controlnet.state_dict()
@@ -35,18 +38,42 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path) -> Controlle
     return network
 
 
+def train_parts(network: ControlledUNet, train_unet: bool, started: bool) -> ControlledUNet:
+    """Let the U-Net learn together with its ControlNet, or stay frozen as the paper has it.
+
+    Together from the first step, both reach in one run what takes two one after another: where time is short, the
+    conditioned result is better for it, and with the ControlNet left out now and then
+    (:class:`~maisi_tools.training.diffusion.DiffusionBatch`'s ``control_dropout``) the U-Net also serves stage 2.
+
+    Args:
+        network: to be trained.
+        train_unet: whether the U-Net learns.
+        started: whether its weights were loaded.
+
+    Raises:
+        InputError: it is to stay frozen with weights as they were drawn.
+    """
+    if not (train_unet or started):
+        raise InputError(
+            "unet_ckpt_path is null and train_unet false, so that a frozen U-Net would keep random weights; give the "
+            "weights of stage 2 with unet_ckpt_path, or let it learn too with train_unet"
+        )
+    network.unet.requires_grad_(train_unet)
+    return network
+
+
 def check_labels(keep: Sequence[int] | None, **asked: Mapping[int | str, float]) -> None:
     """Refuse weights and contrasts for labels that masks no longer have after merging.
 
     Args:
-        keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; None for all.
+        keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`, beside 0; None for all.
         asked: config key -> {label: ...}.
 
     Raises:
         InputError: a label is not kept.
     """
     for name, labels in asked.items():
-        if keep is not None and (lost := sorted({int(label) for label in labels} - {int(label) for label in keep})):
+        if keep is not None and (lost := sorted({int(label) for label in labels} - {0, *map(int, keep)})):
             raise InputError(
                 f"{name} has {', '.join(map(str, lost))}, but keep_labels merges these labels into others; allowed are "
                 f"{', '.join(map(str, keep))}: add them to keep_labels"

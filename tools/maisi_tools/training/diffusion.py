@@ -82,6 +82,8 @@ class DiffusionBatch:
         mask_key: key of the label mask (B, 1, D, H, W) when a ControlNet is trained; the mask is then the network's
             input and the noisy latent the keyword ``latent``.
         mask_dropout: probability of replacing the whole mask by zeros.
+        control_dropout: probability of leaving the ControlNet's residuals out (the keyword ``conditioning_scale`` is
+            then 0), so that a U-Net that is trained with its ControlNet also learns to do without.
         label_weights: label -> weight of its voxels in the loss (the paper weights tumours with 100); 1 elsewhere.
         contrast_labels: label -> label around it, for the region-contrastive loss of MAISI-v2: a batch that
             shows such a label is doubled, and the second half sees the mask with the label replaced.
@@ -102,6 +104,7 @@ class DiffusionBatch:
         latent_key: str = "latent",
         mask_key: str | None = None,
         mask_dropout: float = 0.0,
+        control_dropout: float = 0.0,
         label_weights: Mapping[int, float] | None = None,
         contrast_labels: Mapping[int, int] | None = None,
     ) -> None:
@@ -120,6 +123,7 @@ class DiffusionBatch:
         self.latent_key = latent_key
         self.mask_key = mask_key
         self.mask_dropout = float(mask_dropout)
+        self.control_dropout = float(control_dropout)
         self.label_weights = {int(label): float(weight) for label, weight in (label_weights or {}).items()}
         self.contrast_labels = {int(label): int(other) for label, other in (contrast_labels or {}).items()}
 
@@ -136,6 +140,8 @@ class DiffusionBatch:
             return noisy, target if weight is None else Target(target, weight), (), keywords
 
         keywords["latent"] = noisy
+        if self.control_dropout:
+            keywords["conditioning_scale"] = (chance[4] >= self.control_dropout).to(noisy.dtype).reshape(-1, 1, 1, 1, 1)
         mask = torch.as_tensor(batch[self.mask_key]).to(device, non_blocking=non_blocking)
         if self.label_weights:
             labelled = torch.ones(mask.shape, device=device)
@@ -165,13 +171,13 @@ class DiffusionBatch:
         }
 
     def _draw(self, latent: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise (B, 4, d, h, w), timesteps (B,), and four uniform numbers for each sample (4, B)."""
+        """Noise (B, 4, d, h, w), timesteps (B,), and five uniform numbers for each sample (5, B)."""
         noise, timesteps, chance = [], [], []
         for one, draw in zip(latent.split(1), draws.tolist(), strict=True):
             with sample_numbers(self.seed, draw, latent.device):
                 noise.append(torch.randn_like(one))
                 timesteps.append(self._timestep(one))
-                chance.append(torch.rand(4, 1, device=latent.device))
+                chance.append(torch.rand(5, 1, device=latent.device))
         return torch.cat(noise), torch.cat(timesteps), torch.cat(chance, dim=1)
 
     def _timestep(self, latent: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from maisi_tools import fingerprints
 from maisi_tools.errors import InputError
 from maisi_tools.training.views import make_views
+from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_sidecar, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar
-from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.weights import read_factor, read_weights
 
 logger = logging.getLogger(__name__)

@@ -40,6 +40,9 @@ BODY = 0.05
 """A voxel counts as body above this in [0, 1]: -900 HU of a CT."""
 CONSTANTS = (2.0, -2.0, 0.0)
 """Values of the channels that fix a group's statistics."""
+REST = 0.2
+"""Size to which the decoder's last norm brings the channels that do not carry the image yet; of a body's HU, in [0, 1],
+the deviation is about that. At size 1 their many weights, which Adam moves together, shake the image at every step."""
 BLOCKS_PER_IMAGE = 5000
 """Drawn from each image; for 8 numbers a block this is plenty."""
 MEASURED_IMAGES = 12
@@ -53,7 +56,8 @@ class LinearCode:
     """A linear code: ``components levels[-1] ... levels[0] (image - mean) / deviations``, block by block.
 
     Attributes:
-        mean: of the voxels of blocks that lie in the body, the same for all places of a block, because a network has one bias for them.
+        mean: of the voxels of blocks that lie in the body, the same for all places of a block, because a network has
+            one bias for them.
         levels: for each level a matrix (values here, 8 * values below) with orthonormal rows, finest first, from 2x2x2
             blocks of the values below to the values here; its transpose leads back. A block's values are ordered by
             position (depth, height, width; the last one fastest), then by channel.
@@ -193,6 +197,7 @@ def write_code(network: Autoencoder, code: LinearCode, images: Sequence[Tensor])
     _measure_norm(encoder[-2], places, lambda: [network.encoder(image) for image in images])
     _write_last(decoder[-2], _conv(decoder[-1]), [0], np.ones((1, 1)))
     _measure_norm(decoder[-2], [0], lambda: [network.decode(network.encode(image)[0]) for image in images])
+    decoder[-2].weight[decoder[-2].num_channels // decoder[-2].num_groups :] = REST
     network.train(was_training)
 
 

@@ -40,8 +40,8 @@ class AutoencoderLoss(nn.Module):
         adversary: None for no such term.
         adversarial_weight: there 0.1; with 0 the adversary is not asked.
         intensity_weights: (lowest, highest, weight) for ranges of the image's intensities whose voxels have this weight
-            in ``l1`` and ``mse``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin, such as an
-            airway between two walls, to the tissue around it.
+            in ``l1`` and ``mse``, 1 elsewhere; where ranges overlap, the last one counts. L1 alone draws what is thin,
+            such as an airway between two walls, to the tissue around it.
 
     Attributes:
         terms: each term of the last call before its weight, and "scale_factor", 1 / standard deviation of the latents

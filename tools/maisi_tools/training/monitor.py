@@ -38,7 +38,8 @@ class StepLog:
     Args:
         optimizers: one, or name -> optimizer.
         losses: modules with ``terms``, see :func:`loss_terms`.
-        voxel_factor: image voxels along an axis for each voxel of the batch's input (the autoencoder's factor where it is a latent).
+        voxel_factor: image voxels along an axis for each voxel of the batch's input (where it is a latent, the
+            autoencoder's factor).
     """
 
     def __init__(

@@ -171,3 +171,57 @@ class RandCropOrWholed(RandomizableTransform, MapTransform):
                 part = torch.nn.functional.pad(part[None], around, mode="replicate")[0]
             result[key] = part
         return result
+
+
+class RandLatentCropd(RandomizableTransform, MapTransform):
+    """Cuts a crop of drawn size and place of a latent, with the part of the mask it stands for, or takes all of both.
+
+    A U-Net on a fine latent learns most from many small crops; what it is to see of a whole volume comes with the share
+    of those. All of a latent is taken if it is smaller than the crop along some axis.
+
+    Args:
+        keys: the latent (4, d, h, w) and its mask (1, factor d, factor h, factor w), in this order.
+        factor: of the autoencoder.
+        min_size: smallest crop in voxels of the latent.
+        max_size: largest crop.
+        multiple: sizes are multiples of this: 2 to the power of the U-Net's levels less one.
+        whole: share of whole latents.
+        foreground: share of the crops whose middle lies in the body (the mask is not 0).
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        factor: int,
+        min_size: Sequence[int],
+        max_size: Sequence[int],
+        multiple: int,
+        whole: float = 0.0,
+        foreground: float = 0.85,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        self.factor = factor
+        self.min_size = np.asarray(min_size)
+        self.max_size = np.asarray(max_size)
+        self.multiple = multiple
+        self.whole = whole
+        self.foreground = foreground
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        latent, mask = (data[key] for key in self.keys)
+        size = self.R.randint(self.min_size // self.multiple, self.max_size // self.multiple + 1) * self.multiple
+        take_all, in_body = self.R.random_sample(2) < (self.whole, self.foreground)
+        room = np.asarray(latent.shape[1:])
+        for _ in range(PLACES_TRIED):
+            middle = self.R.randint(0, room)
+            if not in_body or mask[(0, *(middle * self.factor))]:
+                break
+        if take_all or (room < size).any():
+            return dict(data)
+        start = np.clip(middle - size // 2, 0, room - size)
+        cut = {}
+        for key, times in zip(self.keys, (1, self.factor), strict=True):
+            cut[key] = data[key][
+                (slice(None), *(slice(a * times, (a + n) * times) for a, n in zip(start, size, strict=True)))
+            ]
+        return {**data, **cut}
