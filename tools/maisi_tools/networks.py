@@ -130,7 +130,7 @@ class Autoencoder(AutoencoderKlMaisi):
     @property
     def factor(self) -> int:
         """Voxels of the image along an axis for each of the latent: 2 to the power of the levels less one."""
-        return 2 ** sum(isinstance(block, MaisiDownsample) for block in self.encoder.blocks)
+        return 2 ** sum(isinstance(module, MaisiDownsample) for module in self.encoder.modules())
 
     def forward(  # type: ignore[override]
         self, x: Tensor, noise: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -63,7 +64,8 @@ class Budget:
     def _count(self, engine: Engine) -> None:
         if self.asked is not None:
             self.used += min(time.perf_counter() - self.asked, self.longest_step)
-        done = engine.state.iteration / (engine.state.max_epochs * engine.state.epoch_length)
+        steps: Any = (engine.state.max_epochs, engine.state.epoch_length)
+        done = engine.state.iteration / (steps[0] * steps[1])
         if self.minutes is not None:
             done = max(done, self.used / (60 * self.minutes))
         self._progress.fill_(min(done, 1.0))

@@ -133,7 +133,7 @@ def fit_linear_code(sizes: Sequence[int], latent_channels: int, images: Sequence
         cells = image.reshape(d, factor, h, factor, w, factor).transpose(0, 2, 4, 1, 3, 5).reshape(-1, *[factor] * 3)
         cells = cells[(cells > BODY).any((1, 2, 3))]
         found.append(cells[draw.permutation(len(cells))[:BLOCKS_PER_IMAGE]])
-        inside.append((found[-1] > BODY).all((1, 2, 3)))
+        inside.append(np.asarray((found[-1] > BODY).all((1, 2, 3))))
     if sum(map(np.sum, inside)) <= latent_channels:
         raise InputError(
             f"none of {len(found)} training images has blocks of {factor} voxels a side that lie in the body (above "
@@ -177,7 +177,7 @@ def write_code(network: Autoencoder, code: LinearCode, images: Sequence[Tensor])
         code: with the values a level that the network has room for.
         images: (1, 1, D, H, W), on which the statistics of the two last group norms are measured.
     """
-    encoder, decoder = list(network.encoder.blocks), list(network.decoder.blocks)
+    encoder, decoder = _blocks(network.encoder), _blocks(network.decoder)
     for block in [*encoder, *decoder]:
         if isinstance(block, MaisiResBlock):
             _zero(_conv(block.conv2))
@@ -201,7 +201,7 @@ def write_code(network: Autoencoder, code: LinearCode, images: Sequence[Tensor])
     network.train(was_training)
 
 
-def _write_encoder(blocks: list[nn.Module], code: LinearCode) -> None:
+def _write_encoder(blocks: list[Any], code: LinearCode) -> None:
     downs = [at for at, block in enumerate(blocks) if isinstance(block, MaisiDownsample)]
     for number, (at, level) in enumerate(zip(downs, code.levels, strict=True)):
         conv = _conv(blocks[at].conv)
@@ -226,7 +226,7 @@ def _write_encoder(blocks: list[nn.Module], code: LinearCode) -> None:
             _set_constants(conv if shortcut is None else shortcut, blocks[-2])
 
 
-def _write_decoder(blocks: list[nn.Module], code: LinearCode) -> None:
+def _write_decoder(blocks: list[Any], code: LinearCode) -> None:
     _route(_conv(blocks[0]), len(code.components))
     ups = [at for at, block in enumerate(blocks) if isinstance(block, MaisiUpsample)]
     back = (code.components * code.deviations[:, None]).T  # (values of the last level, latent channels)
@@ -331,6 +331,11 @@ def _zero(conv: Any) -> None:
     conv.bias.zero_()
 
 
+def _blocks(half: Any) -> list[Any]:
+    """Of an encoder or decoder, in the order they run."""
+    return list(half.blocks)
+
+
 def _conv(module: nn.Module) -> Any:
     """The one convolution inside MONAI's wrappers."""
     return next(each for each in module.modules() if isinstance(each, (nn.Conv3d, nn.ConvTranspose3d)))
@@ -357,13 +362,14 @@ def _cropped(image: Any, factor: int) -> np.ndarray:
 
 def _widths(network: Autoencoder) -> list[int]:
     """Channels of each level of an encoder, finest first."""
-    downs = [block for block in network.encoder.blocks if isinstance(block, MaisiDownsample)]
-    return [*(_conv(block.conv).in_channels for block in downs), network.encoder.blocks[-2].num_channels]
+    blocks = _blocks(network.encoder)
+    downs = [_conv(block.conv) for block in blocks if isinstance(block, MaisiDownsample)]
+    return [*(conv.in_channels for conv in downs), blocks[-2].num_channels]
 
 
 def levels_of(network: Autoencoder) -> list[int]:
     """How many values each level behind the image can keep."""
-    widths, norm = _widths(network), network.encoder.blocks[-2]
+    widths, norm = _widths(network), _blocks(network.encoder)[-2]
     sizes = [1]
     for level in range(1, len(widths)):
         room = min(widths[level - 1], widths[level], *widths[level + 1 : level + 2])
@@ -382,7 +388,7 @@ def _check(network: Autoencoder) -> None:
 
 
 def _faults(network: Autoencoder) -> Iterator[str]:
-    blocks = [*network.encoder.blocks, *network.decoder.blocks]
+    blocks = [*_blocks(network.encoder), *_blocks(network.decoder)]
     ups = [block for block in blocks if isinstance(block, MaisiUpsample)]
     if not ups:
         yield "one level (factor 1)"
