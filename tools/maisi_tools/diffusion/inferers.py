@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,13 @@ from maisi_tools.diffusion.samplers import (
 )
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
+from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
 
 logger = logging.getLogger(__name__)
+
+Draw = Callable[[int], Tensor]
+"""``draw(seed) -> CT``, for one mask."""
 
 
 class LatentSampler(Inferer):
@@ -170,16 +175,21 @@ class MaskToCT(Inferer):
         self.progress = progress
         self.inferer = inferer or SimpleInferer()
 
-    @torch.no_grad()
     def __call__(  # type: ignore[override]
-        self, inputs: Tensor, network: nn.Module, *args: Any, seed: int | None = None, **kwargs: Any
+        self, inputs: Tensor, network: ControlledUNet, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """``seed`` in place of the one this was made with, for another draw."""
-        seed = self.seed if seed is None else int(seed)
+        return torch.cat([draw(self.seed) for draw in self.draws(inputs, network)])
+
+    def draws(self, inputs: Tensor, network: ControlledUNet) -> Iterator[Draw]:
+        """For each mask of a batch a function that draws a CT for it: seed -> (1, 1, D, H, W) in [0, 1].
+
+        What no seed changes, the mask's embedding foremost, is computed once a mask. One mask at a time: a CT must not
+        depend on the batch its mask was in.
+        """
         spacings = self._spacings(inputs)
         labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
-        # One mask at a time: a CT must not depend on the batch its mask was in.
-        return torch.cat([self._one(*each, network, seed) for each in zip(labels.split(1), spacings, strict=True)])
+        for mask, spacing in zip(labels.split(1), spacings, strict=True):
+            yield self._prepare(mask, spacing, network)
 
     def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
         """Mm along x, y, z of each mask of a batch."""
@@ -191,7 +201,8 @@ class MaskToCT(Inferer):
         affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
         return affines[:, :3, :3].norm(dim=1).tolist()
 
-    def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module, seed: int) -> Tensor:
+    @torch.no_grad()
+    def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         condition = padded
         if self.keep_labels is not None:
@@ -201,25 +212,29 @@ class MaskToCT(Inferer):
             spacing=(spacing[0], spacing[1], spacing[2]),
             region=region_of(condition.unique().int().tolist()),
             modality=self.modality,
-            seed=seed,
         )
-        noise = conditions.noise()[None].to(labels.device)
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
         without = without_conditions(tensors, self.guided_conditions)
-
+        embedding = self.inferer(condition, network.embed)
         denoiser = guided(
-            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **tensors),
-            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **without),
+            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
+            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **without),
             self.guidance_scale,
             self.guidance_interval,
             self.scheduler.num_train_timesteps,
         )
-        generator = step_generator(noise, seed)
-        latent = sample(
-            denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
-        )
-        ct = crop_to(self.decoder(latent), size)
-        return torch.where(labels == 0, torch.zeros_like(ct), ct)
+
+        @torch.no_grad()
+        def draw(seed: int) -> Tensor:
+            noise = replace(conditions, seed=seed).noise()[None].to(labels.device)
+            generator = step_generator(noise, seed)
+            latent = sample(
+                denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+            )
+            ct = crop_to(self.decoder(latent), size)
+            return torch.where(labels == 0, torch.zeros_like(ct), ct)
+
+        return draw
 
 
 class MaskSampler(Inferer):
