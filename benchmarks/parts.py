@@ -39,6 +39,9 @@ WINDOWS: dict[str, Any] = {"sw_batch_size": 1, "overlap": 0.4, "mode": "gaussian
 WINDOW = {"decode": (80, 80, 80), "encode": (192, 192, 192)}
 """The released script's window of the latent; encoding, which it does not do, had this one of the image here before."""
 
+RELEASED: dict[str, Any] = {"norm_float16": True, "num_splits": 2, "dim_split": 1, "save_mem": True}
+"""The autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative/inference.json)."""
+
 
 def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     """Return the autoencoder's constructor arguments from the bundle's configs, the small or the full-size one's."""
@@ -174,6 +177,39 @@ class PeakMemory:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
         raise Failed(f"this system's /proc/self/status has no {field}")
+
+
+def synchronize(device: str) -> None:
+    """Wait for what the device still computes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peaks(device: str) -> None:
+    """Let the device's peaks begin here."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(device: str, memory: PeakMemory) -> tuple[int, int]:
+    """Return the most bytes that tensors held and that torch held; on a CPU twice the process's peak."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return (memory.above_start(),) * 2
+
+
+def device_name(device: str) -> str:
+    """Return the device's name.
+
+    Raises:
+        Failed: CUDA is asked for, and there is none.
+    """
+    if device != "cuda":
+        return "CPU"
+    if not torch.cuda.is_available():
+        raise Failed("there is no CUDA device here; --device cpu runs the same code without one")
+    return torch.cuda.get_device_name()
 
 
 def allocate_and_free(size: int) -> int:

@@ -28,8 +28,6 @@ from maisi_tools.atomic import replacing
 from maisi_tools.tsp.inferer import TSPInferer
 
 SIZES = "256x256x256,512x512x128,512x512x512,512x512x768"
-RELEASED = {"norm_float16": True, "num_splits": 2, "dim_split": 1, "save_mem": True}
-"""The autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative/inference.json)."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ VARIANTS = (
     Variant("TSP", "tsp"),
     Variant("TSP 16GiB", "tsp", limit="16GiB", largest=True),
     Variant("TSP 8GiB", "tsp", limit="8GiB", largest=True),
-    Variant("MONAI, 2 splits", "whole", RELEASED),
-    Variant("MONAI, 8 splits", "whole", RELEASED | {"num_splits": 8}),
-    Variant("windows", "windows", RELEASED),
+    Variant("MONAI, 2 splits", "whole", parts.RELEASED),
+    Variant("MONAI, 8 splits", "whole", parts.RELEASED | {"num_splits": 8}),
+    Variant("windows", "windows", parts.RELEASED),
 )
 
 
@@ -99,11 +97,6 @@ def _precision(task: Task) -> Iterator[None]:
         yield
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(task: Task) -> tuple[float, int, int, float]:
     """Return seconds (median), bytes allocated and reserved at most, and the difference to the reference's result.
 
@@ -118,48 +111,44 @@ def measure(task: Task) -> tuple[float, int, int, float]:
         # is not padded where it is smaller than a window.
         roi = [min(n, most) for n, most in zip(x.shape[2:], parts.WINDOW[task.direction], strict=True)]
         windows = SlidingWindowInferer(roi, **parts.WINDOWS, sw_device=task.device, device="cpu")
-        _synchronize(task.device)
+        parts.synchronize(task.device)
         start = time.perf_counter()
         result = parts.call(network, task.direction, x, tsp, windows if task.variant.kind == "windows" else None)
-        _synchronize(task.device)
+        parts.synchronize(task.device)
         return time.perf_counter() - start, result
 
     with torch.inference_mode(), _precision(task):
         once(task.smallest)
-        if task.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        parts.reset_peaks(task.device)
         memory = parts.PeakMemory()
         seconds = []
         for _ in range(task.repeats):
             result: Tensor | None = None  # so that a run's peak does not hold the result before
             took, result = once(task.size)
             seconds.append(took)
-    if task.device == "cuda":
-        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        peaks = (memory.above_start(),) * 2
     assert result is not None
     sample = result[..., ::4, ::4, ::4].float().cpu().numpy()
     if not Path(task.reference).exists():
         np.save(task.reference, sample)
-    return statistics.median(seconds), *peaks, float(np.abs(sample - np.load(task.reference)).max())
+    return (
+        statistics.median(seconds),
+        *parts.peaks(task.device, memory),
+        float(np.abs(sample - np.load(task.reference)).max()),
+    )
 
 
 def matmul_peak(device: str, dtype: str) -> tuple[str, float]:
     """Return the device's name and the FLOP/s of a large matrix product, the best of ten; raises without CUDA."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise parts.Failed("there is no CUDA device here; --device cpu runs the same code without one")
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    name = parts.device_name(device)
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(12):
-        _synchronize(device)
+        parts.synchronize(device)
         start = time.perf_counter()
         for _ in range(5):
             a @ a
-        _synchronize(device)
+        parts.synchronize(device)
         best = min(best, (time.perf_counter() - start) / 5)
     return name, 2 * n**3 / best
 
@@ -230,6 +219,9 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[
             except parts.Failed as error:
                 row.note = str(error)
                 note(f"{number + 1}/{len(rows)}: {row.direction} {row.size} {row.variant}: {row.note}")
+            if options.out:  # after each row, so that what ends this early leaves what it has
+                with replacing(options.out / "tsp-cuda.json") as part:
+                    part.write_text(json.dumps([asdict(row) for row, _ in rows], indent=1) + "\n")
     return lines, [row for row, _ in rows]
 
 
@@ -288,8 +280,6 @@ def main() -> None:
     page = ["# TSP against MONAI on a GPU", "", *about, *lines, as_table(rows)]
     print("\n".join(page))
     if options.out:
-        with replacing(options.out / "tsp-cuda.json") as part:
-            part.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         with replacing(options.out / "tsp-cuda.md") as part:
             part.write_text("\n".join(page) + "\n")
     if options.write:
