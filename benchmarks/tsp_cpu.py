@@ -24,7 +24,7 @@ from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.nodes import Rows
 from maisi_tools.tsp.plan import Plan
-from maisi_tools.tsp.run import parse_bytes
+from maisi_tools.tsp.memory import parse_bytes
 from maisi_tools.weights import load_weights
 
 

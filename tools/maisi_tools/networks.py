@@ -2,7 +2,8 @@
 
 Each class keeps the parameter names of MONAI's network, so the released checkpoints and ours load into either. Two
 things differ. The layers are plain ones: :class:`torch.nn.GroupNorm` instead of MONAI's loop over groups (same result,
-about twice as fast), and convolutions without the code that splits them (unless they are to be split). And ``forward``
+about twice as fast), and convolutions without the code that splits them (unless they are to be split), which a CPU runs
+by oneDNN whatever their size (:mod:`maisi_tools.convolution`). And ``forward``
 runs from one tensor alone and returns one tensor in evaluation mode, which is what MONAI's evaluator,
 ``monai.bundle verify_net_in_out`` and MONAI Label call.
 """
@@ -32,6 +33,7 @@ from monai.networks.utils import freeze_layers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maisi_tools.convolution import Conv3d
 from maisi_tools.diffusion.organ_sizes import UNKNOWN
 from maisi_tools.diffusion.shape_prior import ShapePrior
 from maisi_tools.errors import InputError
@@ -41,10 +43,10 @@ from maisi_tools.weights import load_weights
 
 
 def use_plain_layers(module: nn.Module) -> None:
-    """Replace MAISI's own layers below ``module`` by plain ones with the same parameters and names, in place.
+    """Replace layers below ``module`` by plain ones with the same parameters and names, in place.
 
     ``MaisiGroupNorm3D`` becomes ``nn.GroupNorm``; a ``MaisiConvolution`` that is not split becomes a module that holds
-    its convolution under the same name.
+    its convolution under the same name; an ``nn.Conv3d`` becomes a :class:`~maisi_tools.convolution.Conv3d`.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
@@ -54,6 +56,9 @@ def use_plain_layers(module: nn.Module) -> None:
                 setattr(parent, name, norm)
             elif isinstance(child, MaisiConvolution) and child.num_splits <= 1:
                 setattr(parent, name, nn.Sequential(OrderedDict(conv=child.conv)))
+    for layer in module.modules():
+        if type(layer) is nn.Conv3d:
+            layer.__class__ = Conv3d
 
 
 def checkpoint_blocks(network: nn.Module) -> nn.Module:
@@ -140,6 +145,10 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
     the networks of both MAISI versions (v1 has region inputs, v2 a modality class).
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        use_plain_layers(self)
+
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
@@ -210,6 +219,7 @@ class MaskUNet(DiffusionModelUNet):
             in_channels=in_channels * 2 if prior_components else in_channels,
             **kwargs,
         )
+        use_plain_layers(self)
         self.organs = organs
         if embed_sizes:
             width = self.class_embedding.embedding_dim
@@ -297,6 +307,7 @@ class ControlledUNet(nn.Module):
             )
         self.unet = unet.requires_grad_(False)
         self.controlnet = controlnet
+        use_plain_layers(self)
 
     def forward(
         self,

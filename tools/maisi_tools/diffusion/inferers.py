@@ -18,7 +18,15 @@ from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
-from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
+from maisi_tools.diffusion.samplers import (
+    ALWAYS,
+    Scheduler,
+    check_interval,
+    check_sampling,
+    guided,
+    sample,
+    step_generator,
+)
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.networks import ControlledUNet
@@ -38,11 +46,18 @@ class LatentSampler(Inferer):
         scheduler: rectified flow, DDPM or DDIM.
         conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
         guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
+        guidance_interval: shares of the timesteps between which guidance is on, likewise.
         guided_conditions: what the unconditional pass of guidance goes without: the conditions that were dropped in
             the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
+        solver: see :func:`maisi_tools.diffusion.samplers.sample`.
         inferer: how the U-Net is run.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling`,
+            :func:`~maisi_tools.diffusion.samplers.check_interval` and
+            :func:`~maisi_tools.diffusion.conditions.check_guidance`.
     """
 
     def __init__(
@@ -57,13 +72,18 @@ class LatentSampler(Inferer):
         return_latent: bool = False,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.conditions = conditions
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.return_latent = return_latent
@@ -86,9 +106,11 @@ class LatentSampler(Inferer):
             lambda x, t: self.inferer(x, network, t, **tensors),
             lambda x, t: self.inferer(x, network, t, **without),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
         generator = step_generator(noise, seed)
-        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver)
 
 
 class MaskToCT(Inferer):
@@ -99,8 +121,8 @@ class MaskToCT(Inferer):
     labels the weights know, as it was for their training.
 
     Args:
-        decoder, scheduler, num_inference_steps: as in :class:`LatentSampler`.
-        guidance_scale, guided_conditions, condition_scale: likewise.
+        decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
+        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this (a property of the U-Net: 4 times 2 per further level).
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -108,6 +130,9 @@ class MaskToCT(Inferer):
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
         control_scale: weight of the ControlNet's contribution.
         inferer: how the U-Net and the ControlNet are run.
+
+    Raises:
+        InputError: as in :class:`LatentSampler`.
     """
 
     def __init__(
@@ -127,11 +152,15 @@ class MaskToCT(Inferer):
         control_scale: float = 1.0,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.seed = int(seed)
         self.multiple = int(multiple)
         self.spacing = tuple(spacing) if spacing is not None else None
@@ -139,6 +168,7 @@ class MaskToCT(Inferer):
         self.keep_labels = keep_labels
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
@@ -190,13 +220,17 @@ class MaskToCT(Inferer):
             lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
             lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **without),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:
             noise = replace(conditions, seed=seed).noise()[None].to(labels.device)
             generator = step_generator(noise, seed)
-            latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+            latent = sample(
+                denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+            )
             ct = crop_to(self.decoder(latent), size)
             return torch.where(labels == 0, torch.zeros_like(ct), ct)
 
@@ -208,7 +242,7 @@ class MaskSampler(Inferer):
 
     Args:
         decoder: latent -> logits of the classes.
-        scheduler, num_inference_steps: as in :class:`LatentSampler`.
+        scheduler, num_inference_steps, solver, guidance_interval: as in :class:`LatentSampler`.
         asked: the sizes that masks should have.
         classes: the label that each channel of the logits stands for.
         single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
@@ -220,7 +254,7 @@ class MaskSampler(Inferer):
         inferer: how the U-Net is run.
 
     Raises:
-        InputError: `redraws` is no number of draws.
+        InputError: as in :class:`LatentSampler`; or `redraws` is no number of draws.
     """
 
     def __init__(
@@ -236,15 +270,20 @@ class MaskSampler(Inferer):
         seed: int = 0,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.asked = asked
         self.classes = torch.tensor([int(label) for label in classes], dtype=torch.uint8)
         self.single_pieces = tuple(single_pieces)
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.redraws = check_redraws(redraws)
         self.seed = int(seed)
         self.progress = progress
@@ -291,9 +330,13 @@ class MaskSampler(Inferer):
             lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
             lambda x, t: self.inferer(x, network, t, organ_sizes=torch.full_like(sizes, UNKNOWN)),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
         generator = step_generator(noise, seed)
-        latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        latent = sample(
+            denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+        )
         channels = self.decoder(latent).argmax(1)[0]
         labels = self.classes.to(channels.device)[channels].cpu().numpy()
         return keep_largest_pieces(labels, self.single_pieces)
