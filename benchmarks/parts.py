@@ -39,9 +39,6 @@ WINDOWS: dict[str, Any] = {"sw_batch_size": 1, "overlap": 0.4, "mode": "gaussian
 WINDOW = {"decode": (80, 80, 80), "encode": (192, 192, 192)}
 """The released script's window of the latent; encoding, which it does not do, had this one of the image here before."""
 
-RELEASED: dict[str, Any] = {"norm_float16": True, "num_splits": 2, "dim_split": 1, "save_mem": True}
-"""The autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative/inference.json)."""
-
 
 def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     """Return the autoencoder's constructor arguments from the bundle's configs, the small or the full-size one's."""
@@ -54,6 +51,19 @@ def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
             if key.startswith(prefix):
                 found[key.removeprefix(prefix)] = value
     return found | changes
+
+
+def released_settings(device: str) -> dict[str, Any]:
+    """Return the autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative).
+
+    A CPU keeps norms in float32: it cannot compute in float16 and bfloat16 at once.
+    """
+    return {"norm_float16": device == "cuda", "num_splits": 2, "dim_split": 1, "save_mem": True}
+
+
+def half_precision(device: str) -> str:
+    """Return what is computed in where nothing is said: many CPUs have no float16, and take minutes for seconds."""
+    return "float16" if device == "cuda" else "bfloat16"
 
 
 def autoencoder(arguments: dict[str, Any], device: str = "cpu") -> AutoencoderKlMaisi:

@@ -76,13 +76,9 @@ def measure(setup: SetUp, variant: Variant, device: str, dtype: str, reference: 
     memory = parts.PeakMemory()
     start = time.perf_counter()
     if variant.solver is None:
+        released = parts.released_settings(device)
         way = mask_to_ct.monais(
-            setup,
-            device,
-            variant.steps,
-            getattr(torch, dtype),
-            lambda latent: _windows(latent, device),
-            **parts.RELEASED,
+            setup, device, variant.steps, getattr(torch, dtype), lambda latent: _windows(latent, device), **released
         )
     else:
         settings: dict[str, Any] = {"solver": variant.solver, "num_inference_steps": variant.steps}
@@ -162,7 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write the dated page in benchmarks/results")
     options = parser.parse_args()
-    options.dtype = options.dtype or ("float16" if options.device == "cuda" else "bfloat16")
+    options.dtype = options.dtype or parts.half_precision(options.device)
     about = parts.circumstances(options.threads)
     try:
         device = parts.in_own_process(parts.device_name, options.device, fresh=False)

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,14 @@ class Variant:
     """One way to run the network.
 
     Attributes:
-        changes: to the network's settings.
+        changes: to the released network's memory settings; None for a network without any.
         limit: TSP's memory limit; None is all that is free.
         largest: it is measured at the largest size only, unless it is asked for by name.
     """
 
     name: str
     kind: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] | None = None
     limit: str | None = None
     largest: bool = False
 
@@ -51,9 +51,9 @@ VARIANTS = (
     Variant("TSP", "tsp"),
     Variant("TSP 16GiB", "tsp", limit="16GiB", largest=True),
     Variant("TSP 8GiB", "tsp", limit="8GiB", largest=True),
-    Variant("MONAI, 2 splits", "whole", parts.RELEASED),
-    Variant("MONAI, 8 splits", "whole", parts.RELEASED | {"num_splits": 8}),
-    Variant("windows", "windows", parts.RELEASED),
+    Variant("MONAI, 2 splits", "whole", {}),
+    Variant("MONAI, 8 splits", "whole", {"num_splits": 8}),
+    Variant("windows", "windows", {}),
 )
 
 
@@ -102,7 +102,10 @@ def measure(task: Task) -> tuple[float, int, int, float]:
 
     The result of the first variant at a size is the reference: every fourth voxel along each axis is compared.
     """
-    network = parts.autoencoder(task.arguments | task.variant.changes, task.device)
+    arguments = task.arguments
+    if task.variant.changes is not None:
+        arguments = arguments | parts.released_settings(task.device) | task.variant.changes
+    network = parts.autoencoder(arguments, task.device)
 
     def once(size: Sequence[int]) -> tuple[float, Tensor]:
         x = parts.volume(task.direction, size, task.arguments["latent_channels"]).to(task.device)
@@ -253,7 +256,7 @@ def main() -> None:
     parser.add_argument("--directions", default=",".join(parts.DIRECTIONS), help="decode, encode (default: both)")
     parser.add_argument("--channels", choices=("full", "small"), default="full", help="the released or shipped network")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="default float16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16; on a CPU bfloat16")
     parser.add_argument("--threads", type=int, help="computing threads of the CPU (default: all cores)")
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many is reported (default 3)")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which rows are not run (default 540)")
@@ -268,6 +271,7 @@ def main() -> None:
         parser.error(
             f"--directions: {options.directions!r}; give {' or '.join(parts.DIRECTIONS)}, or both with a comma"
         )
+    options.dtype = options.dtype or parts.half_precision(options.device)
     unknown = set((options.variants or VARIANTS[0].name).split(";")) - {variant.name for variant in VARIANTS}
     if unknown:
         parser.error(f"--variants: {', '.join(sorted(unknown))} is none of {'; '.join(v.name for v in VARIANTS)}")
