@@ -53,6 +53,19 @@ def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     return found | changes
 
 
+def released_settings(device: str) -> dict[str, Any]:
+    """Return the autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative).
+
+    A CPU keeps norms in float32: it cannot compute in float16 and bfloat16 at once.
+    """
+    return {"norm_float16": device == "cuda", "num_splits": 2, "dim_split": 1, "save_mem": True}
+
+
+def half_precision(device: str) -> str:
+    """Return what is computed in where nothing is said: many CPUs have no float16, and take minutes for seconds."""
+    return "float16" if device == "cuda" else "bfloat16"
+
+
 def autoencoder(arguments: dict[str, Any], device: str = "cpu") -> AutoencoderKlMaisi:
     """Return MONAI's autoencoder with seeded random weights: the same ones for the same widths, however it splits."""
     torch.manual_seed(SEED)
@@ -174,6 +187,39 @@ class PeakMemory:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
         raise Failed(f"this system's /proc/self/status has no {field}")
+
+
+def synchronize(device: str) -> None:
+    """Wait for what the device still computes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peaks(device: str) -> None:
+    """Let the device's peaks begin here."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(device: str, memory: PeakMemory) -> tuple[int, int]:
+    """Return the most bytes that tensors held and that torch held; on a CPU twice the process's peak."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return (memory.above_start(),) * 2
+
+
+def device_name(device: str) -> str:
+    """Return the device's name.
+
+    Raises:
+        Failed: CUDA is asked for, and there is none.
+    """
+    if device != "cuda":
+        return "CPU"
+    if not torch.cuda.is_available():
+        raise Failed("there is no CUDA device here; --device cpu runs the same code without one")
+    return torch.cuda.get_device_name()
 
 
 def allocate_and_free(size: int) -> int:
