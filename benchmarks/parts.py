@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import monai
 import torch
@@ -200,8 +201,74 @@ def check_memory_reading(fresh: bool = True, size: int = 256 * 2**20) -> str:
     return line
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
+class Variant(Protocol):
+    """One of the ways that a benchmark compares; ``once``: it takes far longer, so the first round alone has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def once(self) -> bool: ...
+
+
+AnyVariant = TypeVar("AnyVariant", bound=Variant)
+
+
+def in_turns(
+    variants: Sequence[AnyVariant],
+    rounds: int,
+    measure: Callable[[AnyVariant], tuple[float, ...]],
+    told: Callable[[str, tuple[float, ...] | str], None],
+) -> tuple[dict[str, tuple[float, ...]], dict[str, str]]:
+    """Measure the variants in turn in every round, so that a drift of the machine hits all alike.
+
+    Args:
+        told: gets what was measured, or why it was not, beside the round and the variant's name.
+
+    Returns:
+        The medians of each figure by the variant's name, and for those that failed the reason.
+    """
+    found: dict[str, list[tuple[float, ...]]] = {variant.name: [] for variant in variants}
+    failed: dict[str, str] = {}
+    for number, variant in itertools.product(range(rounds), variants):
+        if variant.name in failed or (variant.once and number):
+            continue
+        said = f"round {number + 1}/{rounds}, {variant.name}"
+        try:
+            got = measure(variant)
+        except Failed as error:
+            failed[variant.name] = str(error)
+            told(said, str(error))
+            continue
+        found[variant.name].append(got)
+        told(said, got)
+    medians = {
+        name: tuple(map(statistics.median, zip(*figures, strict=True)))
+        for name, figures in found.items()
+        if figures and name not in failed
+    }
+    return medians, failed
+
+
+def rounds_line(variants: Sequence[Variant], rounds: int) -> str:
+    """Return the page's line about the rounds."""
+    once = [variant.name for variant in variants if variant.once and rounds > 1]
+    return f"- rounds: {rounds}; the variants in turn in each round, each in a new process; medians" + (
+        f"; {', '.join(once)}: in the first round only" if once else ""
+    )
+
+
+def chosen(variants: Sequence[AnyVariant], only: str | None) -> list[AnyVariant]:
+    """Return the variants whose name has one of the parts of ``only``, which ';' separates; all where it is None."""
+    found = [v for v in variants if only is None or any(part in v.name for part in only.split(";"))]
+    if not found:
+        raise SystemExit(f"--only {only!r} names no variant; there are: {'; '.join(v.name for v in variants)}")
+    return found
+
+
+def wanted(figure: float, most: float | None) -> str:
+    """Return a cell that says what was set as the goal and whether the figure meets it."""
+    return "" if most is None else f"<= {most}: {'yes' if figure <= most else 'NO'}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,11 +7,11 @@ python benchmarks/tsp_cpu.py --ones           # the seam check: a constant volum
 from __future__ import annotations
 
 import argparse
-import itertools
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.nodes import Rows
 from maisi_tools.tsp.plan import Plan
-from maisi_tools.tsp.run import parse_bytes
+from maisi_tools.tsp.memory import parse_bytes
 from maisi_tools.weights import load_weights
 
 
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run it, and what is wanted of it: time and memory as parts of MONAI's with one split.
+    """One way to run it, and what is wanted of it: the time as a part of MONAI's with one split.
 
     ``once``: it takes far longer than the others, so it is measured in the first round alone.
     """
@@ -58,7 +58,6 @@ class Variant:
     limited: bool = False
     once: bool = False
     time: float | None = None
-    memory: float | None = None
 
 
 REFERENCE = "MONAI, 1 split"
@@ -66,9 +65,10 @@ VARIANTS = (
     Variant(REFERENCE),
     Variant("MONAI, 4 splits", {"num_splits": 4}),
     Variant("windows", windows=True, once=True),
-    Variant("TSP fp32", tsp={}, time=0.75, memory=0.35),
-    Variant("TSP bf16", tsp={"dtype": "bfloat16"}, time=0.45, memory=0.22),
-    Variant("TSP fp32, limit", tsp={}, limited=True),
+    Variant("TSP fp32", tsp={}, time=0.70),
+    Variant("TSP fp32, 8 slabs", tsp={"splits": 8}),
+    Variant("TSP bf16", tsp={"dtype": "bfloat16"}, time=0.45),
+    Variant("TSP fp32, limit", tsp={}, limited=True, time=1.0),
 )
 LIMIT_OF_PEAK = 0.5
 """The memory limit, as a part of what TSP plans for itself without one."""
@@ -133,51 +133,32 @@ def compare(options: argparse.Namespace) -> list[str]:
     """Measure all cases and variants; return the page's lines."""
     progress = parts.Progress()
     fresh = not options.quick  # a quick run only shows that everything works, so its processes are forked
-    chosen = [v for v in VARIANTS if options.only is None or any(part in v.name for part in options.only.split(";"))]
-    if not chosen:
-        raise SystemExit(f"--only {options.only!r} names no variant; there are: {'; '.join(v.name for v in VARIANTS)}")
-    lines = [f"- memory reading: {parts.check_memory_reading(fresh)}"]
-    once = [variant.name for variant in chosen if variant.once and options.rounds > 1]
-    lines.append(
-        f"- rounds: {options.rounds}; the variants in turn in each round, each in a new process; medians"
-        + (f"; {', '.join(once)}: in the first round only" if once else "")
-    )
+    chosen = parts.chosen(VARIANTS, options.only)
+    lines = [f"- memory reading: {parts.check_memory_reading(fresh)}", parts.rounds_line(chosen, options.rounds)]
     for case in cases(options.quick):
-        found: dict[str, list[tuple[float, int, float]]] = {variant.name: [] for variant in chosen}
-        failed: dict[str, str] = {}
         planned, limit = parts.in_own_process(choose_limit, case, fresh=fresh, threads=1)
         with tempfile.TemporaryDirectory() as folder:
-            reference = str(Path(folder) / "reference.npy")
-            for number, variant in itertools.product(range(options.rounds), chosen):
-                if variant.name in failed or (variant.once and number):
-                    continue
-                limited = limit if variant.limited else None
-                try:
-                    got = parts.in_own_process(
-                        measure, case, variant, limited, reference, fresh=fresh, threads=options.threads
-                    )
-                except parts.Failed as error:
-                    failed[variant.name] = str(error)
-                    progress(f"{case}: {variant.name}: {error}")
-                    continue
-                found[variant.name].append(got)
-                progress(
-                    f"round {number + 1}/{options.rounds}, {case}: {variant.name}: "
-                    f"{got[0]:.2f} s, {got[1] / 1e6:.0f} MB, difference {got[2]:.1e}"
-                )
-        lines += ["", f"## {str(case)[0].upper()}{str(case)[1:]}", "", _table(chosen, found, failed, limit)]
+            measure_one = partial(_measure, case, limit, str(Path(folder) / "reference.npy"), fresh, options.threads)
+            medians, failed = parts.in_turns(chosen, options.rounds, measure_one, partial(_tell, progress, case))
+        lines += ["", f"## {str(case)[0].upper()}{str(case)[1:]}", "", _table(chosen, medians, failed, limit)]
         lines += ["", f"TSP plans for {planned / 1e6:.0f} MB without a limit; the limit is {limit / 1e6:.0f} MB."]
     return lines
 
 
-def _table(
-    chosen: Sequence[Variant], found: dict[str, list[tuple[float, int, float]]], failed: dict[str, str], limit: int
-) -> str:
-    medians = {
-        name: tuple(parts.median([got[i] for got in measured]) for i in range(3))
-        for name, measured in found.items()
-        if measured and name not in failed
-    }
+def _measure(
+    case: Case, limit: int, reference: str, fresh: bool, threads: int | None, variant: Variant
+) -> tuple[float, ...]:
+    limited = limit if variant.limited else None
+    return parts.in_own_process(measure, case, variant, limited, reference, fresh=fresh, threads=threads)
+
+
+def _tell(progress: parts.Progress, case: Case, what: str, got: tuple[float, ...] | str) -> None:
+    if not isinstance(got, str):
+        got = f"{got[0]:.2f} s, {got[1] / 1e6:.0f} MB, difference {got[2]:.1e}"
+    progress(f"{case}, {what}: {got}")
+
+
+def _table(chosen: Sequence[Variant], medians: dict[str, tuple[float, ...]], failed: dict[str, str], limit: int) -> str:
     rows = []
     for variant in chosen:
         if variant.name not in medians:
@@ -188,8 +169,7 @@ def _table(
         if REFERENCE in medians:
             row[2] = f"{seconds / medians[REFERENCE][0]:.2f}"
             row[5] = f"{peak / medians[REFERENCE][1]:.2f}"
-            row[3] = _wanted(seconds / medians[REFERENCE][0], variant.time)
-            row[6] = _wanted(peak / medians[REFERENCE][1], variant.memory)
+            row[3] = parts.wanted(seconds / medians[REFERENCE][0], variant.time)
         if variant.limited:
             row[6] = f"<= {limit / 1e6:.0f} MB: {'yes' if peak <= limit else 'NO'}"
         rows.append(row)
@@ -204,10 +184,6 @@ def _table(
         "max difference",
     ]
     return parts.table(head, rows)
-
-
-def _wanted(ratio: float, most: float | None) -> str:
-    return "" if most is None else f"<= {most}: {'yes' if ratio <= most else 'NO'}"
 
 
 def reach(arguments: dict[str, Any]) -> int:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 
-from maisi_tools.networks import Autoencoder, ControlledUNet, DiffusionUNet
+from maisi_tools.networks import Autoencoder, ControlledUNet, ControlNet, DiffusionUNet
 
 # On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute.
 torch.set_num_threads(1)
@@ -112,4 +111,4 @@ def tiny_unet(tiny_settings: dict[str, dict]) -> DiffusionUNet:
 
 @pytest.fixture
 def tiny_controlled(tiny_settings: dict[str, dict], tiny_unet: DiffusionUNet) -> ControlledUNet:
-    return ControlledUNet(tiny_unet, ControlNetMaisi(**tiny_settings["controlnet"])).eval()
+    return ControlledUNet(tiny_unet, ControlNet(**tiny_settings["controlnet"])).eval()

@@ -11,10 +11,12 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
     MaisiConvolution,
     MaisiGroupNorm3D,
 )
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 
+from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.networks import Autoencoder, MaskUNet, checkpoint_blocks
+from maisi_tools.networks import Autoencoder, ControlledUNet, MaskUNet, checkpoint_blocks
 from maisi_tools.tsp.inferer import TSPInferer
 
 
@@ -104,6 +106,34 @@ def test_untrained_control_changes_nothing_and_trained_control_does(tiny_control
         steered = network(mask, x, t, spacing_tensor=spacing)
         assert (steered - base).abs().max() > 1e-3
         torch.testing.assert_close(network(mask, x, t, conditioning_scale=0.0, spacing_tensor=spacing), base)
+
+
+def test_a_mask_embedded_apart_steers_as_monais_control_net_to_the_bit(tiny_settings, tiny_controlled):
+    network, theirs = tiny_controlled, ControlNetMaisi(**tiny_settings["controlnet"]).eval()
+    for parameter in network.controlnet.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.load_state_dict(network.controlnet.state_dict())
+    mask, x, t = torch.randint(0, 256, (2, 1, 16, 16, 16)).float(), torch.randn(2, 4, 4, 4, 4), torch.tensor([5.0, 500])
+    given, classes = {"spacing_tensor": torch.rand(2, 3)}, torch.tensor([1, 8])
+    with torch.no_grad():
+        down, middle = theirs(x, t, label_bits(mask), conditioning_scale=1.3, class_labels=classes)
+        expected = network.unet(
+            x,
+            t,
+            class_labels=classes,
+            down_block_additional_residuals=tuple(down),
+            mid_block_additional_residual=middle,
+            **given,
+        )
+        embedding = network.embed(mask)
+        assert torch.equal(network.denoise(x, embedding, t, 1.3, classes, **given), expected)
+        assert torch.equal(network(mask, x, t, 1.3, classes, **given), expected)
+        assert not torch.equal(network.denoise(x, embedding * 0, t, 1.3, classes, **given), expected)
+
+
+def test_monais_control_net_is_refused_with_what_to_name(tiny_settings, tiny_unet):
+    with pytest.raises(InputError, match="ControlNetMaisi; allowed is maisi_tools.networks.ControlNet"):
+        ControlledUNet(tiny_unet, ControlNetMaisi(**tiny_settings["controlnet"]))
 
 
 def test_only_the_control_is_trained(tiny_controlled):

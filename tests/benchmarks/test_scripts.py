@@ -30,12 +30,21 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_cpu_comparison_has_all_rows_and_equal_results(repo_root: Path) -> None:
     found = rows(run(repo_root, "tsp_cpu.py", "--quick", "--threads", "1"))
-    names = ["MONAI, 1 split", "MONAI, 4 splits", "windows", "TSP fp32", "TSP bf16", "TSP fp32, limit"]
+    names = [
+        "MONAI, 1 split",
+        "MONAI, 4 splits",
+        "windows",
+        "TSP fp32",
+        "TSP fp32, 8 slabs",
+        "TSP bf16",
+        "TSP fp32, limit",
+    ]
     assert [row[0] for row in found] == names * 2  # decode, encode
     largest = {
         "MONAI, 1 split": 0.0,
         "MONAI, 4 splits": 2e-5,
         "TSP fp32": 2e-5,
+        "TSP fp32, 8 slabs": 2e-5,
         "TSP fp32, limit": 2e-5,
         "TSP bf16": 0.2,
     }

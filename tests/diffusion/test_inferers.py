@@ -42,6 +42,23 @@ def steering(tiny_controlled):
     return tiny_controlled
 
 
+class Watched:
+    """A controlled network that notes what it is asked for."""
+
+    def __init__(self, network) -> None:
+        self.network = network
+        self.masks, self.embeddings, self.conditions = [], [], []
+
+    def embed(self, mask):
+        self.masks.append(mask)
+        return self.network.embed(mask)
+
+    def denoise(self, latent, embedding, timesteps, scale, **conditions):
+        self.embeddings.append(embedding)
+        self.conditions.append(conditions)
+        return self.network.denoise(latent, embedding, timesteps, scale, **conditions)
+
+
 # Stage 1
 
 
@@ -191,12 +208,7 @@ def test_masks_do_not_depend_on_their_batch(steering, decoder):
 
 
 def test_spacing_is_read_from_any_affine_or_given(steering, decoder):
-    seen = []
-
-    def network(mask, latent, timesteps, scale, **conditions):
-        seen.append(conditions["spacing_tensor"])
-        return steering(mask, latent, timesteps, scale, **conditions)
-
+    network = Watched(steering)
     mask = mask_of()
     affine = torch.eye(4, dtype=torch.float64)
     affine[:3, :3] = torch.tensor([[0.0, -1.6, 0], [0.6, 0, -2.4], [-0.8, 0, -1.8]])  # columns of length 1, 1.6, 3
@@ -206,9 +218,21 @@ def test_spacing_is_read_from_any_affine_or_given(steering, decoder):
         mask_to_ct(decoder)(inputs, network)
     mask_to_ct(decoder, spacing=(4.0, 5.0, 6.0))(mask, network)
     expected = [[10.0, 20, 30]] + 3 * [[10.0, 16, 30]] + [[40.0, 50, 60]]
-    torch.testing.assert_close(torch.cat(seen[::STEPS]), torch.tensor(expected))
+    seen = torch.cat([conditions["spacing_tensor"] for conditions in network.conditions[::STEPS]])
+    torch.testing.assert_close(seen, torch.tensor(expected))
     with pytest.raises(ValueError, match="no affine to read its spacing from"):
         mask_to_ct(decoder)(mask.as_tensor(), steering)
+
+
+def test_a_mask_is_embedded_once_for_all_steps_passes_and_draws(steering, decoder):
+    network = Watched(steering)
+    inferer = mask_to_ct(decoder, guidance_scale=1.5)
+    batch = torch.cat([mask_of().as_tensor(), mask_of(label=LUNG).as_tensor()])
+    for draw in inferer.draws(MetaTensor(batch, affine=torch.eye(4)), network):
+        assert not torch.equal(draw(0), draw(1))
+    assert len(network.masks) == 2 and len(network.embeddings) == 2 * 2 * 2 * STEPS
+    first, second = network.embeddings[: 4 * STEPS], network.embeddings[4 * STEPS :]
+    assert all(each is first[0] for each in first) and all(each is second[0] for each in second)
 
 
 def test_seeds_and_the_mask_decide(steering, decoder):
@@ -221,18 +245,13 @@ def test_seeds_and_the_mask_decide(steering, decoder):
 def test_labels_the_weights_do_not_know_are_merged_for_the_network_alone(steering, decoder):
     """Liver becomes body, which tells no region; the air is still that of the mask as given."""
     keep = {"keep_labels": [SKULL, BODY], "merge_labels": {"bone": SKULL}}
-    seen = []
-
-    def network(mask, latent, timesteps, scale, **conditions):
-        seen.append((mask, conditions["top_region_index_tensor"].tolist()))
-        return steering(mask, latent, timesteps, scale, **conditions)
-
+    network = Watched(steering)
     mask = mask_of(label=LIVER)
     ct = mask_to_ct(decoder, **keep)(mask, network)
-    assert len(seen) == STEPS
-    for condition, region in seen:
-        assert torch.equal(torch.as_tensor(condition), mask_of(label=BODY).as_tensor())
-        assert region == [[0, 0, 0, 0]]
+    assert torch.equal(torch.as_tensor(network.masks[0]), mask_of(label=BODY).as_tensor())
+    assert len(network.conditions) == STEPS
+    for conditions in network.conditions:
+        assert conditions["top_region_index_tensor"].tolist() == [[0, 0, 0, 0]]
     assert (ct[mask.as_tensor() == 0] == 0).all()
 
 

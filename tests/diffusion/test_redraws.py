@@ -20,7 +20,11 @@ class Drawn:
         self.hu = hu
         self.asked: list[int] = []
 
-    def __call__(self, mask, network, seed):
+    def draws(self, masks, network):
+        for mask in masks.split(1):
+            yield lambda seed, mask=mask: self._draw(mask, seed)
+
+    def _draw(self, mask, seed):
         self.asked.append(seed)
         skull, cord = self.hu[seed]
         values = torch.where(mask == SKULL, skull, torch.where(mask == CORD, cord, -1000.0))

@@ -1,11 +1,46 @@
 from __future__ import annotations
 
+import json
+import math
+
+import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
-from maisi_tools.diffusion.samplers import guided, sample
+from maisi_tools.diffusion.samplers import check_interval, guided, sample
 from maisi_tools.errors import InputError
+
+MEAN, SPREAD = 0.7, 0.4
+"""Of the Gaussian data that samplers have to arrive at."""
+
+
+def flow_of_gaussian(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Velocity of rectified flow, E[data - noise | x], for data N(MEAN, SPREAD^2); exact: x(t) keeps its quantile."""
+    t = (t / 1000).view(-1, 1, 1, 1, 1).to(x)
+    off = (x - (1 - t) * MEAN) / ((1 - t) ** 2 * SPREAD**2 + t**2)
+    return MEAN + (1 - t) * SPREAD**2 * off - t * off
+
+
+def prediction_of_gaussian(scheduler, kind: str = "epsilon"):
+    """What the exact network predicts of data N(MEAN, SPREAD^2) under a scheduler's noise."""
+
+    def denoiser(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha = scheduler.alphas_cumprod[t.long()].view(-1, 1, 1, 1, 1).to(x)
+        off = (x - alpha.sqrt() * MEAN) / (alpha * SPREAD**2 + 1 - alpha)
+        noise, data = (1 - alpha).sqrt() * off, MEAN + alpha.sqrt() * SPREAD**2 * off
+        return {"epsilon": noise, "sample": data, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * data}[
+            kind
+        ]
+
+    return denoiser
+
+
+def full_ddpm(repo_root, key: str):
+    """A scheduler of full_ddpm.json."""
+    config = json.loads((repo_root / "bundles" / "maisi_ldm" / "configs" / "full_ddpm.json").read_text())
+    return ConfigParser({"scheduler": config[key]}).get_parsed_content("scheduler")
 
 
 def flow(**settings) -> RFlowScheduler:
@@ -51,6 +86,92 @@ def test_ddpm_and_ddim_recover_data_from_the_true_noise():
         torch.testing.assert_close(result, data, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
+def test_solvers_reach_a_gaussian_with_their_order(solver, order, transform):
+    """Halving the steps' length divides the error by 2 to the power of the order, on the uneven grid too."""
+    noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scheduler = flow(use_timestep_transform=transform, base_img_size_numel=150)
+    errors = []
+    for steps in (20, 40, 80):
+        result = sample(flow_of_gaussian, noise, scheduler, steps, progress=False, solver=solver)
+        errors.append((result - (MEAN + SPREAD * noise)).abs().max().item())
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+    assert errors[-1] < {1: 0.04, 2: 1.5e-3}[order]
+
+
+def test_ab2_is_exact_for_a_linear_velocity_on_an_uneven_grid():
+    """But for the first step, which is Euler's: its error is half the velocity's change over it, times its length."""
+    noise = torch.randn(1, 4, 4, 4, 4, dtype=torch.float64)
+    scheduler = flow(use_timestep_transform=True, base_img_size_numel=8)
+    result = sample(lambda x, t: torch.full_like(x, 3 + 2 * t.item() / 1000), noise, scheduler, 6, solver="ab2")
+    first = (1000 - scheduler.timesteps[1].item()) / 1000
+    torch.testing.assert_close(result, noise + 3 + 1 + 2 * first**2 / 2, atol=1e-6, rtol=0)
+
+
+def test_ab2_takes_timesteps_that_coincide():
+    """At the finest grid of a large volume float16 timesteps do: such a step goes nowhere."""
+    noise = torch.randn(1, 4, 8, 8, 8, dtype=torch.float64)
+    scheduler = flow(use_timestep_transform=True, base_img_size_numel=4)
+    result = sample(flow_of_gaussian, noise, scheduler, 1000, progress=False, solver="ab2")
+    assert (scheduler.timesteps.diff() == 0).any()
+    torch.testing.assert_close(result, MEAN + SPREAD * noise, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("solver", "calls"), [("euler", 7), ("heun", 13), ("ab2", 7)])
+def test_solvers_call_the_network_as_often_as_they_say(solver, calls):
+    seen = []
+
+    def denoiser(x, t):
+        seen.append(t.item())
+        return x
+
+    sample(denoiser, torch.randn(1, 4, 4, 4, 4), flow(), 7, progress=False, solver=solver)
+    assert len(seen) == calls and seen[0] == 1000 and min(seen) == pytest.approx(1000 / 7, abs=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 20, 50, 1000])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("to_one", [True, False])
+def test_ddim_on_a_gaussian_is_the_closed_form(repo_root, steps, kind, to_one):
+    """With the exact network each step multiplies the deviation from the mean by a number; here all of them in numpy."""
+    settings = json.loads((repo_root / "bundles/maisi_ldm/configs/full_ddpm.json").read_text())["ddim"]
+    settings.pop("_target_")
+    scheduler = DDIMScheduler(**settings, prediction_type=kind, set_alpha_to_one=to_one)
+    noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = sample(prediction_of_gaussian(scheduler, kind), noise, scheduler, steps, progress=False)
+
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    alphas = np.cumprod(1 - betas)
+    path = alphas[np.round(np.linspace(999, 0, steps)).astype(int)]
+    path = np.append(path, 1.0 if to_one else alphas[0])
+    signal, spread = np.sqrt(path), np.sqrt(1 - path)
+    scale = np.sqrt(path * SPREAD**2 + 1 - path)  # of the deviation, at each noise level
+    turns = (signal[1:] * signal[:-1] * SPREAD**2 + spread[1:] * spread[:-1]) / (scale[1:] * scale[:-1])
+    off = scale[-1] * np.prod(turns) * (noise.numpy() - signal[0] * MEAN) / scale[0]
+    np.testing.assert_allclose(result.numpy(), signal[-1] * MEAN + off, atol=1e-4)
+    if steps == 1000 and to_one:  # and so many steps are at the data's own distribution
+        np.testing.assert_allclose(result.numpy(), MEAN + SPREAD * (noise.numpy() - signal[0] * MEAN), atol=0.02)
+
+
+def test_ddim_clips_the_data_it_predicts():
+    scheduler = DDIMScheduler(num_train_timesteps=100, clip_sample=True, clip_sample_min=-0.5, clip_sample_max=0.25)
+    result = sample(lambda x, t: torch.zeros_like(x), torch.randn(1, 4, 8, 8, 8), scheduler, 5, progress=False)
+    assert result.min() == -0.5 and result.max() == 0.25
+
+
+@pytest.mark.parametrize("key", ["scheduler", "ddim"])
+def test_the_schedulers_of_full_ddpm_reach_a_gaussian(repo_root, key):
+    """In all their steps, by the exact network: mean and variance of 65,536 draws."""
+    scheduler = full_ddpm(repo_root, key)
+    source = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, 16, 32, 32, generator=source)
+    result = sample(prediction_of_gaussian(scheduler), noise, scheduler, 1000, source, progress=False)
+    assert result.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert result.std().item() == pytest.approx(SPREAD, rel=0.02)
+
+
 def test_ddpm_noise_comes_from_the_generator():
     scheduler, noise = DDPMScheduler(num_train_timesteps=5), torch.randn(1, 4, 4, 4, 4)
     draws = [
@@ -67,6 +188,47 @@ def test_wrong_numbers_of_steps_are_refused():
     for steps in (0, 1001):
         with pytest.raises(InputError, match="1 to 1000"):
             sample(lambda x, t: x, noise, flow(), steps, progress=False)
+
+
+def test_solvers_that_do_not_fit_are_refused(repo_root):
+    noise = torch.randn(1, 4, 4, 4, 4)
+    with pytest.raises(InputError, match="'rk4'; allowed are euler, heun, ab2"):
+        sample(lambda x, t: x, noise, flow(), 5, progress=False, solver="rk4")
+    for key, name in (("scheduler", "DDPMScheduler"), ("ddim", "DDIMScheduler")):
+        for solver in ("heun", "ab2"):
+            with pytest.raises(InputError, match=f"'{solver}' with {name}.*--solver euler"):
+                sample(lambda x, t: x, noise, full_ddpm(repo_root, key), 1000, progress=False, solver=solver)
+
+
+@pytest.mark.parametrize(
+    "interval", [(-0.1, 0.5), (0.2, 1.1), (0.6, 0.5), (0.1,), (0, 0.5, 1), 0.3, None, "all", (float("nan"), 1)]
+)
+def test_intervals_outside_0_to_1_are_refused(interval):
+    with pytest.raises(InputError, match="two numbers within 0 to 1"):
+        guided(lambda x, t: x, lambda x, t: x, 2.0, interval)
+
+
+def test_intervals_within_0_to_1_are_taken():
+    assert check_interval([0, 1]) == (0.0, 1.0) and check_interval((0.5, 0.5)) == (0.5, 0.5)
+
+
+def test_guidance_stays_within_its_interval():
+    """Both ends belong to it; outside it the conditional network runs alone."""
+    seen = {"c": [], "u": []}
+
+    def network(name, value):
+        def denoiser(x, t):
+            seen[name].append(t.item() / 500)
+            return torch.full_like(x, value)
+
+        return denoiser
+
+    denoiser = guided(network("c", 3.0), network("u", 1.0), 5, (0.4, 0.8), num_train_timesteps=500)
+    scheduler = RFlowScheduler(num_train_timesteps=500, use_discrete_timesteps=False)
+    noise = torch.zeros(1, 4, 4, 4, 4)
+    result = sample(denoiser, noise, scheduler, 5, progress=False)
+    assert seen == {"c": [1.0, 0.8, 0.6, 0.4, 0.2], "u": [0.8, 0.6, 0.4]}
+    torch.testing.assert_close(result, noise + (3 * 2 + (1 + 5 * 2) * 3) / 5)
 
 
 def test_guidance_formula_and_cost():

@@ -24,7 +24,8 @@ from maisi_tools.tsp.execute import Execution
 from maisi_tools.tsp.heap import SlabPool
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.moments import BLOCK, moments
-from maisi_tools.tsp.run import LIBRARY_BYTES, Call, Settings, parse_bytes, run_in_slabs
+from maisi_tools.tsp.memory import parse_bytes
+from maisi_tools.tsp.run import LIBRARY_BYTES, Call, Settings, run_in_slabs
 
 
 class Body(nn.Module):
@@ -157,7 +158,7 @@ def test_planning_computes_nothing_and_needs_no_values():
 def test_a_lower_limit_makes_a_leaner_plan_of_the_same_computation(autoencoder):
     z = torch.randn(1, 4, 12, 12, 16)
     whole = autoencoder.decode(z)
-    free = TSPInferer(memory_limit=2**40).plan(z, autoencoder.decode)
+    free = Call(Settings(memory_limit=2**40), autoencoder.decode, (z,), {}).make_plan()
     peaks = []
     for percent in (100, 70, 40, 25):
         limit = free.base + percent * (free.peak - free.base) // 100
@@ -400,9 +401,10 @@ def test_under_a_limit_what_is_cheap_to_compute_from_the_input_is_computed_again
     def kept(plan):
         return [target.shape for done in plan.passes if done.keep for target in done.targets]
 
-    free = TSPInferer(memory_limit=2**40).plan(image, autoencoder.encode)
-    inferer = TSPInferer(memory_limit=free.base + (free.peak - free.base) * 3 // 4)
-    assert (inferer(image, autoencoder.encode)[0] - whole).abs().max() < 2e-5
-    leaner = inferer.report.plan
+    free = Call(Settings(memory_limit=2**40), autoencoder.encode, (image,), {}).make_plan()
+    limit = free.base + (free.peak - free.base) * 3 // 4
+    call = Call(Settings(memory_limit=limit), autoencoder.encode, (image,), {})
+    assert (call.run()[0] - whole).abs().max() < 2e-5
+    leaner = call.plan
     assert len(kept(leaner)) == len(kept(free)) - 1 and kept(leaner) == kept(free)[1:]
     assert free.flop < leaner.flop < 1.1 * free.flop

@@ -261,15 +261,50 @@ class MaskUNet(DiffusionModelUNet):
         )
 
 
+class ControlNet(ControlNetMaisi):
+    """MAISI's ControlNet, whose mask embedding can be computed apart, once for all steps of a sampler."""
+
+    def embed(self, bits: Tensor) -> Tensor:
+        """Bit planes (B, 8, D, H, W) -> what is added behind the first convolution, (B, C, d, h, w)."""
+        if self.use_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.controlnet_cond_embedding, bits, use_reentrant=False)
+        return self.controlnet_cond_embedding(bits)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        embedding: Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Noisy latent (B, 4, d, h, w) and the embedding of a mask -> residuals of the U-Net's levels and middle."""
+        emb = self._prepare_time_and_class_embedding(x, timesteps, class_labels)
+        h = self._apply_initial_convolution(x) + embedding
+        residuals, h = self._apply_down_blocks(emb, None, h)
+        h = self._apply_mid_block(emb, None, h)
+        residuals, middle = self._apply_controlnet_blocks(h, residuals)
+        return [residual * conditioning_scale for residual in residuals], middle * conditioning_scale
+
+
 class ControlledUNet(nn.Module):
     """A frozen :class:`DiffusionUNet` steered by a ControlNet that reads a label mask (paper section 3.3).
 
     ``forward(mask)`` takes label values (B, 1, D, H, W); ``latent`` (B, 4, D/4, H/4, W/4) is the noisy latent, zeros
-    when left out. The mask enters the ControlNet as the 8 bits of its label values.
+    when left out. The mask enters the ControlNet as the 8 bits of its label values. A sampler computes :meth:`embed`
+    once and calls :meth:`denoise` at each step.
+
+    Raises:
+        InputError: `controlnet` is MONAI's class, which embeds the mask at each step.
     """
 
-    def __init__(self, unet: DiffusionUNet, controlnet: ControlNetMaisi) -> None:
+    def __init__(self, unet: DiffusionUNet, controlnet: ControlNet) -> None:
         super().__init__()
+        if not isinstance(controlnet, ControlNet):
+            raise InputError(
+                f"controlnet is a {type(controlnet).__name__}; allowed is maisi_tools.networks.ControlNet, which has "
+                "the same arguments and weights: name it as the config's `_target_`"
+            )
         self.unet = unet.requires_grad_(False)
         self.controlnet = controlnet
         use_plain_layers(self)
@@ -283,10 +318,28 @@ class ControlledUNet(nn.Module):
         class_labels: Tensor | None = None,
         **conditions: Tensor,
     ) -> Tensor:
-        batch = mask.shape[0]
-        bits = label_bits(mask)
         if latent is None:
-            latent = bits.new_zeros(batch, self.unet.in_channels, *(n // FACTOR for n in mask.shape[2:]))
+            latent = mask.new_zeros(
+                len(mask), self.unet.in_channels, *(n // FACTOR for n in mask.shape[2:]), dtype=torch.float32
+            )
+        embedding = self.embed(mask, latent.dtype)
+        return self.denoise(latent, embedding, timesteps, conditioning_scale, class_labels, **conditions)
+
+    def embed(self, mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Label values (B, 1, D, H, W) -> (B, C, D/4, H/4, W/4), which no step, latent or condition changes."""
+        return self.controlnet.embed(label_bits(mask).to(dtype))
+
+    def denoise(
+        self,
+        latent: Tensor,
+        embedding: Tensor,
+        timesteps: Tensor | None = None,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+        **conditions: Tensor,
+    ) -> Tensor:
+        """Velocity or noise of the noisy latent (B, 4, d, h, w), for a mask's embedding."""
+        batch = len(latent)
         if timesteps is None:
             timesteps = latent.new_zeros(batch)
         if class_labels is None:
@@ -294,7 +347,7 @@ class ControlledUNet(nn.Module):
         down, mid = self.controlnet(
             latent,
             timesteps,
-            controlnet_cond=bits.to(latent.dtype),
+            embedding,
             conditioning_scale=conditioning_scale,
             class_labels=class_labels if self.controlnet.num_class_embeds is not None else None,
         )

@@ -86,7 +86,9 @@ def _stages(
         if network is autoencoder:
             yield "encoder", lambda x: autoencoder.encode(x)[0], (image,)
         elif isinstance(network, ControlledUNet):
-            yield "U-Net and ControlNet, each step", network, (image, latent, timestep)
+            embedding = network.embed(image)
+            yield "mask embedding, once", network.embed, (image,)
+            yield "U-Net and ControlNet, each step", network.denoise, (latent, embedding, timestep)
         else:
             yield "U-Net, each step", network, (latent, timestep)
         yield "decoder", autoencoder.decode, (latent,)

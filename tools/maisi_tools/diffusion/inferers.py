@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,24 @@ from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
-from maisi_tools.diffusion.samplers import Scheduler, guided, sample, step_generator
+from maisi_tools.diffusion.samplers import (
+    ALWAYS,
+    Scheduler,
+    check_interval,
+    check_sampling,
+    guided,
+    sample,
+    step_generator,
+)
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
+from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
 
 logger = logging.getLogger(__name__)
+
+Draw = Callable[[int], Tensor]
+"""``draw(seed) -> CT``, for one mask."""
 
 
 class LatentSampler(Inferer):
@@ -33,11 +46,18 @@ class LatentSampler(Inferer):
         scheduler: rectified flow, DDPM or DDIM.
         conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
         guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
+        guidance_interval: shares of the timesteps between which guidance is on, likewise.
         guided_conditions: what the unconditional pass of guidance goes without: the conditions that were dropped in
             the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
+        solver: see :func:`maisi_tools.diffusion.samplers.sample`.
         inferer: how the U-Net is run.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling`,
+            :func:`~maisi_tools.diffusion.samplers.check_interval` and
+            :func:`~maisi_tools.diffusion.conditions.check_guidance`.
     """
 
     def __init__(
@@ -52,13 +72,18 @@ class LatentSampler(Inferer):
         return_latent: bool = False,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.conditions = conditions
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.return_latent = return_latent
@@ -81,9 +106,11 @@ class LatentSampler(Inferer):
             lambda x, t: self.inferer(x, network, t, **tensors),
             lambda x, t: self.inferer(x, network, t, **without),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
         generator = step_generator(noise, seed)
-        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver)
 
 
 class MaskToCT(Inferer):
@@ -94,8 +121,8 @@ class MaskToCT(Inferer):
     labels the weights know, as it was for their training.
 
     Args:
-        decoder, scheduler, num_inference_steps: as in :class:`LatentSampler`.
-        guidance_scale, guided_conditions, condition_scale: likewise.
+        decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
+        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this (a property of the U-Net: 4 times 2 per further level).
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -103,6 +130,9 @@ class MaskToCT(Inferer):
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
         control_scale: weight of the ControlNet's contribution.
         inferer: how the U-Net and the ControlNet are run.
+
+    Raises:
+        InputError: as in :class:`LatentSampler`.
     """
 
     def __init__(
@@ -122,11 +152,15 @@ class MaskToCT(Inferer):
         control_scale: float = 1.0,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.seed = int(seed)
         self.multiple = int(multiple)
         self.spacing = tuple(spacing) if spacing is not None else None
@@ -134,22 +168,28 @@ class MaskToCT(Inferer):
         self.keep_labels = keep_labels
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
         self.inferer = inferer or SimpleInferer()
 
-    @torch.no_grad()
     def __call__(  # type: ignore[override]
-        self, inputs: Tensor, network: nn.Module, *args: Any, seed: int | None = None, **kwargs: Any
+        self, inputs: Tensor, network: ControlledUNet, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """``seed`` in place of the one this was made with, for another draw."""
-        seed = self.seed if seed is None else int(seed)
+        return torch.cat([draw(self.seed) for draw in self.draws(inputs, network)])
+
+    def draws(self, inputs: Tensor, network: ControlledUNet) -> Iterator[Draw]:
+        """For each mask of a batch a function that draws a CT for it: seed -> (1, 1, D, H, W) in [0, 1].
+
+        What no seed changes, the mask's embedding foremost, is computed once a mask. One mask at a time: a CT must not
+        depend on the batch its mask was in.
+        """
         spacings = self._spacings(inputs)
         labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
-        # One mask at a time: a CT must not depend on the batch its mask was in.
-        return torch.cat([self._one(*each, network, seed) for each in zip(labels.split(1), spacings, strict=True)])
+        for mask, spacing in zip(labels.split(1), spacings, strict=True):
+            yield self._prepare(mask, spacing, network)
 
     def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
         """Mm along x, y, z of each mask of a batch."""
@@ -161,7 +201,8 @@ class MaskToCT(Inferer):
         affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
         return affines[:, :3, :3].norm(dim=1).tolist()
 
-    def _one(self, labels: Tensor, spacing: Sequence[float], network: nn.Module, seed: int) -> Tensor:
+    @torch.no_grad()
+    def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         condition = padded
         if self.keep_labels is not None:
@@ -171,21 +212,29 @@ class MaskToCT(Inferer):
             spacing=(spacing[0], spacing[1], spacing[2]),
             region=region_of(condition.unique().int().tolist()),
             modality=self.modality,
-            seed=seed,
         )
-        noise = conditions.noise()[None].to(labels.device)
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
         without = without_conditions(tensors, self.guided_conditions)
-
+        embedding = self.inferer(condition, network.embed)
         denoiser = guided(
-            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **tensors),
-            lambda x, t: self.inferer(condition, network, x, t, self.control_scale, **without),
+            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
+            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **without),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
-        generator = step_generator(noise, seed)
-        latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
-        ct = crop_to(self.decoder(latent), size)
-        return torch.where(labels == 0, torch.zeros_like(ct), ct)
+
+        @torch.no_grad()
+        def draw(seed: int) -> Tensor:
+            noise = replace(conditions, seed=seed).noise()[None].to(labels.device)
+            generator = step_generator(noise, seed)
+            latent = sample(
+                denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+            )
+            ct = crop_to(self.decoder(latent), size)
+            return torch.where(labels == 0, torch.zeros_like(ct), ct)
+
+        return draw
 
 
 class MaskSampler(Inferer):
@@ -193,7 +242,7 @@ class MaskSampler(Inferer):
 
     Args:
         decoder: latent -> logits of the classes.
-        scheduler, num_inference_steps: as in :class:`LatentSampler`.
+        scheduler, num_inference_steps, solver, guidance_interval: as in :class:`LatentSampler`.
         asked: the sizes that masks should have.
         classes: the label that each channel of the logits stands for.
         single_pieces: labels of organs in one piece, see :func:`~maisi_tools.masks.pieces.keep_largest_pieces`.
@@ -205,7 +254,7 @@ class MaskSampler(Inferer):
         inferer: how the U-Net is run.
 
     Raises:
-        InputError: `redraws` is no number of draws.
+        InputError: as in :class:`LatentSampler`; or `redraws` is no number of draws.
     """
 
     def __init__(
@@ -221,15 +270,20 @@ class MaskSampler(Inferer):
         seed: int = 0,
         progress: bool = True,
         inferer: Inferer | None = None,
+        solver: str = "euler",
+        guidance_interval: Sequence[float] = ALWAYS,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.asked = asked
         self.classes = torch.tensor([int(label) for label in classes], dtype=torch.uint8)
         self.single_pieces = tuple(single_pieces)
         self.guidance_scale = float(guidance_scale)
+        self.guidance_interval = check_interval(guidance_interval)
         self.redraws = check_redraws(redraws)
         self.seed = int(seed)
         self.progress = progress
@@ -276,9 +330,13 @@ class MaskSampler(Inferer):
             lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
             lambda x, t: self.inferer(x, network, t, organ_sizes=torch.full_like(sizes, UNKNOWN)),
             self.guidance_scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
         )
         generator = step_generator(noise, seed)
-        latent = sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress)
+        latent = sample(
+            denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+        )
         channels = self.decoder(latent).argmax(1)[0]
         labels = self.classes.to(channels.device)[channels].cpu().numpy()
         return keep_largest_pieces(labels, self.single_pieces)

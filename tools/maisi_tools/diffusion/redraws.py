@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from monai.inferers import Inferer
 from monai.transforms import MapTransform
-from torch import Tensor, nn
+from torch import Tensor
 
-from maisi_tools.diffusion.inferers import MaskToCT
+from maisi_tools.diffusion.inferers import Draw, MaskToCT
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.metrics.intensity import hu_ranges, implausible_organs
+from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.normalise import HU_RANGE
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,18 @@ class CheckedCT(Inferer):
         self.ranges = hu_ranges(ranges)
 
     def __call__(  # type: ignore[override]
-        self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
+        self, inputs: Tensor, network: ControlledUNet, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        drawn = [self._draw(mask, network) for mask in inputs.split(1)]
+        draws = self.inferer.draws(inputs, network)
+        drawn = [self._checked(mask, draw) for mask, draw in zip(inputs.split(1), draws, strict=True)]
         return {"ct": torch.cat([ct for ct, _ in drawn]), "draws": [json.dumps(record) for _, record in drawn]}
 
-    def _draw(self, mask: Tensor, network: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    def _checked(self, mask: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
         labels = np.asarray(mask[0, 0].cpu()).round().astype(int)
         tried: list[dict[str, Any]] = []
         kept: tuple[Tensor, int, int] | None = None
         for number, seed in enumerate(redraw_seeds(self.inferer.seed, self.redraws), start=1):
-            ct = self.inferer(mask, network, seed=seed)
+            ct = draw(seed)
             hu = ct[0, 0].clamp(0, 1).cpu().numpy() * (HU_RANGE[1] - HU_RANGE[0]) + HU_RANGE[0]
             wrong = implausible_organs(hu, labels, self.ranges)
             tried.append({"seed": seed, "implausible": wrong})

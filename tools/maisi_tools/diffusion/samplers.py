@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+from monai.networks.schedulers.ddim import DDIMPredictionType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,17 +19,84 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Scheduler = RFlowScheduler | DDPMScheduler | DDIMScheduler
 """The schedulers of MONAI that :func:`sample` can follow."""
 
+SOLVERS = ("euler", "heun", "ab2")
+"""How rectified flow is integrated, see :func:`sample`."""
 
-def guided(conditional: Denoiser, unconditional: Denoiser, guidance_scale: float) -> Denoiser:
+ALWAYS = (0.0, 1.0)
+"""The guidance interval that holds every timestep."""
+
+
+def check_sampling(scheduler: Scheduler, num_inference_steps: int, solver: str) -> None:
+    """Refuse what :func:`sample` cannot do; for the door, before networks are run.
+
+    Raises:
+        InputError: an unknown solver; a solver of rectified flow with another scheduler; DDPM with fewer steps than it
+            was trained with, which would silently give a poor image; no number of steps.
+    """
+    if solver not in SOLVERS:
+        raise InputError(f"solver is {solver!r}; allowed are {', '.join(SOLVERS)}")
+    if solver != "euler" and not isinstance(scheduler, RFlowScheduler):
+        raise InputError(
+            f"solver is {solver!r} with {type(scheduler).__name__}, which steps itself; {solver} is for rectified flow "
+            "(RFlowScheduler). Add --solver euler, which leaves the steps to the scheduler"
+        )
+    if isinstance(scheduler, DDPMScheduler) and num_inference_steps != scheduler.num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps is {num_inference_steps} with the DDPM scheduler; it needs all "
+            f"{scheduler.num_train_timesteps} steps. For fewer steps use the DDIM scheduler (--scheduler '@ddim')"
+        )
+    if not 1 <= num_inference_steps <= scheduler.num_train_timesteps:
+        raise InputError(
+            f"num_inference_steps is {num_inference_steps}; allowed are 1 to {scheduler.num_train_timesteps}"
+        )
+
+
+def check_interval(interval: Sequence[float]) -> tuple[float, float]:
+    """The guidance interval as two numbers.
+
+    Raises:
+        InputError: it is not two numbers within 0 to 1, the lower one first.
+    """
+    try:
+        low, high = (float(share) for share in interval)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low <= high <= 1:
+        raise InputError(
+            f"guidance_interval is {interval!r}; allowed are two numbers within 0 to 1, the lower one first: shares of "
+            "the timesteps from the data (0) to pure noise (1), such as [0.2, 0.8]; [0, 1] guides every step"
+        )
+    return low, high
+
+
+def guided(
+    conditional: Denoiser,
+    unconditional: Denoiser,
+    guidance_scale: float,
+    interval: Sequence[float] = ALWAYS,
+    num_train_timesteps: int = 1000,
+) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022): ``u + guidance_scale * (c - u)``.
 
     A scale of 0 switches guidance off, as in the MAISI releases: the conditional denoiser alone, one pass instead of
     two. (1 gives the same result at twice the cost.)
+
+    Args:
+        interval: guidance is on where ``timestep / num_train_timesteps`` lies in it, both ends included; elsewhere the
+            conditional denoiser runs alone (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        num_train_timesteps: the scheduler's; what the share is taken of.
+
+    Raises:
+        InputError: see :func:`check_interval`.
     """
+    low, high = check_interval(interval)
     if guidance_scale == 0:
         return conditional
 
     def denoiser(latent: Tensor, timesteps: Tensor) -> Tensor:
+        # All samples of a batch are at the same timestep; reading it waits for the device, so only where it matters.
+        if (low, high) != ALWAYS and not low <= float(timesteps.flatten()[0]) / num_train_timesteps <= high:
+            return conditional(latent, timesteps)
         base = unconditional(latent, timesteps)
         return base + guidance_scale * (conditional(latent, timesteps) - base)
 
@@ -55,48 +123,78 @@ def sample(
     num_inference_steps: int,
     generator: torch.Generator | None = None,
     progress: bool = True,
+    solver: str = "euler",
 ) -> Tensor:
     """Integrate from noise to a latent.
 
-    Rectified flow (Liu et al. 2022; MAISI-v2 section 3.1) takes Euler steps along the predicted velocity
-    ``latent - noise``. The step length is the exact distance between the timesteps the network is shown; MONAI's own
-    ``RFlowScheduler.step`` truncates the next timestep to an integer, which overshoots by about 1.5 % over 30 steps.
-    Other schedulers step themselves.
+    Rectified flow (Liu et al. 2022; MAISI-v2 section 3.1) goes along the predicted velocity ``data - noise``. The step
+    length is the exact distance between the timesteps the network is shown; MONAI's own ``RFlowScheduler.step``
+    truncates the next timestep to an integer, which overshoots by about 1.5 % over 30 steps. DDPM steps itself. DDIM
+    goes from each of its timesteps to the next one; MONAI's ``step`` goes ``num_train_timesteps // N`` down wherever
+    the next one is.
 
     Args:
+        denoiser: called once a step, by ``heun`` twice in all steps but the last.
         noise: (B, C, d, h, w), standard normal.
         scheduler: its timesteps are set here.
+        num_inference_steps: steps N from noise to data. ``euler`` and ``ab2`` call the denoiser N times, ``heun``
+            2 N - 1 times.
         generator: source of the noise that DDPM adds at each step.
+        solver: for rectified flow. ``euler``: first order. ``heun``: second order, the mean of the velocities at both
+            ends of a step; the last step, which ends at the data, is Euler's (Karras et al. 2022, algorithm 1).
+            ``ab2``: second order at Euler's cost, the velocity extrapolated to the middle of the step from the one
+            before (Adams-Bashforth on the uneven grid); the first step is Euler's.
 
     Raises:
-        InputError: DDPM with fewer steps than it was trained with, which would silently give a poor image.
+        InputError: see :func:`check_sampling`.
     """
-    if isinstance(scheduler, DDPMScheduler) and num_inference_steps != scheduler.num_train_timesteps:
-        raise InputError(
-            f"num_inference_steps is {num_inference_steps} with the DDPM scheduler; it needs all "
-            f"{scheduler.num_train_timesteps} steps. For fewer steps use the DDIM scheduler (--scheduler '@ddim')"
-        )
-    if not 1 <= num_inference_steps <= scheduler.num_train_timesteps:
-        raise InputError(
-            f"num_inference_steps is {num_inference_steps}; allowed are 1 to {scheduler.num_train_timesteps}"
-        )
+    check_sampling(scheduler, num_inference_steps, solver)
     if isinstance(scheduler, RFlowScheduler):
         scheduler.set_timesteps(num_inference_steps, noise.device, math.prod(noise.shape[2:]))
     else:
         scheduler.set_timesteps(num_inference_steps, noise.device)
     timesteps = scheduler.timesteps.float()
     following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
+    lengths = (timesteps - following).tolist()
 
     latent = noise
+    before: tuple[Tensor, float] | None = None  # velocity and length of the step before
     steps = tqdm(
-        zip(scheduler.timesteps, following, strict=True), total=len(timesteps), desc="sampling", disable=not progress
+        zip(timesteps, following, lengths, strict=True), total=len(lengths), desc="sampling", disable=not progress
     )
-    for timestep, next_timestep in steps:
-        output = denoiser(latent, timestep.float().expand(len(latent)))
+    for number, (timestep, next_timestep, length) in enumerate(steps):
+        last = number + 1 == len(lengths)
+        output = denoiser(latent, timestep.expand(len(latent)))
         if isinstance(scheduler, RFlowScheduler):
-            latent = latent + output * (timestep.float() - next_timestep) / scheduler.num_train_timesteps
+            velocity = output
+            if solver == "heun" and not last:
+                ahead = latent + output * length / scheduler.num_train_timesteps
+                velocity = (output + denoiser(ahead, next_timestep.expand(len(latent)))) / 2
+            elif solver == "ab2" and before is not None:
+                velocity = output + (output - before[0]) * (length / before[1] / 2)
+            if length:  # float16 timesteps can coincide: such a step goes nowhere, and its slope is unknown
+                before = output, length
+            latent = latent + velocity * length / scheduler.num_train_timesteps
         elif isinstance(scheduler, DDPMScheduler):
             latent, _ = scheduler.step(output, int(timestep), latent, generator=generator)
         else:
-            latent, _ = scheduler.step(output, int(timestep), latent)
+            latent = _ddim_step(scheduler, output, latent, int(timestep), None if last else int(next_timestep))
     return latent
+
+
+def _ddim_step(
+    scheduler: DDIMScheduler, output: Tensor, latent: Tensor, timestep: int, next_timestep: int | None
+) -> Tensor:
+    """From one timestep to the next without adding noise (DDIM, Song et al. 2021, equation 12); None is the data."""
+    alpha = scheduler.alphas_cumprod[timestep]
+    next_alpha = scheduler.final_alpha_cumprod if next_timestep is None else scheduler.alphas_cumprod[next_timestep]
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    if scheduler.prediction_type == DDIMPredictionType.EPSILON:
+        data, noise = (latent - spread * output) / signal, output
+    elif scheduler.prediction_type == DDIMPredictionType.SAMPLE:
+        data, noise = output, (latent - signal * output) / spread
+    else:  # v prediction
+        data, noise = signal * latent - spread * output, signal * output + spread * latent
+    if scheduler.clip_sample:
+        data = data.clamp(*scheduler.clip_sample_values)
+    return next_alpha.sqrt() * data + (1 - next_alpha).sqrt() * noise

@@ -17,8 +17,8 @@ def label_bits(mask: Tensor, bits: int = 8) -> Tensor:
     Eight planes hold the label values 0..255. Source: the ControlNet input of the MAISI v1 release (the released
     weights depend on this order).
     """
-    planes = 2 ** torch.arange(bits, device=mask.device)
-    values = mask.to(torch.long)
+    planes = 2 ** torch.arange(bits, dtype=torch.int16, device=mask.device)
+    values = mask.to(torch.int16)
     return (values.bitwise_and(planes.view(1, bits, 1, 1, 1)) != 0).to(torch.float32)
 
 

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from maisi_tools.tsp.plan import Plan
-from maisi_tools.tsp.run import Call, Report, Settings
+from maisi_tools.tsp.run import Report, Runner, Settings
+from maisi_tools.tsp.whole import Whole
 
 
 class TSPInferer(Inferer):
@@ -24,9 +25,11 @@ class TSPInferer(Inferer):
 
     A drop-in for :class:`monai.inferers.SlidingWindowInferer` without its windows: convolutions see their halo and
     norms the whole volume's statistics, so the result is the unsplit network's to float rounding, whatever the split.
+    Where memory allows it and slabs would be no faster, the network runs whole.
 
     Args:
-        splits: slabs for each step of the network; None plans them, and where results are kept, from ``memory_limit``.
+        splits: slabs for each step of the network; None runs it whole where that fits and is as fast, else plans
+            slabs, and where results are kept, from ``memory_limit``.
         axis: 0, 1 or 2, the axis of the volume that is split; None takes the longest.
         memory_limit: what inputs, weights, results and working memory may take together on the device, "12GiB" or
             bytes; None is what the device has free.
@@ -37,7 +40,7 @@ class TSPInferer(Inferer):
         progress: show a progress bar.
 
     Attributes:
-        report: what the last call did (:class:`maisi_tools.tsp.run.Report`).
+        report: what the last call did, whole or in slabs (:class:`maisi_tools.tsp.run.Report`).
     """
 
     def __init__(
@@ -51,9 +54,19 @@ class TSPInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.settings = Settings(splits, axis, memory_limit, offload, dtype, devices)  # type: ignore[arg-type]
+        settings = Settings(splits, axis, memory_limit, offload, dtype, devices)  # type: ignore[arg-type]
+        self.runner = Runner(settings)
         self.progress = progress
-        self.report: Report | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """How calls are split."""
+        return self.runner.settings
+
+    @property
+    def report(self) -> Report | None:
+        """What the last call did."""
+        return self.runner.report
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return ``network(inputs, *args, **kwargs)``; ``network`` is a module or a function such as its ``decode``.
@@ -64,20 +77,20 @@ class TSPInferer(Inferer):
             TSPError: the network is in training mode, gradients are wanted, or it writes into views.
             MemoryLimitError: the limit cannot be met; raised before anything is computed.
         """
-        call = self._record(network, (inputs, *args), kwargs, dry=False)
+        plain_args, kwargs = tree_map(_plain, ((inputs, *args), kwargs))
         with tqdm(desc="computing slabs", unit="slab", delay=2, disable=not self.progress, leave=False) as bar:
 
             def tick(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            result = call.run(tick)
-        self.report = call.report()
+            with plain_maisi_modules():
+                result = self.runner.run(network, plain_args, kwargs, tick)
         if isinstance(inputs, MetaTensor):
             return tree_map(lambda leaf: _with_meta(leaf, inputs), result)
         return result
 
-    def plan(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan | Whole:
         """Return how the call would be computed, without computing it; ``print`` shows it as a table.
 
         ``inputs`` and the network may be on the "meta" device, where nothing is allocated.
@@ -85,12 +98,9 @@ class TSPInferer(Inferer):
         Raises:
             TSPError, MemoryLimitError: as the call would.
         """
-        return self._record(network, (inputs, *args), kwargs, dry=True).make_plan()
-
-    def _record(self, network: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], dry: bool) -> Call:
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        plain_args, kwargs = tree_map(_plain, ((inputs, *args), kwargs))
         with plain_maisi_modules():
-            return Call(self.settings, network, args, kwargs, dry)
+            return self.runner.plan(network, plain_args, kwargs)
 
 
 @contextlib.contextmanager

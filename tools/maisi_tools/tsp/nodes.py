@@ -1,4 +1,4 @@
-"""The recorded computation: an immutable graph whose nodes know how to compute any range of their rows.
+"""The recorded computation: a graph whose nodes know how to compute any range of their rows.
 
 *Rows* are the positions along one dimension of a tensor, its *axis*. A node with an axis is a volume that can be
 computed row range by row range; a node without one is *whole*: it is computed in one go.
@@ -42,6 +42,10 @@ def arranged(tensor: Tensor) -> Tensor:
     if not channels_last(tensor.dtype, tensor.ndim):
         return tensor
     return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
+
+
+def _forgotten(slabs: list[Tensor], a: int, b: int, **_: Any) -> Any:
+    raise AssertionError("a plan's nodes compute only while it is used")
 
 
 class Constants:
@@ -147,6 +151,12 @@ class Node:
     def row_flop(self) -> float:
         """Floating point operations to compute one row from the inputs."""
         return self.cost * (self.shape.numel() // max(self.rows, 1))
+
+    def forget(self) -> None:
+        """Let go of the tensors that the node reads; it can be planned with, but no longer computed."""
+        self.compute = _forgotten
+        self.need = same_rows
+        self.value = None
 
     def __repr__(self) -> str:
         return f"<{self.name} {tuple(self.shape)} axis {self.axis}>"

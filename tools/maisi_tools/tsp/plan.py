@@ -82,7 +82,7 @@ class Graph:
 
     def __init__(self, outputs: Sequence[Node], cheap: float = 0.0) -> None:
         self.outputs = [node for node in dict.fromkeys(outputs) if node.value is None]
-        self.order = _order(self.outputs)
+        self.order = order_of(self.outputs)
         self.readers: dict[Node, list[Node]] = {node: [] for node in self.order}
         for node in self.order:
             for given in dict.fromkeys(node.inputs):
@@ -110,7 +110,7 @@ class Graph:
                 continue
             if all(given in again or given.value is not None for given in node.inputs):
                 flop = node.rows * node.row_flop + sum(again.get(given, 0.0) for given in node.inputs)
-                if flop <= cheap * _size(node) and node.moments_of is None:
+                if flop <= cheap * size_of(node) and node.moments_of is None:
                     again[node] = flop
                     continue
             if not node.cost and not any(given in pending for given in node.inputs):
@@ -153,10 +153,10 @@ class Graph:
                 continue
             number = max(max(numbers) for numbers in others.values())
             later = [k for n in inputs for k in last[n] if k > number]
-            goes = sum(_size(n) for n in inputs if n not in self.outputs)
+            goes = sum(size_of(n) for n in inputs if n not in self.outputs)
             ready = self._ready(node)
             target = self.passes[number][0][0]
-            if later and _size(node) < goes and ready < number and target.axis == node.axis and target in self.kept:
+            if later and size_of(node) < goes and ready < number and target.axis == node.axis and target in self.kept:
                 self.kept.add(node)
                 self.passes[number][0].append(node)
 
@@ -327,7 +327,7 @@ class Plan:
             lent = sum((m.rows[1] - m.rows[0]) * m.node.row_bytes for m in done.messages if m.target == self.rank)
             for target in done.targets:
                 if done.keep and self.where[target] == "output":
-                    alive[target] = _size(target)
+                    alive[target] = size_of(target)
             fetched: dict[Node, int] = {}
             for number, step in enumerate(done.steps):
                 now = self.base + sum(alive.values()) + lent + step.work * in_flight
@@ -360,7 +360,7 @@ class Plan:
                 place = self.where[target] if done.keep else "no, its moments only"
                 if self.away.get(target, 1.0) < 1:
                     place = f"device, {self.away[target]:.0%} on the {place}"
-                size = format_bytes(_size(target))
+                size = format_bytes(size_of(target))
                 lines.append(f"{name:<44}{target.rows:>6}{len(done.steps):>7}{size:>11}  {place}")
         lines.append(f"peak on the device {format_bytes(self.peak)}, {self.flop / 1e9:,.1f} GFLOP")
         if any(self.moved):
@@ -437,7 +437,7 @@ def make_plan(
             if not movable:
                 break
             node = max(movable, key=lambda n: movable[n])
-            more = max((plan.peak - limit) / _size(node), MOVED_AT_LEAST)
+            more = max((plan.peak - limit) / size_of(node), MOVED_AT_LEAST)
             away[node] = min(1.0, away.get(node, 0.0) + more)
     everything = {node: 1.0 for node in lean.kept if node.axis is not None} if to != "none" else {}
     least = min(planned(sizes[-1], everything).peak, plan.peak)
@@ -518,11 +518,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
-def _size(node: Node) -> int:
+def size_of(node: Node) -> int:
+    """Bytes of a node's whole result."""
     return node.rows * node.row_bytes
 
 
-def _order(outputs: Sequence[Node]) -> list[Node]:
+def order_of(outputs: Sequence[Node]) -> list[Node]:
+    """The nodes that outputs are computed from, and these, inputs before readers."""
     found: set[Node] = set()
     stack = list(outputs)
     while stack:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +14,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
 from maisi_tools.tsp.nodes import Node, given
+from maisi_tools.tsp.memory import free_bytes, parse_bytes
 from maisi_tools.tsp.plan import Plan, format_bytes, make_plan
+from maisi_tools.tsp.plans import Plans
 from maisi_tools.tsp.ranks import Ranks, Shard
 from maisi_tools.tsp.volume import Recorder, Volume
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+from maisi_tools.tsp.whole import Whole, run_whole, whole_of
 
 OFFLOADS = ("auto", "host", "disk", "none")
 
 LIBRARY_BYTES = {"cpu": 48 * 2**20}
 """What the convolution library keeps beside the slabs: up to 42 MB were measured on two cores (benchmarks)."""
-
-HEADROOM = 0.9
-"""How much of a device's free memory is planned with; the rest is for the convolution library and fragmentation."""
-
 
 @dataclass
 class Settings:
@@ -65,12 +60,12 @@ class Report:
     """What a run did.
 
     Attributes:
-        plan: the plan it followed.
+        plan: the plan it followed, or :class:`~maisi_tools.tsp.whole.Whole` where the network ran unsplit.
         gathered: operations without a rule -> how often one ran on a gathered tensor.
         attempts: one line for each plan given up because the device ran out of memory.
     """
 
-    plan: Plan
+    plan: Plan | Whole
     gathered: dict[str, int] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
 
@@ -82,36 +77,28 @@ class Report:
         return "\n".join(lines + self.attempts)
 
 
-def parse_bytes(size: str | int | None) -> int | None:
-    """Return a number of bytes given as such or as text with a unit, as "12GiB" or "800 MB".
-
-    Raises:
-        TSPError: it is neither.
-    """
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
-        return size
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(size), re.IGNORECASE)
-    try:
-        count = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
-    except (ValueError, KeyError):
-        count = 0
-    if count <= 0:
-        raise TSPError(f"memory_limit is {size!r}; give a size such as 12GiB or 800MB, or None for what is free")
-    return count
-
-
 class Call:
     """One call of a network, recorded.
+
+    Args:
+        plans: those of earlier calls, which are used again.
 
     Raises:
         TSPError: the call cannot be split: no volume among the inputs, training mode, or gradients wanted.
     """
 
     def __init__(
-        self, settings: Settings, network: Callable[..., Any], args: Any, kwargs: Any, dry: bool = False
+        self,
+        settings: Settings,
+        network: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        dry: bool = False,
+        plans: Plans | None = None,
     ) -> None:
         self.settings = settings
         self.dry = dry
+        self.plans = plans or Plans()
         for module in modules_of(network):
             if module.training:
                 raise TSPError(
@@ -147,9 +134,10 @@ class Call:
         self.result_dtype = first.dtype if first.dtype.is_floating_point else torch.get_default_dtype()
         self.attempts: list[str] = []
         self.plan: Plan | None = None
-        self.base = _bytes([leaf for leaf in leaves if isinstance(leaf, Tensor)], self.device)
-        self.base += _bytes([p for module in modules_of(network) for p in module.parameters()], self.device)
-        self.base += LIBRARY_BYTES.get(self.kind, 0)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors += [p for module in modules_of(network) for p in module.parameters()]
+        self.base = _bytes(tensors, self.device) + LIBRARY_BYTES.get(self.kind, 0)
+        self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
         wrapped = [
@@ -176,14 +164,29 @@ class Call:
             self.given[node] = leaf.tensor.detach().to(dtype)
         return node
 
-    def make_plan(self, limit: int | None = None) -> Plan:
-        """Return the plan of what is to be computed under the settings' limit, or under ``limit``."""
-        return self._make_plan(self.outputs, limit)
+    def make_plan(self) -> Plan:
+        """Return the plan of what is to be computed."""
+        return self._make_plan(self.outputs, self._limit())
+
+    def as_whole(self) -> Whole | None:
+        """Return what the call would take if it were not split; None where it has to be."""
+        alone = self.ranks is None and len(self.devices) == 1 and self.device in (self.devices[0], torch.device("meta"))
+        if not alone or self.settings.splits is not None or self.plan is not None:
+            return None
+        if self.settings.dtype is not None and self.floating - {torch.float32, self.settings.dtype}:
+            return None  # autocast leaves double precision as it is
+        if self.settings.dtype not in (None, torch.float16, torch.bfloat16) and self.floating != {self.settings.dtype}:
+            return None
+        return whole_of(self.outputs, self.base, self.device, self.kind, self.settings.dtype, self.result_dtype)
 
     def run(self, tick: Tick | None = None) -> Any:
         """Compute and return what the network returned."""
-        with torch.no_grad():
-            values = iter(self._execute(self.outputs, tick, self.settings.gather))
+        limit = self._limit()
+        with (
+            torch.no_grad(),
+            self.plans.plan(self.outputs, self._key, limit, lambda: self._make_plan(self.outputs, limit)) as planned,
+        ):
+            values = iter(self._run(*planned, tick, self.settings.gather))
         leaves = []
         for leaf in self.results:
             if isinstance(leaf, Volume):
@@ -203,48 +206,145 @@ class Call:
         assert self.plan is not None
         return Report(self.plan, dict(self.recorder.gathered), list(self.attempts))
 
-    def _execute(self, nodes: Sequence[Node], tick: Tick | None = None, gather: bool = True) -> list[Any]:
+    @property
+    def _key(self) -> Hashable:
+        """What a plan depends on beside the nodes and the limit."""
+        ranks = None if self.ranks is None else (self.ranks.rank, self.ranks.count)
+        return self.kind, self.base, self.settings.splits, self.settings.offload, ranks, tuple(self.devices)
+
+    def _execute(self, nodes: Sequence[Node]) -> list[Any]:
+        """Compute nodes that the network asks the values of while it is recorded."""
+        return self._run(self._make_plan(nodes, self._limit()), nodes)
+
+    def _run(self, plan: Plan, nodes: Sequence[Node], tick: Tick | None = None, gather: bool = True) -> list[Any]:
         if self.dry or self.device.type == "meta":
             raise TSPError(
                 "the network asks for values of its input while it runs, so it cannot be planned without them"
             )
-        limit = None
         while True:
-            self.plan = self._make_plan(nodes, limit)
+            self.plan = plan
             try:
                 lean = self.settings.memory_limit is not None
-                execution = Execution(self.plan, self.devices, self.ranks, self.given, gather, lean)
+                execution = Execution(plan, self.devices, self.ranks, self.given, gather, lean)
                 return execution.run(nodes, tick)
             except torch.cuda.OutOfMemoryError as error:
                 if self.ranks is not None:
                     raise TSPError("a rank ran out of memory; start more ranks, or give a memory_limit") from error
-                limit = self.plan.peak // 2
+                limit = plan.peak // 2
                 self.attempts.append(
-                    f"the device ran out of memory in a plan for {format_bytes(self.plan.peak)}; "
+                    f"the device ran out of memory in a plan for {format_bytes(plan.peak)}; "
                     f"planned again for {format_bytes(limit)}"
                 )
             del execution
             torch.cuda.empty_cache()
+            plan = self._make_plan(nodes, limit, splits=None)
 
-    def _make_plan(self, nodes: Sequence[Node], limit: int | None) -> Plan:
-        """Plan for ``limit``, which overrides the settings' number of splits, or as the settings say."""
-        splits = self.settings.splits if limit is None else None
-        limit = limit or parse_bytes(self.settings.memory_limit) or self._free()
-        rank, ranks = 0, 1
-        if self.ranks is not None:
-            rank, ranks = self.ranks.rank, self.ranks.count
-            limit = self.ranks.least(limit, self.device)
+    def _make_plan(self, nodes: Sequence[Node], limit: int | None, **settings: Any) -> Plan:
+        """Plan under a limit, as the settings say but for ``settings``."""
+        given = {"splits": self.settings.splits, **settings}
+        rank, ranks = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.count)
         return make_plan(
-            nodes, self.kind, self.base, splits, limit, self.settings.offload, rank, ranks, len(self.devices)
+            nodes,
+            self.kind,
+            self.base,
+            limit=limit,
+            offload=self.settings.offload,
+            rank=rank,
+            ranks=ranks,
+            devices=len(self.devices),
+            **given,
         )
 
-    def _free(self) -> int | None:
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            return self.base + int(HEADROOM * (free + held))
-        available = _available_host_memory()
-        return None if self.device.type != "cpu" or available is None else self.base + int(HEADROOM * available)
+    def _limit(self) -> int | None:
+        """Bytes that may be used, the same on every rank; None for no limit."""
+        limit = parse_bytes(self.settings.memory_limit) or free_bytes(self.device, self.base)
+        return limit if self.ranks is None else self.ranks.least(limit, self.device)
+
+
+class Runner:
+    """Runs calls of networks, whole or in slabs, and keeps what it found out about them for the next ones.
+
+    A network runs whole where nobody asks for slabs, memory allows it and its largest result is small
+    (:data:`~maisi_tools.tsp.whole.WHOLE_BYTES`).
+
+    Attributes:
+        report: what the last call did.
+    """
+
+    MOST = 64
+    """How many forms of calls are known, the latest."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.plans = Plans()
+        self.report: Report | None = None
+        self._known: dict[Hashable, Whole | None] = {}
+
+    def run(self, network: Callable[..., Any], args: Any, kwargs: Any, tick: Tick | None = None) -> Any:
+        """Return ``network(*args, **kwargs)``.
+
+        Raises:
+            TSPError, MemoryLimitError: see :class:`Call`.
+        """
+        form, call = _form_of(network, args, kwargs), None
+        if form in self._known:
+            whole = self._known.pop(form)
+        else:
+            call = Call(self.settings, network, args, kwargs, plans=self.plans)
+            whole = call.as_whole()
+        self._known[form] = whole
+        if len(self._known) > self.MOST:
+            self._known.pop(next(iter(self._known)))
+        attempts = []
+        if whole is not None and whole.fits(self.settings.memory_limit):
+            try:
+                result = run_whole(whole, network, args, kwargs)
+                self.report = Report(whole)
+                return result
+            except torch.cuda.OutOfMemoryError:
+                self._known[form] = None
+                attempts.append("the device ran out of memory with the whole network at once; it was run in slabs")
+            torch.cuda.empty_cache()
+        call = call or Call(self.settings, network, args, kwargs, plans=self.plans)
+        result = call.run(tick)
+        self.report = call.report()
+        self.report.attempts[:0] = attempts
+        return result
+
+    def plan(self, network: Callable[..., Any], args: Any, kwargs: Any) -> Plan | Whole:
+        """Return how the call would be computed, without computing it.
+
+        Raises:
+            TSPError, MemoryLimitError: as the call would.
+        """
+        call = Call(self.settings, network, args, kwargs, dry=True)
+        whole = call.as_whole()
+        return whole if whole is not None and whole.fits(self.settings.memory_limit) else call.make_plan()
+
+
+def _form_of(network: Callable[..., Any], args: Any, kwargs: Any) -> Hashable:
+    """What tells one kind of call from another: the function, its modules, shapes and types.
+
+    It decides whether a call that was looked at before is recorded again to see what it would take. What the call
+    computes never comes from an earlier one.
+    """
+    leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
+    described = [
+        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else type(leaf)
+        for leaf in leaves
+    ]
+    modules = [part for module in modules_of(network) for part in module.modules()]
+    function = getattr(network, "__func__", network)
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return (
+        id(getattr(function, "__code__", type(function))),
+        tuple((id(module), module.training) for module in modules),
+        tuple(parameter.dtype for module in modules_of(network) for parameter in module.parameters()),
+        str(spec),
+        tuple(described),
+        torch.is_grad_enabled(),
+        tuple(autocast),
+    )
 
 
 def run_in_slabs(
@@ -312,18 +412,3 @@ def _from_first_rank(ranks: Ranks, leaves: list[Any], spec: Any) -> tuple[list[A
 def _device_of(network: Callable[..., Any]) -> torch.device:
     """Where the network's weights are."""
     return next((p.device for module in modules_of(network) for p in module.parameters()), torch.device("cpu"))
-
-
-def _available_host_memory() -> int | None:
-    """What the kernel says can be had without swapping, within the container's limit; None where it does not say."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        room = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no limit, or no such group
-        return available
-    return min(available, room)

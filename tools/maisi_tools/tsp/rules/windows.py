@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maisi_tools.convolution import conv3d
 from maisi_tools.tsp.nodes import Node, clamp
 from maisi_tools.tsp.rules.table import bind, fit, per_axis, rule
 
@@ -45,6 +46,7 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
     padding = [0 if uneven or d == split else before[d] for d in range(dims)]
     widths = [w for d in reversed(range(dims)) for w in ((0, 0) if d == split else (before[d], after[d]))]
     step, reach, lead = stride[split], dilation[split] * (kernel[split] - 1) + 1, before[split]
+    convolve = conv3d if dims == 3 else func
 
     def want(a: int, b: int) -> tuple[int, int]:
         return a * step - lead, (b - 1) * step - lead + reach
@@ -59,7 +61,7 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
             slab = functional.pad(slab, widths)
         w = recorder.constants.get(weight, slab.device, slab.dtype)
         c = None if bias is None else recorder.constants.get(bias, slab.device, slab.dtype)
-        return func(slab, w, c, stride, padding, dilation, given["groups"])
+        return convolve(slab, w, c, stride, padding, dilation, given["groups"])
 
     sizes = [
         (n + p + q - d * (k - 1) - 1) // s + 1
