@@ -192,14 +192,24 @@ def compare_checkouts(options: argparse.Namespace) -> list[str]:
                     progress(f"round {k + 1}, {name}, {which} checkout: {got[0]:.3g} steps/s")
     rows = []
     for name in STAGES.values():
-        this, other = ([parts.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts)
+        this, other = (
+            [parts.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts
+        )
         ratios = [one[0] / two[0] for one, two in zip(found[name, "this"], found[name, "other"], strict=True)]
         spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
         rows.append([name, f"{other[0]:.3g}", *_cells(this), f"{parts.median(ratios):.2f}", spread])
     head = ["stage", "steps/s before", "steps/s", "image voxels/s", "waiting for data", "ratio", "of single rounds"]
     commit = parts.commit(options.against)
-    about = f"- before: commit {commit}; {options.rounds} rounds, both checkouts in turns, each time a process of its own"
-    return [*_described(options), about, "- medians; the ratio is that of a round's steps/s", "", parts.table(head, rows)]
+    about = (
+        f"- before: commit {commit}; {options.rounds} rounds, both checkouts in turns, each time a process of its own"
+    )
+    return [
+        *_described(options),
+        about,
+        "- medians; the ratio is that of a round's steps/s",
+        "",
+        parts.table(head, rows),
+    ]
 
 
 def _cells(got: Sequence[float]) -> list[str]:
