@@ -1,7 +1,7 @@
 """Steps a second, voxels a second and the share of a step spent waiting for data, for the training of each stage.
 
-python benchmarks/training.py --write                     # the bundles' own train.json on phantoms; minutes on two cores
-python benchmarks/training.py --against CHECKOUT --write  # and another checkout's, in turns, with the ratios
+python benchmarks/training.py --write               # the bundles' own train.json on phantoms; minutes on two cores
+python benchmarks/training.py --write --against DIR # and another checkout's, in turns, with the ratios
 
 The shipped small networks train on phantom volumes made on the fly; nothing of it is kept. Another checkout, such as a
 worktree of an earlier commit, trains with its own package and its own bundles, by ``measure`` of its own script.
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="computing threads (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small phantoms, two steps: shows that everything works")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (default 3)")
     parser.add_argument("--write", action="store_true", help="write the dated page in benchmarks/results")
     options = parser.parse_args()

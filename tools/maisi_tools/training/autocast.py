@@ -14,14 +14,14 @@ from maisi_tools.errors import InputError
 def fastest_dtype(device: torch.device | str) -> str:
     """The dtype to train in: "bfloat16" where the hardware computes in it, else "float16" on CUDA, "float32" on a CPU.
 
-    float16 needs a gradient scaler: give the trainer ``amp: true``. A CPU computes in bfloat16 with AMX. With AVX512
-    alone it is slower than float32 (measured: a convolution of 32 channels 0.32 s against 0.20 s), and wrong: oneDNN
-    3.13 leaves memory unset in the weights' gradient of a convolution from 256 channels to one on 3^3 voxels, the last
-    of the discriminator.
+    float16 needs a gradient scaler: give the trainer ``amp: true``. A CPU computes in bfloat16 with AMX or AVX512-BF16
+    (there with float32 gradients of weights, see :mod:`maisi_tools.convolution`). With AVX512 alone it is slower than
+    float32 (measured: a convolution of 32 channels 0.32 s against 0.20 s).
     """
     if torch.device(device).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported() else "float32"
+    computes = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if torch.backends.mkldnn.is_available() and computes else "float32"
 
 
 class AutocastInferer(SimpleInferer):
