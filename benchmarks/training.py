@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -193,11 +194,11 @@ def compare_checkouts(options: argparse.Namespace) -> list[str]:
     rows = []
     for name in STAGES.values():
         this, other = (
-            [parts.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts
+            [statistics.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts
         )
         ratios = [one[0] / two[0] for one, two in zip(found[name, "this"], found[name, "other"], strict=True)]
         spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
-        rows.append([name, f"{other[0]:.3g}", *_cells(this), f"{parts.median(ratios):.2f}", spread])
+        rows.append([name, f"{other[0]:.3g}", *_cells(this), f"{statistics.median(ratios):.2f}", spread])
     head = ["stage", "steps/s before", "steps/s", "image voxels/s", "waiting for data", "ratio", "of single rounds"]
     commit = parts.commit(options.against)
     about = (
