@@ -339,16 +339,21 @@ def circumstances(threads: int | None = None) -> list[str]:
     )
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD").strip() or "unknown"
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "tools", "benchmarks", "bundles")
-    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
     return [
         f"- date: {datetime.date.today().isoformat()}",
         f"- CPU: {model}, {cores} cores, {threads or cores} threads; load of the machine at the start {load:.1f}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}",
-        f"- commit: {commit}{', with changes' if changed else ''}",
+        f"- commit: {commit(ROOT)}",
         f"- command: `{shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`",
     ]
+
+
+def commit(checkout: Path) -> str:
+    """Return a checkout's short commit, and whether what is measured was changed since."""
+    found = _output("git", "-C", str(checkout), "rev-parse", "--short", "HEAD").strip() or "unknown"
+    changed = _output("git", "-C", str(checkout), "status", "--porcelain", "--", "tools", "benchmarks", "bundles")
+    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
+    return f"{found}{', with changes' if changed else ''}"
 
 
 def _output(*command: str) -> str:

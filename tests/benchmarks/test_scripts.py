@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.networks.nets import UNet
 
 
 def run(repo_root: Path, script: str, *options: str) -> str:
@@ -159,3 +160,24 @@ def test_the_training_of_each_stage_is_timed(repo_root: Path) -> None:
         a_step = int(size.replace(",", ""))
         assert float(voxels) == pytest.approx(float(steps) * a_step, rel=0.02) and 0 <= float(waiting[:-2]) < 100
     assert [row[4] for row in found[1:]] == ["32,768"] * 2  # 32^3 image voxels; the patches of the VAE vary
+
+
+def test_solvers_are_compared_with_many_steps(repo_root: Path, tmp_path: Path) -> None:
+    network = UNet(3, 1, 8, channels=[32, 64, 128, 128], strides=[2, 2, 2], num_res_units=2)  # that of evaluation/
+    torch.save(network.state_dict(), tmp_path / "untrained.pt")
+    options = ["--quick", "--threads", "1", "--segmentation", str(tmp_path / "untrained.pt")]
+    found = {row[0]: row[1:] for row in rows(run(repo_root, "solvers.py", *options))}
+    calls = {name: int(row[0]) for name, row in found.items()}
+    assert calls == {"euler 2": 2, "euler 6": 6, "heun 3": 5, "ab2 6": 6, "heun 8 (reference)": 15}
+    error = {name: float(row[1]) for name, row in found.items()}
+    assert error["heun 8 (reference)"] == 0 < error["ab2 6"] < error["euler 6"] < error["euler 2"]
+    for mean, highest, high, bone, airway, _, body, structures, seconds in (row[1:] for row in found.values()):
+        assert mean == highest and float(mean) <= float(high) and float(seconds) > 0
+        assert float(body) > 0.5 and all(0 <= float(dice) <= 1 for dice in (bone, airway, structures))
+
+
+def test_solvers_need_masks(repo_root: Path, tmp_path: Path) -> None:
+    for options, words in (([], "--masks is missing"), (["--masks", str(tmp_path / "none")], "none")):
+        command = [sys.executable, str(repo_root / "benchmarks" / "solvers.py"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr

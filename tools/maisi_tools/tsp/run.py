@@ -26,6 +26,7 @@ OFFLOADS = ("auto", "host", "disk", "none")
 LIBRARY_BYTES = {"cpu": 48 * 2**20}
 """What the convolution library keeps beside the slabs: up to 42 MB were measured on two cores (benchmarks)."""
 
+
 @dataclass
 class Settings:
     """How a call is split; see :class:`maisi_tools.tsp.TSPInferer`."""
