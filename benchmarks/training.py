@@ -1,6 +1,6 @@
 """Steps a second, voxels a second and the share of a step spent waiting for data, for the training of each stage.
 
-python benchmarks/training.py --write                     # the bundles' own train.json on phantoms; minutes on two cores
+python benchmarks/training.py --write                     # the bundles' own train.json on phantoms; minutes
 python benchmarks/training.py --against CHECKOUT --write  # and another checkout's, in turns, with the ratios
 
 The shipped small networks train on phantom volumes made on the fly; nothing of it is kept. Another checkout, such as a
