@@ -54,7 +54,7 @@ ways="TSP;TSP 16GiB;TSP 8GiB;MONAI, 2 splits;MONAI, 8 splits;windows"
 tsp=(--sizes 256x256x256,512x512x512,512x512x768 --budget 290)
 sampling=(--budget 170)
 if [ -n "$quick" ]; then
-    tsp=(--sizes 32x32x32,32x32x40 --channels small --repeats 1 --threads 1)
+    tsp=(--sizes 24x96x24,24x96x32 --channels small --repeats 1 --threads 1)
     sampling=(--quick --threads 1)
 fi
 

@@ -247,6 +247,10 @@ def check_memory_reading(fresh: bool = True, size: int = 256 * 2**20) -> str:
     return line
 
 
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
 class Variant(Protocol):
     """One of the ways that a benchmark compares; ``once``: it takes far longer, so the first round alone has it."""
 
@@ -289,7 +293,7 @@ def in_turns(
         found[variant.name].append(got)
         told(said, got)
     medians = {
-        name: tuple(map(statistics.median, zip(*figures, strict=True)))
+        name: tuple(map(median, zip(*figures, strict=True)))
         for name, figures in found.items()
         if figures and name not in failed
     }

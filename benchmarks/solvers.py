@@ -57,11 +57,10 @@ RUNS = (
     *(Run("heun", steps) for steps in (5, 8, 10)),
     *(Run("ab2", steps) for steps in (5, 8, 10, 15)),
 )
-REFERENCE = Run("heun", 100)
-"""199 calls. As many Euler steps are no reference: Euler's error falls with the steps alone, so 200 have a seventh of
-that of 30, as much as sets the second-order solvers apart."""
+REFERENCE_STEPS, QUICK_REFERENCE_STEPS = 100, 8
+"""Of heun: 199 calls. As many Euler steps are no reference: Euler's error falls with the steps alone, so 200 have a
+seventh of that of 30, as much as sets the second-order solvers apart."""
 QUICK = (Run("euler", 2), Run("euler", 6), Run("heun", 3), Run("ab2", 6))
-QUICK_REFERENCE = Run("heun", 8)
 
 
 @dataclasses.dataclass
@@ -175,7 +174,7 @@ def anatomy(
 
 def compare(options: argparse.Namespace) -> list[str]:
     """Measure every run; return the page's lines."""
-    reference, *others = (QUICK_REFERENCE, *QUICK) if options.quick else (REFERENCE, *RUNS)
+    reference, others = Run("heun", options.reference), QUICK if options.quick else RUNS
     runs = (reference, *others)
     columns = (*TISSUES, "body", "all structures")
     with tempfile.TemporaryDirectory() as scratch:
@@ -225,6 +224,7 @@ def main() -> None:
     parser.add_argument("--datalist", help="cases with `image` (CT) and `label`, whose masks are measured")
     parser.add_argument("--section", default="validation", help="of the datalist (default validation)")
     parser.add_argument("--count", type=int, help="masks, the first of them (default 10)")
+    parser.add_argument("--reference", type=int, help="steps of the reference, by heun (default 100)")
     parser.add_argument("--label_map", default="maisi", help="how the masks are to be read (default maisi)")
     parser.add_argument("--segmentation", help="weights of evaluation/segmentation; without them its column is empty")
     parser.add_argument("--threads", type=int, help="computing threads (default: all cores)")
@@ -234,6 +234,7 @@ def main() -> None:
     if options.masks is None and not options.quick:
         parser.error("--masks is missing; give completed masks, or --quick for a phantom")
     options.count = options.count or (1 if options.quick else 10)
+    options.reference = options.reference or (QUICK_REFERENCE_STEPS if options.quick else REFERENCE_STEPS)
     about = parts.circumstances(options.threads)
     try:
         lines = compare(options)

@@ -1,7 +1,7 @@
 """Steps a second, voxels a second and the share of a step spent waiting for data, for the training of each stage.
 
-python benchmarks/training.py --write               # the bundles' own train.json on phantoms; minutes on two cores
-python benchmarks/training.py --write --against DIR # and another checkout's, in turns, with the ratios
+python benchmarks/training.py --write                     # the bundles' own train.json on phantoms; minutes
+python benchmarks/training.py --against CHECKOUT --write  # and another checkout's, in turns, with the ratios
 
 The shipped small networks train on phantom volumes made on the fly; nothing of it is kept. Another checkout, such as a
 worktree of an earlier commit, trains with its own package and its own bundles, by ``measure`` of its own script.
@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,7 @@ def compare(options: argparse.Namespace) -> list[str]:
         make_cases(Path(folder), options.size)
         run = {"fresh": False, "threads": options.threads}
         parts.in_own_process(encode, folder, options.device, **run)
-        for bundle, name in STAGES.items():
+        for bundle, name in options.stages.items():
             try:
                 got = parts.in_own_process(measure, bundle, folder, options.size, options.steps, options.device, **run)
             except parts.Failed as error:
@@ -184,7 +183,7 @@ def compare_checkouts(options: argparse.Namespace) -> list[str]:
             make_cases(own, options.size)
             in_checkout(checkout, options.threads, "encode", str(own), options.device)
         for k in range(options.rounds):
-            for bundle, name in STAGES.items():
+            for bundle, name in options.stages.items():
                 for which in list(checkouts)[:: 1 - 2 * (k % 2)]:  # the first one of a pair is the second of the next
                     args = [bundle, str(Path(folder) / which), options.size, options.steps, options.device]
                     got = in_checkout(checkouts[which], options.threads, "measure", *args)
@@ -192,13 +191,13 @@ def compare_checkouts(options: argparse.Namespace) -> list[str]:
                     found.setdefault((name, which), []).append(got)
                     progress(f"round {k + 1}, {name}, {which} checkout: {got[0]:.3g} steps/s")
     rows = []
-    for name in STAGES.values():
+    for name in options.stages.values():
         this, other = (
-            [statistics.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts
+            [parts.median(column) for column in zip(*found[name, which], strict=True)] for which in checkouts
         )
         ratios = [one[0] / two[0] for one, two in zip(found[name, "this"], found[name, "other"], strict=True)]
         spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
-        rows.append([name, f"{other[0]:.3g}", *_cells(this), f"{statistics.median(ratios):.2f}", spread])
+        rows.append([name, f"{other[0]:.3g}", *_cells(this), f"{parts.median(ratios):.2f}", spread])
     head = ["stage", "steps/s before", "steps/s", "image voxels/s", "waiting for data", "ratio", "of single rounds"]
     commit = parts.commit(options.against)
     about = (
@@ -230,12 +229,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="computing threads (default: all cores)")
     parser.add_argument("--quick", action="store_true", help="small phantoms, two steps: shows that everything works")
-    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout of this repository")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
     parser.add_argument("--rounds", type=int, default=3, help="of --against (default 3)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES], help="bundles (default: all)")
     parser.add_argument("--write", action="store_true", help="write the dated page in benchmarks/results")
     options = parser.parse_args()
     options.steps = options.steps or (2 if options.quick else 20)
     options.size = options.size or ([32] * 3 if options.quick else [96] * 3)
+    options.stages = {bundle: STAGES[bundle] for bundle in options.stages}
     if options.against:
         options.against = options.against.resolve()
         if not (options.against / "benchmarks" / "training.py").is_file():

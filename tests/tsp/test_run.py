@@ -23,8 +23,8 @@ from maisi_tools.tsp.errors import MemoryLimitError, TSPError
 from maisi_tools.tsp.execute import Execution
 from maisi_tools.tsp.heap import SlabPool
 from maisi_tools.tsp.inferer import TSPInferer
-from maisi_tools.tsp.moments import BLOCK, moments
 from maisi_tools.tsp.memory import parse_bytes
+from maisi_tools.tsp.moments import BLOCK, moments
 from maisi_tools.tsp.run import LIBRARY_BYTES, Call, Settings, run_in_slabs
 
 

@@ -25,9 +25,11 @@ from maisi_tools.tsp.nodes import Node, arranged
 from maisi_tools.tsp.plan import format_bytes, order_of, size_of
 
 WHOLE_BYTES = {"cpu": 128 * 2**20}
-"""Up to which size of its largest result a network is run whole. On a CPU: measured on two cores with autoencoders of 16
-to 128 channels in float32; at 16 MiB whole takes a third of the time of slabs, at 128 MiB 0.6 to 1.0 of it, at 432 MiB as
-long with far more memory."""
+"""Up to which size of its largest result a network is run whole.
+
+On a CPU: measured on two cores with autoencoders of 16 to 128 channels in float32. At 16 MiB whole takes a third of the
+time of slabs, at 128 MiB 0.6 to 1.0 of it, at 432 MiB as long, with far more memory.
+"""
 
 GPU_WHOLE_BYTES = 512 * 2**20
 """The same on a GPU: where each pass would be a single slab."""
