@@ -34,6 +34,9 @@ RELEASED_STEPS = 30
 SCALE_FACTOR = 1.0
 """Of the random weights, whose autoencoder knows no latents."""
 
+FIELD_OF_VIEW = (384.0, 384.0, 320.0)
+"""mm along x, y, z of the masks for the released networks; a chest and abdomen."""
+
 Way = Callable[[MetaTensor], Tensor]
 """``way(mask (1, 1, D, H, W)) -> CT`` of the same size in [0, 1], not clipped."""
 
@@ -89,7 +92,8 @@ def released(folder: Path, size: tuple[int, int, int], narrower: int = 1) -> Set
     configs = (CONFIGS / "inference.json", CONFIGS / "full_rflow.json")
     overlay = folder / "overlay.json"
     name = {1: "released networks", 2: "half-width released networks"}.get(narrower, f"released networks / {narrower}")
-    setup = SetUp(f"{name}, random weights", (*configs, overlay), size, (1.5, 1.5, 3.0), "torso")
+    spacing = (FIELD_OF_VIEW[0] / size[0], FIELD_OF_VIEW[1] / size[1], FIELD_OF_VIEW[2] / size[2])
+    setup = SetUp(f"{name}, random weights", (*configs, overlay), size, spacing, "torso")
     changes = _narrower(configs, narrower)
     files = {key: str(folder / f"{key}.pt") for key in ("ckpt_path", "unet_ckpt_path", "autoencoder_ckpt_path")}
     overlay.write_text(json.dumps(changes | files))

@@ -53,6 +53,19 @@ def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     return found | changes
 
 
+def released_settings(device: str) -> dict[str, Any]:
+    """Return the autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative).
+
+    A CPU keeps norms in float32: it cannot compute in float16 and bfloat16 at once.
+    """
+    return {"norm_float16": device == "cuda", "num_splits": 2, "dim_split": 1, "save_mem": True}
+
+
+def half_precision(device: str) -> str:
+    """Return what is computed in where nothing is said: many CPUs have no float16, and take minutes for seconds."""
+    return "float16" if device == "cuda" else "bfloat16"
+
+
 def autoencoder(arguments: dict[str, Any], device: str = "cpu") -> AutoencoderKlMaisi:
     """Return MONAI's autoencoder with seeded random weights: the same ones for the same widths, however it splits."""
     torch.manual_seed(SEED)
@@ -176,6 +189,39 @@ class PeakMemory:
         raise Failed(f"this system's /proc/self/status has no {field}")
 
 
+def synchronize(device: str) -> None:
+    """Wait for what the device still computes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def reset_peaks(device: str) -> None:
+    """Let the device's peaks begin here."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks(device: str, memory: PeakMemory) -> tuple[int, int]:
+    """Return the most bytes that tensors held and that torch held; on a CPU twice the process's peak."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return (memory.above_start(),) * 2
+
+
+def device_name(device: str) -> str:
+    """Return the device's name.
+
+    Raises:
+        Failed: CUDA is asked for, and there is none.
+    """
+    if device != "cuda":
+        return "CPU"
+    if not torch.cuda.is_available():
+        raise Failed("there is no CUDA device here; --device cpu runs the same code without one")
+    return torch.cuda.get_device_name()
+
+
 def allocate_and_free(size: int) -> int:
     """Return the peak that is read when ``size`` bytes were used and given back before."""
     earlier = torch.ones(2 * size, dtype=torch.uint8)  # a higher peak from before, which must not count
@@ -199,6 +245,10 @@ def check_memory_reading(fresh: bool = True, size: int = 256 * 2**20) -> str:
     if abs(read - size) > 0.05 * size:
         raise Failed(f"peak memory cannot be measured here: {line}")
     return line
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
 
 
 class Variant(Protocol):
@@ -243,7 +293,7 @@ def in_turns(
         found[variant.name].append(got)
         told(said, got)
     medians = {
-        name: tuple(map(statistics.median, zip(*figures, strict=True)))
+        name: tuple(map(median, zip(*figures, strict=True)))
         for name, figures in found.items()
         if figures and name not in failed
     }
@@ -293,16 +343,21 @@ def circumstances(threads: int | None = None) -> list[str]:
     )
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD").strip() or "unknown"
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", "tools", "benchmarks", "bundles")
-    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
     return [
         f"- date: {datetime.date.today().isoformat()}",
         f"- CPU: {model}, {cores} cores, {threads or cores} threads; load of the machine at the start {load:.1f}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, MONAI {monai.__version__}",
-        f"- commit: {commit}{', with changes' if changed else ''}",
+        f"- commit: {commit(ROOT)}",
         f"- command: `{shlex.join(['python', os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])}`",
     ]
+
+
+def commit(checkout: Path) -> str:
+    """Return a checkout's short commit, and whether what is measured was changed since."""
+    found = _output("git", "-C", str(checkout), "rev-parse", "--short", "HEAD").strip() or "unknown"
+    changed = _output("git", "-C", str(checkout), "status", "--porcelain", "--", "tools", "benchmarks", "bundles")
+    changed = "\n".join(line for line in changed.splitlines() if "benchmarks/results/" not in line)
+    return f"{found}{', with changes' if changed else ''}"
 
 
 def _output(*command: str) -> str:

@@ -22,9 +22,9 @@ from monai.inferers import SlidingWindowInferer
 import parts
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.tsp.memory import parse_bytes
 from maisi_tools.tsp.nodes import Rows
 from maisi_tools.tsp.plan import Plan
-from maisi_tools.tsp.memory import parse_bytes
 from maisi_tools.weights import load_weights
 
 
@@ -115,11 +115,11 @@ def choose_limit(case: Case) -> tuple[int, int]:
     network = parts.autoencoder(case.arguments)
     x = parts.volume(case.direction, case.size, case.arguments["latent_channels"])
 
-    def planned(limit: int | None) -> Plan:
+    def planned(limit: int) -> int:
         with torch.no_grad():
-            return TSPInferer(memory_limit=limit).plan(x, getattr(network, case.direction))
+            return TSPInferer(memory_limit=limit).plan(x, getattr(network, case.direction)).peak
 
-    peak = planned(2**60).peak
+    peak = planned(2**60)
     for share in np.arange(LIMIT_OF_PEAK, 1, 0.05):
         try:
             planned(int(share * peak))
@@ -224,6 +224,8 @@ def measure_ones(size: int, splits: int | None, limit: int, checkpoint: str) -> 
     peak = memory.above_start()
     assert tsp.report is not None
     plan = tsp.report.plan
+    if not isinstance(plan, Plan):
+        raise parts.Failed(f"--size {size} is computed at once, without a seam; give --splits or a larger one")
     axis = next(target.axis for done in plan.passes for target in done.targets if target.axis is not None)
     margin = -(-reach(arguments) // parts.FACTOR)
     inner = latent[0][(slice(None), *(slice(margin, n - margin) for n in latent.shape[2:]))].double()

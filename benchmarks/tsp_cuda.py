@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from maisi_tools.atomic import replacing
 from maisi_tools.tsp.inferer import TSPInferer
 
 SIZES = "256x256x256,512x512x128,512x512x512,512x512x768"
-RELEASED = {"norm_float16": True, "num_splits": 2, "dim_split": 1, "save_mem": True}
-"""The autoencoder's memory settings in the released configs (MONAI model-zoo, maisi_ct_generative/inference.json)."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,14 @@ class Variant:
     """One way to run the network.
 
     Attributes:
-        changes: to the network's settings.
+        changes: to the released network's memory settings; None for a network without any.
         limit: TSP's memory limit; None is all that is free.
         largest: it is measured at the largest size only, unless it is asked for by name.
     """
 
     name: str
     kind: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any] | None = None
     limit: str | None = None
     largest: bool = False
 
@@ -53,9 +51,9 @@ VARIANTS = (
     Variant("TSP", "tsp"),
     Variant("TSP 16GiB", "tsp", limit="16GiB", largest=True),
     Variant("TSP 8GiB", "tsp", limit="8GiB", largest=True),
-    Variant("MONAI, 2 splits", "whole", RELEASED),
-    Variant("MONAI, 8 splits", "whole", RELEASED | {"num_splits": 8}),
-    Variant("windows", "windows", RELEASED),
+    Variant("MONAI, 2 splits", "whole", {}),
+    Variant("MONAI, 8 splits", "whole", {"num_splits": 8}),
+    Variant("windows", "windows", {}),
 )
 
 
@@ -99,17 +97,15 @@ def _precision(task: Task) -> Iterator[None]:
         yield
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def measure(task: Task) -> tuple[float, int, int, float]:
     """Return seconds (median), bytes allocated and reserved at most, and the difference to the reference's result.
 
     The result of the first variant at a size is the reference: every fourth voxel along each axis is compared.
     """
-    network = parts.autoencoder(task.arguments | task.variant.changes, task.device)
+    arguments = task.arguments
+    if task.variant.changes is not None:
+        arguments = arguments | parts.released_settings(task.device) | task.variant.changes
+    network = parts.autoencoder(arguments, task.device)
 
     def once(size: Sequence[int]) -> tuple[float, Tensor]:
         x = parts.volume(task.direction, size, task.arguments["latent_channels"]).to(task.device)
@@ -118,48 +114,44 @@ def measure(task: Task) -> tuple[float, int, int, float]:
         # is not padded where it is smaller than a window.
         roi = [min(n, most) for n, most in zip(x.shape[2:], parts.WINDOW[task.direction], strict=True)]
         windows = SlidingWindowInferer(roi, **parts.WINDOWS, sw_device=task.device, device="cpu")
-        _synchronize(task.device)
+        parts.synchronize(task.device)
         start = time.perf_counter()
         result = parts.call(network, task.direction, x, tsp, windows if task.variant.kind == "windows" else None)
-        _synchronize(task.device)
+        parts.synchronize(task.device)
         return time.perf_counter() - start, result
 
     with torch.inference_mode(), _precision(task):
         once(task.smallest)
-        if task.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        parts.reset_peaks(task.device)
         memory = parts.PeakMemory()
         seconds = []
         for _ in range(task.repeats):
             result: Tensor | None = None  # so that a run's peak does not hold the result before
             took, result = once(task.size)
             seconds.append(took)
-    if task.device == "cuda":
-        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        peaks = (memory.above_start(),) * 2
     assert result is not None
     sample = result[..., ::4, ::4, ::4].float().cpu().numpy()
     if not Path(task.reference).exists():
         np.save(task.reference, sample)
-    return statistics.median(seconds), *peaks, float(np.abs(sample - np.load(task.reference)).max())
+    return (
+        statistics.median(seconds),
+        *parts.peaks(task.device, memory),
+        float(np.abs(sample - np.load(task.reference)).max()),
+    )
 
 
 def matmul_peak(device: str, dtype: str) -> tuple[str, float]:
     """Return the device's name and the FLOP/s of a large matrix product, the best of ten; raises without CUDA."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise parts.Failed("there is no CUDA device here; --device cpu runs the same code without one")
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    name = parts.device_name(device)
     n = 8192 if device == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(getattr(torch, dtype))
     best = float("inf")
     for _ in range(12):
-        _synchronize(device)
+        parts.synchronize(device)
         start = time.perf_counter()
         for _ in range(5):
             a @ a
-        _synchronize(device)
+        parts.synchronize(device)
         best = min(best, (time.perf_counter() - start) / 5)
     return name, 2 * n**3 / best
 
@@ -230,6 +222,9 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[
             except parts.Failed as error:
                 row.note = str(error)
                 note(f"{number + 1}/{len(rows)}: {row.direction} {row.size} {row.variant}: {row.note}")
+            if options.out:  # after each row, so that what ends this early leaves what it has
+                with replacing(options.out / "tsp-cuda.json") as part:
+                    part.write_text(json.dumps([asdict(row) for row, _ in rows], indent=1) + "\n")
     return lines, [row for row, _ in rows]
 
 
@@ -261,7 +256,7 @@ def main() -> None:
     parser.add_argument("--directions", default=",".join(parts.DIRECTIONS), help="decode, encode (default: both)")
     parser.add_argument("--channels", choices=("full", "small"), default="full", help="the released or shipped network")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="default float16")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16; on a CPU bfloat16")
     parser.add_argument("--threads", type=int, help="computing threads of the CPU (default: all cores)")
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many is reported (default 3)")
     parser.add_argument("--budget", type=float, default=540, help="seconds after which rows are not run (default 540)")
@@ -276,6 +271,7 @@ def main() -> None:
         parser.error(
             f"--directions: {options.directions!r}; give {' or '.join(parts.DIRECTIONS)}, or both with a comma"
         )
+    options.dtype = options.dtype or parts.half_precision(options.device)
     unknown = set((options.variants or VARIANTS[0].name).split(";")) - {variant.name for variant in VARIANTS}
     if unknown:
         parser.error(f"--variants: {', '.join(sorted(unknown))} is none of {'; '.join(v.name for v in VARIANTS)}")
@@ -288,8 +284,6 @@ def main() -> None:
     page = ["# TSP against MONAI on a GPU", "", *about, *lines, as_table(rows)]
     print("\n".join(page))
     if options.out:
-        with replacing(options.out / "tsp-cuda.json") as part:
-            part.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         with replacing(options.out / "tsp-cuda.md") as part:
             part.write_text("\n".join(page) + "\n")
     if options.write:

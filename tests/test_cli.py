@@ -307,7 +307,7 @@ def kept_out(tmp_path):
 
 
 def test_compare_computes_what_it_shows(kept_out, tmp_path, capsys, repo_root):
-    # The shipped bundles, but with two sampling steps in place of thirty.
+    # The shipped bundles, but with two sampling steps.
     root = tmp_path / "bundles"
     for name in ("maisi_vae", "maisi_controlnet"):
         shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")

@@ -61,8 +61,9 @@ class MaskToCTOperator(Operator):
 
 
 def _settings() -> dict[str, Any]:
-    steps = os.environ.get("MAISI_STEPS")
-    return {} if steps is None else {"num_inference_steps": int(steps)}
+    steps, solver = os.environ.get("MAISI_STEPS"), os.environ.get("MAISI_SOLVER")
+    settings: dict[str, Any] = {} if steps is None else {"num_inference_steps": int(steps)}
+    return settings if solver is None else {**settings, "solver": solver}
 
 
 class MaisiApp(Application):

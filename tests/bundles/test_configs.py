@@ -109,14 +109,29 @@ def test_copies_of_the_weights_agree(bundles):
 
 
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
+@pytest.mark.parametrize(
+    ("overlay", "solver", "steps"),
+    [(None, "ab2", 10), ("full_rflow.json", "euler", 30), ("full_ddpm.json", "euler", 1000)],
+)
+def test_each_weights_have_their_solver_and_steps(bundles, bundle, overlay, solver, steps):
+    """The overlays do not take the small weights' default; what MONAI Label shows is what runs."""
+    parser = parser_of(bundles, bundle, "inference.json", *([overlay] if overlay else []))
+    shown = parser.get_parsed_content("displayable_configs")
+    assert (shown["solver"], shown["num_inference_steps"]) == (solver, steps)
+    for key, value in (("solver", solver), ("num_inference_steps", steps), ("guidance_interval", [0, 1])):
+        assert parser.get_parsed_content(key) == value
+
+
+@pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
 def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
     """MONAI Label shows this dict to its user and writes the edited values back."""
     parser = parser_of(bundles, bundle, "inference.json")
     parser["displayable_configs"]["seed"] = 7
     parser["displayable_configs"]["num_inference_steps"] = 2
+    parser["displayable_configs"]["solver"] = "heun"
     parser.parse()
     inferer = parser.get_parsed_content("inferer" if bundle == "maisi_ldm" else "inferer#inferer")
-    assert inferer.num_inference_steps == 2
+    assert inferer.num_inference_steps == 2 and inferer.solver == "heun"
     assert (inferer.conditions.seed if bundle == "maisi_ldm" else inferer.seed) == 7
 
 

@@ -161,6 +161,7 @@ def test_dicom_overlay_writes_a_study_beside_the_volume(run_bundle, save, phanto
     text = pydicom.dcmread(next((study / "CT").iterdir())).DerivationDescription
     recorded = json.loads(text[text.index("{") :])
     assert recorded["seed"] == 4 and recorded["num_inference_steps"] == 3
+    assert recorded["solver"] == "ab2"
 
 
 def test_dicom_overlay_refuses_masks_in_the_inputs_numbering(run_bundle, save, phantom_labels, tmp_path):

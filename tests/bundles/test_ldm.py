@@ -56,6 +56,21 @@ def test_guidance_changes_the_sample_and_one_does_not(run_bundle, tmp_path):
     assert np.abs(volumes[0.0] - volumes[3.0]).max() > 1
 
 
+def test_guidance_outside_its_interval_is_none(run_bundle, tmp_path):
+    """Three steps are shown the timesteps 1000, 500 and 200; an interval between them guides none."""
+    volumes = []
+    for number, settings in enumerate(({}, {"guidance_interval": [0.6, 0.9]}, {"guidance_interval": [0.4, 0.6]})):
+        scale = 3.0 if settings else 0.0
+        out = tmp_path / str(number)
+        run_bundle("maisi_ldm", "inference.json", output_dir=str(out), guidance_scale=scale, **settings, **FAST)
+        volumes.append(np.asarray(nib.load(out / "sample_seed0.nii.gz").dataobj))
+        recorded = json.loads((out / "run.json").read_text())["settings"]
+        assert recorded["guidance_interval"] == settings.get("guidance_interval", [0.0, 1.0])
+        assert recorded["solver"] == "ab2"
+    np.testing.assert_array_equal(volumes[0], volumes[1])
+    assert (volumes[0] != volumes[2]).any()
+
+
 def test_samples_from_a_list(run_bundle, tmp_path):
     spec = tmp_path / "samples.json"
     spec.write_text(json.dumps([{"seed": 3, "name": "first"}, {"seed": 4}]))
@@ -73,6 +88,8 @@ def test_samples_from_a_list(run_bundle, tmp_path):
         ({"region": ["foot"]}, ["foot", "head"]),
         ({"modality": "pet"}, ["pet", "ct"]),
         ({"num_inference_steps": 0}, ["0", "1000"]),
+        ({"solver": "dopri5"}, ["dopri5", "euler, heun, ab2"]),
+        ({"guidance_interval": [0.5, 1.5]}, ["[0.5, 1.5]", "0 to 1"]),
         ({"num_samples": 0}, ["0"]),
     ],
 )
@@ -81,14 +98,15 @@ def test_bad_conditions_are_refused(cause, run_bundle, tmp_path, override, words
         run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "out"), **{**FAST, **override})
     message = str(cause(raised.value))
     assert all(word in message for word in words), message
-    assert not list((tmp_path / "out").glob("*.nii.gz"))
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_ddpm_needs_all_its_steps_and_ddim_does_not(cause, run_bundle, tmp_path):
     ddpm = {"_target_": "monai.networks.schedulers.DDPMScheduler", "num_train_timesteps": 1000}
-    with pytest.raises(Exception) as raised:
-        run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddpm, **FAST)
-    assert "1000" in str(cause(raised.value))
+    for settings, words in (({}, ["'ab2' with DDPMScheduler", "--solver euler"]), ({"solver": "euler"}, ["1000"])):
+        with pytest.raises(Exception) as raised:
+            run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddpm, **settings, **FAST)
+        assert all(word in str(cause(raised.value)) for word in words)
     ddim = {**ddpm, "_target_": "monai.networks.schedulers.DDIMScheduler"}
-    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, **FAST)
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, solver="euler", **FAST)
     assert (tmp_path / "sample_seed0.nii.gz").exists()

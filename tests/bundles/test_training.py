@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from tensorboard.backend.event_processing import event_accumulator
+from torch.utils._pytree import tree_map
 
 from maisi_tools.errors import find_input_error
 from maisi_tools.weights import load_weights, read_scale_factor, save_weights
@@ -194,6 +196,45 @@ def test_train_config(run_bundle, stage, cases, latents, bundles, tmp_path):
     # what was saved is what inference loads
     network = run_free_network(stage, bundles, tmp_path / "out" / "model.pt")
     assert not network.training
+
+
+@pytest.mark.parametrize("amp", ["float32", None], ids=["float32", "as-configured"])
+@pytest.mark.parametrize("stage", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
+def test_a_step_on_each_device(open_bundle, cases, latents, bundles, tiny_overrides, tmp_path, stage, amp, device):
+    """Gradient descent by the trainer against a backward pass on the CPU, of the same network from the same input."""
+    one = {"epoch_length": 1, "max_epochs": 1, "val_interval": 9, "batch_size": 1, "accumulation_steps": 1}
+    one |= {"optimizer#_target_": "torch.optim.SGD", "learning_rate": 1.0, "clip_norm": 1e6}
+    if stage == "maisi_vae":
+        settings = overrides(stage, cases, latents, bundles, tmp_path) | {"adversarial_weight": 0, "tensorboard": False}
+        settings["schedule"] = "$lambda optimizer, rate, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)"
+    else:
+        settings = tiny_overrides(stage, tmp_path)
+    settings |= one | {"device": f"$torch.device('{device}')"}
+    settings.pop("amp_dtype", None)
+    if amp:
+        settings["amp_dtype"] = amp
+    trainer = open_bundle(stage, "train.json", **settings).parser.get_parsed_content("train#trainer")
+    network, seen = trainer.network, []
+    plain = copy.deepcopy(network).cpu()
+    network.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    trainer.run()
+    to_cpu = partial(tree_map, lambda leaf: torch.as_tensor(leaf).cpu() if isinstance(leaf, torch.Tensor) else leaf)
+    (args, kwargs), label = to_cpu(seen[0]), to_cpu(trainer.state.output["label"])
+    loss = trainer.loss_function(plain(*args, **kwargs), label)
+    loss.backward()
+    close = 1e-4 if amp else 3e-2
+    assert trainer.state.output["loss"].item() == pytest.approx(loss.item(), rel=close)
+    steps, wanted = [], []
+    start = dict(plain.named_parameters())
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter.cpu(), start[name])
+        elif start[name].grad is not None:
+            steps.append((parameter.detach().cpu() - start[name].detach()).flatten())
+            wanted.append(-start[name].grad.flatten())
+    steps, wanted = torch.cat(steps), torch.cat(wanted)
+    assert wanted.norm() > 0.01
+    assert (steps - wanted).norm() <= (1e-3 if amp else 0.1) * wanted.norm()
 
 
 def run_free_network(stage: str, bundles: Path, weights: Path) -> torch.nn.Module:

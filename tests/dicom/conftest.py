@@ -40,7 +40,7 @@ def hu(mask):
 def studies(tmp_path_factory, hu, mask):
     """Folders of the study as slices and as Enhanced CT; for reading alone."""
     root = tmp_path_factory.mktemp("studies")
-    conditions = {"num_inference_steps": 30, "spacing": [6.5, 7.0, 5.0]}
+    conditions = {"num_inference_steps": 10, "spacing": [6.5, 7.0, 5.0]}
     for name, enhanced in (("slices", False), ("enhanced", True)):
         write_study(
             root / name,

@@ -183,6 +183,41 @@ def test_mask_to_ct_is_euler_steps_of_the_controlled_network(steering, tiny_auto
     torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
 
 
+def test_mask_to_ct_takes_a_solver_and_guides_in_an_interval(steering, tiny_autoencoder, decoder):
+    """Two Heun steps, at the timesteps 1000, 500 and 500 again: the first is guided, the others are not."""
+    mask = mask_of()
+    settings = {"solver": "heun", "guidance_scale": 3.0, "guidance_interval": (0.6, 1.0), "condition_scale": 10.0}
+    ct = mask_to_ct(decoder, seed=11, **settings)(mask, steering)
+    given = {
+        "top_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),
+        "spacing_tensor": torch.tensor([[10.0, 20, 30]]),
+    }
+    plain = mask.as_tensor()
+
+    def velocity(latent, time, modality=1):
+        classes = torch.tensor([modality])
+        return steering(plain, latent, torch.tensor([time]), conditioning_scale=1.0, class_labels=classes, **given)
+
+    latent = torch.randn(4, 4, 6, 2, generator=torch.Generator().manual_seed(11))[None]
+    with torch.no_grad():
+        without = velocity(latent, 1000.0, modality=0)
+        start = without + 3 * (velocity(latent, 1000.0) - without)
+        latent = latent + (start + velocity(latent + start / 2, 500.0)) / 4
+        latent = latent + velocity(latent, 500.0) / 2
+        expected = tiny_autoencoder.decode(latent / 0.8)
+    torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
+
+
+def test_settings_are_checked_before_any_volume(decoder):
+    wrong = ({"solver": "rk4"}, {"guidance_interval": (0.5, 2)}, {"scheduler": ddpm(), "solver": "ab2"})
+    for make in (sampler, mask_to_ct):
+        for settings in wrong if make is sampler else wrong[:2]:
+            with pytest.raises(InputError, match="solver is|guidance_interval is"):
+                make(decoder, **settings)
+    with pytest.raises(InputError, match="--solver euler"):
+        MaskToCT(decoder, ddpm(), STEPS, solver="heun")
+
+
 @pytest.mark.parametrize("size", [(9, 14, 11), (8, 8, 8), (7, 6, 17)])
 def test_any_size_is_kept_and_air_is_exactly_zero(steering, decoder, size):
     mask = mask_of(size)

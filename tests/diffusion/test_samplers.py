@@ -135,7 +135,7 @@ def test_solvers_call_the_network_as_often_as_they_say(solver, calls):
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_on_a_gaussian_is_the_closed_form(repo_root, steps, kind, to_one):
-    """With the exact network each step multiplies the deviation from the mean by a number; here all of them in numpy."""
+    """With the exact network a step multiplies the deviation from the mean by a number; here all of them in numpy."""
     settings = json.loads((repo_root / "bundles/maisi_ldm/configs/full_ddpm.json").read_text())["ddim"]
     settings.pop("_target_")
     scheduler = DDIMScheduler(**settings, prediction_type=kind, set_alpha_to_one=to_one)

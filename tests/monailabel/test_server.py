@@ -137,7 +137,9 @@ def test_models_and_their_settings_are_shown(server):
     models = server.get("/info/")["models"]
     assert set(MODELS) <= set(models)
     config = models["maisi_controlnet"]["config"]
-    assert {"num_inference_steps", "seed", "guidance_scale", "splits", "control_scale", "redraws"} <= set(config)
+    assert {"solver", "num_inference_steps", "seed", "guidance_scale", "splits", "control_scale", "redraws"} <= set(
+        config
+    )
 
 
 def test_a_mask_becomes_a_ct_with_its_geometry(server, tmp_path):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi_tools.training.autocast import AutocastInferer, fastest_dtype
+from maisi_tools.training.autocast import AutocastInferer, fastest_dtype, on_device
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -31,5 +31,20 @@ def test_other_dtypes_are_refused(dtype):
 def test_fastest_dtype_on_this_cpu():
     with open("/proc/cpuinfo") as file:
         flags = set(next((line for line in file if line.startswith("flags")), "").split())
-    expected = "bfloat16" if "amx_tile" in flags else "float32"
+    expected = "bfloat16" if flags & {"amx_tile", "avx512_bf16"} else "float32"
     assert fastest_dtype(torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_have_their_channels_last_on_a_gpu_in_half_precision(device, dtype):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    network = torch.nn.Sequential(torch.nn.Conv3d(8, 16, 3, padding=1), torch.nn.GroupNorm(4, 16))
+    x, parameters = torch.randn(1, 8, 6, 6, 6), list(network.parameters())
+    expected = network(x).detach()
+    moved = on_device(network, device, dtype)
+    last = moved[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert last == (device == "cuda" and dtype == "bfloat16")
+    assert all(one is other for one, other in zip(parameters, moved.parameters(), strict=True))
+    torch.testing.assert_close(moved(x.to(device)).cpu(), expected, atol=1e-2, rtol=1e-2)

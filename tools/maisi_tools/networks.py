@@ -42,8 +42,8 @@ from maisi_tools.masks.bits import label_bits
 from maisi_tools.weights import load_weights, read_factor
 
 
-def use_plain_layers(module: nn.Module) -> None:
-    """Replace layers below ``module`` by plain ones with the same parameters and names, in place.
+def use_plain_layers(module: nn.Module) -> nn.Module:
+    """Replace layers below ``module`` by plain ones with the same parameters and names, in place, and return it.
 
     ``MaisiGroupNorm3D`` becomes ``nn.GroupNorm``; a ``MaisiConvolution`` that is not split becomes a module that holds
     its convolution under the same name; an ``nn.Conv3d`` becomes a :class:`~maisi_tools.convolution.Conv3d`.
@@ -59,6 +59,7 @@ def use_plain_layers(module: nn.Module) -> None:
     for layer in module.modules():
         if type(layer) is nn.Conv3d:
             layer.__class__ = Conv3d
+    return module
 
 
 def checkpoint_blocks(network: nn.Module) -> nn.Module:
@@ -289,6 +290,12 @@ class ControlNet(ControlNetMaisi):
 
     def embed(self, bits: Tensor) -> Tensor:
         """Bit planes (B, 8, D, H, W) -> what is added behind the first convolution, (B, C, d, h, w)."""
+        if type(bits) is not Tensor or bits.device.type != "cpu":
+            return self._embedded(bits)
+        # Few channels at the image's size: a CPU is up to five times faster with the channels last.
+        return self._embedded(bits.contiguous(memory_format=torch.channels_last_3d)).contiguous()
+
+    def _embedded(self, bits: Tensor) -> Tensor:
         if self.use_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.controlnet_cond_embedding, bits, use_reentrant=False)
         return self.controlnet_cond_embedding(bits)

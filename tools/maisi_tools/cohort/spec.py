@@ -95,7 +95,7 @@ class CohortSpec:
         tumors: lesions put in.
         resize: organ -> factor of its volume, or a range to draw from.
         flip: probability of the mirror image.
-        ct: keys of the ControlNet bundle's inference config, such as ``num_inference_steps`` or ``redraws``.
+        ct: keys of the ControlNet bundle's inference config, such as ``solver`` or ``redraws``.
         layout: one of :data:`~maisi_tools.cohort.layouts.LAYOUTS`.
         format: "nifti", or "dicom": a study with CT, Segmentation and RT Structure Set for each sample.
         retries: how often a sample that failed is tried again before it is listed as failed.

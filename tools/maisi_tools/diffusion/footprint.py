@@ -15,6 +15,7 @@ from maisi_tools.networks import Autoencoder, ControlledUNet
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.plan import Plan
+from maisi_tools.tsp.whole import Whole
 from maisi_tools.volumes.checks import check_output_size
 
 UNLIMITED = 2**60
@@ -23,10 +24,10 @@ UNLIMITED = 2**60
 
 @dataclass(frozen=True)
 class Footprint:
-    """A stage's name ("decoder") and its plan, or why there is none under the limit."""
+    """A stage's name ("decoder") and how it is run, or why there is no way under the limit."""
 
     stage: str
-    plan: Plan | None
+    plan: Plan | Whole | None
     refusal: str = ""
 
 

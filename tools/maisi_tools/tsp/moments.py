@@ -1,4 +1,4 @@
-"""Mean and variance of a volume from its slabs: two-pass sums in float32, merged in float64.
+"""Mean and variance of a volume from its slabs: two-pass sums in float32 (float64 for float64), merged in float64.
 
 Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979): the merge
 of (count, mean, sum of squared deviations) of two parts is exact in exact arithmetic and stable in floating point,
@@ -52,9 +52,14 @@ def moments(slab: Tensor) -> Moments:
     return merge([_of_block(part) for part in slab.split(rows, along)])
 
 
+def statistics_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which statistics of a tensor are computed and applied: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _of_block(block: Tensor) -> Moments:
     positions = tuple(range(2, block.ndim))
-    values = block.float()
+    values = block.to(statistics_type(block.dtype))
     count = values.shape[2:].numel()
     first = values.mean(positions, keepdim=True)
     deviation = values - first

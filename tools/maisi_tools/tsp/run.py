@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
-from maisi_tools.tsp.nodes import Node, given
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
+from maisi_tools.tsp.nodes import Node, given
 from maisi_tools.tsp.plan import Plan, format_bytes, make_plan
 from maisi_tools.tsp.plans import Plans
 from maisi_tools.tsp.ranks import Ranks, Shard
@@ -25,6 +25,7 @@ OFFLOADS = ("auto", "host", "disk", "none")
 
 LIBRARY_BYTES = {"cpu": 48 * 2**20}
 """What the convolution library keeps beside the slabs: up to 42 MB were measured on two cores (benchmarks)."""
+
 
 @dataclass
 class Settings:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from maisi_tools.tsp.errors import TSPError
-from maisi_tools.tsp.moments import Moments
+from maisi_tools.tsp.moments import Moments, statistics_type
 from maisi_tools.tsp.nodes import Node
 from maisi_tools.tsp.rules.table import bind, rule
 
@@ -21,9 +21,10 @@ def _apply(recorder: Any, name: str, node: Node, groups: int, weight: Any, bias:
     def compute(slabs: list[Tensor], a: int, b: int, moments: Moments) -> Tensor:
         slab = slabs[0]
         if slab.device not in found or found[slab.device][0] is not moments:
-            mean, variance = (part.reshape(-1).float().to(slab.device) for part in moments.of_groups(groups))
+            kind = statistics_type(slab.dtype)
+            mean, variance = (part.reshape(-1).to(slab.device, kind) for part in moments.of_groups(groups))
             w, c = (
-                None if part is None else recorder.constants.get(part, slab.device).float().repeat(batch)
+                None if part is None else recorder.constants.get(part, slab.device).to(kind).repeat(batch)
                 for part in (weight, bias)
             )
             found[slab.device] = (moments, mean, variance, w, c)
