@@ -124,7 +124,7 @@ class MaskToCT(Inferer):
         decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
         guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
-        multiple: legal sizes are multiples of this (the autoencoder's factor, times 2 for each further level of the U-Net).
+        multiple: legal sizes are multiples of this: the factor, times 2 for each further level of the U-Net.
         spacing: mm along x, y, z; None reads it from the mask's affine.
         keep_labels: labels these weights were trained with; None means the whole vocabulary.
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).

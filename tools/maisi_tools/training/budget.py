@@ -50,8 +50,8 @@ class Budget:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
 
     def state_dict(self) -> dict[str, float]:
-        """The seconds used and the progress they meant."""
-        return {"used": self.used, "progress": self.progress}
+        """The seconds used, where they are limited, and the progress they meant."""
+        return {"used": 0.0 if self.minutes is None else self.used, "progress": self.progress}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Go on from there; another budget than before may be given."""
