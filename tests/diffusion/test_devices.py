@@ -82,6 +82,6 @@ def test_noise_becomes_the_ct_that_the_cpu_makes(device, tiny_unet, tiny_autoenc
         stage = LatentSampler(
             decoder, scheduler, 4, conditions, guidance_scale=2.0, condition_scale=1.0, progress=False, inferer=inferer
         )
-        made.append(stage(conditions.noise()[None].to(where), copy.deepcopy(tiny_unet).to(where)))
+        made.append(stage(conditions.noise(4)[None].to(where), copy.deepcopy(tiny_unet).to(where)))
     assert made[1].device.type == device and made[0].std() > 0.01
     torch.testing.assert_close(made[1].cpu(), made[0], atol=1e-3, rtol=1e-3)
