@@ -60,8 +60,8 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
         lists[section] = [item for item in lists[section] if _patient(item) not in kept_out]
     if len(lists["training"]) < 2 or not lists["validation"]:
         raise InputError(
-            f"{data} has {len(lists['training'])} patients to train on and {len(lists['validation'])} to validate with; "
-            "allowed are at least 2 and 1: give more data, or another --split"
+            f"{data} has {len(lists['training'])} patients to train on and {len(lists['validation'])} to validate "
+            "with; allowed are at least 2 and 1: give more data, or another --split"
         )
     write_json(out / "datalist.json", lists)
 
