@@ -298,6 +298,7 @@ class Runner:
             self._known.pop(next(iter(self._known)))
         attempts = []
         if whole is not None and whole.fits(self.settings.memory_limit):
+            call = None  # and with it copies of the input in the type computed in
             try:
                 result = run_whole(whole, network, args, kwargs)
                 self.report = Report(whole)
