@@ -215,7 +215,8 @@ def _inputs(parser: ConfigParser, mask: MetaTensor) -> tuple[Tensor, Tensor, dic
     given |= batch_tensors([conditions], parser.get_parsed_content("condition_scale"), labels.device)
     if parser["network_def"]["unet"]["num_class_embeds"] is None:
         given["class_labels"] = None
-    return label_bits(labels), conditions.noise(parser.get_parsed_content("factor"))[None].to(labels.device), given
+    factor = 2 ** (len(parser["autoencoder_def"]["num_channels"]) - 1)
+    return label_bits(labels), conditions.noise(factor)[None].to(labels.device), given
 
 
 def ours(setup: SetUp, device: str = "cpu", **changes: Any) -> Way:
