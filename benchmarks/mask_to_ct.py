@@ -215,7 +215,8 @@ def _inputs(parser: ConfigParser, mask: MetaTensor) -> tuple[Tensor, Tensor, dic
     given |= batch_tensors([conditions], parser.get_parsed_content("condition_scale"), labels.device)
     if parser["network_def"]["unet"]["num_class_embeds"] is None:
         given["class_labels"] = None
-    factor = 2 ** (len(parser["autoencoder_def"]["num_channels"]) - 1)
+    # Not the config's `factor`, which asks the bundle's own classes.
+    factor = 2 ** (len(parser.get_parsed_content("autoencoder_def#num_channels")) - 1)
     return label_bits(labels), conditions.noise(factor)[None].to(labels.device), given
 
 
