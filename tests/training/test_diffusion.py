@@ -9,7 +9,13 @@ from monai.data import MetaTensor
 from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.diffusion import CONDITIONS, ConditionTensorsd, DiffusionBatch, latent_scale_factor
+from maisi_tools.training.diffusion import (
+    CONDITIONS,
+    ConditionTensorsd,
+    DiffusionBatch,
+    body_scale_factor,
+    latent_scale_factor,
+)
 
 CPU = torch.device("cpu")
 BETAS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -199,6 +205,20 @@ def test_sidecar_without_region_and_modality_is_an_unknown_region_of_a_ct():
     latent.meta["sidecar"]["spacing"] = [1, 0, 1]
     with pytest.raises(InputError, match="spacing"):
         ConditionTensorsd("latent", 1.0)({"latent": latent})
+
+
+def test_scale_factor_inside_the_body_leaves_out_air_and_the_channels_means():
+    rng = np.random.default_rng(0)
+    mask = np.zeros((1, 20, 16, 12))
+    mask[:, 4:17, 2:14, 2:10] = 200  # in cells of two voxels 2 to 7 along the first axis; the last one is half body
+    latent = rng.normal(size=(4, 10, 8, 6)) * 2.5 + np.array([5, 0, -3, 1]).reshape(4, 1, 1, 1)
+    latent[0, :2] = -40
+    inside = latent[:, 2:8, 1:7, 1:5].reshape(4, -1)
+    sample = {"latent": torch.as_tensor(latent), "mask": torch.as_tensor(mask)}
+    assert body_scale_factor([sample]) == pytest.approx(1 / np.sqrt(inside.var(1).mean()), rel=1e-6)
+    assert body_scale_factor([sample, sample]) == pytest.approx(body_scale_factor([sample]), rel=1e-9)
+    with pytest.raises(InputError, match="no cell of the latents lies in a body"):
+        body_scale_factor([{**sample, "mask": torch.zeros(1, 20, 16, 12)}])
 
 
 def test_scale_factor_is_one_over_the_standard_deviation():

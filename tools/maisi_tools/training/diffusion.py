@@ -11,7 +11,7 @@ from monai.networks.schedulers.ddpm import DDPMPredictionType
 from monai.networks.schedulers.scheduler import Scheduler
 from monai.transforms import MapTransform
 from torch import Tensor
-from torch.nn.functional import adaptive_max_pool3d, interpolate
+from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 from maisi_tools.errors import InputError
@@ -221,3 +221,27 @@ def latent_scale_factor(latents: Iterable[Tensor]) -> float:
         mean += (own - mean) * n / (count + n)
         count += n
     return (count / squares) ** 0.5
+
+
+def body_scale_factor(samples: Iterable[Mapping[str, Any]]) -> float:
+    """1 / standard deviation over the cells that lie in the body, each channel about its own mean.
+
+    The step from air to body is the largest thing in a latent of a CT. Scaled by that, what differs between soft
+    tissues is small beside the noise.
+
+    Args:
+        samples: with ``latent`` (4, d, h, w) and ``mask`` (1, D, H, W), not 0 in the body.
+
+    Raises:
+        InputError: no cell lies in a body.
+    """
+    inside = []
+    for sample in samples:
+        latent, mask = torch.as_tensor(sample["latent"]).double(), torch.as_tensor(sample["mask"])
+        block = [n // m for n, m in zip(mask.shape[1:], latent.shape[1:], strict=True)]
+        share = avg_pool3d((mask > 0).double(), block)[0]
+        inside.append(latent[:, share == 1])
+    values = torch.cat(inside, 1) if inside else torch.empty(4, 0)
+    if not values.shape[1]:
+        raise InputError("no cell of the latents lies in a body; give masks of the CTs that were encoded")
+    return float(1 / values.var(1, correction=0).mean().sqrt())
