@@ -1,15 +1,22 @@
 """Makes the small weights from a folder of CTs: `python recipes/small/run.py DATA --out RUNS`.
 
-Stages, each by the bundle's own train.json or encode.json with an overlay that lies beside this file:
+Stages, each by a config of its own with an overlay that lies beside this file:
 
     prepare      data sets -> datalist; the patients of docs/held_out.json stay out of it
     masks        CTs and their labels -> completed masks, in the MAISI vocabulary
     autoencoder  CTs -> autoencoder at factor 2, from a linear start
     latents      CTs -> latents
-    controlnet   latents and masks -> U-Net and ControlNet, trained together
+    controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
+    whole        whole latents: the same weights go on, at what they will see
+    judge        CTs and their labels -> the segmentation network that measures conditioning
 
-A stage that is done is passed over, one that was cut off goes on. After the autoencoder and at any later moment the
-weights are those of `RUNS/autoencoder/model.pt` and `RUNS/controlnet/{model,unet}.pt`.
+A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
+`RUNS/whole/{model,unet}.pt` and `RUNS/judge/model.pt`.
+
+On a borrowed GPU, to which the data travel as one file:
+
+    python recipes/small/run.py DATA --out RUNS --stages prepare,masks --pack data.pkl
+    python recipes/small/run.py data.pkl --out RUNS --gpu --minutes 3
 """
 
 from __future__ import annotations
@@ -27,8 +34,14 @@ from maisi_tools.errors import InputError, report_input_errors
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-LEAST_MINUTES = 5.0
+sys.path.insert(0, str(HERE))
+
+from packed import pack, unpack  # noqa: E402
+
+LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
+
+STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge")
 
 
 def run_maisi(*arguments: object) -> None:
@@ -36,10 +49,9 @@ def run_maisi(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "maisi_tools.cli", *map(str, arguments)], check=True)
 
 
-def run_bundle(bundle: str, config: str, overlays: list[Path], settings: Mapping[str, Any]) -> None:
+def run_bundle(root: Path, config: str, overlays: list[str], settings: Mapping[str, Any]) -> None:
     """Run a config of a bundle with overlays on top."""
-    root = ROOT / "bundles" / bundle
-    files = [str(root / "configs" / config), *map(str, overlays)]
+    files = [str(root / "configs" / config), *(str(HERE / name) for name in overlays)]
     given = [text for key, value in settings.items() for text in (f"--{key}", _as_text(value))]
     command = ["-m", "monai.bundle", "run", "--config_file", repr(files), "--bundle_root", str(root), *given]
     subprocess.run([sys.executable, *command], check=True, cwd=root)
@@ -70,52 +82,110 @@ def _patient(item: Mapping[str, Any]) -> str:
     return Path(item["image"]).name.split("_ct.")[0]
 
 
+class Run:
+    """The stages of one run's folder.
+
+    Args:
+        out: the folder.
+        minutes: of training, for each stage that trains.
+        changes: settings of each stage beside its overlay's, by its name.
+    """
+
+    def __init__(self, out: Path, minutes: float, changes: Mapping[str, Mapping[str, Any]]) -> None:
+        self.out, self.minutes, self.changes = out, minutes, changes
+
+    def masks(self) -> None:
+        """Complete the masks."""
+        out = self.out
+        run_maisi("complete_masks", out / "datalist.json", "--output_dir", out / "masks", "--label_map", "openkbp")
+
+    def autoencoder(self) -> None:
+        """Train the autoencoder."""
+        self._train("autoencoder", "bundles/maisi_vae", ["autoencoder.json"], datalist=self.out / "datalist.json")
+
+    def latents(self) -> None:
+        """Encode the CTs."""
+        settings = {
+            "input": self.out / "masks" / "cases.json",
+            "output_dir": self.out / "latents",
+            "ckpt_path": self.out / "autoencoder" / "model.pt",
+        }
+        run_bundle(
+            ROOT / "bundles/maisi_vae", "encode.json", ["encode.json"], settings | self.changes.get("latents", {})
+        )
+
+    def controlnet(self) -> None:
+        """Train U-Net and ControlNet on crops."""
+        self._train_diffusion("controlnet", ["controlnet.json"])
+
+    def whole(self) -> None:
+        """Train them on whole latents."""
+        start = self.out / "controlnet" / "model.pt"
+        self._train_diffusion("whole", ["controlnet.json", "whole.json"], init_ckpt=start)
+
+    def judge(self) -> None:
+        """Train the segmentation network."""
+        self._train("judge", "evaluation/segmentation", ["judge.json"], datalist=self.out / "datalist.json")
+
+    def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:
+        settings |= {
+            "dataset_dir": self.out / "latents",
+            "held_out": self.out / "validation.json",
+            "masks_dir": self.out / "masks",
+            "autoencoder_ckpt_path": self.out / "autoencoder" / "model.pt",
+        }
+        self._train(stage, "bundles/maisi_controlnet", overlays, **settings)
+
+    def _train(self, stage: str, bundle: str, overlays: list[str], **settings: Any) -> None:
+        folder = self.out / stage
+        if (folder / "model.pt").is_file():
+            return
+        settings |= {"ckpt_dir": folder, "resume": True, "minutes": self.minutes}
+        run_bundle(ROOT / bundle, "train.json", overlays, settings | self.changes.get(stage, {}))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Make all stages, see the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="folder of NAME_ct.nii.gz and NAME_seg.nii.gz, such as OpenKBP's")
+    parser.add_argument(
+        "data", type=Path, help="folder of NAME_ct.nii.gz and NAME_seg.nii.gz, such as OpenKBP's, or a packed file"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
+    parser.add_argument("--stages", default=",".join(STAGES), help="in any choice (default: %(default)s)")
+    parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
+    parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")
     parser.add_argument(
         "--quick", action="store_true", help="tiny networks and a few steps, to see that all of it runs"
     )
     given = parser.parse_args(arguments)
-    if not (given.minutes >= LEAST_MINUTES or given.quick):
-        raise InputError(f"--minutes is {given.minutes:g}; allowed are {LEAST_MINUTES:g} and more, which see all data")
+    least = LEAST_MINUTES["gpu" if given.gpu else "cpu"]
+    if not (given.minutes >= least or given.quick):
+        raise InputError(f"--minutes is {given.minutes:g}; allowed are {least:g} and more, which see all data")
+    stages = given.stages.split(",")
+    if unknown := set(stages) - set(STAGES):
+        raise InputError(f"--stages names {', '.join(sorted(unknown))}; allowed are {', '.join(STAGES)}")
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    split = json.loads(given.split.read_text())
-    quick = json.loads((HERE / "quick.json").read_text()) if given.quick else {}
+    changes: dict[str, dict[str, Any]] = {}
+    for name in ("gpu", "quick"):
+        if getattr(given, name):
+            for stage, settings in json.loads((HERE / f"{name}.json").read_text()).items():
+                changes.setdefault(stage, {}).update(settings)
 
+    packed = given.data.is_file()
     if not (out / "datalist.json").is_file():
-        prepare(given.data.resolve(), out, split)
-    masks = out / "masks"
-    run_maisi("complete_masks", out / "datalist.json", "--output_dir", masks, "--label_map", "openkbp")
-    autoencoder = out / "autoencoder" / "model.pt"
-    if not autoencoder.is_file():
-        settings = {
-            "datalist": out / "datalist.json",
-            "ckpt_dir": autoencoder.parent,
-            "resume": True,
-            "minutes": given.minutes,
-        }
-        run_bundle("maisi_vae", "train.json", [HERE / "autoencoder.json"], settings | quick.get("autoencoder", {}))
-    latents = out / "latents"
-    settings = {"input": masks / "cases.json", "output_dir": latents, "ckpt_path": autoencoder}
-    run_bundle("maisi_vae", "encode.json", [HERE / "encode.json"], settings | quick.get("latents", {}))
-    controlnet = out / "controlnet" / "model.pt"
-    if not controlnet.is_file():
-        settings = {
-            "dataset_dir": latents,
-            "held_out": out / "validation.json",
-            "masks_dir": masks,
-            "autoencoder_ckpt_path": autoencoder,
-            "ckpt_dir": controlnet.parent,
-            "resume": True,
-            "minutes": given.minutes,
-        }
-        run_bundle("maisi_controlnet", "train.json", [HERE / "controlnet.json"], settings | quick.get("controlnet", {}))
+        if packed:
+            unpack(given.data, out)
+        elif "prepare" in stages:
+            prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
+    run = Run(out, given.minutes, changes)
+    for stage in STAGES[1:]:
+        if stage in stages and not (stage == "masks" and packed):
+            getattr(run, stage)()
+    if given.pack:
+        pack(out, given.pack)
 
 
 if __name__ == "__main__":

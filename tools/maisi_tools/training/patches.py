@@ -165,11 +165,7 @@ class RandCropOrWholed(RandomizableTransform, MapTransform):
                 start = np.clip(middle - size // 2, 0, np.maximum(np.asarray(part.shape[1:]) - size, 0))
                 part = part[(slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))]
             wanted = [-(-n // self.multiple) * self.multiple for n in part.shape[1:]] if take_all else size
-            missing = [int(want - n) for want, n in zip(wanted, part.shape[1:], strict=True)]
-            if any(missing):
-                around = [amount for n in reversed(missing) for amount in (0, n)]
-                part = torch.nn.functional.pad(part[None], around, mode="replicate")[0]
-            result[key] = part
+            result[key] = _padded(part, wanted)
         return result
 
 
@@ -177,7 +173,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
     """Cuts a crop of drawn size and place of a latent, with the part of the mask it stands for, or takes all of both.
 
     A U-Net on a fine latent learns most from many small crops; what it is to see of a whole volume comes with the share
-    of those. All of a latent is taken if it is smaller than the crop along some axis.
+    of those. A latent that is smaller than the crop along some axis is padded there by its edge, as its mask is.
 
     Args:
         keys: the latent (4, d, h, w) and its mask (1, factor d, factor h, factor w), in this order.
@@ -216,12 +212,20 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
             middle = self.R.randint(0, room)
             if not in_body or mask[(0, *(middle * self.factor))]:
                 break
-        if take_all or (room < size).any():
+        if take_all:
             return dict(data)
-        start = np.clip(middle - size // 2, 0, room - size)
+        start = np.clip(middle - size // 2, 0, np.maximum(room - size, 0))
         cut = {}
         for key, times in zip(self.keys, (1, self.factor), strict=True):
-            cut[key] = data[key][
-                (slice(None), *(slice(a * times, (a + n) * times) for a, n in zip(start, size, strict=True)))
-            ]
+            span = [slice(a * times, (a + n) * times) for a, n in zip(start, size, strict=True)]
+            cut[key] = _padded(data[key][(slice(None), *span)], size * times)
         return {**data, **cut}
+
+
+def _padded(part: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+    """`part` (C, D, H, W), repeated at its far edges to the size wanted."""
+    missing = [int(want - n) for want, n in zip(wanted, part.shape[1:], strict=True)]
+    if not any(missing):
+        return part
+    around = [amount for n in reversed(missing) for amount in (0, n)]
+    return torch.nn.functional.pad(part[None].float(), around, mode="replicate")[0].to(part.dtype)

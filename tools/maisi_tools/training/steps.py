@@ -82,9 +82,9 @@ class Ema(EMAHandler):
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         if not is_optimizer_step(engine):
             return
-        for mean, now in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
-            if now.requires_grad:
-                mean.lerp_(now, self.momentum)
+        pairs = zip(self.ema_model.parameters(), self.model.parameters(), strict=True)
+        means, trained = zip(*((mean, now) for mean, now in pairs if now.requires_grad), strict=True)
+        torch._foreach_lerp_(means, trained, self.momentum)  # on a GPU a few kernels instead of one a parameter
         for kept, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
             kept.copy_(buffer)
 
