@@ -1,6 +1,6 @@
 """Makes the small weights from a folder of CTs: `python recipes/small/run.py DATA --out RUNS`.
 
-Stages, each by a config of its own with an overlay that lies beside this file:
+Stages, each by a config of its own, trainings with an overlay that lies beside this file:
 
     prepare      data sets -> datalist; the patients of docs/held_out.json stay out of it
     masks        CTs and their labels -> completed masks, in the MAISI vocabulary
@@ -9,9 +9,11 @@ Stages, each by a config of its own with an overlay that lies beside this file:
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
     judge        CTs and their labels -> the segmentation network that measures conditioning
+    evaluate     the kept-out patients, once -> RUNS/measured.json
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
-`RUNS/whole/{model,unet}.pt` and `RUNS/judge/model.pt`.
+`RUNS/whole/{model,unet}.pt` and `RUNS/judge/model.pt`. `--ship` copies them into the bundles, and writes what was
+measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
 
@@ -36,12 +38,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
+from measured import gather, ship, write_cards  # noqa: E402
 from packed import pack, unpack  # noqa: E402
 
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
-STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge")
+STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge", "evaluate")
+
+SAMPLES = 12
+"""Volumes drawn from noise, whose distances to the training volumes are measured."""
 
 
 def run_maisi(*arguments: object) -> None:
@@ -49,9 +55,9 @@ def run_maisi(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "maisi_tools.cli", *map(str, arguments)], check=True)
 
 
-def run_bundle(root: Path, config: str, overlays: list[str], settings: Mapping[str, Any]) -> None:
-    """Run a config of a bundle with overlays on top."""
-    files = [str(root / "configs" / config), *(str(HERE / name) for name in overlays)]
+def run_bundle(root: Path, configs: str, overlays: list[str], settings: Mapping[str, Any]) -> None:
+    """Run a config of a bundle, or several one upon the other, with overlays of this folder on top."""
+    files = [*(str(root / "configs" / name) for name in configs.split(",")), *(str(HERE / name) for name in overlays)]
     given = [text for key, value in settings.items() for text in (f"--{key}", _as_text(value))]
     command = ["-m", "monai.bundle", "run", "--config_file", repr(files), "--bundle_root", str(root), *given]
     subprocess.run([sys.executable, *command], check=True, cwd=root)
@@ -68,6 +74,8 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
     run_maisi("prepare", data, "--output", everyone, "--label_map", "openkbp", "--held_out", out / "validation.json")
     kept_out = set(split["held_out"])
     lists = json.loads(everyone.read_text())
+    patients = [item for section in ("training", "validation") for item in lists[section]]
+    write_json(out / "kept_out.json", {"validation": [item for item in patients if _patient(item) in kept_out]})
     for section in ("training", "validation"):
         lists[section] = [item for item in lists[section] if _patient(item) not in kept_out]
     if len(lists["training"]) < 2 or not lists["validation"]:
@@ -110,9 +118,7 @@ class Run:
             "output_dir": self.out / "latents",
             "ckpt_path": self.out / "autoencoder" / "model.pt",
         }
-        run_bundle(
-            ROOT / "bundles/maisi_vae", "encode.json", ["encode.json"], settings | self.changes.get("latents", {})
-        )
+        run_bundle(ROOT / "bundles/maisi_vae", "encode.json", [], settings)
 
     def controlnet(self) -> None:
         """Train U-Net and ControlNet on crops."""
@@ -126,6 +132,35 @@ class Run:
     def judge(self) -> None:
         """Train the segmentation network."""
         self._train("judge", "evaluation/segmentation", ["judge.json"], datalist=self.out / "datalist.json")
+
+    def evaluate(self) -> None:
+        """Measure the weights on the patients that nothing was trained or chosen on."""
+        folder, lists = self.out / "evaluation", self.out / "kept_out.json"
+        run_maisi("complete_masks", lists, "--output_dir", folder / "masks", "--label_map", "openkbp")
+        kept_out = json.loads(lists.read_text())["validation"]
+        write_json(folder / "cases.json", [{"image": item["image"]} for item in kept_out])
+        autoencoder, whole = self.out / "autoencoder" / "model.pt", self.out / "whole"
+        settings = {"input": folder / "cases.json", "ckpt_path": autoencoder, "output_dir": folder / "vae"}
+        run_bundle(ROOT / "bundles/maisi_vae", "inference.json,evaluate.json", [], settings)
+        settings = {
+            "datalist": lists,
+            "masks_dir": folder / "masks",
+            "ckpt_path": whole / "model.pt",
+            "autoencoder_ckpt_path": autoencoder,
+            "segmenter_config": ROOT / "evaluation/segmentation/configs/inference.json",
+            "segmenter_ckpt": self.out / "judge" / "model.pt",
+            "output_dir": folder / "controlnet",
+        }
+        run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json,evaluate.json", [], settings | self.changes.get("evaluate", {}))
+        settings = {
+            "num_samples": SAMPLES,
+            "ckpt_path": whole / "unet.pt",
+            "autoencoder_ckpt_path": autoencoder,
+            "output_dir": folder / "samples",
+        }
+        run_bundle(ROOT / "bundles/maisi_ldm", "inference.json", [], settings | self.changes.get("samples", {}))
+        training = json.loads((self.out / "datalist.json").read_text())["training"]
+        write_json(self.out / "measured.json", gather(folder, kept_out, training))
 
     def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:
         settings |= {
@@ -155,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
     parser.add_argument("--stages", default=",".join(STAGES), help="in any choice (default: %(default)s)")
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
+    parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
     parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")
     parser.add_argument(
         "--quick", action="store_true", help="tiny networks and a few steps, to see that all of it runs"
@@ -182,10 +218,12 @@ def main(arguments: list[str] | None = None) -> None:
             prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
     run = Run(out, given.minutes, changes)
     for stage in STAGES[1:]:
-        if stage in stages and not (stage == "masks" and packed):
+        if stage in stages and not (packed and stage in ("masks", "evaluate")):
             getattr(run, stage)()
     if given.pack:
         pack(out, given.pack)
+    if given.ship:
+        ship(out, ROOT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What was measured of the small weights, and the places where it stands: docs/measured.json and the model cards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from maisi_tools.atomic import replacing, write_json
+from maisi_tools.metrics.neighbours import score_samples
+from maisi_tools.volumes.inputs import stem_of
+
+BONE, AIRWAY = 120, 132
+"""Labels of completed masks."""
+
+BEGIN, END = "<!-- measured: written by recipes/small/run.py --ship -->\n", "<!-- end -->\n"
+"""Around the part of a card that is written from the figures."""
+
+
+def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequence[Mapping[str, str]]) -> dict:
+    """The figures of an evaluation's folder, as run.py makes it.
+
+    Args:
+        folder: with `masks`, `vae`, `controlnet` and `samples`.
+        kept_out: CTs (`image`) of the patients that were measured.
+        training: those that the weights were trained on.
+
+    Returns:
+        `vae`: name -> mean, min, max; `controlnet`: rows of its table, and the deviation of HU inside the body over that
+        of the real CT; `ldm`: distances of samples and kept-out patients to the training volumes, HU.
+    """
+    samples = [{"image": str(path)} for path in sorted((folder / "samples").glob("*_ct.nii.gz"))]
+    distances = score_samples(samples, training, kept_out, folder / "distances")
+    vae = json.loads((folder / "vae" / "summary.json").read_text())
+    tissues: dict[str, list[float]] = {}
+    for case in kept_out:
+        name = stem_of(case["image"])
+        mask, real = _read(folder / "masks" / f"{name}_mask.nii.gz"), _read(case["image"]).clip(-1000, 1000)
+        made = {
+            "recon": _read(folder / "vae" / f"{name}_recon.nii.gz"),
+            "ct": _read(folder / "controlnet" / f"{name}_mask_ct.nii.gz"),
+        }
+        for tissue, label in (("bone", BONE), ("airway", AIRWAY)):
+            if (mask == label).any():
+                for kind, volume in (("real", real), ("recon", made["recon"])):
+                    tissues.setdefault(f"{kind}_{tissue}_hu", []).append(float(volume[mask == label].mean()))
+        body = mask > 0
+        tissues.setdefault("deviation_ratio", []).append(float(made["ct"][body].std() / real[body].std()))
+    with open(folder / "controlnet" / "conditioning.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    return {
+        "patients": len(kept_out),
+        "vae": {
+            **{name: {key: vae[name][key] for key in ("mean", "min", "max")} for name in vae if name in VAE_ROWS},
+            **{name: _spread(values) for name, values in tissues.items() if name.endswith("_hu")},
+        },
+        "controlnet": {"table": table, "deviation_ratio": _spread(tissues["deviation_ratio"])},
+        "ldm": {"samples": len(samples), **{name: distances[name] for name in distances}},
+    }
+
+
+def ship(runs: Path, root: Path) -> None:
+    """Copy a run's weights and figures to where the bundles, the judge and the docs have them."""
+    bundles = root / "bundles"
+    for name in ("maisi_vae/models/model.pt", "maisi_ldm/models/autoencoder.pt", "maisi_controlnet/models/autoencoder.pt"):
+        _copy(runs / "autoencoder" / "model.pt", bundles / name)
+    _copy(runs / "whole" / "model.pt", bundles / "maisi_controlnet" / "models" / "model.pt")
+    _copy(runs / "whole" / "unet.pt", bundles / "maisi_ldm" / "models" / "model.pt")
+    _copy(runs / "judge" / "model.pt", root / "evaluation" / "segmentation" / "models" / "model.pt")
+    write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
+    write_cards(root)
+
+
+def write_cards(root: Path) -> None:
+    """Write the figures of docs/measured.json into the three model cards."""
+    figures = json.loads((root / "docs" / "measured.json").read_text())
+    for bundle, render in CARDS.items():
+        path = root / "bundles" / bundle / "docs" / "README.md"
+        before, rest = path.read_text().split(BEGIN)
+        _, after = rest.split(END)
+        with replacing(path) as part:
+            part.write_text(before + BEGIN + "\n" + render(figures) + "\n" + END + after)
+
+
+VAE_ROWS = {
+    "psnr_body": ("PSNR inside the body, dB", 2),
+    "ssim_body": ("SSIM inside the body", 3),
+    "psnr": ("PSNR of the whole volume, dB", 2),
+    "ssim": ("SSIM of the whole volume", 3),
+    "recon_bone_hu": ("HU in bone", 0),
+    "real_bone_hu": ("the same in the real CTs", 0),
+    "recon_airway_hu": ("HU in airway", 0),
+    "real_airway_hu": ("the same in the real CTs", 0),
+}
+"""Figures of reconstructions: how they are called, and their decimals."""
+
+
+def _vae(figures: Mapping[str, Any]) -> str:
+    lines = [f"| {figures['patients']} kept-out patients, on their own grid | mean | lowest | highest |", "|---|---|---|---|"]
+    for name, (title, digits) in VAE_ROWS.items():
+        row = figures["vae"][name]
+        lines.append(f"| {title} | " + " | ".join(f"{row[key]:.{digits}f}" for key in ("mean", "min", "max")) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _controlnet(figures: Mapping[str, Any]) -> str:
+    found = figures["controlnet"]
+    lines = [f"| {figures['patients']} kept-out patients | cases | generated | real | ratio |", "|---|---|---|---|---|"]
+    for row in found["table"]:
+        cells = [row["structure"], row["cases"], *(_two(row[key]) for key in ("generated", "real", "ratio"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    ratio = found["deviation_ratio"]
+    lines += ["", f"Standard deviation of HU inside the body over the real CT's: {ratio['mean']:.3f} ({ratio['min']:.2f} to "]
+    lines[-1] += f"{ratio['max']:.2f})."
+    return "\n".join(lines) + "\n"
+
+
+def _ldm(figures: Mapping[str, Any]) -> str:
+    ldm = figures["ldm"]
+    ratio, sample, real = ldm["ratio"], ldm["distance_hu"], ldm["kept_out_distance_hu"]
+    return (
+        f"{ldm['samples']} samples: distance to the nearest training volume {sample['mean']:.0f} HU "
+        f"({sample['min']:.0f} to {sample['max']:.0f}),\n"
+        f"that of kept-out patients {real['mean']:.0f} HU ({real['min']:.0f} to {real['max']:.0f}); ratio "
+        f"{ratio['mean']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}). Copies have 0.\n"
+    )
+
+
+CARDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "maisi_vae": _vae,
+    "maisi_ldm": _ldm,
+    "maisi_controlnet": _controlnet,
+}
+"""What stands in a bundle's card."""
+
+
+def _two(text: str) -> str:
+    return f"{float(text):.2f}" if text else ""
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": round(statistics.fmean(values), 4), "min": round(min(values), 4), "max": round(max(values), 4)}
+
+
+def _read(path: str | Path) -> np.ndarray:
+    return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj).astype(np.float32)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as part:
+        shutil.copyfile(source, part)
