@@ -322,7 +322,7 @@ def dicom_write(
 
     from maisi_tools.dicom.study import write_study
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
-    from maisi_tools.volumes.grid import same_grid
+    from maisi_tools.volumes.grid import grid_difference
     from maisi_tools.volumes.reading import read_volume
 
     try:
@@ -333,8 +333,10 @@ def dicom_write(
     labels = None
     if mask is not None:
         drawn = read_volume(str(mask), "mask")
-        if not same_grid(drawn, volume):
-            raise InputError(f"the mask {mask} is not on the grid of {ct}; give the mask written beside the CT.")
+        if difference := grid_difference(drawn, volume):
+            raise InputError(
+                f"the mask {mask} is not on the grid of {ct} ({difference}); give the mask written beside the CT."
+            )
         labels = apply_label_map(drawn[0].numpy(), read_label_map(str(label_map)))
     files = write_study(
         str(output),

@@ -15,7 +15,7 @@ from monai.transforms import MapTransform, Orientation
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -72,8 +72,10 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
             )
         if mask is None:
             mask, values, first = part, torch.zeros_like(part.as_tensor()), file
-        elif not same_grid(part, mask):
-            raise InputError(f"{file} and {first} lie on different grids; allowed is one grid for all files of a mask")
+        elif difference := grid_difference(part, mask):
+            raise InputError(
+                f"{file} and {first} lie on different grids ({difference}); allowed is one grid for all files of a mask"
+            )
         overlap += int((inside & (values > 0)).sum())
         values[inside] = label
     assert mask is not None

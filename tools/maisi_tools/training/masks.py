@@ -18,7 +18,7 @@ from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.training.workers import in_order
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
@@ -105,10 +105,10 @@ def _completed(
     labels = None
     if "label" in item:
         own = read_ras(item["label"], "mask")
-        if not same_grid(own, ct):
+        if difference := grid_difference(own, ct):
             raise InputError(
-                f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
-                f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
+                f"{item['label']} lies on another grid than its CT {item['image']} (in RAS: {difference}); allowed is "
+                "one grid for both: resample the mask to the CT"
             )
         labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
     ct = _regrid(spacing, "bilinear")(ct)

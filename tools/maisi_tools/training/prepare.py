@@ -18,7 +18,7 @@ from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.training.sources import Case, find_cases
 from maisi_tools.training.workers import in_order
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -236,10 +236,10 @@ def _read(case: Case, mapping: Mapping[int, int]) -> Finding:
         labels = None
         if case.label is not None:
             mask = read_volume(case.label, "mask")
-            if not same_grid(mask, image):
+            if difference := grid_difference(mask, image):
                 raise InputError(
-                    f"the mask {case.label} lies on another grid than the volume ({tuple(mask.shape[1:])} and {size} "
-                    "voxels); resample it to the volume"
+                    f"the mask {case.label} lies on another grid than the volume ({difference}); resample it to the "
+                    "volume"
                 )
             apply_label_map(mask[0].numpy(), mapping)
             labels = tuple(int(label) for label in mask.unique() if label)
