@@ -12,6 +12,7 @@ from maisi_tools.volumes.checks import (
     check_affine,
     check_ct_intensities,
     check_finite,
+    check_labels,
     check_output_size,
     check_shape,
     check_spacing,
@@ -92,7 +93,7 @@ def test_labels_are_rounded_within_a_hundredth_and_fractions_are_counted():
     with pytest.raises(InputError, match=r"1 voxels that are no whole number, for instance nan"):
         whole_labels(np.array([0.0, np.nan]), "m.nii")
     with pytest.raises(InputError, match=r"m\.nii has 3 negative voxels: -1024, -1; allowed in a mask.*: set"):
-        whole_labels(np.array([0.0, -1, -1, -1024]), "m.nii")
+        check_labels(np.array([0.0, -1, -1, -1024]), "m.nii")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])

@@ -321,6 +321,7 @@ def dicom_write(
     import datetime
 
     from maisi_tools.dicom.study import write_study
+    from maisi_tools.masks.class_folder import read_numbers
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
     from maisi_tools.volumes.grid import grid_difference
     from maisi_tools.volumes.reading import read_volume
@@ -332,12 +333,13 @@ def dicom_write(
     volume = read_volume(str(ct), "ct")
     labels = None
     if mask is not None:
-        drawn = read_volume(str(mask), "mask")
+        mapping = read_label_map(str(label_map))
+        drawn = read_numbers(str(mask), mapping)
         if difference := grid_difference(drawn, volume):
             raise InputError(
                 f"the mask {mask} is not on the grid of {ct} ({difference}); give the mask written beside the CT."
             )
-        labels = apply_label_map(drawn[0].numpy(), read_label_map(str(label_map)))
+        labels = apply_label_map(drawn[0].numpy(), mapping)
     files = write_study(
         str(output),
         volume[0].numpy(),

@@ -122,26 +122,32 @@ def whole_labels(array: np.ndarray, name: str) -> np.ndarray:
         The array, each value within :data:`LABEL_ROUNDING` of a whole number replaced by it.
 
     Raises:
-        InputError: values that are no labels: fractions or negative ones, with how many and up to five of each.
+        InputError: fractions, with how many and up to five of them.
     """
     if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
-        whole = array
-    else:
-        whole = np.rint(array)
-        fractional = array[~(np.abs(array - whole) <= LABEL_ROUNDING)]
-        if fractional.size:
-            raise InputError(
-                f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; "
-                "allowed in a mask are label values: resample it with nearest neighbour, and give no probability map"
-            )
-        whole += 0.0  # of -0.001, too, becomes 0 and not -0
-    negative = whole[whole < 0]
+        return array
+    whole = np.rint(array)
+    fractional = array[~(np.abs(array - whole) <= LABEL_ROUNDING)]
+    if fractional.size:
+        raise InputError(
+            f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; allowed "
+            "in a mask are label values: resample it with nearest neighbour, and give no probability map"
+        )
+    return whole + 0.0  # -0.001 becomes 0, not -0
+
+
+def check_labels(array: np.ndarray, name: str) -> None:
+    """Refuse negative labels; which labels exist is the label map's matter.
+
+    Raises:
+        InputError: with how many, and up to five of them.
+    """
+    negative = array[array < 0]
     if negative.size:
         raise InputError(
             f"{name} has {negative.size} negative voxels: {_some(negative)}; allowed in a mask are labels from 0 on: "
             "set the background to 0"
         )
-    return whole
 
 
 def check_affine(affine: np.ndarray, name: str) -> None:

@@ -21,6 +21,7 @@ from maisi_tools.volumes.checks import (
     check_affine,
     check_ct_intensities,
     check_finite,
+    check_labels,
     check_latent_size,
     check_shape,
     whole_labels,
@@ -69,6 +70,7 @@ def read_volume(
         check_ct_intensities(values, str(path))
     if kind == "mask":
         values = whole_labels(values, str(path))
+        check_labels(values, str(path))
     meta: dict[str, Any] = {}
     if kind == "latent":
         sidecar = read_sidecar(path)
