@@ -199,13 +199,24 @@ def warn_sheared(affine: np.ndarray, name: str) -> None:
         )
 
 
-def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str) -> None:
+def nearest_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]]) -> list[float]:
+    """The spacing within (lowest, highest) mm of each axis that is nearest to this one; itself where it is within."""
+    return [
+        float(mm) if _within(mm, low, high) else float(min(max(mm, low), high))
+        for mm, (low, high) in zip(spacing, allowed, strict=True)
+    ]
+
+
+def check_spacing(
+    spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str, factor: float | None = None
+) -> None:
     """Refuse a spacing that the weights were not trained for.
 
     Args:
         spacing: mm along x, y, z.
         allowed: (lowest, highest) in mm for x, y and z.
         what: what the message calls it: "spacing", or "the spacing of" a file.
+        factor: how far from the range a mask may be to be resampled, for the message.
 
     Raises:
         InputError: not three positive numbers, or one outside its range.
@@ -216,11 +227,12 @@ def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], 
         i for i, (mm, (low, high)) in enumerate(zip(spacing, allowed, strict=True)) if not _within(mm, low, high)
     ]
     if outside:
+        further = f", and up to {factor:g} times beyond it for a mask" if factor else ""
         ranges = ", ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in zip(names, allowed, strict=True))
         raise InputError(
             f"{what} is {_mm(spacing)}, outside along {', '.join(names[i] for i in outside)}; allowed "
-            f"is {ranges} mm, the range these weights were trained for: give --spacing to resample, or use the "
-            "full-size weights"
+            f"is {ranges} mm, the range these weights were trained for{further}: give --spacing to resample, or use "
+            "the full-size weights"
         )
 
 

@@ -171,7 +171,8 @@ def _stored(header: Header, path: Path, begin: int, shape: Sequence[int]) -> np.
     dtype = _dtype(header, encoding, str(path))
     with _data(header, path, begin) as file:
         for _ in range(int(_either(header, "line skip", "lineskip", 0))):
-            file.readline(HEADER_BYTES)
+            if not file.readline(HEADER_BYTES):
+                break
         past = int(_either(header, "byte skip", "byteskip", 0))
         if encoding in TEXT:
             return _from_text(file, shape, dtype, path)
