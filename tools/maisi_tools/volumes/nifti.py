@@ -52,7 +52,8 @@ def read_nifti(path: str | os.PathLike, kind: str) -> tuple[np.ndarray, np.ndarr
     stored: Any = image.dataobj
     check_stored_type(stored.dtype, name)
     check_memory(shape, name)
-    with nib.openers.ImageOpener(name) as file:
+    opened: Any = nib.openers.ImageOpener(name)
+    with opened as file:
         skip(file, int(stored.offset))
         values = read_stored(file, shape, stored.dtype, name)
         file.read(1)  # the end of a gzip file holds the sum of its content

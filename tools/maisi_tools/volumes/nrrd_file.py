@@ -230,15 +230,14 @@ def _dtype(header: Header, encoding: str, name: str) -> np.dtype:
     code = next((code for code, names in TYPES.items() if given in names), None)
     if code is None:
         raise InputError(f"{name} has voxels of the type {given!r}; allowed are integers, float and double: convert it")
-    dtype = np.dtype(code)
-    if dtype.itemsize == 1 or encoding in TEXT:
-        return dtype
+    if np.dtype(code).itemsize == 1 or encoding in TEXT:
+        return np.dtype(code)
     order = str(header.get("endian", "")).strip().casefold()
     if order not in BYTE_ORDERS:
         raise InputError(
             f"{name} has the endian {order!r}; allowed are {' and '.join(BYTE_ORDERS)}: correct the header"
         )
-    return dtype.newbyteorder(BYTE_ORDERS[order])
+    return np.dtype(BYTE_ORDERS[order] + code)
 
 
 def _from_text(file: IO[bytes], shape: Sequence[int], dtype: np.dtype, path: Path) -> np.ndarray:
