@@ -79,6 +79,23 @@ def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["ct.nii.gz"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["prepare", "1_000", "--validation", "0.1"], "1_000"),
+        (["prepare", "2_7", "1e5"], "2_7"),
+        (["weights", "1e5"], "1e5 is no bundle"),
+        (["weights", "maisi_vae", "--bundles", "007"], "bundles folder 007 does not"),
+        (["preview", "20260101"], "20260101"),
+        (["realism", "1_0", "2_0"], "input 1_0 does not exist"),
+        (["realism", "2027", "2028", "--device", "cuda:99"], "device cuda:99 cannot be used"),
+    ],
+)
+def test_names_that_look_like_numbers_are_text(arguments, named, capsys, tmp_path, monkeypatch, repo_root):
+    monkeypatch.chdir(repo_root)
+    assert named in fails(arguments, capsys)
+
+
 def test_help_does_not_wait_for_torch(repo_root):
     code = "import sys, maisi_tools.cli; sys.exit(bool({'torch', 'monai', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(repo_root / "tools")}).returncode == 0

@@ -112,6 +112,10 @@ def test_class_folder_in_and_its_labels_out(run_bundle, tmp_path):
         (lambda m: np.stack([m, m], -1), {}, ["4D"]),
         (lambda m: m, {"output_size": [100, 48, 48]}, ["100", "96", "112"]),
         (lambda m: m, {"spacing": [1.0, 1.0, 1.0]}, ["1", "2.5"]),
+        (lambda m: m, {"modality": "mri"}, ["modality is 'mri'", "allowed are unknown, ct"]),
+        (lambda m: m, {"modality": 9}, ["modality is 9", "allowed are unknown, ct"]),
+        (lambda m: m, {"num_inference_step": 4}, ["num_inference_step", "num_inference_steps"]),
+        (lambda m: m, {"device": "cuda:99"}, ["device cuda:99", "allowed is cpu"]),
         (lambda m: m, {"label_map": "nothing_like_it"}, ["nothing_like_it", "totalsegmentator"]),
         (lambda m: m, {"output_labels": "maisi"}, ["output_labels", "vocabulary and input"]),
         (lambda m: m, {"placeholders": {"liver": 2}}, ["liver", "reads as 1"]),
@@ -126,6 +130,21 @@ def test_bad_masks_are_refused(cause, run_bundle, save, phantom_labels, tmp_path
     message = str(cause(raised.value))
     assert all(word in message for word in words), message
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_mask_outside_the_spacing_range_gets_a_ct_on_its_own_grid(run_bundle, save, phantom_labels, tmp_path, caplog):
+    affine = np.array([[-5.6, 0, 0, 90], [0, -5.6, 0, 80.5], [0, 0, 3.4, -70.25], [0, 0, 0, 1]])
+    path = save(phantom_labels, "coarse.nii.gz", affine)
+    run_bundle("maisi_controlnet", "inference.json", input=str(path), output_dir=str(tmp_path / "out"), **FAST)
+    ct, mask = (nib.load(tmp_path / "out" / f"coarse_{what}.nii.gz") for what in ("ct", "mask"))
+    np.testing.assert_array_equal(ct.affine, nib.load(path).affine)
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), phantom_labels)
+    hu = np.asarray(ct.dataobj)
+    assert hu.shape == phantom_labels.shape and (hu[phantom_labels == 0] == -1000).all()
+    metrics = json.loads((tmp_path / "out" / "coarse_ct.json").read_text())["metrics"]
+    assert metrics["hu_airway"] < metrics["hu_soft_tissue"] < metrics["hu_bone"]
+    said = [record.getMessage() for record in caplog.records if "brought back" in record.message]
+    assert len(said) == 1 and "5.6 x 5.6 x 3.4 mm" in said[0] and "5.2 x 5.2 x 3.4 mm" in said[0]
 
 
 def test_small_field_of_view_only_warns(run_bundle, save, phantom_labels, tmp_path, caplog):

@@ -7,7 +7,7 @@ from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_co
 from maisi_tools.errors import InputError
 
 OK = {"size": (64, 48, 32), "spacing": (1.0, 1.0, 2.5)}
-LIMITS = ([[0.5, 3.0], [0.5, 3.0], [0.5, 5.0]], [10, 10, 10], ["head", "chest"])
+LIMITS = ([[0.5, 3.0], [0.5, 3.0], [0.5, 5.0]], [10, 10, 10], ["head", "chest"], ["unknown", "ct"])
 
 
 def test_tensors_are_what_the_networks_were_trained_with():
@@ -56,7 +56,13 @@ def test_impossible_conditions_are_refused(change):
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"size": (60, 48, 32)}, "64"), ({"spacing": (0.4, 1, 1)}, "0.5"), ({"region": "lower"}, "head")],
+    [
+        ({"size": (60, 48, 32)}, "64"),
+        ({"spacing": (0.4, 1, 1)}, "0.5"),
+        ({"region": "lower"}, "head"),
+        ({"modality": "mri"}, "modality is .mri., .* allowed are unknown, ct"),
+        ({"modality": 3}, "modality is 3"),
+    ],
 )
 def test_limits_of_the_weights(change, word):
     check_conditions(Conditions(**OK, region="head"), 16, *LIMITS)

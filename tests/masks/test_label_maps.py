@@ -125,7 +125,7 @@ def test_labels_outside_the_map_are_all_named(extra):
 
 @pytest.mark.parametrize("value", [0.5, np.nan, np.inf])
 def test_values_that_are_no_labels(value):
-    with pytest.raises(InputError, match="1 voxels of the mask are no whole number"):
+    with pytest.raises(InputError, match="the mask has 1 voxels that are no whole number"):
         apply_label_map(np.array([0, 1, value]), read_label_map("maisi"))
 
 

@@ -144,7 +144,7 @@ def test_truncated_file(tmp_path, suffix):
     noise = np.random.default_rng(0).integers(-1000, 1000, SHAPE, dtype=np.int16)
     path = save(tmp_path / f"ct{suffix}", noise)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=rf"volume {path} .*(cannot be read|bytes, and holds)"):
         preview(path, output=tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
 
@@ -152,7 +152,7 @@ def test_truncated_file(tmp_path, suffix):
 @pytest.mark.parametrize("shape", [(32, 24), (32, 24, 40, 4)])
 def test_wrong_number_of_dimensions(tmp_path, shape):
     volume = save(tmp_path / "ct.nii.gz", np.zeros(shape, np.int16))
-    with pytest.raises(InputError, match="must have three dimensions"):
+    with pytest.raises(InputError, match="allowed is a 3D volume"):
         preview(volume, output=tmp_path / "x.png")
 
 
@@ -164,13 +164,13 @@ def test_mask_on_another_grid(tmp_path, ct):
     affine = np.diag([*SPACING, 1.0])
     affine[0, 3] = 10
     moved = save(tmp_path / "moved.nii.gz", np.ones(SHAPE, np.uint8), affine)
-    with pytest.raises(InputError, match=r"10\.0 mm away"):
+    with pytest.raises(InputError, match="voxels away"):
         preview(volume, moved, tmp_path / "x.png")
 
 
 def test_mask_that_is_no_label_mask(tmp_path, ct):
     mask = save(tmp_path / "mask.nii.gz", np.full(SHAPE, 0.5, np.float32))
-    with pytest.raises(InputError, match="whole numbers"):
+    with pytest.raises(InputError, match="no whole number"):
         preview(save(tmp_path / "ct.nii.gz", ct), mask, tmp_path / "x.png")
 
 

@@ -12,11 +12,12 @@ from maisi_tools.volumes.checks import (
     check_affine,
     check_ct_intensities,
     check_finite,
-    check_mask_values,
+    check_labels,
     check_output_size,
     check_shape,
     check_spacing,
     warn_field_of_view,
+    whole_labels,
 )
 
 SMALL = ((0.7, 2.5), (0.7, 2.5), (1, 5))
@@ -81,12 +82,18 @@ def test_shapes_are_refused(shape, kind, message):
         check_shape(shape, kind, "x.nii")
 
 
-def test_mask_values():
-    check_mask_values(np.array([[[0.0, 1, 200]]]), "m.nii")
-    with pytest.raises(InputError, match=r"2 voxels that are no whole number, for instance 0\.5, 1\.25; allowed in"):
-        check_mask_values(np.array([0.0, 0.5, 1.25, 3]), "m.nii")
+def test_labels_are_rounded_within_a_hundredth_and_fractions_are_counted():
+    """float32 storage and a slope give 1.9989 and 2.0000002; a half is no label."""
+    stored = np.array([0.0, 1.9989, 2.0000002, 199.991, -0.002], dtype=np.float32)
+    rounded = whole_labels(stored, "m.nii")
+    assert rounded.tolist() == [0, 2, 2, 200, 0] and not np.signbit(rounded).any()
+    assert whole_labels(np.array([0, 3], dtype=np.uint8), "m.nii").dtype == np.uint8
+    with pytest.raises(InputError, match=r"2 voxels that are no whole number, for instance 0\.5, 1\.011; allowed in"):
+        whole_labels(np.array([0.0, 0.5, 1.011, 3.0001]), "m.nii")
+    with pytest.raises(InputError, match=r"1 voxels that are no whole number, for instance nan"):
+        whole_labels(np.array([0.0, np.nan]), "m.nii")
     with pytest.raises(InputError, match=r"m\.nii has 3 negative voxels: -1024, -1; allowed in a mask.*: set"):
-        check_mask_values(np.array([0.0, -1, -1, -1024]), "m.nii")
+        check_labels(np.array([0.0, -1, -1, -1024]), "m.nii")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])

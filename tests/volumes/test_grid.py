@@ -14,10 +14,12 @@ from monai.networks.nets import UNet
 from maisi_tools.volumes.grid import (
     PadInferer,
     crop_to,
+    grid_difference,
     image_affine,
     latent_affine,
     pad_to_multiple,
     regrid_mask,
+    same_grid,
     straighten,
 )
 
@@ -148,3 +150,27 @@ def test_straightened_volume_has_every_value_in_its_place(degrees):
             assert float(straight[(0, *index)]) == -1000
     assert seen >= 6 * 13 * 10
     assert straighten(straight, "bilinear", -1000) is straight
+
+
+def volume_on(affine, shape=(10, 12, 14)):
+    return MetaTensor(torch.zeros(1, *shape), affine=torch.as_tensor(affine, dtype=torch.float64))
+
+
+def test_grids_are_compared_in_fractions_of_a_voxel():
+    affine = np.diag([0.7, 0.7, 2.5, 1])
+    rounded = affine + np.array([[0, 0, 0, 0.02], [0, 0, 0, -0.02], [0, 0, 0, 0.02], [0, 0, 0, 0]])
+    assert grid_difference(volume_on(affine), volume_on(rounded)) is None
+    assert same_grid(volume_on(affine), volume_on(rounded))
+    # Ten microns are more than a tenth of a voxel of 50 microns: what counted as one grid by 0.01 mm.
+    micro = np.diag([0.05, 0.05, 0.05, 1])
+    moved = micro + np.array([[0, 0, 0, 0.0099], [0] * 4, [0] * 4, [0] * 4])
+    assert grid_difference(volume_on(micro), volume_on(moved)) == (
+        "10 x 12 x 14 voxels each, up to 0.198 voxels apart, origin [0.0, 0.0, 0.0] and [0.01, 0.0, 0.0] mm"
+    )
+    # A spacing off by 0.02 mm comes to more at the far end: 9 * 0.02 / 0.72 voxels.
+    wider = np.diag([0.72, 0.7, 2.5, 1])
+    assert grid_difference(volume_on(affine), volume_on(wider)) == (
+        "10 x 12 x 14 voxels each, up to 0.25 voxels apart, spacing [0.7, 0.7, 2.5] and [0.72, 0.7, 2.5] mm"
+    )
+    assert "axes" in grid_difference(volume_on(affine), volume_on(np.diag([-0.7, 0.7, 2.5, 1])))
+    assert grid_difference(volume_on(affine), volume_on(affine, (10, 12, 13))) == "10 x 12 x 14 and 10 x 12 x 13 voxels"

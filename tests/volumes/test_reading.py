@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import tracemalloc
 
 import nibabel as nib
 import nrrd
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from pydicom.dataset import Dataset as Header
 from pydicom.uid import generate_uid
@@ -76,13 +78,101 @@ def test_every_format_goes_through_a_data_loader(write_nifti, write_series, tmp_
         assert np.array_equal(item.affine, read_volume(path, "ct").affine)
 
 
+NRRD_HEADER = {"space": "left-posterior-superior", "space directions": np.eye(3), "space origin": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("space", "signs"),
+    [
+        ("LPS", (-1, -1, 1)),
+        ("Left-Posterior-Superior", (-1, -1, 1)),
+        ("ras", (1, 1, 1)),
+        ("right-anterior-superior", (1, 1, 1)),
+        ("LAS", (-1, 1, 1)),
+        (None, (-1, -1, 1)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("units", "mm"), [(None, 1), (["mm"] * 3, 1), (["m"] * 3, 1000), (["cm"] * 3, 10), (["µm"] * 3, 0.001)]
+)
+def test_nrrd_spaces_and_units(tmp_path, space, signs, units, mm):
+    """Every spelling of the format's definition; SimpleITK reads those that it knows to the same place."""
+    header = dict(NRRD_HEADER)
+    del header["space"]
+    if space:
+        header["space"] = space
+    else:
+        header["space dimension"] = 3
+    if units:
+        header["space units"] = ["um" if unit == "µm" else unit for unit in units]
+    path = tmp_path / "x.nrrd"
+    nrrd.write(str(path), ct_values(), header)
+    if units == ["µm"] * 3:
+        path.write_bytes(path.read_bytes().replace(b'"um"', '"µm"'.encode()))
+    expected = mm * np.array([signs[0] * 1.0, signs[1] * 2.0, signs[2] * 3.0])
+    affine = np.asarray(read_volume(path, "ct").affine)
+    assert np.allclose(affine[:3, 3], expected) and np.allclose(affine[:3, :3], mm * np.diag(signs))
+    if units in (None, ["mm"] * 3):
+        image = sitk.ReadImage(str(path))
+        assert np.allclose(np.array([-1, -1, 1]) * image.GetOrigin(), affine[:3, 3])
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2", "text"])
+def test_nrrd_encodings_and_detached_data(tmp_path, encoding):
+    path = tmp_path / "x.nrrd"
+    nrrd.write(str(path), ct_values(), {**NRRD_HEADER, "encoding": encoding})
+    assert np.array_equal(read_volume(path, "ct")[0].numpy(), ct_values())
+    nrrd.write(str(tmp_path / "y.nhdr"), ct_values(), {**NRRD_HEADER, "encoding": encoding}, detached_header=True)
+    (tmp_path / "y.nhdr").rename(tmp_path / "y.nrrd")
+    assert np.array_equal(read_volume(tmp_path / "y.nrrd", "ct")[0].numpy(), ct_values())
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.raw", "sub/../../secret.raw", "LIST", "x%02d.raw 1 3 1"])
+def test_nrrd_reads_no_file_outside_its_folder(tmp_path, name):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "secret.raw").write_bytes(ct_values().tobytes(order="F"))
+    path = folder / "x.nrrd"
+    nrrd.write(str(path), ct_values(), {**NRRD_HEADER, "encoding": "raw"})
+    header = path.read_bytes().split(b"\n\n")[0]
+    path.write_bytes(header + f"\ndata file: {name}\n\n".encode())
+    refused(path, str(path), f"the data file '{name}'", "beside")
+
+
+def test_nrrd_that_claims_more_or_less_than_it_holds(tmp_path):
+    path = tmp_path / "x.nrrd"
+    for encoding in ("raw", "gzip", "text"):
+        nrrd.write(str(path), ct_values(), {**NRRD_HEADER, "encoding": encoding})
+        content = path.read_bytes()
+        for sizes in (b"sizes: 2000 2000 1000", b"sizes: 30000 30000 30000"):
+            path.write_bytes(content.replace(b"sizes: 10 12 14", sizes))
+            tracemalloc.start()
+            refused(path, f"{path} says that it has {sizes[7:].decode().replace(' ', ' x ')} voxels")
+            assert tracemalloc.get_traced_memory()[1] < 64e6
+            tracemalloc.stop()
+        path.write_bytes(content.replace(b"sizes: 10 12 14", b"sizes: 10 12 13"))
+        refused(path, "10 x 12 x 13 voxels, and holds")
+        path.write_bytes(content.replace(b"sizes: 10 12 14", b"sizes: 10 12 -14"))
+        refused(path, "the sizes [10, 12, -14]")
+
+
+def test_nrrd_axis_without_a_direction_is_dropped_where_it_is_one_voxel(tmp_path):
+    path = tmp_path / "x.nrrd"
+    directions = np.vstack([[np.nan] * 3, np.diag([2.0, 3, 4])])
+    nrrd.write(str(path), ct_values()[None], {**NRRD_HEADER, "space directions": directions})
+    volume = read_volume(path, "ct")
+    assert np.array_equal(volume[0].numpy(), ct_values()) and volume.pixdim.tolist() == [2, 3, 4]
+    nrrd.write(str(path), np.stack([ct_values()] * 2), {**NRRD_HEADER, "space directions": directions})
+    refused(path, "4D image of shape (10, 12, 14, 2)", "split it")
+
+
 def test_nrrd_without_a_usable_geometry(tmp_path):
     path = tmp_path / "x.nrrd"
     nrrd.write(str(path), ct_values(), {"spacings": [1, 1, 1]})
     refused(path, "no space directions and no space origin", "export it")
     header = {"space directions": np.eye(3), "space origin": [0, 0, 0]}
-    nrrd.write(str(path), ct_values(), {**header, "space": "left-anterior-superior"})
-    refused(path, "the space 'left-anterior-superior'", "left-posterior-superior and right", "convert")
+    nrrd.write(str(path), ct_values(), {**header, "space": "scanner-xyz"})
+    refused(path, "the space 'scanner-xyz'", "left-posterior-superior", "convert")
     nrrd.write(str(path), ct_values(), {**header, "space directions": np.diag([1, 1, 0])})
     refused(path, "the spacing 1 x 1 x 0 mm", "correct the header")
 
@@ -181,7 +271,7 @@ def test_truncated_files(write_nifti, tmp_path, keep, name):
         path = write_nifti(np.random.default_rng(0).integers(-1000, 1000, SHAPE).astype(np.int16), name)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    refused(path, f"{name} cannot be read", "copy or export the file again")
+    refused(path, str(path), "copy or export the file again")
 
 
 @pytest.mark.parametrize("kind", ["ct", "mask"])

@@ -8,7 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.regrid import CheckGridd, RegridMaskd
+from maisi_tools.volumes.regrid import CheckGridd, RegridMaskd, RestoreGridd
 
 from .conftest import OBLIQUE
 
@@ -82,3 +82,53 @@ def test_small_field_of_view_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         CheckGridd("mask", RANGE, [16, 10, 48])({"mask": mask()})
     assert len(caplog.records) == 1 and "16 x 8 x 48 mm" in caplog.text and "16 x 10 x 48 mm" in caplog.text
+
+
+def test_a_mask_outside_the_range_goes_to_the_nearest_spacing_and_its_ct_comes_back(caplog):
+    """The CT that comes back is the ramp in world coordinates that was on the network's grid."""
+    given = mask((3.3, 0.9, 0.4), (20, 30, 40))
+    given[:, :4] = 0
+    given.affine = torch.as_tensor(OBLIQUE @ np.diag([1 / 0.8438, 1 / 1.0112, 1 / 2.2361, 1])) @ given.affine
+    own = [float(mm) for mm in given.pixdim]
+    narrow = [[0.5, 3.0], [0.5, 3.0], [0.5, 5.0]]
+    put = RegridMaskd("mask", spacing_range=narrow, multiple=16)({"mask": given})
+    wanted = [min(own[0], 3.0), own[1], max(own[2], 0.5)]
+    np.testing.assert_allclose(put["mask"].pixdim, wanted, rtol=1e-4)
+    CheckGridd("mask", narrow, [1, 1, 1])(put)
+    assert torch.equal(put["own_mask"], given)
+
+    def ramp(volume):
+        index = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape[1:]), indexing="ij"))
+        x, y, z = np.einsum("ij,j...->i...", volume.affine[:3, :3].numpy(), index) + volume.affine[
+            :3, 3
+        ].numpy().reshape(3, 1, 1, 1)
+        return 3 * x - 2 * y + z
+
+    pred = torch.as_tensor(ramp(put["mask"]))[None].float()
+    with caplog.at_level(logging.WARNING):
+        back = RestoreGridd("pred", "mask")({**put, "pred": pred})
+    assert "own_mask" not in back and torch.equal(back["mask"], given)
+    assert back["pred"].shape == given.shape and torch.equal(back["pred"].affine, given.affine)
+    inner = (slice(None), *(slice(3, -3) for _ in range(3)))
+    inside = (given != 0).numpy()[inner]
+    np.testing.assert_allclose(back["pred"].numpy()[inner][inside], ramp(given)[None][inner][inside], atol=0.05)
+    assert (back["pred"].numpy()[given.numpy() == 0] == -1000).all()
+    assert len(caplog.records) == 1 and "case.nii.gz: its spacing of" in caplog.text
+
+
+def test_a_mask_within_the_range_or_with_a_wish_is_left_alone():
+    data = {"mask": mask(), "pred": torch.ones(1, 16, 8, 24)}
+    assert RegridMaskd("mask", spacing_range=RANGE)(data)["mask"] is data["mask"]
+    assert torch.equal(RestoreGridd("pred", "mask")(data)["pred"], data["pred"])
+    asked = RegridMaskd("mask", spacing=[6, 1, 1], spacing_range=RANGE)({"mask": mask((5.0, 1, 1))})
+    assert "own_mask" not in asked and abs(float(asked["mask"].pixdim[0]) - 6) < 1e-9
+
+
+@pytest.mark.parametrize(("spacing", "refused"), [((6.0, 1, 1), False), ((6.1, 1, 1), True), ((1, 0.24, 1), True)])
+def test_beyond_a_factor_of_two_a_mask_is_refused(spacing, refused):
+    put = RegridMaskd("mask", spacing_range=RANGE)
+    if not refused:
+        assert float(put({"mask": mask(spacing)})["mask"].pixdim[0]) == 3
+        return
+    with pytest.raises(InputError, match=r"spacing of case\.nii\.gz is .*trained for, and up to 2 times beyond it"):
+        put({"mask": mask(spacing)})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import json
 import shlex
 import sys
@@ -321,8 +322,9 @@ def dicom_write(
     import datetime
 
     from maisi_tools.dicom.study import write_study
+    from maisi_tools.masks.class_folder import read_numbers
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
-    from maisi_tools.volumes.grid import same_grid
+    from maisi_tools.volumes.grid import grid_difference
     from maisi_tools.volumes.reading import read_volume
 
     try:
@@ -332,10 +334,13 @@ def dicom_write(
     volume = read_volume(str(ct), "ct")
     labels = None
     if mask is not None:
-        drawn = read_volume(str(mask), "mask")
-        if not same_grid(drawn, volume):
-            raise InputError(f"the mask {mask} is not on the grid of {ct}; give the mask written beside the CT.")
-        labels = apply_label_map(drawn[0].numpy(), read_label_map(str(label_map)))
+        mapping = read_label_map(str(label_map))
+        drawn = read_numbers(str(mask), mapping)
+        if difference := grid_difference(drawn, volume):
+            raise InputError(
+                f"the mask {mask} is not on the grid of {ct} ({difference}); give the mask written beside the CT."
+            )
+        labels = apply_label_map(drawn[0].numpy(), mapping)
     files = write_study(
         str(output),
         volume[0].numpy(),
@@ -617,8 +622,10 @@ def realism(
     import ignite.distributed as idist
 
     from maisi_tools.metrics.realism import SliceNetwork, measure_realism
+    from maisi_tools.run_settings import check_device
     from maisi_tools.volumes.inputs import find_inputs
 
+    check_device(device)
     real, made = ([item["image"] for item in find_inputs(files)] for files in (reference, generated))
     features = SliceNetwork(str(network), None if weights is None else str(weights))
     with _process_group():
@@ -688,6 +695,7 @@ def cohort(
 
     from maisi_tools.cohort.run import MANIFEST, make_cohort
     from maisi_tools.cohort.spec import read_spec
+    from maisi_tools.run_settings import check_device
 
     for name, value in (("workers", workers), ("threads", threads)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -695,6 +703,8 @@ def cohort(
     wanted = read_spec(str(spec))
     if wanted.format == "dicom":
         _need_dicom()
+    if engine == "process":  # Ray's workers may be on other machines
+        check_device(device)
     with _process_group():
         if device == "cuda" and torch.distributed.is_torchelastic_launched():
             device = f"cuda:{idist.get_local_rank()}"
@@ -809,11 +819,39 @@ class _Plan:
 
 
 def _planned(command: Callable[..., None]) -> Callable[..., _Plan]:
+    """The command for Fire, with the call put off; what is annotated as text stays as it was typed.
+
+    Fire would make numbers of the folders 2027, 1_000 and 1e5.
+    """
+
     @functools.wraps(command)
     def plan(*args: Any, **kwargs: Any) -> _Plan:
         return _Plan(functools.partial(command, *args, **kwargs))
 
-    return plan
+    parsers: dict[str, Callable[[str], Any]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            plan = fire.decorators.SetParseFn(_text)(plan)
+        else:
+            parsers[name] = _text if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
+        if name in _TEXT_OR_LISTS:
+            parsers[name] = _text_or_list
+    return fire.decorators.SetParseFns(**parsers)(plan)
+
+
+_TEXT_OR_LISTS = ("reference", "generated", "held_out", "overlay")
+"""Options that take a path or name, or several."""
+
+
+def _text(given: str) -> str | None:
+    """An argument as it was typed, without the quotes that keep Fire from parsing it; None where it is none."""
+    value = fire.parser.DefaultParseValue(given)
+    return value if isinstance(value, str) or value is None else given
+
+
+def _text_or_list(given: str) -> Any:
+    value = fire.parser.DefaultParseValue(given)
+    return value if isinstance(value, (str, list, tuple, dict)) or value is None else given
 
 
 def _ours(error: Exception) -> bool:

@@ -38,6 +38,23 @@ def modality_code(modality: str | int) -> int:
     raise InputError(f"modality is {modality!r}; allowed are {', '.join(MODALITIES)} or a class code 0..127")
 
 
+def check_modality(modality: str | int, trained: Sequence[str | int]) -> None:
+    """Refuse a modality that particular weights were not trained on; they would draw what they know, without a word.
+
+    Args:
+        modality: see :func:`modality_code`.
+        trained: names or codes, from the bundle's config.
+
+    Raises:
+        InputError: with those that are allowed.
+    """
+    if modality_code(modality) not in {modality_code(name) for name in trained}:
+        raise InputError(
+            f"modality is {modality!r}, which was not in these weights' training data; allowed are "
+            f"{', '.join(map(str, trained))}"
+        )
+
+
 def draw_noise(shape: Sequence[int], seed: int) -> Tensor:
     """The initial noise of a seed, standard normal of this shape, drawn on the CPU."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(int(seed)))
@@ -144,6 +161,7 @@ def check_conditions(
     spacing_range: Sequence[Sequence[float]],
     smallest_field_of_view: Sequence[float],
     trained_regions: Sequence[str],
+    trained_modalities: Sequence[str | int],
 ) -> None:
     """Refuse conditions that particular weights cannot serve (their limits stand in the bundle's config).
 
@@ -152,10 +170,12 @@ def check_conditions(
         spacing_range: (lowest, highest) mm for x, y, z.
         smallest_field_of_view: mm along x, y, z of the smallest volume trained on; below it there is only a warning.
         trained_regions: names of the regions the weights were trained on.
+        trained_modalities: names or codes of the modalities likewise.
 
     Raises:
-        InputError: a size, spacing or region outside the limits.
+        InputError: a size, spacing, region or modality outside the limits.
     """
+    check_modality(conditions.modality, trained_modalities)
     check_output_size(conditions.size, size_multiple)
     check_spacing(conditions.spacing, spacing_range, "spacing")
     warn_field_of_view(conditions.size, conditions.spacing, smallest_field_of_view)

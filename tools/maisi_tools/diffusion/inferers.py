@@ -15,7 +15,14 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
+from maisi_tools.diffusion.conditions import (
+    Conditions,
+    batch_tensors,
+    check_guidance,
+    check_modality,
+    draw_noise,
+    without_conditions,
+)
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import (
@@ -130,9 +137,10 @@ class MaskToCT(Inferer):
         merge_labels: group -> label that stands for every other label of that group (the rest counts as body).
         control_scale: weight of the ControlNet's contribution.
         inferer: how the U-Net and the ControlNet are run.
+        trained_modalities: that the weights know; None takes any.
 
     Raises:
-        InputError: as in :class:`LatentSampler`.
+        InputError: as in :class:`LatentSampler`, or a modality that the weights do not know.
     """
 
     def __init__(
@@ -154,6 +162,7 @@ class MaskToCT(Inferer):
         inferer: Inferer | None = None,
         solver: str = "euler",
         guidance_interval: Sequence[float] = ALWAYS,
+        trained_modalities: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -161,6 +170,8 @@ class MaskToCT(Inferer):
         self.num_inference_steps = int(num_inference_steps)
         self.solver = solver
         check_sampling(self.scheduler, self.num_inference_steps, self.solver)
+        if trained_modalities is not None:
+            check_modality(modality, trained_modalities)
         self.seed = int(seed)
         self.multiple = int(multiple)
         self.spacing = tuple(spacing) if spacing is not None else None

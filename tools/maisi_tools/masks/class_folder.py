@@ -15,7 +15,8 @@ from monai.transforms import MapTransform, Orientation
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.masks.slicer import is_segmentation, read_segmentation
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -72,8 +73,10 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
             )
         if mask is None:
             mask, values, first = part, torch.zeros_like(part.as_tensor()), file
-        elif not same_grid(part, mask):
-            raise InputError(f"{file} and {first} lie on different grids; allowed is one grid for all files of a mask")
+        elif difference := grid_difference(part, mask):
+            raise InputError(
+                f"{file} and {first} lie on different grids ({difference}); allowed is one grid for all files of a mask"
+            )
         overlap += int((inside & (values > 0)).sum())
         values[inside] = label
     assert mask is not None
@@ -82,14 +85,24 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
     return MetaTensor(values, meta={**mask.meta, "filename_or_obj": str(folder)})
 
 
-class ReadMaskd(MapTransform):
-    """MONAI dict transform: replaces the path of a mask, a file or a class folder, by (1, X, Y, Z), float32.
+def read_numbers(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
+    """A mask, of whatever form, as (1, X, Y, Z), float32, in the numbering of `label_map`.
 
-    Labels stay in the numbering of `label_map`.
+    Args:
+        path: a volume file, a segmentation of 3D Slicer, or a class folder.
+        label_map: how its labels are read.
 
     Raises:
-        InputError: see :func:`maisi_tools.volumes.reading.read_volume` and :func:`read_class_folder`.
+        InputError: see :func:`~maisi_tools.volumes.reading.read_volume`, :func:`read_class_folder` and
+            :func:`~maisi_tools.masks.slicer.read_segmentation`.
     """
+    if Path(path).is_dir():
+        return read_class_folder(path, label_map)
+    return read_segmentation(path, label_map) if is_segmentation(path) else read_volume(path, "mask")
+
+
+class ReadMaskd(MapTransform):
+    """MONAI dict transform: replaces the path of a mask by the mask, see :func:`read_numbers`."""
 
     def __init__(self, keys: KeysCollection, label_map: LabelMap) -> None:
         super().__init__(keys)
@@ -98,13 +111,12 @@ class ReadMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
         for key in self.key_iterator(items):
-            folder = Path(items[key]).is_dir()
-            items[key] = read_class_folder(items[key], self.label_map) if folder else read_volume(items[key], "mask")
+            items[key] = read_numbers(items[key], self.label_map)
         return items
 
 
 def read_mask(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
-    """A mask file or class folder as (1, X, Y, Z), uint8, in the vocabulary, RAS.
+    """A mask, of whatever form, as (1, X, Y, Z), uint8, in the vocabulary, RAS.
 
     Raises:
         InputError: see :class:`ReadMaskd` and

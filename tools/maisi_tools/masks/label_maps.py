@@ -20,6 +20,7 @@ from monai.transforms import MapTransform
 from maisi_tools.errors import InputError
 from maisi_tools.masks.data_sets import DATA_SETS
 from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
+from maisi_tools.volumes.checks import whole_labels
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     they lie inside the body, which :mod:`maisi_tools.masks.body` adds.
 
     Args:
-        mask: label values, any shape, integers or whole floating-point numbers; 0 is the background.
+        mask: label values, any shape; 0 is the background, and floating-point numbers may be a little off.
         mapping: label in the file -> id in the vocabulary, see :func:`read_label_map`.
 
     Returns:
@@ -223,15 +224,7 @@ def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
         InputError: values that are no whole number, labels that `mapping` does not have (all are listed, with their
             numbers of voxels), or a mask without any label.
     """
-    values = np.asarray(mask)
-    if not np.issubdtype(values.dtype, np.integer):
-        whole = np.isfinite(values) & (values == np.rint(values))
-        if not whole.all():
-            some = ", ".join(f"{value:g}" for value in np.unique(values[~whole])[:5])
-            raise InputError(
-                f"{np.count_nonzero(~whole)} voxels of the mask are no whole number, for instance {some}; allowed are "
-                "label values: resample the mask with nearest neighbour, and give no probability map"
-            )
+    values = whole_labels(np.asarray(mask), "the mask")
     classes = mapping.classes if isinstance(mapping, LabelMap) else {}
     table = np.full(max([*mapping, *classes, 0]) + 1, -1, dtype=np.int16)
     table[list(classes)] = 0

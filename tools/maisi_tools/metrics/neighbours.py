@@ -17,8 +17,10 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
+from maisi_tools.volumes.stored import read_whole
 
 GRID_MM = 10.0
 """Voxels of the comparison: coarse enough that noise and sharpness, in which a copy differs from its original, hardly
@@ -228,6 +230,7 @@ def _file_shape(path: str | Path) -> tuple[int, ...]:
     """Coarse shape of a file's volume in RAS; from the header, where it is NIfTI."""
     if not str(path).lower().endswith((".nii", ".nii.gz")) or not Path(path).is_file():
         return read_coarse(path).hu.shape
-    image: Any = nib.load(path)
-    order = [int(axis) for axis in np.argsort(nib.io_orientation(image.affine)[:, 0])]
-    return _coarse_shape([image.shape[axis] for axis in order], [image.header.get_zooms()[axis] for axis in order])
+    shape, affine = read_whole(path, lambda: read_nifti_grid(path, "ct"))
+    order = [int(axis) for axis in np.argsort(nib.io_orientation(affine)[:, 0])]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    return _coarse_shape([shape[axis] for axis in order], [spacing[axis] for axis in order])

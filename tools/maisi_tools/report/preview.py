@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import AGREES, distance_in_voxels, whole_labels
+from maisi_tools.volumes.nifti import read_nifti
+from maisi_tools.volumes.stored import read_whole
 
 BODY = 200  # every unlabelled voxel inside the skin, in MAISI's label vocabulary
 SKIN_HU = -500  # half-way between air and soft tissue
@@ -111,19 +112,13 @@ def load_image(path: str | Path, role: str) -> nib.Nifti1Image:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{role} {path} does not exist; give a NIfTI file (.nii or .nii.gz).")
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"{role} {path} cannot be read: its name does not end in .nii or .nii.gz; give a NIfTI file.")
     try:
-        image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):
-            raise ImageFileError(f"it is a {type(image).__name__}")
-        shape = image.shape
-        np.asanyarray(image.dataobj[..., -1])  # a truncated file shows only when it is read to its end
-    except (ImageFileError, EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(f"{role} {path} cannot be read: {error}. Give a complete NIfTI file.") from error
-    if len(shape) != 3:
-        raise InputError(f"{role} {path} has shape {shape}; it must have three dimensions (one volume, one channel).")
-    if not np.all(np.isfinite(image.affine)) or np.linalg.det(image.affine[:3, :3]) == 0:
-        raise InputError(f"{role} {path} has a singular affine; every spacing must be above 0 mm. Repair its header.")
-    return nib.as_closest_canonical(image)
+        values, affine = read_whole(path, lambda: read_nifti(path, "picture"))
+    except InputError as error:
+        raise InputError(f"{role} {error}") from error
+    return nib.as_closest_canonical(nib.Nifti1Image(values, affine))
 
 
 def load_labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
@@ -138,19 +133,13 @@ def load_labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
             f"mask {path} has shape {mask.shape} and the volume {image.shape} (in RAS orientation); they must be on "
             "one grid. Resample the mask onto the volume, or give the mask written beside it."
         )
-    half_a_voxel = 0.5 * min(image.header.get_zooms()[:3])
-    corners = np.array([[0, 0, 0, 1], [*(n - 1 for n in image.shape), 1]]).T
-    distance = np.abs(mask.affine @ corners - image.affine @ corners).max()
-    if distance > half_a_voxel:
+    apart = distance_in_voxels(mask.affine, image.affine, image.shape)
+    if apart > AGREES:
         raise InputError(
-            f"mask {path} lies up to {distance:.1f} mm away from the volume; they must be on one grid. Resample the "
+            f"mask {path} lies up to {apart:.3g} voxels away from the volume; they must be on one grid. Resample the "
             "mask onto the volume, or give the mask written beside it."
         )
-    labels = np.asanyarray(mask.dataobj)
-    whole = np.rint(labels).astype(np.int32)
-    if not np.array_equal(whole, labels):
-        raise InputError(f"mask {path} has values that are not whole numbers; give a mask of labels.")
-    return whole
+    return whole_labels(np.asarray(mask.dataobj), f"mask {path}").astype(np.int32)
 
 
 def centre_of(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]:

@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose, Spacing
+from monai.transforms import Compose, Orientation, Spacing
 
 from maisi_tools import fingerprints
 from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
-from maisi_tools.masks.label_maps import apply_label_map, read_label_map
+from maisi_tools.masks.class_folder import read_numbers
+from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.training.workers import in_order
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import check_output_dir, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
@@ -74,9 +75,7 @@ def complete_masks(
     return [folder / f"{stem}{SUFFIX}" for stem in stems]
 
 
-def _complete(
-    item: Mapping[str, Any], folder: Path, mapping: Mapping[int, int], spacing: Sequence[float] | None
-) -> list[str]:
+def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:
     """Write the mask of one case unless it is up to date, and return the case's regions."""
     path = folder / f"{stem_of(item['image'])}{SUFFIX}"
     settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
@@ -97,18 +96,16 @@ def _complete(
     return list(region_of(labels))
 
 
-def _completed(
-    item: Mapping[str, Any], mapping: Mapping[int, int], spacing: Sequence[float] | None
-) -> tuple[np.ndarray, Any]:
+def _completed(item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[float] | None) -> tuple[np.ndarray, Any]:
     """The mask (X, Y, Z) of one case, in the orientation of the CT's file, and its affine."""
     ct: Any = read_ras(item["image"], "ct")
     labels = None
     if "label" in item:
-        own = read_ras(item["label"], "mask")
-        if not same_grid(own, ct):
+        own: Any = Orientation(axcodes="RAS", labels=None)(read_numbers(item["label"], mapping))
+        if difference := grid_difference(own, ct):
             raise InputError(
-                f"{item['label']} lies on another grid than its CT {item['image']} ({tuple(own.shape[1:])} and "
-                f"{tuple(ct.shape[1:])} voxels); allowed is one grid for both: resample the mask to the CT"
+                f"{item['label']} lies on another grid than its CT {item['image']} (in RAS: {difference}); allowed is "
+                "one grid for both: resample the mask to the CT"
             )
         labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
     ct = _regrid(spacing, "bilinear")(ct)

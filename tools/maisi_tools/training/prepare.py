@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import apply_label_map, read_label_map
+from maisi_tools.masks.class_folder import read_numbers
+from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.training.sources import Case, find_cases
 from maisi_tools.training.workers import in_order
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_volume
 
@@ -228,18 +229,18 @@ def as_text(report: Mapping[str, Any], most: int = 20) -> str:
     return "\n".join(lines)
 
 
-def _read(case: Case, mapping: Mapping[int, int]) -> Finding:
+def _read(case: Case, mapping: LabelMap) -> Finding:
     """Read a case the way the training will."""
     try:
         image = read_volume(case.image, "ct", intensity_check=case.modality == "ct")
         size, spacing = tuple(image.shape[1:]), tuple(round(float(mm), 4) for mm in image.pixdim)
         labels = None
         if case.label is not None:
-            mask = read_volume(case.label, "mask")
-            if not same_grid(mask, image):
+            mask = read_numbers(case.label, mapping)
+            if difference := grid_difference(mask, image):
                 raise InputError(
-                    f"the mask {case.label} lies on another grid than the volume ({tuple(mask.shape[1:])} and {size} "
-                    "voxels); resample it to the volume"
+                    f"the mask {case.label} lies on another grid than the volume ({difference}); resample it to the "
+                    "volume"
                 )
             apply_label_map(mask[0].numpy(), mapping)
             labels = tuple(int(label) for label in mask.unique() if label)

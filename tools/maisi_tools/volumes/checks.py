@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Sequence
 from numbers import Integral
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from maisi_tools.errors import InputError
 
@@ -24,14 +26,16 @@ HU_HINT = "allowed is a CT in Hounsfield units (air near -1000, water 0)"
 
 
 def check_shape(shape: Sequence[int], kind: str, name: str) -> None:
-    """Refuse an array shape (as in the file, channels last) that is not a volume of the kind "ct", "mask" or "latent".
+    """Refuse an array shape (as in the file, channels last) that is not a volume of its kind.
+
+    Kinds are "ct", "mask", "latent", and "picture": what is only looked at may be one voxel thin.
 
     Raises:
         InputError: an empty axis, another number of axes, an axis of one voxel (ct, mask), or another number of
             channels than :data:`LATENT_CHANNELS` (latent).
     """
     shape = tuple(int(n) for n in shape)
-    if 0 in shape:
+    if min(shape, default=0) < 1:
         raise InputError(
             f"{name} has the shape {shape}, with an empty axis; allowed is at least one voxel: write it anew"
         )
@@ -42,7 +46,7 @@ def check_shape(shape: Sequence[int], kind: str, name: str) -> None:
                 f"{LATENT_CHANNELS} channels on the last axis: give the file that the encode config wrote"
             )
         return
-    if len(shape) != 3 or 1 in shape:
+    if len(shape) != 3 or (1 in shape and kind != "picture"):
         advice = "give the whole series" if len(shape) <= 3 else "split it into one file per time point or channel"
         raise InputError(
             f"{name} is a {len(shape)}D image of shape {shape}; allowed is a 3D volume with at least two voxels on "
@@ -89,18 +93,55 @@ def check_ct_intensities(array: np.ndarray, name: str) -> None:
         )
 
 
-def check_mask_values(array: np.ndarray, name: str) -> None:
-    """Refuse values that cannot be labels; which labels exist is the label map's matter.
+def check_stored_type(dtype: np.dtype, name: str) -> None:
+    """Refuse voxels that are no plain numbers, such as colours and complex values.
 
     Raises:
-        InputError: values that are not whole numbers, or negative ones, with up to five of each.
+        InputError: with the type.
     """
-    fractional = array[array != np.rint(array)]
+    if dtype.kind not in "biuf":
+        what = "colours" if dtype.fields else str(dtype)
+        raise InputError(
+            f"{name} has voxels of the type {what}; allowed are whole or floating-point numbers, one a voxel: export "
+            "the volume itself"
+        )
+
+
+LABEL_ROUNDING = 0.01
+"""Labels stored as floating-point numbers, or as integers with a slope, come back this near to a whole number."""
+
+
+def whole_labels(array: np.ndarray, name: str) -> np.ndarray:
+    """Labels as the whole numbers that they were before a file rounded them.
+
+    Args:
+        array: label values, any shape and type.
+        name: of the file, for the message.
+
+    Returns:
+        The array, each value within :data:`LABEL_ROUNDING` of a whole number replaced by it.
+
+    Raises:
+        InputError: fractions, with how many and up to five of them.
+    """
+    if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
+        return array
+    whole = np.rint(array)
+    fractional = array[~(np.abs(array - whole) <= LABEL_ROUNDING)]
     if fractional.size:
         raise InputError(
             f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; allowed "
             "in a mask are label values: resample it with nearest neighbour, and give no probability map"
         )
+    return whole + 0.0  # -0.001 becomes 0, not -0
+
+
+def check_labels(array: np.ndarray, name: str) -> None:
+    """Refuse negative labels; which labels exist is the label map's matter.
+
+    Raises:
+        InputError: with how many, and up to five of them.
+    """
     negative = array[array < 0]
     if negative.size:
         raise InputError(
@@ -125,13 +166,57 @@ def check_affine(affine: np.ndarray, name: str) -> None:
     )
 
 
-def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str) -> None:
+AGREES = 0.1
+"""Voxels that two grids may be apart and still are one: files round their affines, a real shift is larger."""
+
+
+def distance_in_voxels(one: ArrayLike, other: ArrayLike, shape: Sequence[int]) -> float:
+    """How far the voxels of two grids of one shape are apart at most.
+
+    Args:
+        one, other: affines (4, 4) from voxels to the world.
+        shape: voxels along x, y, z; of two affine maps the largest distance is at a corner.
+
+    Returns:
+        The largest distance along any axis, in voxels of `other`.
+    """
+    corners = np.array([[*corner, 1] for corner in itertools.product(*((0, n - 1) for n in shape))], dtype=float).T
+    apart = np.linalg.solve(np.asarray(other, dtype=float), np.asarray(one, dtype=float) @ corners) - corners
+    return float(np.abs(apart).max())
+
+
+SHEAR_DEGREES = 0.5
+"""From here on a grid is said to be sheared; files round right angles by less."""
+
+
+def warn_sheared(affine: np.ndarray, name: str) -> None:
+    """Log a warning where the axes of a grid are no right angles: it is kept, but networks take it for straight."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    worst = float(np.degrees(np.arcsin(min(1.0, np.abs(np.triu(axes.T @ axes, 1)).max()))))
+    if worst > SHEAR_DEGREES:
+        logger.warning(
+            "%s is sheared: its axes are %.1f degrees off right angles; its grid is kept as it is", name, worst
+        )
+
+
+def nearest_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]]) -> list[float]:
+    """The spacing within (lowest, highest) mm of each axis that is nearest to this one; itself where it is within."""
+    return [
+        float(mm) if _within(mm, low, high) else float(min(max(mm, low), high))
+        for mm, (low, high) in zip(spacing, allowed, strict=True)
+    ]
+
+
+def check_spacing(
+    spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str, factor: float | None = None
+) -> None:
     """Refuse a spacing that the weights were not trained for.
 
     Args:
         spacing: mm along x, y, z.
         allowed: (lowest, highest) in mm for x, y and z.
         what: what the message calls it: "spacing", or "the spacing of" a file.
+        factor: how far from the range a mask may be to be resampled, for the message.
 
     Raises:
         InputError: not three positive numbers, or one outside its range.
@@ -142,11 +227,12 @@ def check_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]], 
         i for i, (mm, (low, high)) in enumerate(zip(spacing, allowed, strict=True)) if not _within(mm, low, high)
     ]
     if outside:
+        further = f", and up to {factor:g} times beyond it for a mask" if factor else ""
         ranges = ", ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in zip(names, allowed, strict=True))
         raise InputError(
             f"{what} is {_mm(spacing)}, outside along {', '.join(names[i] for i in outside)}; allowed "
-            f"is {ranges} mm, the range these weights were trained for: give --spacing to resample, or use the "
-            "full-size weights"
+            f"is {ranges} mm, the range these weights were trained for{further}: give --spacing to resample, or use "
+            "the full-size weights"
         )
 
 

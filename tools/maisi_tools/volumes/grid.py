@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
+from maisi_tools.volumes.checks import AGREES, distance_in_voxels
+
 
 def pad_to_multiple(
     x: Tensor, multiple: int | Sequence[int], mode: str = "replicate", value: float = 0.0
@@ -102,9 +104,37 @@ def _latent_to_image(factor: int | Sequence[int]) -> np.ndarray:
     return matrix
 
 
+def grid_difference(one: MetaTensor, other: MetaTensor) -> str | None:
+    """What differs between the grids of two volumes (C, X, Y, Z), in words; None where they have the same voxels.
+
+    They are the same where there are as many and no voxel is further from its counterpart than
+    :data:`~maisi_tools.volumes.checks.AGREES`.
+    """
+    ours, theirs = tuple(one.shape[1:]), tuple(other.shape[1:])
+    if ours != theirs:
+        return f"{_voxels(ours)} and {_voxels(theirs)} voxels"
+    first, second = (np.asarray(volume.affine, dtype=float) for volume in (one, other))
+    if (apart := distance_in_voxels(first, second, ours)) <= AGREES:
+        return None
+    parts = [f"{_voxels(ours)} voxels each, up to {apart:.3g} voxels apart"]
+    for what, a, b in (
+        ("spacing", *(np.linalg.norm(affine[:3, :3], axis=0) for affine in (first, second))),
+        ("origin", first[:3, 3], second[:3, 3]),
+        ("axes", *(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0) for affine in (first, second))),
+    ):
+        if not np.allclose(a, b, rtol=1e-3, atol=1e-3):
+            unit = "" if what == "axes" else " mm"
+            parts.append(f"{what} {np.round(a.T, 3).tolist()} and {np.round(b.T, 3).tolist()}{unit}")
+    return ", ".join(parts)
+
+
 def same_grid(one: MetaTensor, other: MetaTensor) -> bool:
-    """Whether two volumes (C, X, Y, Z) have the same voxels: as many, and their affines agree to 0.01 mm."""
-    return one.shape == other.shape and np.allclose(one.affine, other.affine, atol=1e-2)
+    """Whether two volumes (C, X, Y, Z) have the same voxels, see :func:`grid_difference`."""
+    return grid_difference(one, other) is None
+
+
+def _voxels(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def straighten(volume: MetaTensor, mode: str, fill: float) -> MetaTensor:

@@ -16,7 +16,7 @@ import pydicom.misc
 from maisi_tools.errors import InputError
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
-"""Volume files that MONAI reads with nibabel or pynrrd."""
+"""Volume files that are read: NIfTI and NRRD."""
 
 DATALIST_SECTIONS = ("testing", "validation", "training")
 """Sections of a MONAI (Decathlon) datalist; the first one present is the input."""

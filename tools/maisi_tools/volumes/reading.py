@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import nrrd
 import numpy as np
+import torch
 from monai.config import KeysCollection
-from monai.data import ImageReader, MetaTensor, NibabelReader, NrrdReader
-from monai.transforms import EnsureChannelFirst, MapTransform, Orientation
-from monai.utils import ImageMetaKey, MetaKeys
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation
+from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
@@ -22,21 +21,22 @@ from maisi_tools.volumes.checks import (
     check_affine,
     check_ct_intensities,
     check_finite,
+    check_labels,
     check_latent_size,
-    check_mask_values,
     check_shape,
+    whole_labels,
 )
-from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.nifti import read_nifti
+from maisi_tools.volumes.nrrd_file import read_nrrd
 from maisi_tools.volumes.series import SeriesReader
+from maisi_tools.volumes.stored import read_whole, without_single_axes
 
 KINDS = ("ct", "mask", "latent")
 
 LATENT_NEEDS = ("size", "spacing", "scale_factor")
 """What a latent's sidecar must hold: without it there is no way back to an image."""
-
-NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior")
-"""The NRRD spaces that MONAI brings to RAS; it would take any other for RAS unseen."""
 
 
 def read_volume(
@@ -62,31 +62,16 @@ def read_volume(
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     path = Path(path).expanduser()
-    reader = _reader_for(path, kind, series_uid)
-    try:
-        if isinstance(reader, NibabelReader):
-            _check_nifti_header(path)
-        elif isinstance(reader, NrrdReader):
-            _check_nrrd_header(path)
-        values, meta = reader.get_data(reader.read(str(path)))
-        values = values.astype(np.float32)
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file makes the libraries raise nearly anything
-        raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); allowed is an intact NIfTI, NRRD or DICOM "
-            "series: copy or export the file again"
-        ) from error
-    axes = 4 if kind == "latent" else 3
-    while values.ndim > axes and values.shape[-1] == 1:
-        values = values[..., 0]
+    values, affine = _read(path, kind, series_uid)
     check_shape(values.shape, kind, str(path))
-    check_affine(meta[MetaKeys.AFFINE], str(path))
+    check_affine(affine, str(path))
     check_finite(values, str(path))
     if kind == "ct" and intensity_check:
         check_ct_intensities(values, str(path))
     if kind == "mask":
-        check_mask_values(values, str(path))
+        values = whole_labels(values, str(path))
+        check_labels(values, str(path))
+    meta: dict[str, Any] = {}
     if kind == "latent":
         sidecar = read_sidecar(path)
         if missing := [name for name in LATENT_NEEDS if sidecar.get(name) is None]:
@@ -97,11 +82,21 @@ def read_volume(
         factor = sidecar.get("factor") or UNRECORDED_FACTOR
         check_latent_size(values.shape[:3], sidecar["size"], factor, str(path))
         meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None} | {"factor": factor}
-    meta[ImageMetaKey.FILENAME_OR_OBJ] = str(path)
-    # Not by LoadImage, which makes every reader MONAI has, and these warn of decoders that are not installed.
-    volume = MetaTensor.ensure_torch_and_prune_meta(values, meta)
-    channel_first: Any = EnsureChannelFirst(channel_dim=-1 if kind == "latent" else "no_channel")(volume)
-    return channel_first.contiguous()
+    return as_volume(np.moveaxis(values, -1, 0) if kind == "latent" else values[None], affine, path, meta)
+
+
+def as_volume(
+    values: np.ndarray, affine: np.ndarray, path: str | os.PathLike, meta: Mapping[str, Any] | None = None
+) -> MetaTensor:
+    """Values (C, X, Y, Z) of a file, its affine (4, 4) to RAS in mm, and its path, as MONAI's transforms want them."""
+    known = {
+        MetaKeys.ORIGINAL_AFFINE: np.array(affine, dtype=float),
+        MetaKeys.SPATIAL_SHAPE: np.array(values.shape[1:]),
+        MetaKeys.SPACE: SpaceKeys.RAS,
+        ImageMetaKey.FILENAME_OR_OBJ: str(path),
+    }
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return MetaTensor(tensor, affine=torch.as_tensor(np.array(affine, dtype=float)), meta={**known, **(meta or {})})
 
 
 class ReadVolumed(MapTransform):
@@ -139,11 +134,10 @@ def read_ras(path: str | os.PathLike, kind: str, like: MetaTensor | None = None)
         InputError: the file cannot be read as that kind, or its grid is not that of `like`.
     """
     volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, kind))
-    if like is not None and not same_grid(volume, like):
+    if like is not None and (difference := grid_difference(volume, like)):
         raise InputError(
             f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
-            f"({tuple(volume.shape[1:])} and {tuple(like.shape[1:])} voxels, in RAS); allowed is one grid for both: "
-            "resample one to the other"
+            f"(in RAS: {difference}); allowed is one grid for both: resample one to the other"
         )
     return volume
 
@@ -174,49 +168,27 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _reader_for(path: Path, kind: str, series_uid: str | None) -> ImageReader:
+def _read(path: Path, kind: str, series_uid: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Values (X, Y, Z), or (X, Y, Z, C) for a latent, float32, and the affine, of any format."""
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
     allowed += " or a folder or zip file of one DICOM series" if kind == "ct" else ""
     if not path.exists():
         raise InputError(f"{path} does not exist; allowed is {allowed}: correct the path")
     name = path.name.lower()
     if path.is_dir() or is_zip(path):
-        if kind == "ct" and holds_dicom(path):
-            return SeriesReader(series_uid)
-        what = "folder" if path.is_dir() else "zip file"
-        raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
+        if kind != "ct" or not holds_dicom(path):
+            what = "folder" if path.is_dir() else "zip file"
+            raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
+        return read_whole(path, lambda: _series(path, series_uid))
     if name.endswith((".nii", ".nii.gz")):
-        return NibabelReader()
+        return read_whole(path, lambda: read_nifti(path, kind))
     if name.endswith(".nrrd") and kind != "latent":
-        return NrrdReader(dtype=np.float32)  # its default, int64, would cut fractions and turn NaN into a number
+        values, affine = read_whole(path, lambda: read_nrrd(path))
+        return values.reshape(without_single_axes(values.shape), order="F"), affine
     raise InputError(f"{path} has an unsupported file type; allowed as {kind} is {allowed}: convert it to NIfTI")
 
 
-def _check_nifti_header(path: Path) -> None:
-    """Refuse the spacings that nibabel would repair silently on loading (zero to 1 mm, negative to positive)."""
-    header_class: Any = type(nib.load(path).header)
-    with nib.openers.ImageOpener(str(path)) as file:
-        header = header_class.from_fileobj(file, check=False)
-    axes = min(3, int(header["dim"][0]))
-    pixdim = np.asarray(header["pixdim"][1 : 1 + axes], dtype=float)
-    if not (np.isfinite(pixdim) & (pixdim > 0)).all():
-        raise InputError(
-            f"{path} has the spacing {' x '.join(f'{mm:g}' for mm in pixdim)} mm in its header (pixdim); allowed are "
-            "positive finite values: correct the header, with nibabel by img.header.set_zooms"
-        )
-    if int(header["sform_code"]) > 0 and axes == 3:
-        check_affine(np.vstack([header["srow_x"], header["srow_y"], header["srow_z"], [0, 0, 0, 1]]), str(path))
-
-
-def _check_nrrd_header(path: Path) -> None:
-    """Refuse headers whose geometry MONAI cannot turn into an affine, or would take for another one."""
-    header = nrrd.read_header(str(path))
-    if missing := [field for field in ("space directions", "space origin") if field not in header]:
-        raise InputError(
-            f"{path} has no {' and no '.join(missing)} in its header; allowed is an NRRD with both: export it from a "
-            "program that knows the patient's position, or convert it to NIfTI"
-        )
-    if header.get("space", NRRD_SPACES[0]) not in NRRD_SPACES:
-        raise InputError(
-            f"{path} has the space {header['space']!r}; allowed are {' and '.join(NRRD_SPACES)}: convert it to NIfTI"
-        )
+def _series(path: Path, series_uid: str | None) -> tuple[np.ndarray, np.ndarray]:
+    reader = SeriesReader(series_uid)
+    values, meta = reader.get_data(reader.read(str(path)))
+    return values.astype(np.float32), np.asarray(meta[MetaKeys.AFFINE], dtype=float)

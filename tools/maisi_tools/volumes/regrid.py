@@ -1,21 +1,43 @@
-"""A mask on the grid the volume is to be generated on."""
+"""A mask on the grid the volume is to be generated on, and the volume back on the mask's own grid."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from monai.transforms import MapTransform
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, SpatialResample
 
-from maisi_tools.volumes.checks import check_output_size, check_spacing, warn_field_of_view
+from maisi_tools.volumes.checks import check_output_size, check_spacing, nearest_spacing, warn_field_of_view
 from maisi_tools.volumes.grid import regrid_mask
+from maisi_tools.volumes.normalise import HU_RANGE
+
+logger = logging.getLogger(__name__)
+
+
+LARGEST_FACTOR = 2.0
+"""A spacing further from the range than this is refused: its structures are of another scale than any trained on."""
 
 
 class RegridMaskd(MapTransform):
-    """:func:`~maisi_tools.volumes.grid.regrid_mask` when a spacing or a size is asked for, else nothing.
+    """:func:`~maisi_tools.volumes.grid.regrid_mask` when a spacing or a size is asked for.
+
+    When neither is, and the mask's own spacing is outside `spacing_range`, the mask goes to the nearest spacing within,
+    and the mask as it was is kept under `own_key`, for :class:`RestoreGridd` to bring the CT back to its grid.
+
+    Args:
+        keys: of the mask (1, X, Y, Z).
+        spacing: mm along x, y, z that is asked for.
+        size: voxels along x, y, z that are asked for.
+        multiple: what has to divide `size`.
+        spacing_range: (lowest, highest) mm for x, y, z that the weights know; None leaves every spacing as it is.
+        own_key: of the item.
 
     Raises:
-        InputError: ``size`` is not divisible by ``multiple``.
+        InputError: ``size`` is not divisible by ``multiple``, or the mask's spacing is further from the range than by
+            :data:`LARGEST_FACTOR`.
     """
 
     def __init__(
@@ -24,13 +46,74 @@ class RegridMaskd(MapTransform):
         spacing: Sequence[float] | None = None,
         size: Sequence[int] | None = None,
         multiple: int = 1,
+        spacing_range: Sequence[Sequence[float]] | None = None,
+        own_key: str = "own_mask",
     ) -> None:
         super().__init__(keys)
         self.spacing = spacing
         self.size = check_output_size(size, multiple) if size is not None else None
+        self.spacing_range, self.own_key = spacing_range, own_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        return {**data, **{key: regrid_mask(data[key], self.spacing, self.size) for key in self.key_iterator(data)}}
+        items = dict(data)
+        for key in self.key_iterator(items):
+            mask, spacing = items[key], self.spacing
+            if self.spacing_range is not None and spacing is None and self.size is None:
+                own = [float(mm) for mm in mask.pixdim]
+                spacing = nearest_spacing(own, self.spacing_range)
+                if spacing == own:
+                    continue
+                worst = max(max(a / b, b / a) for a, b in zip(own, spacing, strict=True))
+                if worst > LARGEST_FACTOR:
+                    name = mask.meta.get("filename_or_obj", key)
+                    check_spacing(own, self.spacing_range, f"the spacing of {name}", LARGEST_FACTOR)
+                items[self.own_key] = mask.clone()
+            items[key] = regrid_mask(mask, spacing, self.size)
+        return items
+
+
+class RestoreGridd(MapTransform):
+    """Brings a CT back to the mask's own grid, where :class:`RegridMaskd` put the mask on another one.
+
+    The CT is interpolated linearly, and is air outside of the mask; the mask becomes again what it was. One line of the
+    log says so.
+
+    Args:
+        keys: of the CT (1, X, Y, Z) in HU.
+        mask_key: of the mask that it was generated from.
+        own_key: of the mask as it was; items without it stay as they are.
+    """
+
+    def __init__(self, keys: str, mask_key: str, own_key: str = "own_mask") -> None:
+        super().__init__(keys)
+        self.mask_key, self.own_key = mask_key, own_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        if (own := items.pop(self.own_key, None)) is None:
+            return items
+        mask = items[self.mask_key]
+        for key in self.key_iterator(items):
+            array = torch.as_tensor(items[key].as_tensor() if isinstance(items[key], MetaTensor) else items[key])
+            ct = MetaTensor(array.float(), affine=mask.affine)
+            resample: Any = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
+            back = resample(ct, dst_affine=own.affine, spatial_size=own.shape[1:])
+            air = torch.full_like(back.as_tensor(), HU_RANGE[0])
+            outside = own.as_tensor().to(back.device) == 0
+            items[key] = MetaTensor(torch.where(outside, air, back.as_tensor()), affine=own.affine)
+        items[self.mask_key] = own
+        logger.warning(
+            "%s: its spacing of %s is outside of what these weights know; the CT was generated at %s and brought back "
+            "to the mask's grid",
+            mask.meta.get("filename_or_obj", self.mask_key),
+            _mm(own.pixdim),
+            _mm(mask.pixdim),
+        )
+        return items
+
+
+def _mm(spacing: torch.Tensor) -> str:
+    return " x ".join(f"{float(mm):.4g}" for mm in spacing) + " mm"
 
 
 class CheckGridd(MapTransform):

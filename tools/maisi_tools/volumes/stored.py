@@ -1,0 +1,92 @@
+"""The voxels of a file, read no further than its header claims, and never more than the file holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import IO, TypeVar
+
+import numpy as np
+
+from maisi_tools.errors import InputError
+
+Result = TypeVar("Result")
+
+CHUNK = 2**24
+"""Bytes that are read at a time: what is claimed is allocated only as far as it is there."""
+
+WORKING_BYTES = 12
+"""Memory for each voxel while a file is read: its value as stored, in float64 and in float32, less what is freed."""
+
+
+def check_memory(shape: Sequence[int], name: str) -> None:
+    """Refuse a volume that this machine's memory cannot hold.
+
+    Args:
+        shape: voxels, as the header claims.
+        name: of the file.
+
+    Raises:
+        InputError: with both figures in GB.
+    """
+    needed = WORKING_BYTES * float(np.prod([float(n) for n in shape]))
+    memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InputError(
+            f"{name} says that it has {' x '.join(map(str, shape))} voxels, which take {needed / 1e9:.1f} GB; allowed "
+            f"is what this machine's memory of {memory / 1e9:.1f} GB holds: correct the header, or cut the volume"
+        )
+
+
+def read_stored(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: str) -> np.ndarray:
+    """The next voxels of an open file; nothing is allocated for what it does not hold.
+
+    Args:
+        stream: at the first voxel; compressed files are opened with their decompressor.
+        shape: of the array, the first axis fastest.
+        dtype: of a voxel.
+        name: of the file.
+
+    Returns:
+        The array, in the stored type.
+
+    Raises:
+        InputError: the file is shorter.
+    """
+    count = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    data = bytearray()
+    while len(data) < count:
+        part = stream.read(min(CHUNK, count - len(data)))
+        if not part:
+            raise InputError(
+                f"{name} says that it has {' x '.join(map(str, shape))} voxels, {count} bytes, and holds {len(data)}; "
+                "allowed is a complete file: copy or export the file again"
+            )
+        data += part
+    return np.frombuffer(data, dtype).reshape(shape, order="F")
+
+
+def skip(stream: IO[bytes], count: int) -> None:
+    """Move on by `count` bytes, to the end at most; in compressed files, too."""
+    while count > 0 and (part := stream.read(min(count, CHUNK))):
+        count -= len(part)
+
+
+def without_single_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape without axes of one voxel behind the third, such as the one time point of a 4D file."""
+    return (*map(int, shape[:3]), *(int(n) for n in shape[3:] if n != 1))
+
+
+def read_whole(path: str | os.PathLike, read: Callable[[], Result]) -> Result:
+    """What `read` returns; a damaged file makes the libraries raise nearly anything, and that becomes an InputError."""
+    try:
+        return read()
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path} is too large for this machine's memory; allowed is a smaller volume") from error
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); allowed is an intact NIfTI, NRRD or DICOM "
+            "series: copy or export the file again"
+        ) from error
