@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,10 +51,14 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
         section: sorted(Path(item["image"]).name for item in lists[section]) for section in ("training", "validation")
     }
     assert names["training"] == ["pt_1_ct.nii.gz", "pt_2_ct.nii.gz"] and names["validation"] == ["pt_3_ct.nii.gz"]
-    assert not list(tmp_path.rglob("*pt_4*"))
+    kept_out = {str(path.relative_to(tmp_path)).split("/")[0] for path in tmp_path.rglob("*pt_4*")}
+    assert kept_out == {"evaluation"}
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
-    files = [tmp_path / "autoencoder" / "model.pt", *(tmp_path / "controlnet" / f"{n}.pt" for n in ("model", "unet"))]
+    files = [tmp_path / "autoencoder" / "model.pt", *(tmp_path / "whole" / f"{n}.pt" for n in ("model", "unet"))]
+    figures = json.loads((tmp_path / "measured.json").read_text())
+    assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
+    assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
     weights = [torch.load(path, weights_only=True) for path in files]
     assert [each.get("factor") for each in weights[1:]] == [2, 2]
     whole, unet = weights[1]["model"], weights[2]["model"]
@@ -61,6 +66,44 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
     times = [path.stat().st_mtime_ns for path in files]
     assert run(repo_root, data, tmp_path, "--quick").returncode == 0
     assert [path.stat().st_mtime_ns for path in files] == times
+
+
+def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
+    recipe = repo_root / "recipes" / "small"
+    made = run(repo_root, data, tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.pkl"))
+    assert made.returncode == 0, made.stderr[-2000:]
+    out = tmp_path / "away"
+    command = [sys.executable, str(recipe / "run.py"), str(tmp_path / "data.pkl"), "--out", str(out), "--stages", "prepare"]
+    assert subprocess.run(command, check=False).returncode == 0
+    lists = json.loads((out / "datalist.json").read_text())
+    assert [len(lists[section]) for section in ("training", "validation")] == [2, 1]
+    assert json.loads((out / "validation.json").read_text()) == {"held_out": ["pt_3_ct"]}
+    for number in (1, 2, 3):
+        first, again = (nib.load(folder / f"pt_{number}_ct.nii.gz") for folder in (data, out / "data"))
+        assert np.array_equal(first.affine, again.affine)
+        given, found = (np.asarray(image.dataobj).astype(int) for image in (first, again))
+        step = np.where((given >= -200) & (given < 200), 10, 20)
+        assert (np.abs(found - given) <= step).all() and np.abs(found - given)[given > -1000].max() > 5
+        assert (found[given == -1000] == -1000).all()
+        pairs = [(data / f"pt_{number}_seg.nii.gz", out / "data" / f"pt_{number}_ct_seg.nii.gz")]
+        pairs += [(folder / "masks" / f"pt_{number}_ct_mask.nii.gz" for folder in (tmp_path / "runs", out))]
+        for one, other in pairs:
+            assert np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
+
+
+def test_cards_say_what_was_measured(repo_root, tmp_path):
+    names = [f"bundles/{bundle}/docs/README.md" for bundle in ("maisi_vae", "maisi_ldm", "maisi_controlnet")]
+    for name in [*names, "docs/measured.json"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(repo_root / name, tmp_path / name)
+    code = f"import sys, pathlib; sys.path.insert(0, {str(repo_root / 'recipes' / 'small')!r}); import measured; "
+    code += f"measured.write_cards(pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in names:
+        assert (tmp_path / name).read_text() == (repo_root / name).read_text()
+    figures = json.loads((repo_root / "docs" / "measured.json").read_text())
+    card = (repo_root / names[0]).read_text()
+    assert f"| PSNR inside the body, dB | {figures['vae']['psnr_body']['mean']:.2f} |" in card
 
 
 def test_what_cannot_work_is_refused_at_once(repo_root, data, tmp_path):

@@ -152,5 +152,14 @@ def test_a_crop_of_a_latent_comes_with_its_part_of_the_mask():
     assert sizes == {(a, 8, c) for a in (8, 16) for c in (8, 16)}
     whole = RandLatentCropd(["latent", "mask"], 2, [8, 8, 8], [8, 8, 8], 8, whole=1.0)
     assert whole({"latent": latent, "mask": mask})["latent"] is latent
-    small = RandLatentCropd(["latent", "mask"], 2, [24, 24, 24], [24, 24, 24], 8)
-    assert small({"latent": latent, "mask": mask})["mask"] is mask
+    larger = RandLatentCropd(["latent", "mask"], 2, [24, 24, 16], [24, 24, 16], 8)  # than the latent, along two axes
+    larger.set_random_state(seed=0)
+    made = larger({"latent": latent, "mask": mask})
+    assert made["latent"].shape[1:] == (24, 24, 16) and made["mask"].shape[1:] == (48, 48, 32)
+    assert made["mask"].dtype == mask.dtype
+    size = latent.shape[1:]
+    for key, times in (("latent", 1), ("mask", 2)):
+        part, known = made[key], [min(want, n) * times for want, n in zip((24, 24, 16), size, strict=True)]
+        inside = part[:, : known[0], : known[1], : known[2]]
+        assert (part[:, known[0] :] == inside[:, -1:, :1, :1] * 0 + part[:, known[0] - 1 : known[0]]).all()
+        assert (part[:, :, known[1] :] == part[:, :, known[1] - 1 : known[1]]).all()
