@@ -175,12 +175,11 @@ def test_a_bad_mask_is_an_error_and_the_server_lives_on(server, tmp_path):
 
 
 def test_whoever_reaches_the_port_runs_code(server, tmp_path):
-    """Why docs/hospital.md says to keep it closed; where this fails, MONAI Label evaluates no more, and the page is old."""
-    code = "$__import__('pathlib').Path({!r}).touch()"
-    for key in ("seed", "device"):
-        server.infer("maisi_controlnet", "mask", num_inference_steps=1, **{key: code.format(str(tmp_path / key))})
-        assert (tmp_path / key).exists()
-    assert server.infer("maisi_controlnet", "mask", num_inference_steps=1, seed=0, device="cpu")[0] == 200
+    """Why docs/hospital.md says to keep it closed; where this fails, MONAI Label evaluates no more."""
+    code = f"$__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    answer = server.infer("maisi_controlnet", "mask", num_inference_steps=1, seed=code)
+    assert (tmp_path / "ran").exists(), answer
+    assert server.infer("maisi_controlnet", "mask", num_inference_steps=1, seed=0)[0] == 200
 
 
 def test_fine_tuning_drives_the_autoencoders_training(server):
