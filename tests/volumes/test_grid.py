@@ -148,3 +148,11 @@ def test_straightened_volume_has_every_value_in_its_place(degrees):
             assert float(straight[(0, *index)]) == -1000
     assert seen >= 6 * 13 * 10
     assert straighten(straight, "bilinear", -1000) is straight
+
+
+def test_what_a_larger_field_of_view_adds_is_background():
+    """Not the border's label: a body that the mask cuts is not drawn on beyond it."""
+    mask = MetaTensor(torch.full((1, 4, 4, 4), 200.0), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    found = regrid_mask(mask, spacing=(2.0, 2.0, 2.0), size=(8, 6, 4))
+    assert found.shape == (1, 8, 6, 4) and (found[0, 2:6, 1:5] == 200).all()
+    assert float(found.sum()) == 200 * 64
