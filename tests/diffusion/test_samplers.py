@@ -281,3 +281,18 @@ def test_ddim_ends_at_the_alpha_that_its_scheduler_names(set_alpha_to_one):
     data = (noise - (1 - alpha).sqrt() * 0.3) / alpha.sqrt()
     end = torch.tensor(1.0) if set_alpha_to_one else scheduler.alphas_cumprod[0]
     torch.testing.assert_close(found, end.sqrt() * data + (1 - end).sqrt() * 0.3)
+
+
+@pytest.mark.parametrize("size", [(28, 20, 28), (16, 16, 24), (64, 64, 32)])
+@pytest.mark.parametrize("transform", [False, True])
+def test_thirty_steps_end_at_the_data_where_monais_own_overshoot(size, transform):
+    """Along a velocity of 1 the way is 1; what sample()'s docstring says of MONAI's step."""
+    scheduler = flow(use_timestep_transform=transform, base_img_size_numel=4096)
+    noise = torch.zeros(1, 1, *size)
+    found = sample(lambda x, t: torch.ones_like(x), noise, scheduler, 30, progress=False)
+    assert found.flatten()[0].item() == pytest.approx(1, abs=1e-3)
+    theirs = torch.zeros(1)
+    times = [*scheduler.timesteps.tolist(), 0.0]
+    for now, then in zip(times, times[1:], strict=False):
+        theirs, _ = scheduler.step(torch.ones(1), now, theirs, then)
+    assert 0.007 < theirs.item() - 1 < 0.011
