@@ -75,6 +75,14 @@ def test_load_of_another_width_names_the_shapes(tmp_path):
     assert_equal_states(target.state_dict(), before)  # nothing was loaded half-way
 
 
+def test_as_many_values_in_another_shape_are_another_shape(tmp_path):
+    state = network().state_dict()
+    state["0.weight"] = state["0.weight"].transpose(0, 1).contiguous()
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"1 keys of another shape: 0.weight .file .1, 4, 3, 3, 3., network .4, 1, 3"):
+        load_weights(network(), tmp_path / "x.pt")
+
+
 def test_load_of_other_keys_names_at_most_five(tmp_path):
     torch.save({f"block.{i}": torch.zeros(1) for i in range(9)}, tmp_path / "x.pt")
     with pytest.raises(InputError) as caught:
@@ -281,7 +289,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.end_headers()
         begin = 0
         asked = self.headers.get("Range")
-        if asked and self.path != "/no_ranges":
+        if asked and self.path == "/whole_anyway":  # as if in parts, but from the beginning
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes 0-{len(CONTENT) - 1}/{len(CONTENT)}")
+        elif asked and self.path != "/no_ranges":
             begin = int(asked.removeprefix("bytes=").removesuffix("-"))
             if begin >= len(CONTENT):
                 self.send_response(416)
@@ -442,7 +453,7 @@ def test_a_redirect_to_https_is_followed(tmp_path, server, monkeypatch):
 
 
 @pytest.mark.parametrize("have", [CONTENT[:1000], CONTENT, CONTENT + b"more"], ids=["part", "whole", "too much"])
-@pytest.mark.parametrize("path", ["/ranges", "/no_ranges"])
+@pytest.mark.parametrize("path", ["/ranges", "/no_ranges", "/whole_anyway"])
 def test_resume_from_any_part(tmp_path, server, path, have):
     folder = bundle(tmp_path, server.url + path)
     (folder / "models").mkdir()

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_conditions
+from maisi_tools.diffusion.conditions import (
+    MODALITIES,
+    Conditions,
+    batch_tensors,
+    check_conditions,
+    without_conditions,
+)
 from maisi_tools.errors import InputError
 
 OK = {"size": (64, 48, 32), "spacing": (1.0, 1.0, 2.5)}
@@ -22,6 +28,23 @@ def test_unknown_region_is_zero_and_order_does_not_matter():
     assert Conditions(**OK).tensors(1)["top_region_index_tensor"].tolist() == [0, 0, 0, 0]
     assert Conditions(**OK, region=("chest", "head")) == Conditions(**OK, region=("head", "chest"))
     assert Conditions(**OK, region="abdomen").region == ("abdomen",)
+
+
+def test_modalities_are_the_releases_codes():
+    codes = {name: Conditions(**OK, modality=name).tensors(1)["class_labels"].item() for name in MODALITIES}
+    assert codes == {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
+    assert Conditions(**OK, modality="MRI").tensors(1)["class_labels"].item() == 8
+    assert Conditions(**OK, modality=127).tensors(1)["class_labels"].item() == 127
+
+
+def test_what_guidance_goes_without_is_zero_and_the_rest_stays():
+    tensors = batch_tensors([Conditions(**OK, region="chest", modality="mri")], 100, torch.device("cpu"))
+    without = without_conditions(tensors, ("class_labels", "spacing_tensor"))
+    assert without["class_labels"].tolist() == [0] and without["class_labels"].dtype == torch.int64
+    assert without["spacing_tensor"].tolist() == [[0, 0, 0]]
+    for name in ("top_region_index_tensor", "bottom_region_index_tensor"):
+        assert without[name].tolist() == [[0, 100, 0, 0]]
+    assert tensors["class_labels"].tolist() == [8] and tensors["spacing_tensor"].tolist() == [[100, 100, 250]]
 
 
 def test_batch_stacks():

@@ -100,6 +100,7 @@ def test_localizers_and_copies_are_passed_over(write_series, said):
         ({"RescaleSlope": None}, "rescale slope None and the intercept -1024"),
         ({"RescaleSlope": None, "RescaleIntercept": None}, "rescale slope None and the intercept None"),
         ({"RescaleSlope": 0}, "rescale slope 0"),
+        ({"RescaleSlope": -1}, "rescale slope -1.0 and the intercept -1024.0; allowed are a positive slope"),
         ({"RescaleType": "OD"}, "Rescale Type OD; allowed is HU"),
         ({"RescaleIntercept": -2048}, "below -1300 HU.*allowed is a CT in Hounsfield"),
         ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "right angle"),
@@ -266,7 +267,7 @@ def with_values(folder, low: float, share: float, padding: float | None):
         count = round(share * flat.size)
         flat[:count] = 1024 + low + np.arange(count) % 10
         if padding is not None:
-            flat[-4:] = 1024 + padding
+            flat[-8:] = 1024 + padding  # a sixth of the slice
         dataset.PixelRepresentation, dataset.RescaleSlope, dataset.RescaleIntercept = 1, 1, -1024
         dataset.PixelData = values.astype("<i2").tobytes()
 
@@ -278,7 +279,7 @@ def test_the_scanners_padding_outside_of_its_field_is_no_fault(write_series, pad
     folder = write_series(ct_values(SHAPE))
     with_values(folder, -1000, 0.5, padding)
     found = read_volume(folder, "ct")
-    assert float(found.min()) == padding and (found == padding).sum() == 4 * SHAPE[2]
+    assert float(found.min()) == padding and (found == padding).sum() == 8 * SHAPE[2]
 
 
 @pytest.mark.parametrize(("low", "share", "refused"), [(-2024, 0.5, True), (-1400, 0.3, True), (-1250, 0.5, False)])
