@@ -108,7 +108,9 @@ def test_missing_weights_name_the_command(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip", b"\x80\x02half a pickle"])
 def test_damaged_file(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(InputError, match="x.pt"):
+    with pytest.raises(
+        InputError, match=r"weights .*x\.pt (\(\d+ bytes\) cannot be read|are no checkpoint of tensors): "
+    ):
         load_weights(network(), tmp_path / "x.pt")
 
 

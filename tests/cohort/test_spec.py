@@ -84,8 +84,8 @@ def test_numbers_and_ranges():
         ({"resize": "3"}, "resize is 3"),
         ({"masks": "{source: files}"}, "no masks.path"),
         ({"masks": "{source: magic}"}, "phantom, files, library, generator"),
-        ({"masks": "{region: [tail]}"}, "tail"),
-        ({"masks": "{organs: [nose]}"}, "nose"),
+        ({"masks": "{region: [tail]}"}, "region tail is unknown; allowed are head"),
+        ({"masks": "{organs: [nose]}"}, "'nose' is no label; allowed are"),
         ({"masks": "{source: generator, region: [head]}"}, "organ_sizes"),
         ({"tumors": "[{lesion: liver, diameter_mm: 3}]"}, "no lesion"),
         ({"tumors": "[{lesion: lung tumor}]"}, "no diameter_mm"),
@@ -110,10 +110,19 @@ def test_bounds_are_allowed_themselves(write_spec):
     assert spec.resize["liver"] == [0.05, 20] and spec.tumors[0].diameter_mm == [0.1, 300]
 
 
-@pytest.mark.parametrize("text", ["name: [", "3", "", "[" * 5000, "count: 3\ncreated: 2026-13-45"])
-def test_what_is_no_specification_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: [", "cannot be read as YAML .while parsing a flow node"),
+        ("3", "spec.yaml is 3; allowed is a mapping with some of count, name"),
+        ("", "spec.yaml is None; allowed is a mapping"),
+        ("[" * 5000, "cannot be read as YAML"),
+        ("count: 3\ncreated: 2026-13-45", "cannot be read as YAML .month must be in"),
+    ],
+)
+def test_what_is_no_specification_is_refused(tmp_path, text, words):
     (tmp_path / "spec.yaml").write_text(text)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=words):
         read_spec(tmp_path / "spec.yaml")
     with pytest.raises(InputError, match="absent.yaml"):
         read_spec(tmp_path / "absent.yaml")

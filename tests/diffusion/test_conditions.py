@@ -60,26 +60,33 @@ def test_noise_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"region": ("head", "abdomen")},
-        {"region": ("foot",)},
-        {"spacing": (1, 0, 1)},
-        {"spacing": (1, float("nan"), 1)},
-        {"spacing": (1, 1)},
-        {"size": (0, 4, 4)},
-        {"modality": "pet"},
-        {"modality": 128},
+        ({"region": ("head", "abdomen")}, "has a gap; give neighbouring regions, here .'head', 'chest', 'abdomen'."),
+        ({"region": ("foot",)}, "region 'foot' is not known; allowed are head, chest, abdomen, lower"),
+        ({"spacing": (1, 0, 1)}, "spacing is .1.0, 0.0, 1.0.; give three positive numbers in mm"),
+        ({"spacing": (1, float("nan"), 1)}, "spacing is .1.0, nan, 1.0."),
+        ({"spacing": (1, 1)}, "spacing is .1.0, 1.0."),
+        ({"size": (0, 4, 4)}, "size is .0, 4, 4.; give three positive voxel counts"),
+        ({"modality": "pet"}, "modality is 'pet'; allowed are unknown, ct"),
+        ({"modality": 128}, "modality is 128; allowed are .* 0..127"),
     ],
 )
-def test_impossible_conditions_are_refused(change):
-    with pytest.raises(InputError):
+def test_impossible_conditions_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
         Conditions(**{**OK, **change})
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"size": (60, 48, 32)}, "64"), ({"spacing": (0.4, 1, 1)}, "0.5"), ({"region": "lower"}, "head")],
+    [
+        ({"size": (60, 48, 32)}, "output_size is .60, 48, 32.; allowed are multiples of 16: change x 60 -> 48 or 64"),
+        (
+            {"spacing": (0.4, 1, 1)},
+            "spacing is 0.4 x 1 x 1 mm, outside along x; allowed is x 0.5..3, y 0.5..3, z 0.5..5",
+        ),
+        ({"region": "lower"}, "region lower was not in these weights' training data; allowed are head, chest"),
+    ],
 )
 def test_limits_of_the_weights(change, word):
     check_conditions(Conditions(**OK, region="head"), 16, *LIMITS)

@@ -307,9 +307,14 @@ def test_an_organ_of_a_mask_without_body_shrinks_inside_one(tmp_path):
     edited = np.asarray(nib.load(output).dataobj)
     assert (edited == label_id("liver")).sum() == round(0.8 * 512)
     assert (edited == BODY)[labels == 0].any()  # a body all around, not the organ's rim alone
-    for wrong in ({"size": (0, 10, 10)}, {"spacing": (-1, 2, 2)}, {"shift_mm": 5}):
-        with pytest.raises(InputError):
-            edit_file(path, output, read_label_map("maisi"), **wrong)
+    wrong = {
+        "size is .0, 10, 10.": {"size": (0, 10, 10)},
+        "spacing .-1, 2, 2. mm; allowed are": {"spacing": (-1, 2, 2)},
+        "shift and elastic move the lesions that augment names, and it names none": {"shift_mm": 5},
+    }
+    for words, settings in wrong.items():
+        with pytest.raises(InputError, match=words):
+            edit_file(path, output, read_label_map("maisi"), **settings)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0), (3.0, 1.0, 1.5)])

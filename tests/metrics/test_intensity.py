@@ -56,9 +56,19 @@ def test_ranges_of_the_vocabulary_and_changed_ones():
     assert 3 not in ranges and ranges[120] == (71, 1000)
 
 
-@pytest.mark.parametrize("changed", [{"nose": [0, 1]}, {"liver": [3, 1]}, {"liver": 3}, {"999": [0, 1]}, [1]])
-def test_wrong_ranges_are_refused(changed):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"nose": [0, 1]}, "'nose' is no label"),
+        ({"liver": [3, 1]}, r"liver: \[3, 1\]; allowed are .lowest, highest. in HU"),
+        ({"liver": [1, 1]}, r"liver: \[1, 1\]"),
+        ({"liver": 3}, "liver: 3; allowed are"),
+        ({"999": [0, 1]}, "the label 999"),
+        ([1], r"hu_ranges is \[1\]; allowed is label"),
+    ],
+)
+def test_wrong_ranges_are_refused(changed, words):
+    with pytest.raises(InputError, match=words):
         hu_ranges(changed)
 
 

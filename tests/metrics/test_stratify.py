@@ -59,7 +59,7 @@ def test_numbers_are_grouped_by_edges(tables):
     ("change", "words"),
     [
         ({"by": ["height"]}, "height.*sex, age"),
-        ({"case_column": "id"}, "'id'"),
+        ({"case_column": "id"}, "has no rows with a column 'id' .columns: "),
         ({"edges": {"sex": [1]}, "by": ["sex"]}, "'F' in column sex"),
         ({"edges": {"age": [60, 40]}, "by": ["age"]}, "ascending"),
         ({"metrics": "absent.csv"}, "absent.csv"),
