@@ -80,3 +80,5 @@ def test_medians_outside_their_range_are_named():
     found = implausible_organs(ct, labels, hu_ranges())
     assert found == {"liver": {"median": 250.0, "lowest": -22.0, "highest": 162.0}}
     assert implausible_organs(ct, labels, hu_ranges({"liver": [-22, 300]})) == {}
+    for limits, fits in (([250, 300], True), ([-22, 250], True), ([251, 300], False), ([-22, 249], False)):
+        assert (implausible_organs(ct, labels, hu_ranges({"liver": limits})) == {}) == fits

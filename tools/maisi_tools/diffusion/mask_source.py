@@ -25,8 +25,9 @@ class GeneratorSource:
     Args:
         bundle: its folder.
         organ_sizes: organ -> ml, see :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
-        settings: further keys of the config.
+        settings: further keys of the config, with values that may come from a file.
         device: for the networks.
+        own: further keys, with values of the caller's own.
 
     Raises:
         InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
@@ -38,6 +39,7 @@ class GeneratorSource:
         organ_sizes: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
         device: str = "cpu",
+        **own: Any,
     ) -> None:
         self.bundle = Path(bundle)
         self.config = self.bundle / "configs" / "mask_inference.json"
@@ -45,7 +47,7 @@ class GeneratorSource:
         check_plain(organ_sizes or {}, "organ_sizes")
         self.organ_sizes = dict(organ_sizes or {})
         given = check_settings(config, settings or {}, "settings of the mask generator", OWN_KEYS)
-        self.settings = {"progress": False, **given, "device": f"$torch.device({device!r})"}
+        self.settings = {"progress": False, **given, **own, "device": f"$torch.device({device!r})"}
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
         """See :class:`~maisi_tools.masks.sources.MaskSource`; mask N has the seed `seed` + N.
