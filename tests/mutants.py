@@ -45,7 +45,7 @@ class Mutant(NamedTuple):
 
 
 SAMPLERS, INFERERS = ("diffusion/test_samplers.py",), ("diffusion/test_inferers.py",)
-CODES, STUDY = ("masks/test_codes.py",), ("dicom/test_study.py", "dicom/test_masks.py")
+CODES = ("masks/test_codes.py",)
 
 MUTANTS = [
     # what is read
@@ -179,9 +179,9 @@ MUTANTS = [
     Mutant("masks/roi_names.json", '"svc": "superior vena cava"', '"svc": "inferior vena cava"', CODES),
     Mutant("masks/roi_names.json", '"thyroid": "thyroid gland"', '"thyroid": "trachea"', CODES),
     # DICOM
-    Mutant("dicom/ct.py", "WINDOW = (40, 400)", "WINDOW = (400, 40)", STUDY),
-    Mutant("dicom/segmentation.py", "0].T >= 0.5", "0].T > 0.5", STUDY),
-    Mutant("dicom/structures.py", "mask > 0 if label == BODY else mask == label", "mask == label", STUDY),
+    Mutant("dicom/ct.py", "WINDOW = (40, 400)", "WINDOW = (400, 40)"),
+    Mutant("dicom/segmentation.py", "0].T >= 0.5", "0].T > 0.5"),
+    Mutant("dicom/structures.py", "mask > 0 if label == BODY else mask == label", "mask == label"),
     # figures
     Mutant("metrics/intensity.py", "values.size >= LEAST_VOXELS", "values.size > LEAST_VOXELS"),
     Mutant("metrics/intensity.py", "not low <= (median", "not low < (median"),
