@@ -283,3 +283,38 @@ def test_networks_and_weights_of_several_factors_are_refused_with_all_values(
         agreed_factor(fine, old)
     with pytest.raises(InputError, match="the autoencoder 2, weights .* 2, the ControlNet's mask embedding 4"):
         agreed_factor(fine, [new], tiny_controlled)
+
+
+def test_residuals_are_added_as_monais_network_adds_them(tiny_settings, tiny_unet):
+    """Out of place here, in place there: to the skips, and the last of them to what goes on to the middle block."""
+    theirs = DiffusionModelUNetMaisi(**tiny_settings["unet"]).eval()
+    theirs.load_state_dict(tiny_unet.state_dict())
+    x, timesteps = torch.randn(2, 4, 8, 8, 16), torch.tensor([100.0, 700.0])
+    given = {
+        "class_labels": torch.tensor([1, 2]),
+        "top_region_index_tensor": torch.rand(2, 4),
+        "spacing_tensor": torch.rand(2, 3),
+    }
+    shapes: list[torch.Size] = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: shapes.extend(one.shape for one in out[1]))
+        for block in theirs.down_blocks
+    ]
+    with torch.no_grad():
+        plain = theirs(x, timesteps, **given)
+        for hook in hooks:
+            hook.remove()
+        first = torch.Size((2, tiny_settings["unet"]["num_channels"][0], *x.shape[2:]))
+        residuals = tuple(torch.randn(shape) for shape in (first, *shapes))
+        middle = torch.randn(shapes[-1])
+        more = {"down_block_additional_residuals": residuals, "mid_block_additional_residual": middle}
+        found = tiny_unet(x, timesteps, **given, **more)
+        expected = theirs(
+            x,
+            timesteps,
+            **given,
+            down_block_additional_residuals=tuple(one.clone() for one in residuals),
+            mid_block_additional_residual=middle.clone(),
+        )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - plain).abs().max() > 0.1

@@ -73,7 +73,15 @@ def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
     made = run(repo_root, data, tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.pkl"))
     assert made.returncode == 0, made.stderr[-2000:]
     out = tmp_path / "away"
-    command = [sys.executable, str(recipe / "run.py"), str(tmp_path / "data.pkl"), "--out", str(out), "--stages", "prepare"]
+    command = [
+        sys.executable,
+        str(recipe / "run.py"),
+        str(tmp_path / "data.pkl"),
+        "--out",
+        str(out),
+        "--stages",
+        "prepare",
+    ]
     assert subprocess.run(command, check=False).returncode == 0
     lists = json.loads((out / "datalist.json").read_text())
     assert [len(lists[section]) for section in ("training", "validation")] == [2, 1]
@@ -86,7 +94,7 @@ def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
         assert (np.abs(found - given) <= step).all() and np.abs(found - given)[given > -1000].max() > 5
         assert (found[given == -1000] == -1000).all()
         pairs = [(data / f"pt_{number}_seg.nii.gz", out / "data" / f"pt_{number}_ct_seg.nii.gz")]
-        pairs += [(folder / "masks" / f"pt_{number}_ct_mask.nii.gz" for folder in (tmp_path / "runs", out))]
+        pairs.append(tuple(folder / "masks" / f"pt_{number}_ct_mask.nii.gz" for folder in (tmp_path / "runs", out)))
         for one, other in pairs:
             assert np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
 

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import numpy as np
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.metrics.neighbours import score_samples
 from maisi_tools.volumes.inputs import stem_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ship import ship  # noqa: E402
 
 BONE, AIRWAY = 120, 132
 """Labels of completed masks."""
@@ -33,8 +38,8 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequen
         training: those that the weights were trained on.
 
     Returns:
-        `vae`: name -> mean, min, max; `controlnet`: rows of its table, and the deviation of HU inside the body over that
-        of the real CT; `ldm`: distances of samples and kept-out patients to the training volumes, HU.
+        `vae`: name -> mean, min, max; `controlnet`: rows of its table, and the deviation of HU inside the body over
+        that of the real CT; `ldm`: distances of samples and kept-out patients to the training volumes, HU.
     """
     samples = [{"image": str(path)} for path in sorted((folder / "samples").glob("*_ct.nii.gz"))]
     distances = score_samples(samples, training, kept_out, folder / "distances")
@@ -66,14 +71,22 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequen
     }
 
 
-def ship(runs: Path, root: Path) -> None:
-    """Copy a run's weights and figures to where the bundles, the judge and the docs have them."""
-    bundles = root / "bundles"
-    for name in ("maisi_vae/models/model.pt", "maisi_ldm/models/autoencoder.pt", "maisi_controlnet/models/autoencoder.pt"):
-        _copy(runs / "autoencoder" / "model.pt", bundles / name)
-    _copy(runs / "whole" / "model.pt", bundles / "maisi_controlnet" / "models" / "model.pt")
-    _copy(runs / "whole" / "unet.pt", bundles / "maisi_ldm" / "models" / "model.pt")
-    _copy(runs / "judge" / "model.pt", root / "evaluation" / "segmentation" / "models" / "model.pt")
+def publish(runs: Path, root: Path) -> None:
+    """Put a run's weights and figures where the bundles, the judge and the docs have them."""
+    models = {
+        "autoencoder/model.pt": (
+            "maisi_vae/models/model.pt",
+            "maisi_ldm/models/autoencoder.pt",
+            "maisi_controlnet/models/autoencoder.pt",
+        ),
+        "whole/model.pt": ("maisi_controlnet/models/model.pt",),
+        "whole/unet.pt": ("maisi_ldm/models/model.pt",),
+    }
+    for name, targets in models.items():
+        ship(runs / name, targets, ["openkbp"], root)
+    judge = root / "evaluation" / "segmentation" / "models" / "model.pt"
+    with replacing(judge) as part:
+        shutil.copyfile(runs / "judge" / "model.pt", part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
     write_cards(root)
 
@@ -103,7 +116,10 @@ VAE_ROWS = {
 
 
 def _vae(figures: Mapping[str, Any]) -> str:
-    lines = [f"| {figures['patients']} kept-out patients, on their own grid | mean | lowest | highest |", "|---|---|---|---|"]
+    lines = [
+        f"| {figures['patients']} kept-out patients, on their own grid | mean | lowest | highest |",
+        "|---|---|---|---|",
+    ]
     for name, (title, digits) in VAE_ROWS.items():
         row = figures["vae"][name]
         lines.append(f"| {title} | " + " | ".join(f"{row[key]:.{digits}f}" for key in ("mean", "min", "max")) + " |")
@@ -117,7 +133,10 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
         cells = [row["structure"], row["cases"], *(_two(row[key]) for key in ("generated", "real", "ratio"))]
         lines.append("| " + " | ".join(cells) + " |")
     ratio = found["deviation_ratio"]
-    lines += ["", f"Standard deviation of HU inside the body over the real CT's: {ratio['mean']:.3f} ({ratio['min']:.2f} to "]
+    lines += [
+        "",
+        f"Standard deviation of HU inside the body over the real CT's: {ratio['mean']:.3f} ({ratio['min']:.2f} to ",
+    ]
     lines[-1] += f"{ratio['max']:.2f})."
     return "\n".join(lines) + "\n"
 
@@ -151,8 +170,3 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _read(path: str | Path) -> np.ndarray:
     return np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj).astype(np.float32)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as part:
-        shutil.copyfile(source, part)

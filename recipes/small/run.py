@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-from measured import gather, ship, write_cards  # noqa: E402
+from measured import gather, ship  # noqa: E402
 from packed import pack, unpack  # noqa: E402
 
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
@@ -151,7 +151,12 @@ class Run:
             "segmenter_ckpt": self.out / "judge" / "model.pt",
             "output_dir": folder / "controlnet",
         }
-        run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json,evaluate.json", [], settings | self.changes.get("evaluate", {}))
+        run_bundle(
+            ROOT / "bundles/maisi_controlnet",
+            "inference.json,evaluate.json",
+            [],
+            settings | self.changes.get("evaluate", {}),
+        )
         settings = {
             "num_samples": SAMPLES,
             "ckpt_path": whole / "unet.pt",
@@ -223,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.pack:
         pack(out, given.pack)
     if given.ship:
-        ship(out, ROOT)
+        publish(out, ROOT)
 
 
 if __name__ == "__main__":

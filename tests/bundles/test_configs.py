@@ -10,6 +10,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
+from maisi_tools.masks.codes import display_name
+from maisi_tools.metrics.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
@@ -38,6 +40,21 @@ def test_verify_net_in_out(bundles, bundle):
         device="cpu",
         n=4,
     )
+
+
+def test_hu_ranges_of_the_small_weights_are_of_what_they_know_and_the_vocabulary_does_not(bundles):
+    """The two tables together check every label that the weights draw; typical values lie inside."""
+    config = json.loads((bundles / "maisi_controlnet" / "configs" / "inference.json").read_text())
+    kept = set(config["keep_labels"])
+    own = hu_ranges(config["hu_ranges"])
+    published = hu_ranges()
+    added = {label: limits for label, limits in own.items() if published.get(label) != limits}
+    assert added.keys() == kept - published.keys() and kept <= own.keys()
+    # Brainstem and cord 35, muscle-like 50, parotid with its fat 0, airway between air and its wall, body 30 HU.
+    typical = {2: 35, 121: 35, 11: 30, 16: 20, 18: 0, 20: 0, 132: -850, 200: 30}
+    assert added.keys() == typical.keys()
+    assert all(low < typical[label] < high for label, (low, high) in added.items())
+    assert {display_name(label) for label in added} == config["hu_ranges"].keys()
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

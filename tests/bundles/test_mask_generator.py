@@ -175,7 +175,7 @@ def test_a_source_of_masks(generate, bundles, trained, tmp_path):
         "autoencoder_ckpt_path": str(trained / "vae" / "model.pt"),
     }
     tiny = {**UNET, **{key.replace("network_def", "autoencoder_def"): value for key, value in AUTOENCODER.items()}}
-    source = GeneratorSource(bundles / "maisi_ldm", {"left parotid": 20}, {**tiny, **weights, **GRID})
+    source = GeneratorSource(bundles / "maisi_ldm", {"left parotid": 20}, GRID, **tiny, **weights)
     first, second = source.masks(MaskRequest(organs=("liver",)), 2, seed=4)
     (path,) = generate(tmp_path, seed=5, organ_sizes={"left parotid": 20})
     assert np.array_equal(second.mask[0].numpy(), np.asarray(nib.load(path).dataobj))

@@ -67,8 +67,8 @@ def test_folder_of_volumes(run_bundle, save, phantom_ct, tmp_path):
     ("array", "words"),
     [
         (np.random.default_rng(0).random((16, 16, 16)).astype(np.float32), "Hounsfield"),
-        (np.full((16, 16, 16), np.nan, dtype=np.float32), "NaN"),
-        (np.zeros((16, 16), dtype=np.int16), "3D"),
+        (np.full((16, 16, 16), np.nan, dtype=np.float32), "has 4096 NaN and 0 infinite voxels of 4096"),
+        (np.zeros((16, 16), dtype=np.int16), "is a 2D image of shape (16, 16)"),
     ],
 )
 def test_bad_volume_is_refused_before_computing(cause, run_bundle, save, tmp_path, array, words):

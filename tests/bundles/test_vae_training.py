@@ -166,9 +166,14 @@ def test_one_cycle_of_any_length(start, tmp_path):
     """At 20 steps a start of exactly 5 % would be one step long, and PyTorch then divides by zero."""
     parser = start(tmp_path, max_epochs=20, epoch_length=1, perceptual_weight=0).parser
     scheduler = parser.get_parsed_content("lr_scheduler")
+    rates = []
     for _ in range(20):
+        rates.append(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
         scheduler.step()
+    top = int(np.argmax(rates))
+    assert rates[top] == pytest.approx(1e-3, rel=0.02) and top in (1, 2)
+    assert np.all(np.diff(rates[: top + 1]) > 0) and np.all(np.diff(rates[top:]) < 0)
 
 
 def test_a_sharpened_decoder_keeps_the_latents(open_bundle, bundles, data, tmp_path):

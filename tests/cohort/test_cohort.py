@@ -140,7 +140,7 @@ def test_a_library_with_tumors_and_organ_sizes(write_spec, bundles, tmp_path):
 
 
 def test_samples_that_fail_are_listed_and_tried_again(write_spec, bundles, tmp_path, capsys):
-    spec = write_spec(tumors="[{lesion: lung tumor, diameter_mm: 900}]", count="2", retries="1")
+    spec = write_spec(tumors="[{lesion: lung tumor, diameter_mm: 290}]", count="2", retries="1")
     assert main(["cohort", str(spec), "--output_dir", str(tmp_path / "out"), "--bundles", str(bundles)]) == 2
     assert "2 samples failed: heads_0000, heads_0001" in capsys.readouterr().err
     rows = rows_of(tmp_path / "out")
@@ -161,8 +161,58 @@ def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
 
 
 def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
-    with pytest.raises(InputError, match="step_count"):
+    with pytest.raises(InputError, match="step_count.*no key of the config"):
         made(write_spec, bundles, tmp_path / "out", ct="{step_count: 3}")
+    with pytest.raises(InputError, match="autoencoder_ckpt_path, which is computed"):
+        made(write_spec, bundles, tmp_path / "out", ct="{autoencoder_ckpt_path: mine.pt}")
+    with pytest.raises(InputError, match="num_inference_steps is 'ten'; allowed is a number"):
+        made(write_spec, bundles, tmp_path / "out", ct="{num_inference_steps: ten}")
+    for settings in ("{run_id: x}", "{output_dir: x}", "{network_def: {}}"):
+        with pytest.raises(InputError, match=r"masks\.settings has"):
+            made(write_spec, bundles, tmp_path / "out", masks=f"{{source: generator, settings: {settings}}}")
+    assert not (tmp_path / "out").exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from maisi_tools.cohort.run import _alone
+with _alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_folder_has_one_writer(write_spec, bundles, tmp_path):
+    """A lock that a killed process does not hold."""
+    folder = tmp_path / "out"
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run makes the cohort in .*out"):
+            made(write_spec, bundles, folder, count="1")
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert [row["status"] for row in rows_of(made(write_spec, bundles, folder, count="1"))] == ["done"]
+
+
+@pytest.mark.parametrize("left", ["", '{"name": "heads_0000", "sta', "[]", '{"name": "heads_0000", "status": "done"}'])
+def test_a_truncated_record_is_made_again(write_spec, bundles, files_of, tmp_path, left):
+    folder = made(write_spec, bundles, tmp_path / "out", count="1")
+    before = files_of(folder)
+    (folder / "records" / "heads_0000.json").write_text(left)
+    assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 1
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"spec": 3, "weights": {}}', '{"spec": {}}'])
+def test_a_truncated_description_is_refused_by_name(write_spec, bundles, tmp_path, left):
+    (tmp_path / "cohort.json").write_text(left)
+    with pytest.raises(InputError, match=r"cohort\.json describes no cohort"):
+        make_cohort(read_spec(write_spec(count="1")), tmp_path, bundles)
 
 
 def kill_workers(folder: Path, stop: threading.Event, seconds: tuple[float, float], most: int, killed: list) -> None:

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_conditions
+from maisi_tools.diffusion.conditions import (
+    MODALITIES,
+    Conditions,
+    batch_tensors,
+    check_conditions,
+    without_conditions,
+)
 from maisi_tools.errors import InputError
 
 OK = {"size": (64, 48, 32), "spacing": (1.0, 1.0, 2.5)}
@@ -24,6 +30,23 @@ def test_unknown_region_is_zero_and_order_does_not_matter():
     assert Conditions(**OK, region="abdomen").region == ("abdomen",)
 
 
+def test_modalities_are_the_releases_codes():
+    codes = {name: Conditions(**OK, modality=name).tensors(1)["class_labels"].item() for name in MODALITIES}
+    assert codes == {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
+    assert Conditions(**OK, modality="MRI").tensors(1)["class_labels"].item() == 8
+    assert Conditions(**OK, modality=127).tensors(1)["class_labels"].item() == 127
+
+
+def test_what_guidance_goes_without_is_zero_and_the_rest_stays():
+    tensors = batch_tensors([Conditions(**OK, region="chest", modality="mri")], 100, torch.device("cpu"))
+    without = without_conditions(tensors, ("class_labels", "spacing_tensor"))
+    assert without["class_labels"].tolist() == [0] and without["class_labels"].dtype == torch.int64
+    assert without["spacing_tensor"].tolist() == [[0, 0, 0]]
+    for name in ("top_region_index_tensor", "bottom_region_index_tensor"):
+        assert without[name].tolist() == [[0, 100, 0, 0]]
+    assert tensors["class_labels"].tolist() == [8] and tensors["spacing_tensor"].tolist() == [[100, 100, 250]]
+
+
 def test_batch_stacks():
     batch = batch_tensors([Conditions(**OK), Conditions(size=(4, 4, 4), spacing=(2, 2, 2))], 1, torch.device("cpu"))
     assert batch["spacing_tensor"].tolist() == [[1, 1, 2.5], [2, 2, 2]] and batch["class_labels"].shape == (2,)
@@ -37,29 +60,32 @@ def test_noise_depends_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"region": ("head", "abdomen")},
-        {"region": ("foot",)},
-        {"spacing": (1, 0, 1)},
-        {"spacing": (1, float("nan"), 1)},
-        {"spacing": (1, 1)},
-        {"size": (0, 4, 4)},
-        {"modality": "pet"},
-        {"modality": 128},
+        ({"region": ("head", "abdomen")}, "has a gap; give neighbouring regions, here .'head', 'chest', 'abdomen'."),
+        ({"region": ("foot",)}, "region 'foot' is not known; allowed are head, chest, abdomen, lower"),
+        ({"spacing": (1, 0, 1)}, "spacing is .1.0, 0.0, 1.0.; give three positive numbers in mm"),
+        ({"spacing": (1, float("nan"), 1)}, "spacing is .1.0, nan, 1.0."),
+        ({"spacing": (1, 1)}, "spacing is .1.0, 1.0."),
+        ({"size": (0, 4, 4)}, "size is .0, 4, 4.; give three positive voxel counts"),
+        ({"modality": "pet"}, "modality is 'pet'; allowed are unknown, ct"),
+        ({"modality": 128}, "modality is 128; allowed are .* 0..127"),
     ],
 )
-def test_impossible_conditions_are_refused(change):
-    with pytest.raises(InputError):
+def test_impossible_conditions_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
         Conditions(**{**OK, **change})
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"size": (60, 48, 32)}, "64"),
-        ({"spacing": (0.4, 1, 1)}, "0.5"),
-        ({"region": "lower"}, "head"),
+        ({"size": (60, 48, 32)}, "output_size is .60, 48, 32.; allowed are multiples of 16: change x 60 -> 48 or 64"),
+        (
+            {"spacing": (0.4, 1, 1)},
+            "spacing is 0.4 x 1 x 1 mm, outside along x; allowed is x 0.5..3, y 0.5..3, z 0.5..5",
+        ),
+        ({"region": "lower"}, "region lower was not in these weights' training data; allowed are head, chest"),
         ({"modality": "mri"}, "modality is .mri., .* allowed are unknown, ct"),
         ({"modality": 3}, "modality is 3"),
     ],

@@ -232,6 +232,48 @@ def test_any_size_is_kept_and_air_is_exactly_zero(steering, decoder, size):
     assert torch.equal(ct, whole[..., : size[0], : size[1], : size[2]])
 
 
+def test_a_mask_that_touches_the_border_goes_on_as_it_is(steering, decoder):
+    """Padded by its edge: a body that the volume cuts does not end in air at a place of the padding's choice."""
+    mask = torch.full((1, 1, 9, 14, 11), float(BODY))
+    mask[..., 4:, :, 3:] = SKULL
+    network = Watched(steering)
+    mask_to_ct(decoder)(MetaTensor(mask, affine=torch.eye(4)), network)
+    widths = [(0, 0), (0, 0), (0, 7), (0, 2), (0, 5)]
+    assert np.array_equal(np.asarray(network.masks[0]), np.pad(mask.numpy(), widths, "edge"))
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 2.5])
+def test_both_passes_of_guidance_have_the_control(steering, tiny_autoencoder, decoder, guidance_scale):
+    """The unconditional pass goes without the modality alone; the mask and its weight are in both."""
+    mask = mask_of()
+    settings = {"control_scale": 0.6, "guidance_scale": guidance_scale, "guided_conditions": ("class_labels",)}
+    ct = mask_to_ct(decoder, seed=4, **settings)(mask, steering)
+    given = {
+        "top_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),
+        "bottom_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),
+        "spacing_tensor": torch.tensor([[10.0, 20, 30]]),
+    }
+    latent = torch.randn(4, 4, 6, 2, generator=torch.Generator().manual_seed(4))[None]
+    plain = mask.as_tensor()
+    with torch.no_grad():
+        for time in TIMES:
+            with_class, without = (
+                steering(
+                    plain,
+                    latent,
+                    torch.tensor([time]),
+                    conditioning_scale=0.6,
+                    class_labels=torch.tensor([modality]),
+                    **given,
+                )
+                for modality in (1, 0)
+            )
+            velocity = without + guidance_scale * (with_class - without) if guidance_scale else with_class
+            latent = latent + velocity / STEPS
+        expected = tiny_autoencoder.decode(latent / 0.8)
+    torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
+
+
 def test_masks_do_not_depend_on_their_batch(steering, decoder):
     """Two masks that differ in labels, body region and spacing."""
     masks = [mask_of(), mask_of(label=LUNG, spacing=(3.0, 1.0, 2.0))]

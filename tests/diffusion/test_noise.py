@@ -8,12 +8,18 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.diffusion.conditions import Conditions
-from maisi_tools.diffusion.noise import DrawNoised, SplitSampled, list_samples
+from maisi_tools.diffusion.noise import DrawNoised, SplitSampled, list_samples, redraw_seeds
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.latents import SIDECAR
 
 CONDITIONS = Conditions(size=(64, 48, 32), spacing=(1.5, 2.0, 3.0), region=("head", "chest"), seed=99)
+
+
+def test_no_redraw_of_a_sample_is_another_samples_draw():
+    seeds = [seed for sample in range(1000) for seed in redraw_seeds(sample, 20)]
+    assert len(seeds) == len(set(seeds)) == 21_000
+    assert redraw_seeds(5, 0) == [5] and redraw_seeds(5, 2)[0] == 5
 
 
 def test_samples_from_a_number():

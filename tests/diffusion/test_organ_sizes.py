@@ -40,8 +40,8 @@ def test_volumes_beyond_the_range_count_as_its_end():
     [
         ({"spleen": 3}, "spleen.*left parotid, body"),
         ({"left parotid": 51}, "51.*10 to 50 ml"),
-        ({"left parotid": "big"}, "big"),
-        ({"left parotid": float("nan")}, "nan"),
+        ({"left parotid": "big"}, "left parotid: 'big'; allowed are 10 to 50 ml"),
+        ({"left parotid": float("nan")}, "left parotid: nan; allowed are 10 to 50 ml"),
         ([1, 2], "organ -> ml"),
     ],
 )
@@ -52,7 +52,7 @@ def test_wrong_sizes_are_refused(asked, words):
 
 @pytest.mark.parametrize("organ", [{"label": 999, "range": [0, 1]}, {"label": 1, "range": [2, 1]}])
 def test_wrong_organs_are_refused(organ):
-    with pytest.raises(InputError, match="thing"):
+    with pytest.raises(InputError, match="organ 'thing' has .*; allowed are a label of the vocabulary and a range"):
         OrganSizes({"thing": organ})
 
 

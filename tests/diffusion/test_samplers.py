@@ -246,3 +246,53 @@ def test_guidance_formula_and_cost():
     assert guided(conditional, unconditional, 0)(x, t).item() == 3 and calls == ["c"]
     assert guided(conditional, unconditional, 1)(x, t).item() == 3
     assert guided(conditional, unconditional, 5)(x, t).item() == 1 + 5 * 2
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_timesteps_follow_the_latents_voxels_and_not_its_channels(channels):
+    """Shifted by (voxels / base) ** (1/3), as rectified flow's scheduler was trained: t' = r t / (1 + (r - 1) t)."""
+    size, base, steps = (4, 6, 10), 30, 5
+    seen = []
+
+    def denoiser(latent, timesteps):
+        seen.append(timesteps[0].item())
+        return torch.zeros_like(latent)
+
+    scheduler = flow(use_timestep_transform=True, base_img_size_numel=base)
+    sample(denoiser, torch.randn(1, channels, *size), scheduler, steps, progress=False)
+    even = 1 - np.arange(steps) / steps
+    ratio = (np.prod(size) / base) ** (1 / 3)
+    np.testing.assert_allclose(seen, 1000 * ratio * even / (1 + (ratio - 1) * even), rtol=1e-3)  # float16 in MONAI
+
+
+def test_guidance_is_on_at_both_ends_of_its_interval():
+    guide = guided(lambda x, t: x * 0 + 1, lambda x, t: x * 0, 3.0, (0.25, 0.75), 1000)
+    found = [guide(torch.zeros(1), torch.tensor([time])).item() for time in (249.0, 250.0, 500.0, 750.0, 751.0)]
+    assert found == [1, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_ddim_ends_at_the_alpha_that_its_scheduler_names(set_alpha_to_one):
+    """The data itself (1), or that of the first timestep."""
+    scheduler = DDIMScheduler(num_train_timesteps=10, set_alpha_to_one=set_alpha_to_one, clip_sample=False)
+    noise = torch.randn(1, 1, 2, 2, 2)
+    found = sample(lambda x, t: torch.full_like(x, 0.3), noise, scheduler, 1, progress=False)
+    alpha = scheduler.alphas_cumprod[int(scheduler.timesteps[0])]
+    data = (noise - (1 - alpha).sqrt() * 0.3) / alpha.sqrt()
+    end = torch.tensor(1.0) if set_alpha_to_one else scheduler.alphas_cumprod[0]
+    torch.testing.assert_close(found, end.sqrt() * data + (1 - end).sqrt() * 0.3)
+
+
+@pytest.mark.parametrize("size", [(28, 20, 28), (16, 16, 24), (64, 64, 32)])
+@pytest.mark.parametrize("transform", [False, True])
+def test_thirty_steps_end_at_the_data_where_monais_own_overshoot(size, transform):
+    """Along a velocity of 1 the way is 1; what sample()'s docstring says of MONAI's step."""
+    scheduler = flow(use_timestep_transform=transform, base_img_size_numel=4096)
+    noise = torch.zeros(1, 1, *size)
+    found = sample(lambda x, t: torch.ones_like(x), noise, scheduler, 30, progress=False)
+    assert found.flatten()[0].item() == pytest.approx(1, abs=1e-3)
+    theirs = torch.zeros(1)
+    times = [*scheduler.timesteps.tolist(), 0.0]
+    for now, then in zip(times, times[1:], strict=False):
+        theirs, _ = scheduler.step(torch.ones(1), now, theirs, then)
+    assert 0.007 < theirs.item() - 1 < 0.011

@@ -191,6 +191,65 @@ def test_label_from_ct_leaves_small_dense_spots(chest):
     assert label_from_ct(ct, np.zeros(SIZE), SPACING)[32, 40, 20] == 200
 
 
+def probe(background: float, hu: float, x: float = 0.0) -> np.ndarray:
+    """A trunk of one HU with a rod of another in it, from top to bottom, without noise."""
+    ct = np.where(cylinder(100, 70), background, -1000.0)
+    ct[cylinder(16, 16, x)] = hu
+    return ct
+
+
+@pytest.mark.parametrize(
+    ("hu", "label"),
+    [(-450, 132), (-401, 132), (-399, 200), (-300, 200), (249, 200), (251, 120), (300, 120), (900, 120)],
+)
+def test_thresholds_of_air_and_bone(hu, label):
+    """Below -400 HU is air, above 250 HU bone, as documented; a rod of air is no lung (its mean HU is that of air)."""
+    labels = label_from_ct(probe(40, hu if hu > -400 else -1000), np.zeros(SIZE), SPACING)
+    rod = cylinder(16, 16)
+    if hu > -400:
+        assert (labels[rod] == label).all()
+    ct = probe(40, -1000)
+    ct[32, 24, :] = hu  # a line of it in the air, or in the rod
+    ct = ct if hu < -300 else probe(40, hu)
+    assert (label_from_ct(ct, np.zeros(SIZE), SPACING)[32, 24] == label).all()
+
+
+@pytest.mark.parametrize(("hu", "is_lung"), [(-930, True), (-700, True), (-510, True), (-490, False), (-970, False)])
+def test_lung_is_told_by_its_mean_hu(hu, is_lung):
+    lung = cylinder(30, 45, -50)
+    ct = np.where(cylinder(100, 70), 40.0, -1000.0)
+    ct[lung] = hu
+    labels = label_from_ct(ct, np.zeros(SIZE), SPACING)
+    assert (labels[lung] == (28 if is_lung else 132)).all()
+
+
+@pytest.mark.parametrize(("hu", "is_tissue"), [(-290, True), (-310, False)])
+def test_threshold_of_the_skin(hu, is_tissue):
+    ct = np.where(cylinder(100, 70), float(hu), -1000.0)
+    assert body_envelope(ct, SPACING).any() == is_tissue
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.04, False), (0.07, True)])
+def test_separate_parts_belong_to_the_body_from_a_twentieth_on(share, kept):
+    """An arm, and what is smaller; shares are of what the opening leaves, 6 mm less all around."""
+    ct = np.where(cylinder(80, 70, -30), 40.0, -1000.0)
+    radius = 6 + np.sqrt(share * 74 * 64)
+    arm = cylinder(radius, radius, 118 - radius, 60)
+    ct[arm] = 40
+    assert body_envelope(ct, SPACING)[arm].any() == kept
+
+
+def test_the_margin_around_labels_is_20_mm_and_gaps_of_50_mm_are_closed():
+    labels = np.zeros((120, 90, 5), np.uint8)
+    labels[40, 45], labels[65, 45] = 5, 14  # 50 mm apart, on a grid of 2 mm
+    body = envelope_of_labels(labels, (2.0, 2.0, 2.0))
+    reach = np.flatnonzero(body[:, 45, 2])
+    assert body[40:66, 45].all()
+    assert (40 - reach[0]) * 2 == pytest.approx(20, abs=2) and (reach[-1] - 65) * 2 == pytest.approx(20, abs=2)
+    labels[65], labels[110, 45] = 0, 14  # 140 mm apart
+    assert not envelope_of_labels(labels, (2.0, 2.0, 2.0))[75, 45].any()
+
+
 def test_bad_input():
     with pytest.raises(InputError, match=r"shape \(4, 4\)"):
         body_envelope(np.zeros((4, 4)), SPACING)

@@ -307,6 +307,41 @@ def test_an_organ_of_a_mask_without_body_shrinks_inside_one(tmp_path):
     edited = np.asarray(nib.load(output).dataobj)
     assert (edited == label_id("liver")).sum() == round(0.8 * 512)
     assert (edited == BODY)[labels == 0].any()  # a body all around, not the organ's rim alone
-    for wrong in ({"size": (0, 10, 10)}, {"spacing": (-1, 2, 2)}, {"shift_mm": 5}):
-        with pytest.raises(InputError):
-            edit_file(path, output, read_label_map("maisi"), **wrong)
+    wrong = {
+        "size is .0, 10, 10.": {"size": (0, 10, 10)},
+        "spacing .-1, 2, 2. mm; allowed are": {"spacing": (-1, 2, 2)},
+        "shift and elastic move the lesions that augment names, and it names none": {"shift_mm": 5},
+    }
+    for words, settings in wrong.items():
+        with pytest.raises(InputError, match=words):
+            edit_file(path, output, read_label_map("maisi"), **settings)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0), (3.0, 1.0, 1.5)])
+def test_a_lesion_is_shifted_by_so_many_mm_whatever_the_voxels(spacing):
+    mm = np.array(spacing)
+    size = tuple(int(n) for n in 60 / mm)
+    labels = np.full(size, label_id("liver"), np.uint8)
+    places = (np.indices(size).reshape(3, -1).T - (np.array(size) - 1) / 2) * mm
+    labels[(np.linalg.norm(places, axis=1) <= 8).reshape(size)] = TUMOR
+    for seed in range(4):
+        moved = augment_lesion(labels, spacing, TUMOR, np.random.default_rng(seed), shift_mm=12.0)
+        before, after = (np.argwhere(one == TUMOR).mean(0) * mm for one in (labels, moved))
+        assert np.linalg.norm(after - before) == pytest.approx(12, abs=0.5 * mm.max())
+
+
+@pytest.mark.parametrize("zoom", [0.8, 1.5])
+def test_a_zoom_is_of_the_diameter(zoom):
+    labels = np.full((40, 40, 40), label_id("liver"), np.uint8)
+    labels[15:25, 15:25, 15:25] = TUMOR
+    zoomed = augment_lesion(labels, (1.0, 1.0, 1.0), TUMOR, np.random.default_rng(0), zoom=zoom)
+    assert (zoomed == TUMOR).sum() == round(1000 * zoom**3)
+
+
+def test_a_lesion_fills_half_of_its_organ_at_most():
+    labels = np.zeros((30, 30, 30), np.uint8)
+    labels[5:25, 5:25, 5:25] = label_id("liver")  # 8000 voxels of 1 mm: half of it is a sphere of 19.69 mm
+    grown = insert_lesion(labels, (1.0, 1.0, 1.0), TUMOR, 19.6, np.random.default_rng(0))
+    assert (grown == TUMOR).sum() == round(np.pi / 6 * 19.6**3)
+    with pytest.raises(InputError, match="up to 19.7 mm .half of the largest"):
+        insert_lesion(labels, (1.0, 1.0, 1.0), TUMOR, 19.8, np.random.default_rng(0))

@@ -307,3 +307,14 @@ def test_restore_transform(caplog):
     assert back["labels"]["without_counterpart"] == {"body": 2} and "'body': 2" in caplog.text
     with pytest.raises(InputError, match="'maisi'; allowed are vocabulary and input"):
         RestoreLabelsd("mask", label_map, "maisi")
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(255, np.uint8), (256, np.uint16), (65535, np.uint16)])
+def test_the_type_holds_the_largest_label(write, largest, dtype):
+    """256 in eight bits would come back as 0, the background."""
+    label_map = read_label_map(write({str(largest): "liver"}))
+    assert apply_label_map(np.array([0, largest]), label_map).tolist() == [0, 1]
+    labels = restore_labels(np.array([0, 1]), label_map).labels
+    assert labels.dtype == dtype and labels.tolist() == [0, largest]
+    with pytest.raises(InputError, match="65536"):
+        read_label_map(write({"65536": "liver"}))

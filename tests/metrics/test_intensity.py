@@ -56,9 +56,19 @@ def test_ranges_of_the_vocabulary_and_changed_ones():
     assert 3 not in ranges and ranges[120] == (71, 1000)
 
 
-@pytest.mark.parametrize("changed", [{"nose": [0, 1]}, {"liver": [3, 1]}, {"liver": 3}, {"999": [0, 1]}, [1]])
-def test_wrong_ranges_are_refused(changed):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"nose": [0, 1]}, "'nose' is no label"),
+        ({"liver": [3, 1]}, r"liver: \[3, 1\]; allowed are .lowest, highest. in HU"),
+        ({"liver": [1, 1]}, r"liver: \[1, 1\]"),
+        ({"liver": 3}, "liver: 3; allowed are"),
+        ({"999": [0, 1]}, "the label 999"),
+        ([1], r"hu_ranges is \[1\]; allowed is label"),
+    ],
+)
+def test_wrong_ranges_are_refused(changed, words):
+    with pytest.raises(InputError, match=words):
         hu_ranges(changed)
 
 
@@ -70,3 +80,5 @@ def test_medians_outside_their_range_are_named():
     found = implausible_organs(ct, labels, hu_ranges())
     assert found == {"liver": {"median": 250.0, "lowest": -22.0, "highest": 162.0}}
     assert implausible_organs(ct, labels, hu_ranges({"liver": [-22, 300]})) == {}
+    for limits, fits in (([250, 300], True), ([-22, 250], True), ([251, 300], False), ([-22, 249], False)):
+        assert (implausible_organs(ct, labels, hu_ranges({"liver": limits})) == {}) == fits

@@ -141,3 +141,19 @@ def test_kept_out_volumes_that_cannot_be_compared_are_refused(tmp_path):
     assert not list((tmp_path / "out").iterdir())
     summary = score_samples([near], training, [cube("other", 2, 50), far, copy], tmp_path / "out")
     assert summary["ratio"]["mean"] == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize(("common", "is_copy"), [(6, True), (4, False)])
+def test_half_of_the_smaller_body_must_be_common(tmp_path, common, is_copy):
+    """Ten slices of tissue, of which the last or first so many are another volume's: a copy from one half on."""
+    rng = np.random.default_rng(0)
+
+    def tissue(slices: int) -> np.ndarray:  # constant in each slice, so that smoothing in plane changes nothing
+        return np.broadcast_to(rng.choice([-100, 900], slices), (8, 8, slices)).astype(np.int16)
+
+    training = tissue(12)
+    query = np.concatenate([training[..., -common:], tissue(10 - common)], axis=2)
+    spacing = (GRID_MM,) * 3
+    path = save(tmp_path / "t_ct.nii.gz", np.where(training < 0, -101, training), spacing)
+    (found,) = nearest_training([coarse_volume(query, spacing, "q")], [path])
+    assert (found["distance_hu"] < 200) == is_copy, found

@@ -23,7 +23,7 @@ def tables(tmp_path):
     with open(tmp_path / "cases.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "sex", "age"])
-        writer.writerows([f"pt_{i}", sexes[i], 30 + 4 * i] for i in range(12))
+        writer.writerows([f"pt_{i}", sexes[i], 30 + 5 * i] for i in range(12))
         writer.writerow(["pt", "X", "1"])  # a shorter name: pt_3_ct is pt_3's
     return tmp_path, dice, sexes
 
@@ -48,7 +48,7 @@ def test_numbers_are_grouped_by_edges(tables):
     folder, dice, _ = tables
     options = {"edges": {"age": [40, 60]}, "case_column": "name"}
     rows = stratify(folder / "metrics.csv", folder / "cases.csv", ["age"], folder / "out.csv", **options)
-    ages = 30 + 4 * np.arange(12)
+    ages = 30 + 5 * np.arange(12)  # 40 and 60 themselves among them
     expected = [dice[ages < 40].mean(), dice[(ages >= 40) & (ages < 60)].mean(), dice[ages >= 60].mean()]
     found = [row for row in rows if row["figure"] == "dice"]
     assert [row["group"] for row in found] == ["below 40", "40 to below 60", "from 60"]
@@ -59,7 +59,7 @@ def test_numbers_are_grouped_by_edges(tables):
     ("change", "words"),
     [
         ({"by": ["height"]}, "height.*sex, age"),
-        ({"case_column": "id"}, "'id'"),
+        ({"case_column": "id"}, "has no rows with a column 'id' .columns: "),
         ({"edges": {"sex": [1]}, "by": ["sex"]}, "'F' in column sex"),
         ({"edges": {"age": [60, 40]}, "by": ["age"]}, "ascending"),
         ({"metrics": "absent.csv"}, "absent.csv"),

@@ -78,6 +78,20 @@ def test_a_run_that_starts_late_sees_what_a_whole_run_sees(workers):
     assert len({image.sum().item() for _, image, *_ in whole}) == 8
 
 
+def test_each_rank_and_step_has_random_numbers_of_its_own():
+    """What draws from the global generators, such as dropout, differs between ranks; the same rank repeats itself."""
+
+    def numbers(rank: int) -> list[tuple]:
+        loader = TrainingLoader(dataset(), seed=1)
+        loader.stream.rank, loader.stream.world = rank, 2
+        return [tuple(drawn) for _, _, *drawn in run(loader, 0, 4)]
+
+    first, second, again = numbers(0), numbers(1), numbers(0)
+    assert first == again
+    assert len({*first, *second}) == 8
+    assert len({torch_number for torch_number, _ in (*first, *second)}) == 8
+
+
 def test_validation_is_the_same_every_time():
     loader = ValidationLoader(dataset(), seed=3)
     first, second = ([(batch["draw"].item(), batch["image"]) for batch in loader] for _ in range(2))

@@ -154,3 +154,12 @@ def test_a_masks_view_has_its_labels_and_changes_sides():
     assert (seen[0, 0] == 18).all() and (seen[0, -1] == 20).all() and np.linalg.det(seen.affine) < 0
     with pytest.raises(InputError, match="shift_hu"):
         SeeMaskd("image", [{"shift_hu": 5}], 0)
+
+
+def test_what_is_drawn_covers_its_range_on_both_sides(volume):
+    """HU offsets within +-40: as often up as down, and nearly as far as allowed."""
+    view = View("shift", shift_hu=40)
+    drawn = np.array([float((view.see(volume, 3, f"case{n}") - volume).mean()) for n in range(300)])
+    assert np.abs(drawn).max() <= 40 and drawn.min() < -36 and drawn.max() > 36
+    assert abs(drawn.mean()) < 5 and abs((drawn > 0).mean() - 0.5) < 0.1
+    assert np.allclose(drawn[:3], [float((view.see(volume, 3, f"case{n}") - volume).mean()) for n in range(3)])

@@ -129,6 +129,17 @@ def test_spacings_that_are_none(spacing):
         check_spacing(spacing, SMALL, "the request")
 
 
+@pytest.mark.parametrize(("factor", "passes"), [(1.00005, True), (1.0005, False), (0.99995, True), (0.9995, False)])
+def test_a_range_allows_for_the_rounding_of_headers_alone(factor, passes):
+    edge = SMALL[0][1] if factor > 1 else SMALL[0][0]
+    spacing = (edge * factor, SMALL[1][0], SMALL[2][0])
+    if passes:
+        check_spacing(spacing, SMALL, "x.nii")
+    else:
+        with pytest.raises(InputError, match="outside along x"):
+            check_spacing(spacing, SMALL, "x.nii")
+
+
 def test_output_size():
     assert check_output_size([96, 112, np.int64(16)], 16) == (96, 112, 16)
     with pytest.raises(InputError) as error:
@@ -151,3 +162,10 @@ def test_small_field_of_view_is_only_a_warning(caplog):
         warn_field_of_view((64, 64, 64), (2, 2, 2), (128, 128, 192))
     assert "128 x 128 x 128 mm is smaller than the smallest one trained on, 128 x 128 x 192 mm" in caplog.text
     assert "use a larger size or spacing" in caplog.text
+
+
+def test_a_field_of_view_that_lacks_a_fifth_of_a_voxel_is_said(caplog):
+    warn_field_of_view((64, 64, 64), (2, 2, 2), (128, 128, 128.19))
+    assert not caplog.records
+    warn_field_of_view((64, 64, 64), (2, 2, 2), (128, 128, 128.4))
+    assert "smaller than the smallest one trained on" in caplog.text

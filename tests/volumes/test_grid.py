@@ -174,3 +174,22 @@ def test_grids_are_compared_in_fractions_of_a_voxel():
     )
     assert "axes" in grid_difference(volume_on(affine), volume_on(np.diag([-0.7, 0.7, 2.5, 1])))
     assert grid_difference(volume_on(affine), volume_on(affine, (10, 12, 13))) == "10 x 12 x 14 and 10 x 12 x 13 voxels"
+
+
+def test_what_a_larger_field_of_view_adds_is_background():
+    """Not the border's label: a body that the mask cuts is not drawn on beyond it."""
+    mask = MetaTensor(torch.full((1, 4, 4, 4), 200.0), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
+    found = regrid_mask(mask, spacing=(2.0, 2.0, 2.0), size=(8, 6, 4))
+    assert found.shape == (1, 8, 6, 4) and (found[0, 2:6, 1:5] == 200).all()
+    assert float(found.sum()) == 200 * 64
+
+
+@pytest.mark.parametrize(("shift", "straightened"), [(0.05, False), (0.09, False), (0.11, True), (0.5, True)])
+def test_a_stack_that_leans_by_a_tenth_of_a_voxel_is_straight(shift, straightened):
+    """Between its first and its last slice, in voxels of 2 mm."""
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[0, 2] = 2 * shift / 9
+    volume = MetaTensor(torch.rand(1, 6, 5, 10), affine=torch.as_tensor(affine))
+    found = straighten(volume, "bilinear", 0)
+    assert (found is not volume) == straightened
+    assert np.allclose(np.asarray(found.affine)[:3, 2], [0, 0, 3] if straightened else affine[:3, 2])

@@ -100,6 +100,7 @@ def test_localizers_and_copies_are_passed_over(write_series, said):
         ({"RescaleSlope": None}, "rescale slope None and the intercept -1024"),
         ({"RescaleSlope": None, "RescaleIntercept": None}, "rescale slope None and the intercept None"),
         ({"RescaleSlope": 0}, "rescale slope 0"),
+        ({"RescaleSlope": -1}, "rescale slope -1.0 and the intercept -1024.0; allowed are a positive slope"),
         ({"RescaleType": "OD"}, "Rescale Type OD; allowed is HU"),
         ({"RescaleIntercept": -2048}, "below -1300 HU.*allowed is a CT in Hounsfield"),
         ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "right angle"),
@@ -237,3 +238,57 @@ def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path):
     volume, expected = read_volume(tmp_path / "enhanced", "ct"), read_volume(folder, "ct")
     assert np.array_equal(volume.numpy(), expected.numpy())
     assert np.allclose(volume.affine, expected.affine)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.008, False), (0.012, True), (0.1, True), (0.3, True)])
+def test_slice_distances_agree_to_a_hundredth(write_series, share, refused):
+    """One slice of five lies so far, in shares of the distance (3 mm), from its place."""
+    folder = write_series(ct_values(SHAPE), step=3.0)
+
+    def move(dataset, number):
+        if number == 2:
+            x, y, z = (float(value) for value in dataset.ImagePositionPatient)
+            dataset.ImagePositionPatient = [x, y, round(z + 3 * share, 4)]
+
+    edit(folder, move)
+    if refused:
+        with pytest.raises(InputError, match="gap of .* allowed are equal distances .within 1%"):
+            read_volume(folder, "ct")
+    else:
+        assert read_volume(folder, "ct").shape == (1, *SHAPE)
+
+
+def with_values(folder, low: float, share: float, padding: float | None):
+    """HU of tissue, a share of it at `low` (spread over 10 HU), and a corner of padding."""
+
+    def change(dataset, number):
+        values = np.full((dataset.Rows, dataset.Columns), 1024 + 40, np.int16)
+        flat = values.reshape(-1)
+        count = round(share * flat.size)
+        flat[:count] = 1024 + low + np.arange(count) % 10
+        if padding is not None:
+            flat[-8:] = 1024 + padding  # a sixth of the slice
+        dataset.PixelRepresentation, dataset.RescaleSlope, dataset.RescaleIntercept = 1, 1, -1024
+        dataset.PixelData = values.astype("<i2").tobytes()
+
+    edit(folder, change)
+
+
+@pytest.mark.parametrize("padding", [-2000, -3024])
+def test_the_scanners_padding_outside_of_its_field_is_no_fault(write_series, padding):
+    folder = write_series(ct_values(SHAPE))
+    with_values(folder, -1000, 0.5, padding)
+    found = read_volume(folder, "ct")
+    assert float(found.min()) == padding and (found == padding).sum() == 8 * SHAPE[2]
+
+
+@pytest.mark.parametrize(("low", "share", "refused"), [(-2024, 0.5, True), (-1400, 0.3, True), (-1250, 0.5, False)])
+def test_an_intercept_that_was_added_twice(write_series, low, share, refused):
+    """Then air lies near -2024; the documented bound is -1300 HU in more than a tenth of the voxels."""
+    folder = write_series(ct_values(SHAPE))
+    with_values(folder, low, share, -3024)
+    if refused:
+        with pytest.raises(InputError, match="below -1300 HU, where nothing is.*rescale intercept to 0"):
+            read_volume(folder, "ct")
+    else:
+        assert read_volume(folder, "ct").shape == (1, *SHAPE)

@@ -22,7 +22,7 @@ from maisi_tools.atomic import write_json
 from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
 from maisi_tools.cohort.spec import CohortSpec, draw
 from maisi_tools.diffusion.mask_source import GeneratorSource
-from maisi_tools.errors import InputError, find_input_error
+from maisi_tools.errors import find_input_error
 from maisi_tools.fingerprints import sha256
 from maisi_tools.masks.class_folder import is_class_folder
 from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
@@ -30,6 +30,7 @@ from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.stage_settings import check_settings
 from maisi_tools.volumes.inputs import find_inputs
 from maisi_tools.volumes.writing import write_volume
 
@@ -39,27 +40,40 @@ RECORDS = "records"
 SCRATCH = ".scratch"
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """A sample's record; empty where there is none, or none that is whole, so that the sample is made again."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(record, dict):
+        return {}
+    needed = {"name", "status", "ct_sha256" if record.get("status") == "done" else "error"}
+    return record if needed <= record.keys() else {}
+
+
 class Stage:
     """A bundle's inference config, kept in memory and run for one item after another, as MONAI Label does.
 
     Args:
         bundle: its folder.
         config: file name in ``configs``.
-        settings: keys to set.
+        settings: keys to set, with values that may come from a file.
         device: "cpu", "cuda", ...
+        own: further keys, with values of the caller's own.
 
     Raises:
-        InputError: a key that the config does not have.
+        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
     """
 
-    def __init__(self, bundle: Path, config: str, settings: Mapping[str, Any], device: str) -> None:
+    def __init__(self, bundle: Path, config: str, settings: Mapping[str, Any], device: str, **own: Any) -> None:
         self.parser = ConfigParser()
         self.parser.read_config(str(bundle / "configs" / config))
         self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
         known: Any = self.parser.config
-        if unknown := sorted(key for key in settings if key.split("#")[0] not in known):
-            raise InputError(f"{bundle.name}'s {config} has no {', '.join(unknown)}; correct the specification")
-        for key, value in {"bundle_root": str(bundle), "device": f"$torch.device({device!r})", **settings}.items():
+        own |= {"bundle_root": str(bundle), "device": f"$torch.device({device!r})"}
+        given = check_settings(known, settings, f"settings of {bundle.name}", fixed=own)
+        for key, value in {"progress": False, **given, **own}.items():
             self.parser[key] = value
         self.network = self.parser.get_parsed_content("network")
         self.preprocessing = self.parser.get_parsed_content("preprocessing")
@@ -97,8 +111,10 @@ class Worker:
         self.ct = Stage(
             self.bundles / "maisi_controlnet",
             "inference.json",
-            {**_quiet(spec.ct), "output_dir": str(self.scratch), "seed": 0},
+            spec.ct,
             device,
+            output_dir=str(self.scratch),
+            seed=0,
         )
         self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
         self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
@@ -112,7 +128,7 @@ class Worker:
         """
         name = self.spec.sample_name(index)
         path = self.folder / RECORDS / f"{name}.json"
-        record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        record = read_record(path)
         if record.get("status") == "done":
             return record
         for attempt in range(self.spec.retries + 1):
@@ -219,10 +235,6 @@ class Worker:
             os.replace(made[what], path)
             stored |= {what: place(pattern, name), f"{what}_sha256": sha256(path)}
         return stored
-
-
-def _quiet(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"progress": False, **settings}
 
 
 def _pool(spec: CohortSpec) -> list[Path]:

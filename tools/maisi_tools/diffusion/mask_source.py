@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.sources import FileSource, SourcedMask
+from maisi_tools.stage_settings import check_plain, check_settings
+
+OWN_KEYS = ("bundle_root", "input", "dataset_dir", "output_dir", "organ_sizes", "seed", "num_samples", "device", "data")
+"""Keys of the config that the source sets itself."""
 
 
 class GeneratorSource:
@@ -21,8 +25,12 @@ class GeneratorSource:
     Args:
         bundle: its folder.
         organ_sizes: organ -> ml, see :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
-        settings: further keys of the config.
+        settings: further keys of the config, with values that may come from a file.
         device: for the networks.
+        own: further keys, with values of the caller's own.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
     """
 
     def __init__(
@@ -31,10 +39,15 @@ class GeneratorSource:
         organ_sizes: Mapping[str, float] | None = None,
         settings: Mapping[str, Any] | None = None,
         device: str = "cpu",
+        **own: Any,
     ) -> None:
         self.bundle = Path(bundle)
+        self.config = self.bundle / "configs" / "mask_inference.json"
+        config = ConfigParser.load_config_file(self.config)
+        check_plain(organ_sizes or {}, "organ_sizes")
         self.organ_sizes = dict(organ_sizes or {})
-        self.settings = {"progress": False, **(settings or {}), "device": f"$torch.device({device!r})"}
+        given = check_settings(config, settings or {}, "settings of the mask generator", OWN_KEYS)
+        self.settings = {"progress": False, **given, **own, "device": f"$torch.device({device!r})"}
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
         """See :class:`~maisi_tools.masks.sources.MaskSource`; mask N has the seed `seed` + N.
@@ -46,7 +59,7 @@ class GeneratorSource:
         """
         with tempfile.TemporaryDirectory() as folder:
             workflow = ConfigWorkflow(
-                config_file=str(self.bundle / "configs" / "mask_inference.json"),
+                config_file=str(self.config),
                 meta_file=str(self.bundle / "configs" / "metadata.json"),
                 logging_file=False,
                 bundle_root=str(self.bundle),

@@ -129,7 +129,7 @@ def sample(
 
     Rectified flow (Liu et al. 2022; MAISI-v2 section 3.1) goes along the predicted velocity ``data - noise``. The step
     length is the exact distance between the timesteps the network is shown; MONAI's own ``RFlowScheduler.step``
-    truncates the next timestep to an integer, which overshoots by about 1.5 % over 30 steps. DDPM steps itself. DDIM
+    truncates the next timestep to an integer, which overshoots by 0.7 to 1.1 % over 30 steps. DDPM steps itself. DDIM
     goes from each of its timesteps to the next one; MONAI's ``step`` goes ``num_train_timesteps // N`` down wherever
     the next one is.
 

@@ -17,26 +17,22 @@ from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
-    UNRECORDED_FACTOR,
     check_affine,
     check_ct_intensities,
     check_finite,
     check_labels,
-    check_latent_size,
     check_shape,
     whole_labels,
 )
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.latents import checked_sidecar
 from maisi_tools.volumes.nifti import read_nifti
 from maisi_tools.volumes.nrrd_file import read_nrrd
 from maisi_tools.volumes.series import SeriesReader
 from maisi_tools.volumes.stored import read_whole, without_single_axes
 
 KINDS = ("ct", "mask", "latent")
-
-LATENT_NEEDS = ("size", "spacing", "scale_factor")
-"""What a latent's sidecar must hold: without it there is no way back to an image."""
 
 
 def read_volume(
@@ -73,15 +69,8 @@ def read_volume(
         check_labels(values, str(path))
     meta: dict[str, Any] = {}
     if kind == "latent":
-        sidecar = read_sidecar(path)
-        if missing := [name for name in LATENT_NEEDS if sidecar.get(name) is None]:
-            raise InputError(
-                f"the sidecar {sidecar_path(path).name} of {path} has no {', '.join(missing)}; allowed is one as the "
-                "encode config writes it: encode the volume again, or add the entries"
-            )
-        factor = sidecar.get("factor") or UNRECORDED_FACTOR
-        check_latent_size(values.shape[:3], sidecar["size"], factor, str(path))
-        meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None} | {"factor": factor}
+        sidecar = {name: value for name, value in read_sidecar(path).items() if value is not None}
+        meta["sidecar"] = checked_sidecar(sidecar, values.shape[:3], affine, str(path))
     return as_volume(np.moveaxis(values, -1, 0) if kind == "latent" else values[None], affine, path, meta)
 
 

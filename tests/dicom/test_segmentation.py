@@ -1,0 +1,45 @@
+"""Fractional segments, as documented: they count from one half on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pydicom
+import pytest
+
+pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+
+import highdicom as hd
+from pydicom.sr.codedict import codes
+
+from maisi_tools.dicom.segmentation import segments
+from maisi_tools.dicom.study import read_mask
+
+
+def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
+    """Every share from 0 to 1 in hundredths, one a voxel."""
+    slices = [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]
+    shares = np.zeros((len(slices), int(slices[0].Rows), int(slices[0].Columns)))
+    shares[4, 10, :40] = np.arange(40) / 100
+    shares[5, 10, :40] = np.arange(40, 80) / 100
+    shares[6, 10, :21] = np.arange(80, 101) / 100
+    ds = hd.seg.Segmentation(
+        source_images=slices,
+        pixel_array=shares[..., None],
+        segmentation_type="FRACTIONAL",
+        max_fractional_value=100,
+        segment_descriptions=[hd.seg.SegmentDescription(1, "x", codes.SCT.Organ, codes.SCT.Liver, "MANUAL")],
+        series_instance_uid=hd.UID(),
+        series_number=5,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="another",
+        manufacturer_model_name="another",
+        software_versions="1",
+        device_serial_number="1",
+    )
+    ds.save_as(tmp_path / "seg.dcm")
+    found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
+    assert np.array_equal(found.T > 0, shares >= 0.5)
+    assert np.count_nonzero(found) == 51
+    ((structure,), _, unknown) = segments(pydicom.dcmread(tmp_path / "seg.dcm"), {})
+    assert (structure.name, structure.label, unknown) == ("x", 1, [])

@@ -1,0 +1,37 @@
+"""ROIs as documented: the body is the whole outline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pydicom
+import pytest
+
+pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+
+from maisi_tools.dicom.structures import fill_polygon
+from maisi_tools.masks.vocabulary import BODY
+from maisi_tools.volumes.series import read_slices, slice_affine
+
+
+@pytest.fixture
+def written(studies):
+    """The structure set, and the slices it was drawn on."""
+    return pydicom.dcmread(studies / "slices" / "RTSTRUCT.dcm"), read_slices(studies / "slices" / "CT")
+
+
+def test_the_roi_of_the_body_is_the_whole_outline(written, mask):
+    """Other organs included: its area, slice by slice, by the contours' own points (shoelace), not by our reader."""
+    ds, slices = written
+    numbers = {roi.ROIName: roi.ROINumber for roi in ds.StructureSetROISequence}
+    (body,) = [item for item in ds.ROIContourSequence if item.ReferencedROINumber == numbers["body"]]
+    (kind,) = [o for o in ds.RTROIObservationsSequence if o.ReferencedROINumber == numbers["body"]]
+    assert kind.RTROIInterpretedType == "EXTERNAL"
+    order = {str(one.SOPInstanceUID): number for number, one in enumerate(slices)}
+    to_voxels = np.linalg.inv(slice_affine(slices)) @ np.diag([-1.0, -1.0, 1.0, 1.0])
+    filled = np.zeros((int(slices[0].Columns), int(slices[0].Rows), len(slices)), dtype=bool)
+    for contour in body.ContourSequence:
+        points = np.asarray(contour.ContourData, dtype=float).reshape(-1, 3) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+        number = order[str(contour.ContourImageSequence[0].ReferencedSOPInstanceUID)]
+        assert np.abs(points[:, 2] - number).max() < 1e-3
+        filled[:, :, number] ^= fill_polygon(points[:, :2], filled.shape[:2])
+    assert np.count_nonzero(filled) == np.count_nonzero(mask) > np.count_nonzero(mask == BODY)
