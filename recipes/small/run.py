@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-from measured import gather, ship  # noqa: E402
+from measured import gather, publish  # noqa: E402
 from packed import pack, unpack  # noqa: E402
 
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
