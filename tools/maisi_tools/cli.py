@@ -675,7 +675,7 @@ def cohort(
     address: str | None = None,
     bundles: str | None = None,
 ) -> None:
-    """Generate many CT + mask pairs from a specification (docs/cohorts.md); started again, it goes on.
+    """Generate many CT + mask pairs from a specification (docs/how-to/cohorts.md); started again, it goes on.
 
     `torchrun --nproc_per_node=N -m maisi_tools.cli cohort SPEC` shares the samples among N processes.
 
