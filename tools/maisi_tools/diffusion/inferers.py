@@ -20,6 +20,7 @@ from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import (
     ALWAYS,
+    Denoiser,
     Scheduler,
     check_interval,
     check_sampling,
@@ -186,29 +187,24 @@ class MaskToCT(Inferer):
         What no seed changes, the mask's embedding foremost, is computed once a mask. One mask at a time: a CT must not
         depend on the batch its mask was in.
         """
-        spacings = self._spacings(inputs)
+        spacings = self.spacings(inputs)
         labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
         for mask, spacing in zip(labels.split(1), spacings, strict=True):
             yield self._prepare(mask, spacing, network)
 
-    def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
-        """Mm along x, y, z of each mask of a batch."""
-        if self.spacing is not None:
-            return [self.spacing] * len(inputs)
-        if not isinstance(inputs, MetaTensor):
-            raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
-        # Depending on the loader, there is one affine a mask, or one for all without a batch axis.
-        affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
-        return affines[:, :3, :3].norm(dim=1).tolist()
-
     @torch.no_grad()
-    def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
-        padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
-        condition = padded
+    def denoiser(
+        self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet
+    ) -> tuple[Denoiser, Conditions]:
+        """What a sampler follows to draw a latent for a mask (1, 1, D, H, W) of a legal size, and its conditions.
+
+        What no step changes, the mask's embedding foremost, is computed here.
+        """
+        condition = labels
         if self.keep_labels is not None:
-            condition = merge_labels(padded, self.keep_labels, self.merge_labels)
+            condition = merge_labels(labels, self.keep_labels, self.merge_labels)
         conditions = Conditions(
-            size=(padded.shape[2], padded.shape[3], padded.shape[4]),
+            size=(labels.shape[2], labels.shape[3], labels.shape[4]),
             spacing=(spacing[0], spacing[1], spacing[2]),
             region=region_of(condition.unique().int().tolist()),
             modality=self.modality,
@@ -223,6 +219,22 @@ class MaskToCT(Inferer):
             self.guidance_interval,
             self.scheduler.num_train_timesteps,
         )
+        return denoiser, conditions
+
+    def spacings(self, inputs: Tensor) -> list[Sequence[float]]:
+        """Mm along x, y, z of each mask of a batch."""
+        if self.spacing is not None:
+            return [self.spacing] * len(inputs)
+        if not isinstance(inputs, MetaTensor):
+            raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
+        # Depending on the loader, there is one affine a mask, or one for all without a batch axis.
+        affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
+        return affines[:, :3, :3].norm(dim=1).tolist()
+
+    @torch.no_grad()
+    def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
+        padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
+        denoiser, conditions = self.denoiser(padded, spacing, network)
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:
