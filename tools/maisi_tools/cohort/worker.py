@@ -44,7 +44,7 @@ class Stage:
 
     Args:
         bundle: its folder.
-        config: file name in ``configs``.
+        config: file name in ``configs``, or several, each over the ones before.
         settings: keys to set.
         device: "cpu", "cuda", ...
 
@@ -52,13 +52,16 @@ class Stage:
         InputError: a key that the config does not have.
     """
 
-    def __init__(self, bundle: Path, config: str, settings: Mapping[str, Any], device: str) -> None:
+    def __init__(
+        self, bundle: Path, config: str | Sequence[str], settings: Mapping[str, Any], device: str
+    ) -> None:
+        configs = [config] if isinstance(config, str) else list(config)
         self.parser = ConfigParser()
-        self.parser.read_config(str(bundle / "configs" / config))
+        self.parser.read_config([str(bundle / "configs" / name) for name in configs])
         self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
         known: Any = self.parser.config
         if unknown := sorted(key for key in settings if key.split("#")[0] not in known):
-            raise InputError(f"{bundle.name}'s {config} has no {', '.join(unknown)}; correct the specification")
+            raise InputError(f"{bundle.name}'s {configs[-1]} has no {', '.join(unknown)}; correct the specification")
         for key, value in {"bundle_root": str(bundle), "device": f"$torch.device({device!r})", **settings}.items():
             self.parser[key] = value
         self.network = self.parser.get_parsed_content("network")
