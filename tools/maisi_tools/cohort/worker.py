@@ -199,6 +199,7 @@ class Worker:
     def _store(self, name: str, made: Mapping[str, Path], record: Mapping[str, Any]) -> dict[str, str]:
         """Put the files where they belong, and return their paths and hashes."""
         if self.spec.format == "dicom":
+            from maisi_tools.dicom.objects import recordable
             from maisi_tools.dicom.study import write_study
 
             ct: Any = nib.load(made["ct"])
@@ -209,7 +210,7 @@ class Worker:
                 ct.affine,
                 np.asarray(mask.dataobj),
                 seed=record["seed"],
-                conditions={"spacing": record["spacing"], **self.spec.ct},
+                conditions=recordable({"spacing": record["spacing"], **self.spec.ct}),
                 created=datetime.datetime.fromisoformat(self.spec.created),
                 replace=True,
             )
