@@ -1,8 +1,8 @@
 """An edit of a large CT: how long its parts take, and how much memory.
 
-A phantom's scan is written once; then a lesion of 30 mm is put into its liver by the bundle's edit.json, in a process of
-its own. A second row does the same to a scan of a quarter of the slices: what grows with the scan is reading, checking
-and writing; what is drawn is a crop of one size.
+A scan of a phantom is written once; then a lesion of 30 mm is put into its liver by the bundle's edit.json, in a
+process of its own. A first row does the same to a scan of a quarter of the slices: what grows with the scan is
+reading, checking and writing; what is drawn is a crop of one size.
 """
 
 from __future__ import annotations
@@ -48,12 +48,8 @@ def write_scan(folder: Path, size: Sequence[int]) -> dict[str, str]:
 
 def measure(item: dict[str, str], folder: Path, diameter: float) -> dict[str, float]:
     """Seconds of the parts, voxels that were drawn, and the process's peak memory in GB."""
-    settings = {
-        "output_dir": str(folder / "out"),
-        "edits": {"insert": {LESION: diameter}},
-        "progress": False,
-    }
-    stage = Stage(BUNDLE, ["inference.json", "edit.json"], settings, "cpu")
+    own = {"output_dir": str(folder / "out"), "edits": {"insert": {LESION: diameter}}}
+    stage = Stage(BUNDLE, ["inference.json", "edit.json"], {}, "cpu", **own)
     with torch.no_grad():  # kernels are chosen, and weights reordered, once
         stage.network(torch.zeros(1, 1, 32, 32, 32))
     memory = parts.PeakMemory()

@@ -118,9 +118,7 @@ def measure(
         What was measured, and the sizes of the masks.
     """
     progress, sizes = parts.Progress(), []
-    stage = Stage(
-        BUNDLE, "inference.json", {"label_map": label_map, "output_dir": str(folder), "progress": False}, "cpu"
-    )
+    stage = Stage(BUNDLE, "inference.json", {}, "cpu", label_map=label_map, output_dir=str(folder))
     inferer = stage.inferer.inferer
     found = {run: Found() for run in runs}
     for number, item in enumerate(items, start=1):

@@ -22,6 +22,8 @@ from maisi_tools.cohort.run import make_cohort
 from maisi_tools.cohort.spec import read_spec
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
+from maisi_tools.masks.label_maps import read_label_map
+from maisi_tools.masks.phantom import flat_ct, make_phantom
 
 
 def made(write_spec, bundles, folder: Path, engine: str = "process", workers: int = 1, **changes: str) -> Path:
@@ -140,7 +142,7 @@ def test_a_library_with_tumors_and_organ_sizes(write_spec, bundles, tmp_path):
 
 
 def test_samples_that_fail_are_listed_and_tried_again(write_spec, bundles, tmp_path, capsys):
-    spec = write_spec(tumors="[{lesion: lung tumor, diameter_mm: 900}]", count="2", retries="1")
+    spec = write_spec(tumors="[{lesion: lung tumor, diameter_mm: 290}]", count="2", retries="1")
     assert main(["cohort", str(spec), "--output_dir", str(tmp_path / "out"), "--bundles", str(bundles)]) == 2
     assert "2 samples failed: heads_0000, heads_0001" in capsys.readouterr().err
     rows = rows_of(tmp_path / "out")
@@ -161,8 +163,58 @@ def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
 
 
 def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
-    with pytest.raises(InputError, match="step_count"):
+    with pytest.raises(InputError, match="step_count.*no key of the config"):
         made(write_spec, bundles, tmp_path / "out", ct="{step_count: 3}")
+    with pytest.raises(InputError, match="autoencoder_ckpt_path, which is computed"):
+        made(write_spec, bundles, tmp_path / "out", ct="{autoencoder_ckpt_path: mine.pt}")
+    with pytest.raises(InputError, match="num_inference_steps is 'ten'; allowed is a number"):
+        made(write_spec, bundles, tmp_path / "out", ct="{num_inference_steps: ten}")
+    for settings in ("{run_id: x}", "{output_dir: x}", "{network_def: {}}"):
+        with pytest.raises(InputError, match=r"masks\.settings has"):
+            made(write_spec, bundles, tmp_path / "out", masks=f"{{source: generator, settings: {settings}}}")
+    assert not (tmp_path / "out").exists()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from maisi_tools.cohort.run import _alone
+with _alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_folder_has_one_writer(write_spec, bundles, tmp_path):
+    """A lock that a killed process does not hold."""
+    folder = tmp_path / "out"
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another run makes the cohort in .*out"):
+            made(write_spec, bundles, folder, count="1")
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert [row["status"] for row in rows_of(made(write_spec, bundles, folder, count="1"))] == ["done"]
+
+
+@pytest.mark.parametrize("left", ["", '{"name": "heads_0000", "sta', "[]", '{"name": "heads_0000", "status": "done"}'])
+def test_a_truncated_record_is_made_again(write_spec, bundles, files_of, tmp_path, left):
+    folder = made(write_spec, bundles, tmp_path / "out", count="1")
+    before = files_of(folder)
+    (folder / "records" / "heads_0000.json").write_text(left)
+    assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 1
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("left", ["", "{", "[]", '{"spec": 3, "weights": {}}', '{"spec": {}}'])
+def test_a_truncated_description_is_refused_by_name(write_spec, bundles, tmp_path, left):
+    (tmp_path / "cohort.json").write_text(left)
+    with pytest.raises(InputError, match=r"cohort\.json describes no cohort"):
+        make_cohort(read_spec(write_spec(count="1")), tmp_path, bundles)
 
 
 def kill_workers(folder: Path, stop: threading.Event, seconds: tuple[float, float], most: int, killed: list) -> None:
@@ -217,3 +269,73 @@ def test_200_samples_with_workers_killed_at_random(write_spec, bundles, files_of
     assert samples(files_of(tmp_path / "ray")) == samples(files_of(one))
     with capsys.disabled():
         print(f"\n200 samples: one process {alone:.0f} s; Ray, 2 actors, {killed} kills, {seconds:.0f} s")
+
+
+REAL = {
+    "masks": "{source: real, path: scans.json, label_map: openkbp}",
+    "resize": "{placeholder 18: [0.6, 0.8]}",
+    "count": "4",
+    "flip": "0",
+    "layout": "folders",
+}
+
+
+def write_scans(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Two scans with OpenKBP's labels, the CTs in an orientation of their own."""
+    found, entries = {}, []
+    for seed, name in enumerate(("one", "two")):
+        labels = make_phantom("head_neck", (48, 48, 48), (5.0, 5.0, 3.4), seed)
+        noise = np.random.default_rng(seed).normal(0, 10, labels.shape)
+        hu = (flat_ct(labels) + np.where(labels > 0, noise, 0)).astype(np.int16)
+        ours = sum(number * (labels == label) for number, label in read_label_map("openkbp").items())
+        files = folder / f"{name}.nii.gz", folder / f"{name}_seg.nii.gz"
+        nib.save(nib.Nifti1Image(hu[::-1, ::-1], np.diag([-5.0, -5.0, 3.4, 1.0]) + _moved(5.0 * 47)), files[0])
+        nib.save(nib.Nifti1Image(ours.astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), files[1])
+        entries.append({"image": files[0].name, "label": files[1].name})
+        found[name] = files
+    (folder / "scans.json").write_text(json.dumps(entries))
+    return found
+
+
+def _moved(mm: float) -> np.ndarray:
+    affine = np.zeros((4, 4))
+    affine[:2, 3] = mm
+    return affine
+
+
+def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
+    """The scans take turns; what is not reached is the scan's; any engine gives the same bytes, and goes on."""
+    scans = write_scans(tmp_path)
+    folder = made(write_spec, bundles, tmp_path / "out", **REAL)
+    rows = rows_of(folder)
+    assert [row["origin"] for row in rows] == ["one", "two", "one", "two"]
+    assert all(row["status"] == "done" and "placeholder 18 0." in row["edits"] for row in rows), rows
+    for row in rows:
+        scan, labels = (nib.load(path) for path in scans[row["origin"]])
+        ct, mask = (nib.load(folder / row[what]) for what in ("ct", "mask"))
+        assert ct.header.binaryblock == scan.header.binaryblock and np.array_equal(mask.affine, ct.affine)
+        before, after = (np.asarray(image.dataobj) for image in (scan, ct))
+        changed = (before != after).mean()
+        assert 0 < changed < 0.1
+        parotid = np.asarray(mask.dataobj) == 18
+        whole = (np.asarray(labels.dataobj) == 6)[::-1, ::-1]
+        assert 0.55 < parotid.sum() / whole.sum() < 0.85 and (whole | ~parotid).all()
+    assert len({row["ct_sha256"] for row in rows}) == 4
+    again = made(write_spec, bundles, tmp_path / "again", "process", **{**REAL, "count": "2"})
+    made(write_spec, bundles, again, "process", **REAL)
+    assert samples(files_of(again)) == samples(files_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"flip": "0.5"}, "not mirrored"),
+        ({"resize": "{}"}, "may get no edit"),
+        ({"masks": "{source: real}"}, "no masks.path"),
+        ({"masks": "{source: real, path: a, region: [head]}"}, "takes no region"),
+        ({"ct": "{edits: {redraw: liver}}"}, "the cohort sets itself"),
+    ],
+)
+def test_specifications_of_real_scans_that_are_refused(write_spec, changes, word):
+    with pytest.raises(InputError, match=word):
+        read_spec(write_spec(**{**REAL, **changes}))

@@ -47,7 +47,41 @@ def test_numbers_and_ranges():
         ({"flip": "2"}, "flip is 2"),
         ({"colour": "red"}, "colour.*allowed are count"),
         ({"name": "a b"}, "letters"),
+        ({"name": "/x"}, "name is '/x'"),
+        ({"name": "é"}, "letters"),
+        ({"name": "x" * 65}, "up to 64"),
+        ({"count": "1000001"}, "from 1 to 1000000"),
+        ({"seed": "-1"}, "seed is -1"),
+        ({"seed": str(2**63)}, "from 0 to 9223372036854775807"),
+        ({"retries": "101"}, "from 0 to 100"),
         ({"ct": "{seed: 4}"}, "seed, which the cohort sets"),
+        ({"ct": "{solver: $print(1)}"}, "ct.solver is '.print"),
+        ({"ct": "{hu_ranges: {liver: ['@seed', 3]}}"}, r"ct.hu_ranges.liver\[0\] is '@seed'"),
+        ({"ct": "{spacing: {_target_: os.getcwd}}"}, "the key '_target_'"),
+        ({"ct": "{'network_def#unet': 3}"}, "the key 'network_def#unet'"),
+        ({"ct": "3"}, "ct is 3"),
+        ({"masks": "{source: generator, settings: {solver: $print(1)}}"}, "masks.settings.solver is"),
+        ({"masks": "{source: generator, organ_sizes: {$x: 3}}"}, "masks.organ_sizes has the key"),
+        ({"masks": "{source: generator, organ_sizes: {left parotid: 300000}}"}, "from 0.001 to 200000"),
+        ({"masks": "{source: generator, organ_sizes: 3}"}, "organ_sizes is 3"),
+        ({"masks": "3"}, "masks is 3"),
+        ({"masks": "{spacing: [0.01, 1, 1]}"}, "spacing is .0.01, 1, 1.; allowed are three numbers from 0.1 to 20"),
+        ({"masks": "{spacing: [1, 1]}"}, "three numbers from 0.1"),
+        ({"masks": "{spacing: [1, 1, .inf]}"}, "three numbers from 0.1"),
+        ({"masks": "{spacing: 4}"}, "spacing is 4"),
+        ({"masks": "{field_of_view: [2501, 300, 300]}"}, "three numbers from 10 to 2500"),
+        ({"masks": "{field_of_view: abc}"}, "field_of_view is 'abc'"),
+        ({"masks": "{field_of_view: [2500, 2500, 2500], spacing: [1, 1, 1]}"}, r"1.56e\+10 voxels"),
+        ({"masks": "{region: head}"}, "masks.region is 'head'; allowed is a list"),
+        ({"masks": "{organs: [3]}"}, r"masks.organs is \[3\]"),
+        ({"masks": "{source: files, path: 3, label_map: 3}"}, "label_map is 3"),
+        ({"tumors": "[{lesion: 3, diameter_mm: 3}]"}, "the lesion 3"),
+        ({"tumors": "[{lesion: lung tumor, diameter_mm: 301}]"}, "from 0.1 to 300"),
+        ({"tumors": "[{lesion: lung tumor, diameter_mm: [3, .inf]}]"}, "from 0.1 to 300"),
+        ({"tumors": "[{lesion: lung tumor, diameter_mm: true}]"}, "from 0.1 to 300"),
+        ({"resize": "{liver: 21}"}, "from 0.05 to 20"),
+        ({"resize": "{3: 2}"}, "resize has the key 3"),
+        ({"resize": "3"}, "resize is 3"),
         ({"masks": "{source: files}"}, "no masks.path"),
         ({"masks": "{source: magic}"}, "phantom, files, library, generator"),
         ({"masks": "{region: [tail]}"}, "tail"),
@@ -66,7 +100,17 @@ def test_wrong_specifications_are_refused(write_spec, change, words):
         read_spec(write_spec(**change))
 
 
-@pytest.mark.parametrize("text", ["name: [", "3", ""])
+def test_bounds_are_allowed_themselves(write_spec):
+    spec = read_spec(
+        write_spec(
+            count="1000000", resize="{liver: [0.05, 20]}", tumors="[{lesion: lung tumor, diameter_mm: [0.1, 300]}]"
+        )
+    )
+    assert spec.count == 1_000_000 and spec.sample_name(7) == "heads_000007"
+    assert spec.resize["liver"] == [0.05, 20] and spec.tumors[0].diameter_mm == [0.1, 300]
+
+
+@pytest.mark.parametrize("text", ["name: [", "3", "", "[" * 5000, "count: 3\ncreated: 2026-13-45"])
 def test_what_is_no_specification_is_refused(tmp_path, text):
     (tmp_path / "spec.yaml").write_text(text)
     with pytest.raises(InputError):

@@ -174,6 +174,14 @@ def test_a_bad_mask_is_an_error_and_the_server_lives_on(server, tmp_path):
     assert server.infer("maisi_controlnet", "mask", num_inference_steps=1)[0] == 200
 
 
+def test_whoever_reaches_the_port_runs_code(server, tmp_path):
+    """Why docs/hospital.md says to keep it closed; where this fails, MONAI Label evaluates no more."""
+    code = f"$__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
+    answer = server.infer("maisi_controlnet", "mask", num_inference_steps=1, seed=code)
+    assert (tmp_path / "ran").exists(), answer
+    assert server.infer("maisi_controlnet", "mask", num_inference_steps=1, seed=0)[0] == 200
+
+
 def test_fine_tuning_drives_the_autoencoders_training(server):
     """Stage 1 alone: MONAI Label hands out image files, and stages 2 and 3 train on encoded latents."""
     for image in ("scan", "scan2"):  # a label makes an image one to train on; this training does not look at it

@@ -100,6 +100,13 @@ def test_sigma_is_found_where_the_latent_was_made_with_it(tmp_path):
     assert [item.get("sigma") for item in found] == [str(tmp_path / "a_sigma.nii.gz"), None]
 
 
+@pytest.mark.parametrize("settings", [3, "x", "[]", ["a"], {"sigma": True}])
+def test_settings_that_are_none_are_refused(tmp_path, settings):
+    add(tmp_path, "a", settings=settings)
+    with pytest.raises(InputError, match=r"a_latent\.nii\.gz has settings that are no JSON object"):
+        find_latents(tmp_path)
+
+
 def test_a_latent_without_a_sidecar_is_refused(cache):
     (cache / "pt_2_latent.json").unlink()
     with pytest.raises(InputError, match=r"pt_2_latent\.nii\.gz has no sidecar"):

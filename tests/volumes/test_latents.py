@@ -73,7 +73,7 @@ def test_a_sidecar_without_orientation_is_written_in_ras():
     np.testing.assert_allclose(restored.affine.numpy(), item["image"].affine.numpy(), atol=1e-9)
 
 
-@pytest.mark.parametrize("scale", [0.5, "0.5", torch.tensor(0.5)])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)])
 def test_unscaling_divides_and_keeps_the_rest(scale):
     sidecar = {"scale_factor": scale, "factor": 4}
     latent = MetaTensor(torch.randn(4, 2, 3, 2), affine=torch.as_tensor(AFFINES["LPS"]), meta={"sidecar": sidecar})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import nibabel as nib
 import nrrd
@@ -236,10 +237,15 @@ def test_masks(write_nifti):
     refused(write_nifti(labels.astype(np.int16) - 5), "negative voxels: -4, -3, -2, -1", "from 0 on", kind="mask")
 
 
+def spacing_of(latent: Path, factor: int) -> list[float]:
+    """Spacing in mm of the image that a latent with this header stands for."""
+    return [float(mm) / factor for mm in np.linalg.norm(nib.load(latent).affine[:3, :3], axis=0)]
+
+
 def test_latent_with_its_sidecar(write_nifti):
     values = np.random.default_rng(0).normal(size=(3, 4, 5, 4)).astype(np.float32)
     path = write_nifti(values, "case_latent.nii.gz")
-    needed = {"scale_factor": 1.25, "size": [12, 16, 18], "spacing": [1.0, 1.0, 2.5]}
+    needed = {"scale_factor": 1.25, "size": [12, 16, 18], "spacing": spacing_of(path, 4)}
     sidecar = {**needed, "region": ["head", "chest"], "modality": None}
     with pytest.raises(InputError, match=r"has no sidecar case_latent\.json beside it; a latent needs one: keep"):
         read_volume(path, "latent")
@@ -263,15 +269,56 @@ def test_latent_with_its_sidecar(write_nifti):
 
 def test_a_latent_has_to_cover_the_image_of_its_sidecar(write_nifti):
     path = write_nifti(np.zeros((3, 4, 5, 4), dtype=np.float32), "case_latent.nii.gz")
-    sidecar = {"scale_factor": 1.0, "size": [6, 7, 10], "spacing": [1.0, 1.0, 2.5], "factor": 2}
+    sidecar = {"scale_factor": 1.0, "size": [6, 7, 10], "spacing": spacing_of(path, 2), "factor": 2}
     path.with_name("case_latent.json").write_text(json.dumps(sidecar))
     assert read_volume(path, "latent").meta["sidecar"] == sidecar
     path.with_name("case_latent.json").write_text(json.dumps({**sidecar, "size": [6, 9, 10]}))
     refused(path, "(3, 4, 5) voxels", "factor 2 cover (6, 8, 10)", "says (6, 9, 10)", kind="latent")
-    for factor in (0, 2.0, "2", True):
-        path.with_name("case_latent.json").write_text(json.dumps({**sidecar, "factor": factor}))
-        if factor:
-            refused(path, f"the factor {factor!r}", kind="latent")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": 0}, "the factor 0"),
+        ({"factor": 2.0}, "the factor 2.0"),
+        ({"factor": "2"}, "the factor '2'"),
+        ({"factor": True}, "the factor True"),
+        ({"factor": [2]}, r"the factor \[2\]"),
+        ({"scale_factor": 0}, "scale_factor 0; allowed is a finite number above 0"),
+        ({"scale_factor": -1.0}, "scale_factor -1.0"),
+        ({"scale_factor": "1.0"}, "scale_factor '1.0'"),
+        ({"scale_factor": True}, "scale_factor True"),
+        ({"scale_factor": [1.0]}, r"scale_factor \[1.0\]"),
+        ({"scale_factor": float("nan")}, "scale_factor nan"),
+        ({"scale_factor": float("inf")}, "scale_factor inf"),
+        ({"size": [6, 7]}, r"the size \[6, 7\]"),
+        ({"size": [6, 7, 0]}, r"the size \[6, 7, 0\]"),
+        ({"size": [6, 7, -1]}, "three positive whole numbers"),
+        ({"size": [6.0, 7, 10]}, "three positive whole numbers"),
+        ({"size": "678"}, "the size '678'"),
+        ({"size": 6}, "the size 6"),
+        ({"size": [6, 7, 9], "factor": 60}, "less by 128 at most"),
+        ({"spacing": [1.0, 1.0]}, r"the spacing \[1.0, 1.0\]"),
+        ({"spacing": [1.0, 1.0, "2"]}, "own grid"),
+        ({"spacing": [-1.0, 1.0, 1.0]}, "own grid"),
+        ({"spacing": [9.0, 9.0, 9.0]}, "own grid and the factor 2 give"),
+        ({"spacing": {"x": 1}}, "own grid"),
+        ({"orientation": "RAX"}, "the orientation 'RAX'; allowed are three letters"),
+        ({"orientation": "RLS"}, "the orientation 'RLS'"),
+        ({"orientation": "RASA"}, "the orientation 'RASA'"),
+        ({"orientation": 3}, "the orientation 3"),
+        ({"region": "head"}, "the region 'head'; allowed is a list of names"),
+        ({"region": [3]}, r"the region \[3\]"),
+    ],
+)
+def test_a_sidecar_that_cannot_be_is_refused(write_nifti, change, words):
+    path = write_nifti(np.zeros((3, 4, 5, 4), dtype=np.float32), "case_latent.nii.gz")
+    sidecar = {"scale_factor": 1.0, "size": [6, 7, 10], "spacing": spacing_of(path, 2), "factor": 2}
+    path.with_name("case_latent.json").write_text(json.dumps({**sidecar, "orientation": "PIL", "region": []}))
+    assert read_volume(path, "latent").meta["sidecar"]["orientation"] == "PIL"
+    path.with_name("case_latent.json").write_text(json.dumps({**sidecar, **change}))
+    with pytest.raises(InputError, match=words):
+        read_volume(path, "latent")
 
 
 def test_latent_with_the_wrong_channel_count(write_nifti):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.checks import UNRECORDED_FACTOR
+from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
 # usual name, and those of MAISI's released files.
@@ -40,19 +40,32 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     "module." prefix of DistributedDataParallel. Values take the dtype of the network's parameters.
 
     Raises:
-        InputError: the file is missing or no checkpoint, or its keys or shapes are not the network's.
+        InputError: see :func:`read_weights`, or its keys, shapes or kinds of numbers are not the network's.
     """
     state = read_weights(path, key)
     wanted = network.state_dict()
+    both = [(name, state[name], value) for name, value in wanted.items() if name in state]
     reshaped = [
-        f"{name} (file {tuple(state[name].shape)}, network {tuple(value.shape)})"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
+        f"{name} (file {tuple(given.shape)}, network {tuple(value.shape)})"
+        for name, given, value in both
+        if given.shape != value.shape
+    ]
+    retyped = [
+        f"{name} (file {given.dtype}, network {value.dtype})"
+        for name, given, value in both
+        if given.is_floating_point() != value.is_floating_point()
+    ]
+    too_large = [
+        name
+        for name, given, value in both
+        if given.is_floating_point() and value.is_floating_point() and not torch.isfinite(given.to(value.dtype)).all()
     ]
     faults = {
         "missing in the file": sorted(wanted.keys() - state.keys()),
         "unknown to the network": sorted(state.keys() - wanted.keys()),
         "of another shape": reshaped,
+        "of another kind of number": retyped,
+        "with values too large for the network's type": too_large,
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(keys)} keys {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
@@ -70,10 +83,17 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint, in any of the forms that :func:`load_weights` understands.
 
     Raises:
-        InputError: the file is missing or no checkpoint.
+        InputError: the file is missing or no checkpoint, or a tensor in it is not dense, real and finite.
     """
     path = Path(path)
-    return _state_dict(_read(path), path, key)
+    state = _state_dict(_read(path), path, key)
+    faults = [f"{name} is {fault}" for name, value in state.items() if (fault := _fault(value))]
+    if faults:
+        raise InputError(
+            f"weights {path} cannot be used: {len(faults)} of {len(state)} tensors, {_some(faults)}. Allowed are dense "
+            "tensors of real, finite numbers; train the network again or fetch its weights again."
+        )
+    return state
 
 
 def read_scale_factor(path: str | Path) -> float:
@@ -90,16 +110,7 @@ def read_scale_factor(path: str | Path) -> float:
             f"checkpoint {path} has no 'scale_factor'; it must be one of a diffusion U-Net or ControlNet written by "
             "this project's train.json or released with MAISI, or give the scale factor in the config."
         )
-    try:
-        value = float(found)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise InputError(
-            f"checkpoint {path} has scale_factor {found!r}; it must be a number above 0. Train the network again or "
-            "fetch its weights again."
-        )
-    return value
+    return checked_scale_factor(found, f"checkpoint {path}", "train the network again or fetch its weights again")
 
 
 def read_factor(path: str | Path) -> int:
@@ -138,7 +149,8 @@ def fetch_weights(bundle_dir: str | Path, names: Iterable[str] | None = None) ->
 
     The list is MONAI's: ``large_files: [{path, url, hash_val, hash_type}]``, paths relative to the bundle. A file that
     is there already is only verified. A download goes to ``PATH.part`` first; when it breaks off, the next call goes on
-    where it stopped, if the server allows (HTTP Range).
+    where it stopped, if the server allows (HTTP Range) and still has the same file: it is the same ETag, or the hash of
+    the whole is in the list. Redirects are followed to https alone.
 
     Args:
         names: paths or file names of the entries to fetch; None for all.
@@ -156,6 +168,21 @@ def fetch_weights(bundle_dir: str | Path, names: Iterable[str] | None = None) ->
             raise InputError(f"{bundle_dir} lists no large file {', '.join(unknown)}; choose among: {listed}.")
         entries = [entry for entry in entries if {entry["path"], Path(entry["path"]).name} & set(names)]
     return [_fetch(bundle_dir, entry) for entry in entries]
+
+
+def _fault(value: Tensor) -> str | None:
+    """What keeps a tensor from being weights, in words."""
+    if value.layout != torch.strided:
+        return f"sparse ({value.layout})"
+    if value.is_quantized or value.is_meta:
+        return "quantized" if value.is_quantized else "without values"
+    if value.is_complex():
+        return f"complex ({value.dtype})"
+    if value.is_floating_point():
+        value = value.float() if value.element_size() < 4 else value
+        if wrong := value.numel() - int(torch.isfinite(value).sum()):
+            return f"not finite in {wrong} of {value.numel()} values"
+    return None
 
 
 def _some(keys: list[str]) -> str:
@@ -197,7 +224,9 @@ def _state_dict(checkpoint: Any, path: Path, key: str | None) -> dict[str, Tenso
         if key not in checkpoint:
             raise InputError(f"checkpoint {path} has no {key!r}; its keys are {_some([str(k) for k in checkpoint])}.")
         checkpoint = checkpoint[key]
-    while isinstance(checkpoint, Mapping):
+    seen: set[int] = set()
+    while isinstance(checkpoint, Mapping) and id(checkpoint) not in seen:
+        seen.add(id(checkpoint))
         if checkpoint and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in checkpoint.items()):
             if all(name.startswith("module.") for name in checkpoint):
                 return {name.removeprefix("module."): value for name, value in checkpoint.items()}
@@ -251,7 +280,7 @@ def _fetch(bundle_dir: Path, entry: Mapping[str, str]) -> Path:
     part = target.with_name(target.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _download(url, part)
+        _download(url, part, bool(expected))
     except (OSError, http.client.HTTPException) as error:
         kept = f" {part.stat().st_size} bytes are kept in {part};" if part.exists() else ""
         raise InputError(
@@ -261,33 +290,72 @@ def _fetch(bundle_dir: Path, entry: Mapping[str, str]) -> Path:
     if not expected:
         warnings.warn(f"{target} was not verified: large_files.yml of {bundle_dir} gives no hash for it", stacklevel=3)
     elif (got := _digest(part, kind)) != expected:
-        part.unlink()
+        _forget(part)
         raise InputError(
             f"{url} gave a file with another hash: {kind} expected {expected}, got {got}. It was deleted; run the same "
             "command again, and if that does not help, the file at the URL has changed."
         )
     part.replace(target)
+    _forget(part)
     return target
 
 
-def _download(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of `url`, from its beginning when the server cannot continue.
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https alone."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if not newurl.lower().startswith("https://"):
+            raise InputError(
+                f"{req.full_url} redirects to {newurl}; allowed is https: correct the URL in large_files.yml, or "
+                "download the file in another way"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _tag_path(part: Path) -> Path:
+    """Where the ETag of a download that broke off is kept."""
+    return part.with_name(part.name + ".etag")
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _tag_path(part).unlink(missing_ok=True)
+
+
+def _download(url: str, part: Path, hashed: bool) -> None:
+    """Append to `part` what it lacks of `url`, from its beginning when the server cannot continue or has another file.
+
+    Args:
+        url: of the file.
+        part: what there is of it.
+        hashed: whether the whole is verified afterwards; then a part without an ETag is continued, too.
 
     Raises:
         OSError: the download failed (urllib's errors are OSErrors) or ended early; `part` keeps what came.
+        InputError: a redirect to something else than https.
     """
+    tag = _tag_path(part).read_text() if _tag_path(part).exists() else ""
+    if not tag and not hashed:
+        _forget(part)
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if have and tag:
+        headers["If-Range"] = tag
+    request = urllib.request.Request(url, headers=headers)
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.build_opener(_HttpsRedirects).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # range not satisfiable: nothing is left after `have` bytes
             raise
         if error.headers.get("Content-Range", "") == f"bytes */{have}":
             return
-        part.unlink()  # longer than the file at the URL, so not a part of it
-        return _download(url, part)
+        _forget(part)  # longer than the file at the URL, so not a part of it
+        return _download(url, part, hashed)
     with response:
+        now = response.headers.get("ETag", "")
+        if response.status == 206 and tag and now and now != tag:  # a server that does not know If-Range
+            _forget(part)
+            return _download(url, part, hashed)
         continues = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         have = have if response.status == 206 and continues else 0
         length = response.headers.get("Content-Length")
@@ -296,6 +364,10 @@ def _download(url: str, part: Path) -> None:
             part.open("ab" if have else "wb") as output,
             tqdm.wrapattr(response, "read", total=total, initial=have, desc=part.stem) as stream,
         ):
+            if not have:  # the part is empty by now, so that it never stands beside the tag of another file
+                _tag_path(part).unlink(missing_ok=True)
+                if now and not now.startswith("W/"):  # a weak one does not promise the same bytes
+                    _tag_path(part).write_text(now)
             shutil.copyfileobj(stream, output, CHUNK)
     if total is not None and part.stat().st_size != total:
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")

@@ -25,7 +25,7 @@ def read_yaml(path: Path, what: str, page: str) -> Any:
     """
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, dates or numbers
         raise InputError(f"{what} {path} cannot be read as YAML ({error}); see {page}") from error
 
 

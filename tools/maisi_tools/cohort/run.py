@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import json
 import logging
 import os
@@ -17,15 +19,18 @@ from tqdm import tqdm
 
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
-from maisi_tools.cohort.spec import CohortSpec
-from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker
+from maisi_tools.cohort.spec import FIXED, CohortSpec
+from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, configs_of, read_record
+from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
+from maisi_tools.stage_settings import check_settings
 
 logger = logging.getLogger(__name__)
 
 SPEC = "cohort.json"
 MANIFEST = "manifest.csv"
+LOCK = ".lock"
 ENGINES = ("process", "ray")
 
 
@@ -62,38 +67,38 @@ def make_cohort(
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     folder, bundles = Path(folder).expanduser().resolve(), Path(bundles).resolve()
+    _check_settings(spec, bundles)
     rank, ranks = idist.get_rank(), idist.get_world_size()
-    if rank == 0:
-        _claim(spec, folder, bundles)
-    idist.barrier()
-    open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
-    share = open_ones[rank::ranks]
-    arguments = (spec, folder, bundles, device, threads)
-    results = _on_ray(arguments, share, workers, gpus, address) if engine == "ray" else _here(arguments, share)
-    done = spec.count - len(open_ones)
-    with tqdm(results, total=len(share), desc=f"{spec.name}, {done} of {spec.count} there", unit="sample") as bar:
-        for record in bar:
-            if record["status"] == "failed":
-                logger.warning("%s failed: %s", record["name"], record["error"])
-    idist.barrier()
-    if rank:
-        return {}
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
-    return {**write_manifest(spec, folder, bundles), "made": len(open_ones)}
+    with _alone(folder) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            _claim(spec, folder, bundles)
+        idist.barrier()
+        open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
+        share = open_ones[rank::ranks]
+        arguments = (spec, folder, bundles, device, threads)
+        results = _on_ray(arguments, share, workers, gpus, address) if engine == "ray" else _here(arguments, share)
+        done = spec.count - len(open_ones)
+        with tqdm(results, total=len(share), desc=f"{spec.name}, {done} of {spec.count} there", unit="sample") as bar:
+            for record in bar:
+                if record["status"] == "failed":
+                    logger.warning("%s failed: %s", record["name"], record["error"])
+        idist.barrier()
+        if rank:
+            return {}
+        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        return {**write_manifest(spec, folder, bundles), "made": len(open_ones)}
 
 
 def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, Any]:
     """Write ``manifest.csv`` (a row a sample) and what describes the data set in its layout, from the records."""
-    records = [json.loads((folder / RECORDS / f"{spec.sample_name(i)}.json").read_text()) for i in range(spec.count)]
+    records = [read_record(folder / RECORDS / f"{spec.sample_name(i)}.json") for i in range(spec.count)]
     columns = list(dict.fromkeys(key for record in records for key in record))
     with replacing(folder / MANIFEST) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
     done = [record for record in records if record["status"] == "done"]
-    config = ConfigParser(ConfigParser.load_config_file(bundles / "maisi_controlnet" / "configs" / "inference.json"))
-    config.update(dict(spec.ct))
-    keep = config.get_parsed_content("keep_labels")
+    keep = {**_config(bundles, "maisi_controlnet", "inference.json"), **spec.ct}["keep_labels"]
     layout = LAYOUTS[spec.layout]
     names = label_names(layout, keep, {label for record in done for label in record["labels"]})
     layout.describe(folder, spec.name, [record["name"] for record in done], names)
@@ -143,6 +148,36 @@ def _on_ray(
             ray.shutdown()
 
 
+def _check_settings(spec: CohortSpec, bundles: Path) -> None:
+    """Refuse settings that the stages do not declare, before any network is loaded."""
+    check_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
+    if spec.masks.source == "generator":
+        config = _config(bundles, "maisi_ldm", "mask_inference.json")
+        check_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+
+
+def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
+    return ConfigParser.load_config_files([str(bundles / bundle / "configs" / name) for name in names])
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the cohort's folder for this run. The operating system frees it when the process ends, however it ends.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run makes the cohort in {folder}; wait for its end, or give another folder"
+            ) from None
+        yield
+
+
 def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
     """Make the folder this cohort's, or make sure that it is."""
     weights = {
@@ -153,7 +188,11 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
     content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights}))
     path = folder / SPEC
     if path.is_file():
-        earlier = json.loads(path.read_text())
+        try:
+            earlier = json.loads(path.read_text())
+            earlier["spec"].get, earlier["weights"]  # noqa: B018 - both must be there
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
         changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
         if changed or earlier["weights"] != weights:
@@ -161,20 +200,20 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
                 f"{folder} holds a cohort made with other {', '.join(changed) or 'weights'}; only count and retries "
                 "may change: give another folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(entry.name != LOCK for entry in folder.iterdir()):
         raise InputError(f"{folder} holds other files; give a new or empty folder")
     write_json(path, content)
 
 
 def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:
     path = folder / RECORDS / f"{spec.sample_name(index)}.json"
-    if not path.is_file():
+    record = read_record(path)
+    if record.get("status") != "done":
         return False
-    record = json.loads(path.read_text())
     there = all((folder / record[what]).exists() for what in ("ct", "mask") if what in record)
-    if record["status"] == "done" and not there:
+    if not there:
         path.unlink()
-    return record["status"] == "done" and there
+    return there
 
 
 def _text(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,27 @@ from maisi_tools.cohort.layouts import LAYOUTS
 from maisi_tools.errors import InputError
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
+from maisi_tools.stage_settings import check_plain
 from maisi_tools.yaml_fields import checked_fields, read_yaml
 
-SOURCES = ("phantom", "files", "library", "generator")
+SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")
 
-FIXED = ("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data")
+FIXED = (
+    *("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data"),
+    *("mask", "new_mask", "edits"),
+)
 """Keys of a bundle's config that the cohort itself sets."""
+
+# Bounds that no cohort needs to cross; what is beyond them is a slip, or would fill the memory.
+MOST_SAMPLES = 1_000_000
+MOST_RETRIES = 100
+SPACING = (0.1, 20.0)  # mm
+FIELD_OF_VIEW = (10.0, 2500.0)  # mm
+MOST_VOXELS = 512 * 512 * 768  # of a phantom; the largest volume of the paper (arXiv 2409.11169)
+DIAMETER = (0.1, 300.0)  # mm, of a lesion
+FACTOR = (0.05, 20.0)  # of an organ's volume
+ORGAN_ML = (0.001, 200_000.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +45,7 @@ class Masks:
 
     Args:
         source: one of :data:`SOURCES`.
-        path: folder (library) or folder, file or glob (files).
+        path: folder (library), folder, file or glob (files), or a datalist of CTs with image and label (real).
         label_map: how those are read.
         region, organs, field_of_view: see :class:`~maisi_tools.masks.library.MaskRequest`.
         spacing: mm along x, y, z of a phantom.
@@ -49,12 +65,29 @@ class Masks:
 
     def __post_init__(self) -> None:
         _allowed("masks.source", self.source, SOURCES)
-        if self.source in ("files", "library") and not self.path:
+        if self.source in ("files", "library", "real") and not self.path:
             raise InputError(f"masks.source is {self.source}, but there is no masks.path; add it")
-        if self.source == "generator" and (self.region or self.organs or self.field_of_view):
-            raise InputError("masks.source generator takes organ_sizes, and no region, organs or field_of_view")
+        if self.source in ("generator", "real") and (self.region or self.organs or self.field_of_view):
+            raise InputError(f"masks.source {self.source} takes no region, organs or field_of_view; leave them out")
+        for key in ("path", "label_map"):
+            if not isinstance(getattr(self, key), (str, type(None))):
+                raise InputError(f"masks.{key} is {getattr(self, key)!r}; allowed is text")
+        for key in ("region", "organs"):
+            _names(f"masks.{key}", getattr(self, key))
+        for key in ("organ_sizes", "settings"):
+            _mapping(f"masks.{key}", getattr(self, key))
+            check_plain(getattr(self, key), f"masks.{key}")
         for name, size in self.organ_sizes.items():
-            _range(f"masks.organ_sizes.{name}", size)
+            _range(f"masks.organ_sizes.{name}", size, ORGAN_ML)
+        _three("masks.spacing", self.spacing, SPACING)
+        if self.field_of_view is not None:
+            _three("masks.field_of_view", self.field_of_view, FIELD_OF_VIEW)
+            voxels = math.prod(mm / step for mm, step in zip(self.field_of_view, self.spacing, strict=True))
+            if self.source == "phantom" and voxels > MOST_VOXELS:
+                raise InputError(
+                    f"masks.field_of_view {list(self.field_of_view)} at the spacing {list(self.spacing)} has "
+                    f"{voxels:.3g} voxels; allowed are {MOST_VOXELS:.3g}: give a larger spacing"
+                )
         self.request  # noqa: B018 - checks
 
     @property
@@ -78,8 +111,10 @@ class Tumor:
     probability: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lesion, str):
+            raise InputError(f"tumors has the lesion {self.lesion!r}; allowed is a name of the vocabulary")
         hosts_of(label_id(self.lesion))
-        _range(f"tumors.{self.lesion}.diameter_mm", self.diameter_mm)
+        _range(f"tumors.{self.lesion}.diameter_mm", self.diameter_mm, DIAMETER)
         _share(f"tumors.{self.lesion}.probability", self.probability)
 
 
@@ -119,20 +154,31 @@ class CohortSpec:
     created: str = "2000-01-01"
 
     def __post_init__(self) -> None:
-        for key, least in (("count", 1), ("seed", 0), ("retries", 0)):
+        for key, least, most in (("count", 1, MOST_SAMPLES), ("seed", 0, 2**63 - 1), ("retries", 0, MOST_RETRIES)):
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InputError(f"{key} is {value!r}; allowed is a whole number, at least {least}")
-        if not isinstance(self.name, str) or not self.name.replace("-", "a").isalnum():
-            raise InputError(f"name is {self.name!r}; allowed are letters, digits and hyphens")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise InputError(f"{key} is {value!r}; allowed is a whole number from {least} to {most}")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}", self.name):
+            raise InputError(f"name is {self.name!r}; allowed are up to 64 letters (A to Z), digits and hyphens")
         _allowed("layout", self.layout, tuple(LAYOUTS))
         _allowed("format", self.format, FORMATS)
         if self.format == "dicom" and self.layout != "folders":
             raise InputError(f"format dicom with layout {self.layout}; DICOM studies have the layout folders")
         _share("flip", self.flip)
+        for key in ("resize", "ct"):
+            _mapping(key, getattr(self, key))
+            check_plain(getattr(self, key), key)
+        if self.masks.source == "real":
+            if self.flip:
+                raise InputError(f"flip is {self.flip} with masks.source real; a scan is not mirrored: leave it out")
+            if not self.resize and not any(tumor.probability == 1 for tumor in self.tumors):
+                raise InputError(
+                    "masks.source is real, and a sample may get no edit; allowed is a cohort with resize, or with a "
+                    "tumor of probability 1"
+                )
         for organ, factor in self.resize.items():
             label_id(organ)
-            _range(f"resize.{organ}", factor)
+            _range(f"resize.{organ}", factor, FACTOR)
         if fixed := sorted(set(self.ct) & set(FIXED)):
             raise InputError(f"ct has {', '.join(fixed)}, which the cohort sets itself; leave it out")
         try:
@@ -162,7 +208,9 @@ def read_spec(path: str | Path) -> CohortSpec:
     path = Path(path).expanduser()
     content = read_yaml(path, "specification", "docs/cohorts.md")
     content = checked_fields(CohortSpec, content, str(path))
-    if "masks" in content:
+    if content.setdefault("masks", None) is None:
+        del content["masks"]
+    else:
         masks = checked_fields(Masks, content["masks"], "masks")
         if masks.get("path") is not None:
             masks["path"] = str(path.parent / Path(str(masks["path"])).expanduser())
@@ -191,8 +239,31 @@ def _share(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value!r}; allowed is a number from 0 to 1")
 
 
-def _range(name: str, value: Any) -> None:
+def _range(name: str, value: Any, bounds: tuple[float, float]) -> None:
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    good = all(isinstance(one, (int, float)) and not isinstance(one, bool) and one > 0 for one in numbers)
+    good = all(_is_within(one, bounds) for one in numbers)
     if not good or not (isinstance(value, (int, float)) or (len(numbers) == 2 and numbers[0] <= numbers[1])):
-        raise InputError(f"{name} is {value!r}; allowed is a number above 0, or a range [lowest, highest]")
+        low, high = bounds
+        raise InputError(
+            f"{name} is {value!r}; allowed is a number from {low:g} to {high:g}, or a range [lowest, highest]"
+        )
+
+
+def _three(name: str, value: Any, bounds: tuple[float, float]) -> None:
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(_is_within(one, bounds) for one in value):
+        low, high = bounds
+        raise InputError(f"{name} is {value!r}; allowed are three numbers from {low:g} to {high:g}, mm along x, y, z")
+
+
+def _is_within(value: Any, bounds: tuple[float, float]) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bounds[0] <= value <= bounds[1]
+
+
+def _names(name: str, value: Any) -> None:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+        raise InputError(f"{name} is {value!r}; allowed is a list of names")
+
+
+def _mapping(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is {value!r}; allowed is a mapping")

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.sources import FileSource, SourcedMask
+from maisi_tools.stage_settings import check_plain, check_settings
+
+OWN_KEYS = ("bundle_root", "input", "dataset_dir", "output_dir", "organ_sizes", "seed", "num_samples", "device", "data")
+"""Keys of the config that the source sets itself."""
 
 
 class GeneratorSource:
@@ -23,6 +27,9 @@ class GeneratorSource:
         organ_sizes: organ -> ml, see :class:`~maisi_tools.diffusion.organ_sizes.OrganSizes`.
         settings: further keys of the config.
         device: for the networks.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
     """
 
     def __init__(
@@ -33,8 +40,12 @@ class GeneratorSource:
         device: str = "cpu",
     ) -> None:
         self.bundle = Path(bundle)
+        self.config = self.bundle / "configs" / "mask_inference.json"
+        config = ConfigParser.load_config_file(self.config)
+        check_plain(organ_sizes or {}, "organ_sizes")
         self.organ_sizes = dict(organ_sizes or {})
-        self.settings = {"progress": False, **(settings or {}), "device": f"$torch.device({device!r})"}
+        given = check_settings(config, settings or {}, "settings of the mask generator", OWN_KEYS)
+        self.settings = {"progress": False, **given, "device": f"$torch.device({device!r})"}
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
         """See :class:`~maisi_tools.masks.sources.MaskSource`; mask N has the seed `seed` + N.
@@ -46,7 +57,7 @@ class GeneratorSource:
         """
         with tempfile.TemporaryDirectory() as folder:
             workflow = ConfigWorkflow(
-                config_file=str(self.bundle / "configs" / "mask_inference.json"),
+                config_file=str(self.config),
                 meta_file=str(self.bundle / "configs" / "metadata.json"),
                 logging_file=False,
                 bundle_root=str(self.bundle),

@@ -170,7 +170,7 @@ def find_latents(
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
     for path, stem, sidecar in zip(found, stems, sidecars, strict=True):
         item = {"latent": str(path)}
-        if json.loads(sidecar.get("settings", "{}")).get("sigma"):
+        if _settings_of(path, sidecar).get("sigma"):
             item["sigma"] = str(root / f"{stem}{SIGMA_SUFFIX}")
         if masks_dir is not None:
             case = stem.removesuffix(f"_{sidecar['view']}") if sidecar.get("view") else stem
@@ -227,6 +227,18 @@ def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
     if wanted != sidecar:
         write_sidecar(path, wanted)
     return True
+
+
+def _settings_of(path: Path, sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings a latent was encoded with, which its sidecar has as one line of JSON."""
+    try:
+        settings = json.loads(sidecar.get("settings", "{}"))
+        settings.keys  # noqa: B018 - a mapping
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the sidecar of {path} has settings that are no JSON object ({error}); encode it again"
+        ) from None
+    return settings
 
 
 def _check_autoencoder(root: Path, sidecars: Mapping[str, Mapping], wanted: str | Path | None) -> None:

@@ -20,6 +20,9 @@ section 3.1), and of all that this project wrote before an autoencoder could hav
 LATENT_CHANNELS = 4
 """Channels of a MAISI latent (arXiv 2409.11169 section 3.1)."""
 
+MOST_PADDING = 128
+"""Voxels by which an image may have been padded before encoding; no network, released ones included, needs more."""
+
 HU_HINT = "allowed is a CT in Hounsfield units (air near -1000, water 0)"
 
 
@@ -160,16 +163,42 @@ def check_latent_size(latent: Sequence[int], size: Sequence[int], factor: int, n
         name: of the file.
 
     Raises:
-        InputError: a factor that is no whole number from 1 on, or a latent smaller than its image.
+        InputError: a size that is not three positive whole numbers, a factor that is no whole number from 1 on, or a
+            latent smaller than its image, or larger by more than any padding (:data:`MOST_PADDING`).
     """
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 3 or not all(map(_is_count, size)):
+        raise InputError(
+            f"the sidecar of {name} has the size {size!r}; allowed are three positive whole numbers, voxels along x, "
+            "y, z of the image: encode it again"
+        )
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
         raise InputError(f"the sidecar of {name} has the factor {factor!r}; allowed is a whole number such as 2 or 4")
-    if any(factor * have < want for have, want in zip(latent, size, strict=True)):
+    if any(not want <= factor * have < want + MOST_PADDING for have, want in zip(latent, size, strict=True)):
         raise InputError(
             f"latent {name} has {tuple(latent)} voxels, which with its factor {factor} cover "
             f"{tuple(factor * n for n in latent)} voxels of an image; its sidecar says {tuple(size)}, and allowed is "
-            "at most that: encode it again"
+            f"at most that, and less by {MOST_PADDING} at most: encode it again"
         )
+
+
+def checked_scale_factor(value: object, name: str, do: str) -> float:
+    """The factor that latents are multiplied by, as a number.
+
+    Args:
+        value: a number, or a tensor or array of one.
+        name: of what it stands in.
+        do: advice for the message.
+
+    Raises:
+        InputError: no finite number above 0.
+    """
+    try:
+        number = float("nan") if isinstance(value, (str, bytes, bool)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):  # the last one is torch's, for more or other than one real number
+        number = float("nan")
+    if not 0 < number < math.inf:
+        raise InputError(f"{name} has scale_factor {value!r}; allowed is a finite number above 0: {do}")
+    return number
 
 
 def check_output_size(size: Sequence[int], multiple: int) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
@@ -11,13 +11,63 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation
+from numpy.typing import ArrayLike
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import UNRECORDED_FACTOR, check_latent_size, checked_scale_factor
 from maisi_tools.volumes.grid import crop_to, image_affine, latent_affine
 
 SIDECAR = ("size", "spacing", "orientation", "region", "modality", "factor", "scale_factor")
 """What the sidecar holds: voxels and mm of the image the latent stands for (RAS), the orientation to write it in, the
 conditions, image voxels per latent voxel along each axis, and what the latent is divided by before decoding."""
+
+
+NEEDED = ("size", "spacing", "scale_factor")
+"""What a sidecar must hold: without it there is no way back to an image."""
+
+
+def checked_sidecar(sidecar: Mapping[str, Any], latent: Sequence[int], affine: ArrayLike, name: str) -> dict[str, Any]:
+    """A latent's sidecar, checked, with its factor.
+
+    Args:
+        sidecar: as in the file, without entries that are null.
+        latent: voxels (d, h, w) of the latent.
+        affine: (4, 4) of the latent, in mm.
+        name: of the latent's file.
+
+    Returns:
+        The sidecar; its "factor" is :data:`~maisi_tools.volumes.checks.UNRECORDED_FACTOR` where it has none.
+
+    Raises:
+        InputError: an entry is missing, or is not what it should be, or does not fit the latent.
+    """
+    if missing := [key for key in NEEDED if sidecar.get(key) is None]:
+        raise InputError(
+            f"the sidecar of {name} has no {', '.join(missing)}; allowed is one as the encode config writes it: encode "
+            "the volume again, or add the entries"
+        )
+    factor = sidecar.get("factor", UNRECORDED_FACTOR)
+    check_latent_size(latent, sidecar["size"], factor, name)
+    checked_scale_factor(sidecar["scale_factor"], f"the sidecar of {name}", "encode it again")
+    spacing, given = sidecar["spacing"], np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0) / factor
+    numbers = isinstance(spacing, (list, tuple)) and all(type(mm) in (int, float) for mm in spacing)
+    if not numbers or len(spacing) != 3 or not np.allclose(spacing, given, rtol=1e-3):
+        raise InputError(
+            f"the sidecar of {name} has the spacing {spacing!r}; the latent's own grid and the factor {factor} give "
+            f"{np.round(given, 4).tolist()} mm, and allowed is that: encode it again"
+        )
+    orientation = sidecar.get("orientation", "RAS")
+    if not isinstance(orientation, str) or sorted(map(_AXES.get, orientation), key=str) != ["AP", "IS", "LR"]:
+        raise InputError(
+            f"the sidecar of {name} has the orientation {orientation!r}; allowed are three letters such as RAS or LPS"
+        )
+    region = sidecar.get("region", [])
+    if not isinstance(region, (list, tuple)) or not all(isinstance(one, str) for one in region):
+        raise InputError(f"the sidecar of {name} has the region {region!r}; allowed is a list of names")
+    return {**sidecar, "factor": factor}
+
+
+_AXES = {letter: pair for pair in ("LR", "AP", "IS") for letter in pair}
 
 
 class DescribeLatentd(MapTransform):
@@ -103,7 +153,5 @@ class UnscaleLatentd(MapTransform):
                     f"latent {meta.get('filename_or_obj')} has factor {meta['sidecar']['factor']}, the autoencoder "
                     f"that is to decode it {self.factor}; give the weights that it was encoded with, or encode it again"
                 )
-        unscaled = {
-            key: data[key] / float(data[key].meta["sidecar"]["scale_factor"]) for key in self.key_iterator(data)
-        }
+        unscaled = {key: data[key] / data[key].meta["sidecar"]["scale_factor"] for key in self.key_iterator(data)}
         return {**data, **unscaled}

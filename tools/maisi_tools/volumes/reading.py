@@ -18,22 +18,18 @@ from monai.utils import ImageMetaKey, MetaKeys
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
-    UNRECORDED_FACTOR,
     check_affine,
     check_ct_intensities,
     check_finite,
-    check_latent_size,
     check_mask_values,
     check_shape,
 )
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.latents import checked_sidecar
 from maisi_tools.volumes.series import SeriesReader
 
 KINDS = ("ct", "mask", "latent")
-
-LATENT_NEEDS = ("size", "spacing", "scale_factor")
-"""What a latent's sidecar must hold: without it there is no way back to an image."""
 
 NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior")
 """The NRRD spaces that MONAI brings to RAS; it would take any other for RAS unseen."""
@@ -88,15 +84,8 @@ def read_volume(
     if kind == "mask":
         check_mask_values(values, str(path))
     if kind == "latent":
-        sidecar = read_sidecar(path)
-        if missing := [name for name in LATENT_NEEDS if sidecar.get(name) is None]:
-            raise InputError(
-                f"the sidecar {sidecar_path(path).name} of {path} has no {', '.join(missing)}; allowed is one as the "
-                "encode config writes it: encode the volume again, or add the entries"
-            )
-        factor = sidecar.get("factor") or UNRECORDED_FACTOR
-        check_latent_size(values.shape[:3], sidecar["size"], factor, str(path))
-        meta["sidecar"] = {name: value for name, value in sidecar.items() if value is not None} | {"factor": factor}
+        sidecar = {name: value for name, value in read_sidecar(path).items() if value is not None}
+        meta["sidecar"] = checked_sidecar(sidecar, values.shape[:3], meta[MetaKeys.AFFINE], str(path))
     meta[ImageMetaKey.FILENAME_OR_OBJ] = str(path)
     # Not by LoadImage, which makes every reader MONAI has, and these warn of decoders that are not installed.
     volume = MetaTensor.ensure_torch_and_prune_meta(values, meta)
