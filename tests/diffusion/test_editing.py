@@ -104,12 +104,12 @@ def bits(array: np.ndarray) -> np.ndarray:
     axes=st.sampled_from(list(itertools.permutations(range(3)))),
     flips=st.tuples(*[st.booleans()] * 3),
     kind=st.sampled_from(["int16", "uint16", "int16 scaled", "int32", "float32", "float64"]),
-    margin=st.sampled_from([0.0, 2.0, 5.0, 9.0]),
+    voxels=st.sampled_from([0.0, 1.5, 2.5, 4.0]),
 )
 def test_every_voxel_that_is_not_reached_has_its_bits(
-    stage, tiny_controlled, tmp_path_factory, spacing, axes, flips, kind, margin
+    stage, tiny_controlled, tmp_path_factory, spacing, axes, flips, kind, voxels
 ):
-    out = tmp_path_factory.mktemp("edit")
+    out, margin = tmp_path_factory.mktemp("edit"), voxels * min(spacing)
     hu, labels = patient()
     new = labels.copy()
     new[8:11, 13:18, 9:13] = TUMOR
@@ -352,3 +352,33 @@ def test_scans_are_found(tmp_path):
     for wrong in ((str(listed), a_seg), (a, None), ([a, b], a_seg), (str(listed), None, a_seg)):
         with pytest.raises(InputError, match="allowed is"):
             find_scans(*wrong)
+
+
+def test_a_body_that_one_mask_alone_has_is_no_change(tmp_path):
+    """`maisi edit` adds it; and where a mask has none, a label taken away leaves body."""
+    hu, labels = patient()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    organ = np.where(labels == LIVER, LIVER, 0).astype(np.uint8)
+    smaller = organ.copy()
+    smaller[:9] = 0
+    paths = {
+        name: str(save(tmp_path / f"{name}.nii.gz", array, affine))
+        for name, array in (
+            ("image", hu.astype(np.int16)),
+            ("bare", organ),
+            ("bare_new", smaller),
+            ("full", labels),
+            ("full_new", np.where((labels == LIVER) & (smaller == 0), BODY, labels).astype(np.uint8)),
+        )
+    }
+    seen = []
+    for mask, new in (("bare", "bare_new"), ("bare", "full_new"), ("full", "bare_new"), ("full", "full_new")):
+        item = {"image": paths["image"], "mask": paths[mask], "new_mask": paths[new]}
+        for complete in (False, True):
+            crop = CropEditd("image", MAISI, None, (60.0,) * 3, margin_mm=4.0, complete=complete)(item)
+            changed = crop["edited"][1].numpy() > 0
+            np.testing.assert_array_equal(changed, organ != smaller)
+            assert (crop["image"][1].numpy()[changed] == BODY).all()
+            seen.append(crop["image"][2].numpy())
+    for weight in seen[1:]:
+        np.testing.assert_allclose(weight, seen[0], atol=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +21,7 @@ FRAME_TYPE = ("DERIVED", "PRIMARY", "VOLUME", "NONE")
 """Of Enhanced CT, whose values are enumerated: no SECONDARY, and no place for SYNTHETIC."""
 
 SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Synthetic CT, derived", "CT computed from a scan", 1
+SERIES_EDITED = "Partly synthetic CT, edited scan"
 WINDOW = (40, 400)
 """Centre and width in HU of the first view: soft tissue."""
 
@@ -102,7 +103,8 @@ def slice_headers(grid: Grid, study: Study) -> list[Dataset]:
     for number in range(grid.shape[2]):
         ds = new_object(study, CTImageStorage, "CT", _series(study), SERIES_NUMBER, number + 1)
         _image(ds, grid, study)
-        ds.ImageType = [*IMAGE_TYPE, *([] if study.from_scan else ["SYNTHETIC"])]
+        kind = ["PARTLY_SYNTHETIC"] if study.region else [] if study.from_scan else ["SYNTHETIC"]
+        ds.ImageType = [*IMAGE_TYPE, *kind]
         ds.DerivationDescription = study.description
         ds.Laterality = ""  # of the body part, unless that is known to be unpaired
         ds.AcquisitionNumber = None
@@ -115,6 +117,21 @@ def slice_headers(grid: Grid, study: Study) -> list[Dataset]:
         ds.WindowCenter, ds.WindowWidth = WINDOW
         headers.append(ds)
     return headers
+
+
+def refer_to_sources(headers: Sequence[Dataset], slices: Sequence[Dataset]) -> None:
+    """Name, in each slice, the one of the scan in whose place it lies (Source Image Sequence)."""
+    places = np.array([ds.ImagePositionPatient for ds in slices], dtype=float)
+    for header in headers:
+        row, column = np.asarray(header.ImageOrientationPatient, dtype=float).reshape(2, 3)
+        along = (places - np.asarray(header.ImagePositionPatient, dtype=float)) @ np.cross(row, column)
+        source = slices[int(np.abs(along).argmin())]
+        reference, purpose = Dataset(), Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+        purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
+        purpose.CodeMeaning = "Source image for image processing operation"
+        reference.PurposeOfReferenceCodeSequence = [purpose]
+        header.SourceImageSequence = [reference]
 
 
 def with_pixels(headers: list[Dataset], stored: np.ndarray) -> Iterator[Dataset]:
@@ -176,7 +193,7 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
 
 
 def _series(study: Study) -> str:
-    return SERIES_FROM_SCAN if study.from_scan else SERIES
+    return SERIES_EDITED if study.region else SERIES_FROM_SCAN if study.from_scan else SERIES
 
 
 def _image(ds: Dataset, grid: Grid, study: Study) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from pydicom.dataset import Dataset
 from scipy import ndimage
 
-from maisi_tools.dicom.ct import enhanced_ct, slice_headers, stored_values, to_lps, with_pixels
+from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
 from maisi_tools.dicom.objects import KEPT_TAGS, digest, new_study
 from maisi_tools.dicom.painting import paint
 from maisi_tools.dicom.segmentation import segmentation, segments
@@ -44,6 +44,7 @@ def write_study(
     created: datetime.datetime | None = None,
     replace: bool = False,
     from_scan: bool = False,
+    region: Sequence[Sequence[float]] = (),
 ) -> list[Path]:
     """Write a generated CT, and its mask, as a DICOM study.
 
@@ -65,6 +66,8 @@ def write_study(
         replace: whether a study that this function wrote into `folder` before may be replaced.
         from_scan: whether the CT was computed from a patient's scan (reconstructed, edited), not from a mask or from
             noise. Then it needs `source`, and the objects do not say that they were not acquired from a patient.
+        region: of an edited scan, on the scan's grid: two corners (RAS, mm) of the box outside of which all is as in
+            `source`. The objects then say that they are partly synthetic, and where; slices name their sources.
 
     Returns:
         The files, CT first.
@@ -85,7 +88,7 @@ def write_study(
     slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
     created = (created or datetime.datetime.now()).replace(microsecond=0)
-    study = new_study(content, created, seed, conditions, slices, from_scan)
+    study = new_study(content, created, seed, conditions, slices, from_scan, region)
 
     part = target.with_name(f".{os.getpid()}-{target.name}")
     try:
@@ -97,6 +100,8 @@ def write_study(
             _save(images[0], part / "CT.dcm")
         else:
             images = slice_headers(grid, study)
+            if region and slices is not None:
+                refer_to_sources(images, slices)
             (part / "CT").mkdir()
             for number, ds in enumerate(with_pixels(images, stored), start=1):
                 files[f"CT/{number:04d}.dcm"] = images[number - 1]

@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 LARGEST_REGION = 0.5
 """A region takes no more than this share of the body; what changes more is another patient, which stage 3 draws."""
 
+TISSUES_MM = 3.0
+"""Tissues that the labels leave open are found on a grid no finer than this; weights that want them are as coarse."""
+
 LEAST_TISSUE = 0.01
 """Share of a crop that is denser than :data:`~maisi_tools.masks.body.SKIN_HU`, where there is a body."""
 
@@ -104,6 +107,7 @@ class CropEditd(MapTransform):
         complete: whether the ControlNet sees the mask completed from the CT by
             :func:`~maisi_tools.masks.body.label_from_ct`, as weights of few labels were trained; else with the body.
         seed: of the edits that have none.
+        new_label_map: how new masks are read, where that is not as the others.
 
     The item gets ``edited`` (2, X, Y, Z), labels after the edit and the voxels where something changed, and ``plan``,
     JSON: where the box lies in the scan, which files it came from, what was edited.
@@ -122,8 +126,10 @@ class CropEditd(MapTransform):
         margin_mm: float = 8.0,
         complete: bool = False,
         seed: int = 0,
+        new_label_map: LabelMap | None = None,
     ) -> None:
         super().__init__(keys)
+        self.new_label_map = new_label_map or label_map
         if not isinstance(margin_mm, (int, float)) or isinstance(margin_mm, bool) or not 0 <= margin_mm < np.inf:
             raise InputError(f"margin_mm is {margin_mm!r}; allowed is a number of mm from 0 on")
         self.label_map, self.edits, self.field_of_view = label_map, edits, [float(mm) for mm in field_of_view]
@@ -136,35 +142,24 @@ class CropEditd(MapTransform):
         affine = np.asarray(volume.affine, dtype=float)
         hu, grid = to_ras(volume[0].numpy(), affine), ras_affine(affine, volume.shape[1:])
         spacing = np.linalg.norm(grid[:3, :3], axis=0)
-        before = self._labels(paths["mask"], hu.shape, grid, data[key])
+        before = _labels(paths["mask"], self.label_map, hu.shape, grid, data[key])
         anew = None
         if "new_mask" in paths:
             if self.edits:
                 raise InputError("edits and new_mask are both given; allowed is one of them: a new mask is edited")
-            after = self._labels(paths["new_mask"], hu.shape, grid, data[key])
+            after = _labels(paths["new_mask"], self.new_label_map, hu.shape, grid, data[key])
         else:
             if _resizes(self.edits):  # an organ takes room from the body, or leaves room to it
                 before = add_body(before, spacing.tolist(), hu)
             after, anew = apply_edits(before, spacing.tolist(), self.edits, self.seed, self.label_map)
+        before, after, has_body = _alike(before, after)
         changed = after != before if anew is None else (after != before) | anew
         if not changed.any():
             raise InputError(
                 f"the edits of {data[key]} change no voxel of its mask; allowed are edits that do, or redraw, which "
                 "draws a structure anew as it is"
             )
-        return {**data, **self._crop(key, data[key], paths, hu, grid, before, after, changed)}
-
-    def _labels(self, path: str, shape: tuple[int, ...], grid: np.ndarray, ct: Any) -> np.ndarray:
-        """A mask in the vocabulary, RAS, on the CT's grid."""
-        mask: Any = ReadMaskd("mask", self.label_map)({"mask": path})["mask"]
-        own = np.asarray(mask.affine, dtype=float)
-        check_same_grid(ras_affine(own, mask.shape[1:]), to_ras(mask[0].numpy(), own).shape, grid, shape, path, ct)
-        values = mask[0].numpy()
-        try:
-            labels = apply_label_map(values.astype(np.uint16), self.label_map)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        return to_ras(labels, own)
+        return {**data, **self._crop(key, data[key], paths, hu, grid, before, after, changed, has_body)}
 
     def _crop(
         self,
@@ -176,25 +171,30 @@ class CropEditd(MapTransform):
         before: np.ndarray,
         after: np.ndarray,
         changed: np.ndarray,
+        has_body: bool,
     ) -> dict[Hashable, Any]:
         mm = np.linalg.norm(grid[:3, :3], axis=0)
         reach = grown(box_of(changed), hu.shape, np.ceil(self.margin_mm / mm).astype(int).tolist())
-        parts, count = ndimage.label(blend_weight(changed[reach], mm, self.margin_mm) > 0, np.ones((3, 3, 3)))
+        blend = blend_weight(changed[reach], mm, self.margin_mm)
+        parts, _ = ndimage.label(blend > 0, np.ones((3, 3, 3)))
         boxes = [_shifted(box, reach) for box in ndimage.find_objects(parts)]
         crop = _hull([window for _, window in windows(boxes, hu.shape, mm, self.field_of_view)])
 
         # Whole axial planes: what they enclose is body.
         slab = (slice(None), slice(None), crop[2])
-        own = after[slab]
+        own, anew = after[slab], changed[slab]
         if self.complete:
-            open_to_ct = np.where((own == BODY) & ~changed[slab], 0, own)
-            shown = label_from_ct(np.ascontiguousarray(hu[slab]), open_to_ct, mm.tolist())
+            open_to_ct = np.where((own == BODY) & ~anew, 0, own)
+            shown = np.where(open_to_ct == 0, _tissues(hu[slab], open_to_ct, mm), open_to_ct)
         else:
             shown = add_body(own, mm.tolist(), hu[slab])
-        shown = np.where(changed[slab] & (own == 0), 0, shown)[crop[0], crop[1]]
+        # Where a label was taken away there is air, or body in a mask that does not label the body.
+        shown = np.where(anew & (own == 0), 0 if has_body else BODY, shown)[crop[0], crop[1]]
         inside = changed[crop]
         body = (shown > 0) | (before[crop] > 0)
-        weight = blend_weight(inside, mm, self.margin_mm) * (body | inside)
+        weight = np.zeros(inside.shape, dtype=np.float32)
+        weight[_shifted(reach, crop, -1)] = blend
+        weight *= body | inside
         share = float((weight > 0).sum()) / max(float(np.count_nonzero(before)), float(body.sum()))
         if np.mean(hu[crop] > SKIN_HU) < LEAST_TISSUE:
             raise InputError(
@@ -225,6 +225,38 @@ class CropEditd(MapTransform):
             "edited": MetaTensor(torch.from_numpy(edited), affine=affine, meta=dict(meta)),
             "plan": json.dumps(plan),
         }
+
+
+def _labels(path: str, label_map: LabelMap, shape: tuple[int, ...], grid: np.ndarray, ct: Any) -> np.ndarray:
+    """A mask in the vocabulary, RAS, on the CT's grid."""
+    mask: Any = ReadMaskd("mask", label_map)({"mask": path})["mask"]
+    own = np.asarray(mask.affine, dtype=float)
+    check_same_grid(ras_affine(own, mask.shape[1:]), to_ras(mask[0].numpy(), own).shape, grid, shape, path, ct)
+    try:
+        labels = apply_label_map(mask[0].numpy().astype(np.uint16), label_map)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return to_ras(labels, own)
+
+
+def _alike(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Both masks with the body label where one of them alone has it, and whether the one after has it of its own."""
+    had, has = (bool((labels == BODY).any()) for labels in (before, after))
+    if had and not has:  # what is no organ any more is body
+        after = np.where((after == 0) & (before > 0), BODY, after).astype(after.dtype)
+    elif has and not had:
+        before = np.where((before == 0) & (after == BODY), BODY, before).astype(before.dtype)
+    return before, after, has
+
+
+def _tissues(hu: np.ndarray, labels: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """:func:`~maisi_tools.masks.body.label_from_ct` on a grid no finer than :data:`TISSUES_MM`, nearest voxel."""
+    steps = np.maximum(1, np.floor(TISSUES_MM / spacing)).astype(int)
+    coarse = [array[:: steps[0], :: steps[1], :: steps[2]] for array in (hu, labels)]
+    found = label_from_ct(np.ascontiguousarray(coarse[0]), coarse[1], (spacing * steps).tolist())
+    for axis, step in enumerate(steps):
+        found = found.repeat(step, axis)
+    return found[tuple(slice(length) for length in hu.shape)]
 
 
 def check_same_grid(
@@ -300,7 +332,7 @@ class EditedCT(Inferer):
 
     def _one(self, scan: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Tensor:
         hu, labels, weight = scan[0].clone(), scan[1], scan[2]
-        parts, count = ndimage.label(weight.cpu().numpy() > 0, np.ones((3, 3, 3)))
+        parts, _ = ndimage.label(weight.cpu().numpy() > 0, np.ones((3, 3, 3)))
         found = windows(ndimage.find_objects(parts), hu.shape, spacing, self.field_of_view)
         seeds = redraw_seeds(self.inferer.seed, len(found) - 1)
         for (members, window), seed in zip(found, seeds, strict=True):
@@ -373,6 +405,8 @@ class WriteEditd(MapTransform):
     ``NAME_ct.nii.gz`` has the CT's type, scaling and geometry, and its very bits wherever the weight is 0;
     ``NAME_mask.nii.gz`` is in the numbering of the input's mask, a structure that it lacks gets the next free number;
     ``NAME_weight.nii.gz`` (float32) is the blend weight; ``NAME_ct.json`` says what was done, with HU before and after.
+    Of a DICOM series there is also ``NAME_dicom``, a study of the same patient, see
+    :func:`~maisi_tools.dicom.study.write_study`.
 
     Args:
         keys: of the edited HU (1, X, Y, Z), as :class:`EditedCT` gives them.
@@ -414,6 +448,7 @@ class WriteEditd(MapTransform):
         place[reached] = scan.stored(drawn[reached].clip(min(lowest, highest), max(lowest, highest)))
         new_hu = scan.slope * place.astype(np.float64) + scan.intercept
 
+        study = {} if not is_series(plan["ct"]) else {"mask": self._vocabulary(plan["mask"], box, after, changed > 0)}
         mask, added = self._mask(plan["mask"], box, after, changed > 0)
         weights = Stored(np.zeros(scan.values.shape, np.float32), scan.affine)
         weights.ras()[box] = weight
@@ -433,8 +468,30 @@ class WriteEditd(MapTransform):
         write_stored(files["weight"], weights)
         write_stored(files["mask"], mask)
         write_stored(files["ct"], scan)
+        if study:
+            from maisi_tools.dicom.study import write_study  # of the extra "dicom"
+
+            write_study(
+                self.output_dir / f"{name}_dicom",
+                scan.values,
+                scan.affine,
+                to_scan(study["mask"], scan),
+                plan["ct"],
+                conditions=self.conditions,
+                replace=True,
+                from_scan=True,
+                region=record["region"]["box_ras_mm"],
+            )
         logger.info("wrote %s", files["ct"])
         return {**data, "ct_path": str(files["ct"]), "mask_path": str(files["mask"])}
+
+    def _vocabulary(self, path: str, box: Box, after: np.ndarray, changed: np.ndarray) -> np.ndarray:
+        """The whole edited mask in the vocabulary, RAS."""
+        read: Any = ReadMaskd("mask", self.label_map)({"mask": path})["mask"]
+        labels = apply_label_map(read[0].numpy().astype(np.uint16), self.label_map)
+        ras = to_ras(labels, np.asarray(read.affine, dtype=float))
+        ras[box][changed] = after[changed]
+        return ras
 
     def _mask(self, path: str, box: Box, after: np.ndarray, changed: np.ndarray) -> tuple[Stored, dict[str, int]]:
         """The mask's file with the labels of what changed, and structures that its numbering got for that."""
@@ -460,6 +517,13 @@ class WriteEditd(MapTransform):
         return mask, added
 
 
+def to_scan(ras: np.ndarray, scan: Stored) -> np.ndarray:
+    """An array with RAS axes, on a scan's grid, with the axes of its file."""
+    turned = np.zeros(scan.values.shape, ras.dtype)
+    to_ras(turned, scan.affine)[...] = ras
+    return turned
+
+
 def is_series(path: str | os.PathLike) -> bool:
     """Whether a CT comes as DICOM: a folder, or a zip file."""
     file = Path(path)
@@ -483,8 +547,8 @@ def _resized(volume: Tensor, size: Sequence[int]) -> Tensor:
     return interpolate(volume, tuple(size), mode="trilinear", align_corners=False)
 
 
-def _shifted(box: Box, by: Box) -> Box:
-    return tuple(slice(a.start + b.start, a.stop + b.start) for a, b in zip(box, by, strict=True))
+def _shifted(box: Box, by: Box, sign: int = 1) -> Box:
+    return tuple(slice(a.start + sign * b.start, a.stop + sign * b.start) for a, b in zip(box, by, strict=True))
 
 
 def _hull(boxes: Sequence[Box]) -> Box:

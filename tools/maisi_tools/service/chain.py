@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -66,10 +67,9 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
             meta_file=str(bundle / "configs" / "metadata.json"),
             logging_file=False,
             bundle_root=str(bundle),
-            input=str(volume),
             output_dir=str(out),
             device=f"$torch.device({device!r})",
-            **_filled(step.settings, str(volume)),
+            **{"input": str(volume), **_filled(step.settings, str(volume), series)},
         )
         workflow.initialize()
         workflow.run()
@@ -84,6 +84,9 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
     ct: Any = nib.load(volume)
     mask_file = volume.with_name(volume.name.replace(chain.steps[-1].result, "_mask.nii.gz"))
     mask = np.asarray(nib.load(mask_file).dataobj) if mask_file.is_file() else None  # type: ignore[attr-defined]
+    sidecar = volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
+    edited = json.loads(sidecar.read_text()).get("region", {}) if sidecar.is_file() else {}
+    region = edited.get("box_ras_mm", ())
     if job.replaces:
         ran["replaces"] = job.replaces
     files = write_study(
@@ -94,19 +97,22 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
         source=series if chain.keep_patient else None,
         conditions=ran,
         created=datetime.datetime.fromisoformat(job.received),
-        from_scan=chain.when == "CT",
+        from_scan=chain.when == "CT" or bool(region),
+        region=region,
     )
     return Made(files, str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID))
 
 
-def _filled(value: Any, volume: str) -> Any:
-    """Settings with "{input}" replaced by the volume's path, for bundles whose input has another key than ours."""
+def _filled(value: Any, volume: str, series: Path | None) -> Any:
+    """Settings with "{input}" replaced by the volume's path, and "{series}" by that of the CT series it belongs to."""
     if isinstance(value, str):
-        return value.replace("{input}", volume)
+        if "{series}" in value and series is None:
+            raise InputError("a step's settings name {series}, and the study has no CT series; send it, too")
+        return value.replace("{input}", volume).replace("{series}", str(series))
     if isinstance(value, Mapping):
-        return {key: _filled(one, volume) for key, one in value.items()}
+        return {key: _filled(one, volume, series) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_filled(one, volume) for one in value]
+        return [_filled(one, volume, series) for one in value]
     return value
 
 

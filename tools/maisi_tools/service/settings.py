@@ -184,7 +184,8 @@ class Step:
         bundle: its folder.
         config: file, or files, in its ``configs``.
         settings: keys to set. Our bundles read ``input``, which is set to the volume; for others "{input}" in a text
-            stands for its path: ``{datalist: ["{input}"]}``.
+            stands for its path: ``{datalist: ["{input}"]}``. "{series}" stands for the folder of the CT series that
+            structures were drawn on: ``{input: "{series}", mask: "{input}"}`` edits that scan.
         result: which of the files that it writes goes on: ``NAME`` + this.
     """
 
