@@ -15,7 +15,14 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
-from maisi_tools.diffusion.conditions import Conditions, batch_tensors, check_guidance, draw_noise, without_conditions
+from maisi_tools.diffusion.conditions import (
+    LESIONS,
+    Conditions,
+    batch_tensors,
+    check_guidance,
+    draw_noise,
+    without_conditions,
+)
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import (
@@ -28,6 +35,7 @@ from maisi_tools.diffusion.samplers import (
     sample,
     step_generator,
 )
+from maisi_tools.masks.edits import remove_lesions
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.networks import ControlledUNet
@@ -123,7 +131,9 @@ class MaskToCT(Inferer):
 
     Args:
         decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
-        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
+        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise. ``guided_conditions`` may have
+            "lesions": the unconditional pass sees the mask with its lesions replaced by what is around them, so that
+            they stand out more the larger the scale. Without a lesion that the weights know, it guides nothing.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this: the factor, times 2 for each further level of the U-Net.
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -170,7 +180,7 @@ class MaskToCT(Inferer):
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
-        self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
+        self.guided_conditions = check_guidance(guidance_scale, guided_conditions, (LESIONS,))
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
@@ -211,15 +221,29 @@ class MaskToCT(Inferer):
         )
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)
         without = without_conditions(tensors, self.guided_conditions)
-        embedding = self.inferer(condition, network.embed)
+        embedding = other = self.inferer(condition, network.embed)
+        scale = self.guidance_scale
+        if scale and LESIONS in self.guided_conditions:
+            healthy = self._healthy(labels, spacing)
+            if not torch.equal(healthy, condition):
+                other = self.inferer(healthy, network.embed)
+            elif self.guided_conditions == (LESIONS,):
+                logger.warning("there is no lesion in the mask that these weights know: nothing is guided")
+                scale = 0.0
         denoiser = guided(
             lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
-            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **without),
-            self.guidance_scale,
+            lambda x, t: self.inferer(x, network.denoise, other, t, self.control_scale, **without),
+            scale,
             self.guidance_interval,
             self.scheduler.num_train_timesteps,
         )
         return denoiser, conditions
+
+    def _healthy(self, labels: Tensor, spacing: Sequence[float]) -> Tensor:
+        """The condition that a mask would be without its lesions."""
+        without = remove_lesions(labels[0, 0].round().to(torch.uint8).cpu().numpy(), spacing)
+        healthy = torch.from_numpy(without).to(labels)[None, None]
+        return healthy if self.keep_labels is None else merge_labels(healthy, self.keep_labels, self.merge_labels)
 
     def spacings(self, inputs: Tensor) -> list[Sequence[float]]:
         """Mm along x, y, z of each mask of a batch."""

@@ -98,6 +98,14 @@ def remove_lesion(labels: np.ndarray, spacing: Sequence[float], lesion: int) -> 
     return result
 
 
+def remove_lesions(labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """The mask without any lesion, see :func:`remove_lesion`; the array itself where there is none."""
+    for lesion in map(label_id, HOSTS):
+        if (labels == lesion).any():
+            labels = remove_lesion(labels, spacing, lesion)
+    return labels
+
+
 def insert_lesion(
     labels: np.ndarray,
     spacing: Sequence[float],
