@@ -183,10 +183,13 @@ def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[
                     made = editor(scan, scan.labels, {"redraw": name}, number)
                     row["dice"], row["dice_untouched"] = editor.dices(scan, made["path"], organ)
                 else:
-                    new = resize_organ(scan.labels, scan.spacing, organ, FACTORS[int(random.integers(2))])
+                    factor = FACTORS[int(random.integers(2))]
+                    new = resize_organ(scan.labels, scan.spacing, organ, factor)
                     made = editor(scan, new, None, number)
-                place, wanted = made["changed"], float(np.median(scan.hu[scan.labels == organ]))
-                place = place & (scan.labels == organ) if kind == "redraw" else place & (new == organ)
+                    row["factor"] = factor
+                # What a shrinking organ leaves is body.
+                place = made["changed"]
+                wanted = soft if row.get("factor", 1) < 1 else float(np.median(scan.hu[scan.labels == organ]))
                 row["organ"] = name
             elif kind == "bone out":
                 if inserted is None:

@@ -462,6 +462,7 @@ class WriteEditd(MapTransform):
                 "box_ras_mm": _corners(box_of(reached), data[self.image_key].affine),
             },
             "added_labels": added,
+            "source": plan["ct"],
             **self.conditions,
         }
         write_sidecar(sidecar, record)
