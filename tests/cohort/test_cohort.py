@@ -332,7 +332,7 @@ def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
         ({"flip": "0.5"}, "not mirrored"),
         ({"resize": "{}"}, "may get no edit"),
         ({"masks": "{source: real}"}, "no masks.path"),
-        ({"masks": "{source: real, path: a, region: [head]}"}, "takes no region"),
+        ({"masks": "{source: real, path: a, region: [head]}"}, "and no region"),
         ({"ct": "{edits: {redraw: liver}}"}, "the cohort sets itself"),
     ],
 )

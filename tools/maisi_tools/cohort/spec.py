@@ -68,7 +68,8 @@ class Masks:
         if self.source in ("files", "library", "real") and not self.path:
             raise InputError(f"masks.source is {self.source}, but there is no masks.path; add it")
         if self.source in ("generator", "real") and (self.region or self.organs or self.field_of_view):
-            raise InputError(f"masks.source {self.source} takes no region, organs or field_of_view; leave them out")
+            allowed = "organ_sizes" if self.source == "generator" else "the masks of its scans"
+            raise InputError(f"masks.source {self.source} takes {allowed}, and no region, organs or field_of_view")
         for key in ("path", "label_map"):
             if not isinstance(getattr(self, key), (str, type(None))):
                 raise InputError(f"masks.{key} is {getattr(self, key)!r}; allowed is text")
