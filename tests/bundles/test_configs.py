@@ -161,8 +161,8 @@ def test_edited_displayable_configs_reach_the_inferer(bundles, bundle):
         ("maisi_ldm", ["inference.json", "full_rflow.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_ldm", ["inference.json", "full_ddpm.json"], ["inferer#inferer", "decoder#inferer"]),
         ("maisi_ldm", ["mask_inference.json"], ["decoder#inferer"]),  # its latents are too small for slabs to pay
-        ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["inferer#inferer#inferer", "decoder#inferer"]),
-        ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["inferer#inferer#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_rflow.json"], ["mask_to_ct#inferer", "decoder#inferer"]),
+        ("maisi_controlnet", ["inference.json", "full_ddpm.json"], ["mask_to_ct#inferer", "decoder#inferer"]),
     ],
 )
 def test_every_network_is_run_in_slabs_as_the_top_level_keys_say(bundles, bundle, config, places):

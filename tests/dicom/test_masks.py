@@ -55,7 +55,7 @@ def test_smaller_structures_are_on_top_in_whatever_order(caplog):
     expected = np.where(tumor, 26, np.where(organ, 1, np.where(body, 200, 0)))
     caplog.set_level(logging.INFO)
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-        assert np.array_equal(paint([made[i] for i in order], [], "x"), expected)
+        assert np.array_equal(paint([made[i] for i in order], (8, 8, 8), [], "x"), expected)
     overlap = (body & organ).sum() + (tumor & (body | organ)).sum()
     assert f"overlap in {overlap} voxels" in caplog.text
 
@@ -183,7 +183,8 @@ def test_foreign_structure_set(slices, studies, tmp_path, caplog):
     expected[12:14, 12:14, 7] = 18
     expected[12:21, 12:21, 6] = 18
     assert np.array_equal(mask, expected)
-    assert "left out: PTV 70, Isocenter" in caplog.text
+    assert "left out: PTV 70;" in caplog.text
+    assert "without closed contours, which cover nothing: Isocenter" in caplog.text
 
 
 def test_masks_that_are_refused(slices, studies, tmp_path):

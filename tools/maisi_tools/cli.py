@@ -295,6 +295,7 @@ def dicom_write(
     label_map: str = "maisi",
     enhanced: bool = False,
     created: str | None = None,
+    from_scan: bool | None = None,
 ) -> None:
     """Write a generated CT, and its mask as Segmentation and RT Structure Set, as a DICOM study.
 
@@ -311,6 +312,8 @@ def dicom_write(
         enhanced: write one Enhanced CT object instead of a series of slices.
         created: date and time to write, such as 2026-01-31T12:00:00, by default now; the same content and time give the
             same UIDs.
+        from_scan: whether the CT was computed from a patient's scan, whose --source is then needed; by default so for
+            *_recon.nii.gz, what maisi_vae writes.
     """
     if seed is not None:
         _check_seed(seed)
@@ -351,6 +354,7 @@ def dicom_write(
         conditions,
         enhanced,
         time,
+        from_scan=str(ct).endswith("_recon.nii.gz") if from_scan is None else bool(from_scan),
     )
     print(f"{output}: {len(files)} files")
 
@@ -731,6 +735,7 @@ def listen(settings: str) -> None:
         raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
 
     import logging
+    import os
     import signal
 
     from maisi_tools.service.listener import Listener
@@ -738,7 +743,8 @@ def listen(settings: str) -> None:
 
     wanted = read_settings(str(settings))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("pynetdicom").setLevel(logging.ERROR)
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # tracebacks of what callers do; we say it in a line
+    os.umask(0o077)
     listener = Listener(wanted)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: listener.stop())
@@ -762,7 +768,7 @@ def jobs(settings: str, revive: str | None = None) -> None:
     if revive is not None and not queue.revive(str(revive)):
         raise InputError(f"there is no dead job {revive}; `maisi jobs {settings}` lists them")
     for state, job in queue.listed():
-        print(f"{state:8} {job.kind:9} {job.received} {job.attempts} {job.key} {job.error}")
+        print(f"{state:10} {job.kind:9} {job.received} {job.attempts} {job.key} {job.error}")
 
 
 def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
