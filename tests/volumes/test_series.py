@@ -237,3 +237,26 @@ def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path):
     volume, expected = read_volume(tmp_path / "enhanced", "ct"), read_volume(folder, "ct")
     assert np.array_equal(volume.numpy(), expected.numpy())
     assert np.allclose(volume.affine, expected.affine)
+
+
+# --- two acquisitions in one series -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tag", "values"),
+    [("AcquisitionNumber", (1, 2)), ("TemporalPositionIdentifier", (1, 2)), ("ConvolutionKernel", ("B30f", "B70f"))],
+)
+def test_acquisitions_half_a_slice_apart_are_not_interleaved(write_series, tag, values):
+    folder = write_series(ct_values(SHAPE), step=2.0)
+    edit(folder, lambda dataset, number: setattr(dataset, tag, values[number % 2]))
+    with pytest.raises(InputError, match=rf"slices of {tag} {values[0]} \(.* among those of {tag} {values[1]}"):
+        read_volume(folder, "ct")
+
+
+@pytest.mark.parametrize("number_of", [lambda number: number + 1, lambda number: number // 5, lambda number: 7])
+def test_acquisitions_one_behind_the_other_are_one_volume(write_series, number_of):
+    """A number a slice (step and shoot), a number a block, one number."""
+    hu = ct_values(SHAPE)
+    folder = write_series(hu, step=2.0)
+    edit(folder, lambda dataset, number: setattr(dataset, "AcquisitionNumber", number_of(number)))
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)

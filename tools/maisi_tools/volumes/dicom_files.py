@@ -81,7 +81,6 @@ class DicomFile:
             syntax = header.file_meta.TransferSyntaxUID
             packed = MAX_COMPRESSION if syntax.is_compressed or syntax.is_deflated else 1
         claim = f"{self.name} claims {columns} x {rows} pixels in {frames} frames"
-        check_limit("MAISI_MAX_VOXELS", rows * columns * frames, claim)
         if rows * columns * frames * samples * bits > 8 * packed * self.size:
             raise InputError(
                 f"{claim}, which its {self.size} bytes cannot hold; allowed is an intact object: send it again"
