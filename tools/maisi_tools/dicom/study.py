@@ -136,7 +136,7 @@ def read_mask(
     """
     ds = read_single(path)
     table = {} if names is None else read_roi_table(names)
-    with reading(path):
+    with reading(str(path)):
         return _read_mask(ds, path, None if series is None else Path(series), table)
 
 
