@@ -135,6 +135,12 @@ def test_files_are_gathered_under_their_uids_alone(real_study, tmp_path):
     assert set(found) == {"CT", "SEG", "RTSTRUCT"} and (spool / f"{found['SEG']}.dcm").is_file()
 
 
+def test_a_file_that_cannot_be_read_is_passed_over(job, copies, tmp_path):
+    wanted = job("CT")
+    (tmp_path / "spool" / "1.9.dcm").write_bytes(b"no DICOM at all")
+    assert len(run_job(wanted, Chain("CT", (Step("bundles/maisi_vae"),)), tmp_path / "work").files) == 48
+
+
 @pytest.mark.parametrize("key", ["../../../x", "1.2.3.4"])
 def test_a_job_whose_object_is_gone_is_refused_in_words(job, tmp_path, key):
     gone = dataclasses.replace(job("SEG"), key=key)

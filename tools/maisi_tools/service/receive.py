@@ -23,6 +23,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.atomic import replacing
 from maisi_tools.dicom.uids import is_uid, uid_name
+from maisi_tools.errors import InputError
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
@@ -347,4 +348,7 @@ def _digest(names: Any) -> str:
 
 
 def _address(host: str) -> str:
-    return socket.gethostbyname(host)
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"listen.allowed has the host {host}, which has no address ({error}); correct it") from error
