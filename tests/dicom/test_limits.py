@@ -15,9 +15,10 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from maisi_tools.dicom.structures import fill_polygon
-from maisi_tools.dicom.study import read_mask
+from maisi_tools.dicom.study import read_mask, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.dicom_files import reading
 from maisi_tools.volumes.limits import DEFAULTS, limit
 from maisi_tools.volumes.series import read_slices
 
@@ -254,3 +255,23 @@ def test_a_volume_beyond_the_limit_is_refused(series, studies, monkeypatch):
         read_mask(studies / "slices" / "SEG.dcm")
     monkeypatch.setenv("MAISI_MAX_VOXELS", str(np.prod(SIZE)))  # the frames of all segments are many times as many
     read_mask(studies / "slices" / "SEG.dcm", series)
+
+
+def test_what_is_wrong_with_an_object_is_told_from_what_is_wrong_with_the_disk():
+    for error in (OSError("No tag to read at file position 1162"), NotImplementedError("VR"), EOFError(), KeyError(1)):
+        with pytest.raises(InputError, match="x cannot be read as DICOM"), reading("x"):
+            raise error
+    for error in (OSError(5, "Input/output error"), MemoryError()):
+        with pytest.raises(type(error)), reading("x"):
+            raise error
+
+
+def test_a_source_whose_elements_cannot_be_read_is_refused(series, tmp_path):
+    """Elements are read when they are asked for, which is when the patient is taken over."""
+    for file in series.iterdir():
+        content = file.read_bytes()
+        assert content.count(b"\x20\0\x52\0UI") == 1
+        file.write_bytes(content.replace(b"\x20\0\x52\0UI", b"\x20\0\x52\0U\xb2"))
+    with pytest.raises(InputError, match="cannot be read as DICOM"):
+        write_study(tmp_path / "out", np.zeros((4, 4, 4)), np.eye(4), source=series)
+    assert not (tmp_path / "out").exists()

@@ -85,7 +85,8 @@ def write_study(
     slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
     created = (created or datetime.datetime.now()).replace(microsecond=0)
-    study = new_study(content, created, seed, conditions, slices, from_scan)
+    with reading(str(source)):  # whose elements are read when they are asked for
+        study = new_study(content, created, seed, conditions, slices, from_scan)
 
     part = target.with_name(f".{os.getpid()}-{target.name}")
     try:
