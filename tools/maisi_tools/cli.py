@@ -323,13 +323,22 @@ def dicom_write(
     _need_dicom()
 
     import datetime
+    import json
 
+    from maisi_tools.dicom.objects import recordable
     from maisi_tools.dicom.study import write_study
     from maisi_tools.masks.class_folder import read_numbers
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
     from maisi_tools.volumes.grid import grid_difference
     from maisi_tools.volumes.reading import read_volume
 
+    if conditions is not None and json.dumps(recordable(conditions), default=str) != json.dumps(
+        conditions, default=str
+    ):
+        raise InputError(
+            f"conditions {conditions!r} may name a file or a person; allowed are numbers, flags and single words, "
+            "which go into every object"
+        )
     try:
         time = None if created is None else datetime.datetime.fromisoformat(str(created))
     except ValueError:

@@ -88,7 +88,8 @@ def write_study(
     slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
     created = (created or datetime.datetime.now()).replace(microsecond=0)
-    study = new_study(content, created, seed, conditions, slices, from_scan, region)
+    with reading(str(source)):  # whose elements are read when they are asked for
+        study = new_study(content, created, seed, conditions, slices, from_scan, region)
 
     part = target.with_name(f".{os.getpid()}-{target.name}")
     try:
@@ -141,7 +142,7 @@ def read_mask(
     """
     ds = read_single(path)
     table = {} if names is None else read_roi_table(names)
-    with reading(path):
+    with reading(str(path)):
         return _read_mask(ds, path, None if series is None else Path(series), table)
 
 

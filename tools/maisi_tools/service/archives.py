@@ -21,6 +21,7 @@ from maisi_tools.service.association import PENDING, SUCCESS, association
 from maisi_tools.service.receive import keep
 from maisi_tools.service.settings import Poll, Query
 from maisi_tools.service.troubles import Troubles, printable
+from maisi_tools.volumes.dicom_files import is_system_error
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,9 @@ class DicomWebArchive:
         for ds in self.client.iter_series(study, series):
             try:
                 keep(ds, self.incoming)
-            except OSError:
-                raise
             except Exception as error:  # the other objects may be all right
+                if is_system_error(error):
+                    raise
                 self.troubles.add("object", f"an object of series {series} is not taken: {printable(error)}")
 
 

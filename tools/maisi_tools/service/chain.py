@@ -182,7 +182,11 @@ def _series(job: Job, work: Path) -> Path | None:
     """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
     found: dict[str, list[Path]] = {}
     for path in sorted(Path(job.folder).glob("*.dcm")):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+        try:
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+        except Exception as error:  # it came after the study was looked at, and the next look sets it aside
+            logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
+            continue
         if ds.get("Modality") == "CT":
             found.setdefault(str(ds.get("SeriesInstanceUID", "")), []).append(path)
     wanted = job.key if job.kind == "CT" else needed_series(_object(job), found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import sqlite3
@@ -141,7 +142,7 @@ class JobQueue:
             if row is None:
                 return None
             file.execute("UPDATE jobs SET state='running', attempts=attempts+1 WHERE key=?", (row[0],))
-            return Job(*row[:5], row[5] + 1, *row[6:])
+            return dataclasses.replace(Job(*row), attempts=row[5] + 1)
 
     def finish(self, job: Job, seconds: float, result: str = "") -> None:
         """The job's result, the CT series `result`, is stored."""

@@ -114,9 +114,7 @@ class Listener:
             sqlite3.Error, OSError: the queue cannot be used now. What came of a job is not lost: the next call writes
                 it first.
         """
-        if self._outcome is not None:
-            self._outcome()
-            self._outcome = None
+        self._note()
         job = self.queue.take()
         if job is None:
             return False
@@ -134,9 +132,14 @@ class Listener:
             logger.info("%s %s done in %.1f s: %d objects stored", job.kind, job.key, seconds, len(made.files))
             self._outcome = partial(self.queue.finish, job, seconds, made.series)
         shutil.rmtree(self.work_folder, ignore_errors=True)
-        self._outcome()
-        self._outcome = None
+        self._note()
         return True
+
+    def _note(self) -> None:
+        """Write what came of the last job into the queue, if that is not done yet."""
+        if self._outcome is not None:
+            self._outcome()
+            self._outcome = None
 
     def health(self) -> dict[str, Any]:
         """Whether all is well, what went wrong lately, and what is in the queue."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import logging
@@ -23,11 +24,13 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.atomic import replacing
 from maisi_tools.dicom.uids import is_uid, uid_name
+from maisi_tools.errors import InputError
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
 from maisi_tools.service.settings import Listen, Settings
 from maisi_tools.service.troubles import Troubles, printable
+from maisi_tools.volumes.dicom_files import is_system_error
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +92,14 @@ def start_receiver(settings: Listen, incoming: Path, troubles: Troubles) -> Serv
         try:
             content = event.encoded_dataset()
             if shutil.disk_usage(incoming).free - len(content) < smallest:
-                raise OSError(f"less than {settings.min_free_gigabytes:g} GB are free in {incoming}")
+                raise OSError(errno.ENOSPC, f"less than {settings.min_free_gigabytes:g} GB are free in {incoming}")
             head = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=list(IDENTITY))
             with server.storing():
                 keep(head, incoming, lambda part: part.write_bytes(content))
-        except OSError as error:
-            troubles.add("store", f"an object cannot be stored: {error}")
-            return REFUSED
         except Exception as error:  # whatever is wrong with one object
+            if is_system_error(error):
+                troubles.add("store", f"an object cannot be stored: {error}")
+                return REFUSED
             troubles.add("object", f"an object of {event.assoc.requestor.address} is not taken: {printable(error)}")
             return CANNOT_UNDERSTAND
         return SUCCESS
@@ -294,6 +297,8 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
             if not is_uid(uid) or not is_uid(ds.get("SOPInstanceUID", "")):
                 raise NotTaken("it has no UID of its series, or of its own")
         except Exception as error:
+            if is_system_error(error):
+                raise
             set_aside(path, dead, printable(error))
             troubles.add("object", f"{path} is set aside, it cannot be read: {printable(error)}")
             continue
@@ -347,4 +352,7 @@ def _digest(names: Any) -> str:
 
 
 def _address(host: str) -> str:
-    return socket.gethostbyname(host)
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"listen.allowed has the host {host}, which has no address ({error}); correct it") from error

@@ -81,7 +81,6 @@ class DicomFile:
             syntax = header.file_meta.TransferSyntaxUID
             packed = MAX_COMPRESSION if syntax.is_compressed or syntax.is_deflated else 1
         claim = f"{self.name} claims {columns} x {rows} pixels in {frames} frames"
-        check_limit("MAISI_MAX_VOXELS", rows * columns * frames, claim)
         if rows * columns * frames * samples * bits > 8 * packed * self.size:
             raise InputError(
                 f"{claim}, which its {self.size} bytes cannot hold; allowed is an intact object: send it again"
@@ -108,6 +107,11 @@ class DicomFile:
                 check_limit("MAISI_MAX_FILE_BYTES", total, f"{self.name} has {total} bytes and more, inflated")
 
 
+def is_system_error(error: BaseException) -> bool:
+    """Whether the disk or the network failed; for a damaged object pydicom raises an OSError, too, without a number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 @contextmanager
 def reading(name: str | Path) -> Iterator[None]:
     """Turn what the libraries raise at a damaged or hostile object, which is nearly anything, into an InputError.
@@ -120,9 +124,11 @@ def reading(name: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, MemoryError, OSError):
+    except (InputError, MemoryError):
         raise
     except Exception as error:
+        if is_system_error(error):
+            raise
         raise InputError(
             f"{name} cannot be read as DICOM ({type(error).__name__}: {error}); allowed is an intact object: export it "
             "again"
