@@ -223,9 +223,9 @@ class Worker:
         made = {what: Path(out[f"{what}_path"]) for what in ("ct", "mask")}
         sidecar = json.loads(made["ct"].with_name(made["ct"].name.replace(".nii.gz", ".json")).read_text())
         ct: Any = nib.load(made["ct"])
-        used: Any = nib.load(made["mask"]).as_reoriented(  # as the CT's file is, whatever the mask's was
-            ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(ct.affine))
-        )
+        used: Any = nib.load(made["mask"])
+        turn = ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(ct.affine))
+        used = used.as_reoriented(turn)  # as the CT's file is, whatever the mask's was
         values = np.asarray(used.dataobj)
         record = {
             "seed": seed,
