@@ -31,14 +31,15 @@ def parser_of(bundles, bundle, *configs) -> ConfigParser:
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_verify_net_in_out(bundles, bundle):
+@pytest.mark.parametrize("n", [2, 3])
+def test_verify_net_in_out(bundles, bundle, n):
     configs = bundles / bundle / "configs"
     verify_net_in_out(
         net_id="network_def",
         meta_file=str(configs / "metadata.json"),
         config_file=str(configs / "inference.json"),
         device="cpu",
-        n=4,
+        n=n,
     )
 
 
