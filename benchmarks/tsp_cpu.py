@@ -296,13 +296,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write the dated page in benchmarks/results")
     parser.add_argument("--ones", action="store_true", help="the seam check instead: a constant volume of ones")
     parser.add_argument("--size", type=int, help="edge of the volume of ones (default 512)")
-    parser.add_argument("--memory-limit", help="memory limit of the seam check (default 4GiB)")
+    parser.add_argument("--memory-limit", help="memory limit of the seam check (default 8GiB)")
     parser.add_argument("--splits", type=int, help="slabs of each layer of the seam check (default 32; 0 plans them)")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
     options.size = options.size or (96 if options.quick else 512)
-    options.memory_limit = options.memory_limit or ("160MiB" if options.quick else "4GiB")
+    options.memory_limit = options.memory_limit or ("200MiB" if options.quick else "8GiB")
     if options.splits is None:  # planned slabs of the first layers are so thin that one begins in every latent row
         options.splits = 6 if options.quick else 32
     options.splits = options.splits or None

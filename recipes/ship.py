@@ -50,6 +50,12 @@ def _data_of(files: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def ship(weights: Path, targets: Sequence[str], data: Sequence[str], root: Path = ROOT) -> None:
+    """Place weights (see :func:`place`) and write the licences."""
+    place(weights, targets, data, root)
+    write_licences(root)
+
+
+def place(weights: Path, targets: Sequence[str], data: Sequence[str], root: Path = ROOT) -> None:
     """Copy weights to `targets` (relative to the folder of the bundles), and record what they were trained on.
 
     Raises:
@@ -69,7 +75,6 @@ def ship(weights: Path, targets: Sequence[str], data: Sequence[str], root: Path 
             shutil.copyfile(weights, part)
         record[target] = {"sha256": sha256(weights), "data": sorted(data)}
     write_json(root / "recipes" / "weights.json", dict(sorted(record.items())))
-    write_licences(root)
 
 
 def write_licences(root: Path = ROOT) -> None:

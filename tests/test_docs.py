@@ -251,6 +251,8 @@ def given(tmp_path_factory) -> Path:
         return numbering[labels]
 
     volume(folder / "total.nii.gz", numbered("totalsegmentator"))
+    volume(folder / "scan.nii.gz", hu)
+    volume(folder / "labels.nii.gz", numbered("openkbp"))
     crop = (slice(8, 40),) * 3
     for place, names in (("my_cts", ("case_1", "case_2")), ("openkbp", ("pt_1", "pt_50"))):
         for name in names:
@@ -308,10 +310,10 @@ def quiet() -> Iterator[None]:
 
 
 def cohort_files(page: str, folder: Path) -> None:
-    """Write the specification that a page shows, for one small sample."""
+    """Write the specifications that a page shows and uses, each for one small sample."""
     for text in re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL):
         content = yaml.safe_load(text)
-        if "masks" in content:
+        if any(f"{content.get('name')}.yaml" in command.words for command in COMMANDS[page]):
             content |= {"count": 1, "tumors": []}
             content["masks"] |= {"field_of_view": [240, 240, 164], "spacing": [5.0, 5.0, 3.4]}
             content["ct"] |= {"num_inference_steps": 1, "redraws": 0}
@@ -426,7 +428,7 @@ def is_setting(value: object) -> bool:
 @pytest.mark.parametrize("heading", ["Inference", "Training"])
 def test_every_setting_has_its_row(heading):
     columns = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
-    names = ("inference", "encode", "decode", "mask_inference") if heading == "Inference" else ("train",)
+    names = ("inference", "encode", "decode", "mask_inference", "edit") if heading == "Inference" else ("train",)
     found: dict[str, list[set[str]]] = {}
     for column, bundle in enumerate(columns):
         for name in names:

@@ -58,6 +58,7 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
     files = [tmp_path / "autoencoder" / "model.pt", *(tmp_path / "whole" / f"{n}.pt" for n in ("model", "unet"))]
     figures = json.loads((tmp_path / "measured.json").read_text())
     assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
+    assert figures["ldm"]["samples"] == 1 and figures["ldm"]["ratio"]["mean"] > 0
     assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
     weights = [torch.load(path, weights_only=True) for path in files]
     assert [each.get("factor") for each in weights[1:]] == [2, 2]
@@ -70,13 +71,13 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
 
 def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
     recipe = repo_root / "recipes" / "small"
-    made = run(repo_root, data, tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.pkl"))
+    made = run(repo_root, data, tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.npz"))
     assert made.returncode == 0, made.stderr[-2000:]
     out = tmp_path / "away"
     command = [
         sys.executable,
         str(recipe / "run.py"),
-        str(tmp_path / "data.pkl"),
+        str(tmp_path / "data.npz"),
         "--out",
         str(out),
         "--stages",
@@ -119,4 +120,4 @@ def test_what_cannot_work_is_refused_at_once(repo_root, data, tmp_path):
     assert short.returncode == 1 and "--minutes is 1; allowed are 5 and more" in short.stderr
     (data / "few.json").write_text(json.dumps({"held_out": ["pt_1", "pt_2"], "validation": ["pt_3"]}))
     few = run(repo_root, data, tmp_path, "--split", str(data / "few.json"))
-    assert few.returncode == 1 and "has 1 patients to train on and 1 to validate with" in few.stderr
+    assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 2 kept out" in few.stderr

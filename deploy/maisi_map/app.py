@@ -14,12 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pydicom
 from holoscan.conditions import CountCondition
 from monai.deploy.core import Application, Operator, OperatorSpec
 
 from maisi_tools.errors import InputError
-from maisi_tools.service.chain import run_job
+from maisi_tools.service.chain import gather, run_job
 from maisi_tools.service.jobs import Job
 from maisi_tools.service.settings import Chain, Step
 
@@ -41,20 +40,14 @@ class MaskToCTOperator(Operator):
             work = Path(folder)
             study = work / "incoming"
             study.mkdir()
-            found: dict[str, str] = {}
-            for path in sorted(self.input_path.rglob("*")):
-                if not path.is_file() or not pydicom.misc.is_dicom(path):
-                    continue
-                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SOPInstanceUID"])
-                shutil.copy(path, study / f"{ds.SOPInstanceUID}.dcm")
-                found.setdefault(str(ds.Modality), str(ds.SOPInstanceUID))
+            found = gather(self.input_path, study)
             kind = next((kind for kind in ("SEG", "RTSTRUCT") if kind in found), None)
             if kind is None:
                 raise InputError(f"{self.input_path} holds no SEG and no RTSTRUCT; give one, an RTSTRUCT with its CT")
             steps = Step(os.environ.get("MAISI_CONTROLNET", str(BUNDLES / "maisi_controlnet")), settings=_settings())
             now = datetime.datetime.now().isoformat(timespec="seconds")
             job = Job(found[kind], kind, "", str(study), now)
-            for path in run_job(job, Chain(kind, (steps,)), work / "run"):
+            for path in run_job(job, Chain(kind, (steps,)), work / "run").files:
                 target = self.output_path / path.relative_to(work / "run" / "study")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target)

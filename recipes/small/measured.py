@@ -15,12 +15,14 @@ import nibabel
 import numpy as np
 
 from maisi_tools.atomic import replacing, write_json
+from maisi_tools.errors import InputError
+from maisi_tools.fingerprints import sha256
 from maisi_tools.metrics.neighbours import score_samples
 from maisi_tools.volumes.inputs import stem_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ship import ship  # noqa: E402
+from ship import place, write_licences  # noqa: E402
 
 BONE, AIRWAY = 120, 132
 """Labels of completed masks."""
@@ -41,7 +43,7 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequen
         `vae`: name -> mean, min, max; `controlnet`: rows of its table, and the deviation of HU inside the body over
         that of the real CT; `ldm`: distances of samples and kept-out patients to the training volumes, HU.
     """
-    samples = [{"image": str(path)} for path in sorted((folder / "samples").glob("*_ct.nii.gz"))]
+    samples = [{"image": str(path)} for path in sorted((folder / "samples").glob("sample_seed*.nii.gz"))]
     distances = score_samples(samples, training, kept_out, folder / "distances")
     vae = json.loads((folder / "vae" / "summary.json").read_text())
     tissues: dict[str, list[float]] = {}
@@ -71,24 +73,65 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequen
     }
 
 
-def publish(runs: Path, root: Path) -> None:
-    """Put a run's weights and figures where the bundles, the judge and the docs have them."""
-    models = {
-        "autoencoder/model.pt": (
-            "maisi_vae/models/model.pt",
-            "maisi_ldm/models/autoencoder.pt",
-            "maisi_controlnet/models/autoencoder.pt",
-        ),
-        "whole/model.pt": ("maisi_controlnet/models/model.pt",),
-        "whole/unet.pt": ("maisi_ldm/models/model.pt",),
+def files_of(runs: Path) -> dict[str, Path]:
+    """The weights of a run: `autoencoder`, `controlnet` and `unet` (those of the last stage there is), `judge`.
+
+    Raises:
+        InputError: one is missing.
+    """
+    last = runs / ("whole" if (runs / "whole" / "model.pt").is_file() else "controlnet")
+    files = {
+        "autoencoder": runs / "autoencoder" / "model.pt",
+        "controlnet": last / "model.pt",
+        "unet": last / "unet.pt",
+        "judge": runs / "judge" / "model.pt",
     }
-    for name, targets in models.items():
-        ship(runs / name, targets, ["openkbp"], root)
-    judge = root / "evaluation" / "segmentation" / "models" / "model.pt"
-    with replacing(judge) as part:
-        shutil.copyfile(runs / "judge" / "model.pt", part)
+    if missing := [str(path) for path in files.values() if not path.is_file()]:
+        raise InputError(f"there is no {', '.join(missing)}; run the stages that make them first")
+    return files
+
+
+def is_measured(runs: Path) -> bool:
+    """Whether `measured.json` has the figures of the weights that are there."""
+    path = runs / "measured.json"
+    return path.is_file() and json.loads(path.read_text())["weights"] == hashes(runs)
+
+
+def hashes(runs: Path) -> dict[str, str]:
+    """SHA-256 of each of :func:`files_of`."""
+    return {name: sha256(path) for name, path in files_of(runs).items()}
+
+
+def publish(runs: Path, root: Path) -> None:
+    """Put a run's weights and figures where the bundles, the judge and the docs have them.
+
+    Raises:
+        InputError: weights are missing, or the figures are not theirs.
+    """
+    files = files_of(runs)
+    if not is_measured(runs):
+        raise InputError(
+            f"{runs / 'measured.json'} does not have the figures of these weights; run stage evaluate first"
+        )
+    for name, targets in TARGETS.items():
+        place(files[name], targets, ["openkbp"], root)
+    with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
+        shutil.copyfile(files["judge"], part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
+    write_licences(root)
     write_cards(root)
+
+
+TARGETS = {
+    "autoencoder": (
+        "maisi_vae/models/model.pt",
+        "maisi_ldm/models/autoencoder.pt",
+        "maisi_controlnet/models/autoencoder.pt",
+    ),
+    "controlnet": ("maisi_controlnet/models/model.pt",),
+    "unet": ("maisi_ldm/models/model.pt",),
+}
+"""Where the bundles have the weights."""
 
 
 def write_cards(root: Path) -> None:

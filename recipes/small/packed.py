@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import lzma
-import pickle
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,10 +19,15 @@ import nibabel
 import numpy as np
 
 from maisi_tools.atomic import replacing, write_json
+from maisi_tools.errors import InputError
 from maisi_tools.volumes.inputs import stem_of
 
 EDGES = np.concatenate([np.arange(-1000, -200, 20), np.arange(-200, 200, 10), np.arange(200, 1120, 20)])
 """Lower edges of the steps, HU."""
+
+
+VOLUMES = ("image", "label", "mask")
+"""Of each case."""
 
 
 def pack(runs: Path, file: Path) -> None:
@@ -37,13 +42,27 @@ def pack(runs: Path, file: Path) -> None:
     with ProcessPoolExecutor() as pool:
         packed = list(pool.map(partial(_pack_case, runs / "masks"), items))
     rest = {key: value for key, value in lists.items() if key not in ("training", "validation")}
-    with replacing(file) as part:
-        part.write_bytes(pickle.dumps({"datalist": rest, "cases": packed}))
+    blobs = {f"{number}_{key}": case.pop(key) for number, case in enumerate(packed) for key in VOLUMES}
+    header = json.dumps({"datalist": rest, "cases": packed}).encode()
+    with replacing(file) as part, open(part, "wb") as opened:  # by name, numpy would add a suffix
+        np.savez(opened, header=_bytes(header), **{name: _bytes(blob) for name, blob in blobs.items()})
 
 
 def unpack(file: Path, runs: Path) -> None:
-    """Make a run's folder of a packed file: `datalist.json`, `masks` with `cases.json`, CTs and labels in `data`."""
-    packed = pickle.loads(file.read_bytes())
+    """Make a run's folder of a packed file: `datalist.json`, `masks` with `cases.json`, CTs and labels in `data`.
+
+    Raises:
+        InputError: it is no packed file.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            packed = json.loads(stored["header"].tobytes())
+            for number, case in enumerate(packed["cases"]):
+                case.update({key: stored[f"{number}_{key}"].tobytes() for key in VOLUMES})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is no packed file ({error}); give one that --pack wrote, or a folder") from error
+    if strange := [case["name"] for case in packed["cases"] if Path(case["name"]).name != case["name"]]:
+        raise InputError(f"{file} has cases named {strange[:3]}; allowed are plain names, as --pack writes them")
     for folder in ("data", "masks"):
         (runs / folder).mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
@@ -57,6 +76,10 @@ def unpack(file: Path, runs: Path) -> None:
     write_json(runs / "datalist.json", lists)
 
 
+def _bytes(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
+
+
 def _pack_case(masks: Path, item: Mapping[str, Any]) -> dict[str, Any]:
     image = nibabel.load(item["image"])
     steps = np.searchsorted(EDGES, np.asarray(image.dataobj), side="right") - 1
@@ -66,7 +89,7 @@ def _pack_case(masks: Path, item: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": stem_of(item["image"]),
         "shape": image.shape,
-        "affine": image.affine,
+        "affine": image.affine.tolist(),
         **{key: lzma.compress(value.astype(np.uint8).tobytes(), preset=9) for key, value in volumes.items()},
         "sidecar": json.loads((masks / f"{stem_of(item['image'])}_mask.json").read_text()),
         "region": item["region"],
@@ -75,10 +98,8 @@ def _pack_case(masks: Path, item: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unpack_case(runs: Path, case: Mapping[str, Any]) -> dict[str, Any]:
-    volumes = {
-        key: np.frombuffer(lzma.decompress(case[key]), np.uint8).reshape(case["shape"])
-        for key in ("image", "label", "mask")
-    }
+    volumes = {key: np.frombuffer(lzma.decompress(case[key]), np.uint8).reshape(case["shape"]) for key in VOLUMES}
+    affine = np.array(case["affine"])
     upper = np.append(EDGES[1:], EDGES[-1] + 20)
     draw = np.random.default_rng(sum(case["shape"])).random(case["shape"])
     lower = EDGES[volumes["image"]]
@@ -91,6 +112,6 @@ def _unpack_case(runs: Path, case: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, path in paths.items():
         with replacing(path) as part:
-            nibabel.save(nibabel.Nifti1Image(volumes[key], case["affine"]), part)
+            nibabel.save(nibabel.Nifti1Image(volumes[key], affine), part)
     write_json(runs / "masks" / f"{case['name']}_mask.json", case["sidecar"])
     return {"image": str(paths["image"]), "label": str(paths["label"]), **{k: case[k] for k in ("region", "section")}}

@@ -12,13 +12,15 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     evaluate     the kept-out patients, once -> RUNS/measured.json
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
-`RUNS/whole/{model,unet}.pt` and `RUNS/judge/model.pt`. `--ship` copies them into the bundles, and writes what was
-measured into the model cards.
+`RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
+copies them into the bundles and `evaluation/segmentation`, and writes what was measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
 
-    python recipes/small/run.py DATA --out RUNS --stages prepare,masks --pack data.pkl
-    python recipes/small/run.py data.pkl --out RUNS --gpu --minutes 3
+    python recipes/small/run.py DATA --out RUNS --stages prepare,masks --pack data.npz
+    python recipes/small/run.py data.npz --out AWAY --gpu --minutes 3       # there: all stages but evaluate
+
+Then the folders of AWAY go into RUNS, and `run.py DATA --out RUNS --stages evaluate` measures them.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
-from measured import gather, publish  # noqa: E402
+from measured import files_of, gather, hashes, is_measured, publish  # noqa: E402
 from packed import pack, unpack  # noqa: E402
 
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
 STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge", "evaluate")
+
+AT_HOME = ("masks", "evaluate")
+"""Stages for which a packed file has not all that they need."""
 
 SAMPLES = 12
 """Volumes drawn from noise, whose distances to the training volumes are measured."""
@@ -78,10 +83,11 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
     write_json(out / "kept_out.json", {"validation": [item for item in patients if _patient(item) in kept_out]})
     for section in ("training", "validation"):
         lists[section] = [item for item in lists[section] if _patient(item) not in kept_out]
-    if len(lists["training"]) < 2 or not lists["validation"]:
+    measured = sum(_patient(item) in kept_out for item in patients)
+    if len(lists["training"]) < 2 or not lists["validation"] or not measured:
         raise InputError(
-            f"{data} has {len(lists['training'])} patients to train on and {len(lists['validation'])} to validate "
-            "with; allowed are at least 2 and 1: give more data, or another --split"
+            f"{data} has {len(lists['training'])} patients to train on, {len(lists['validation'])} to validate with "
+            f"and {measured} kept out; allowed are at least 2, 1 and 1: give more data, or another --split"
         )
     write_json(out / "datalist.json", lists)
 
@@ -135,20 +141,23 @@ class Run:
 
     def evaluate(self) -> None:
         """Measure the weights on the patients that nothing was trained or chosen on."""
+        if is_measured(self.out):
+            return
+        files = files_of(self.out)
         folder, lists = self.out / "evaluation", self.out / "kept_out.json"
         run_maisi("complete_masks", lists, "--output_dir", folder / "masks", "--label_map", "openkbp")
         kept_out = json.loads(lists.read_text())["validation"]
         write_json(folder / "cases.json", [{"image": item["image"]} for item in kept_out])
-        autoencoder, whole = self.out / "autoencoder" / "model.pt", self.out / "whole"
+        autoencoder = files["autoencoder"]
         settings = {"input": folder / "cases.json", "ckpt_path": autoencoder, "output_dir": folder / "vae"}
         run_bundle(ROOT / "bundles/maisi_vae", "inference.json,evaluate.json", [], settings)
         settings = {
             "datalist": lists,
             "masks_dir": folder / "masks",
-            "ckpt_path": whole / "model.pt",
+            "ckpt_path": files["controlnet"],
             "autoencoder_ckpt_path": autoencoder,
             "segmenter_config": ROOT / "evaluation/segmentation/configs/inference.json",
-            "segmenter_ckpt": self.out / "judge" / "model.pt",
+            "segmenter_ckpt": files["judge"],
             "output_dir": folder / "controlnet",
         }
         run_bundle(
@@ -159,13 +168,14 @@ class Run:
         )
         settings = {
             "num_samples": SAMPLES,
-            "ckpt_path": whole / "unet.pt",
+            "ckpt_path": files["unet"],
             "autoencoder_ckpt_path": autoencoder,
             "output_dir": folder / "samples",
         }
         run_bundle(ROOT / "bundles/maisi_ldm", "inference.json", [], settings | self.changes.get("samples", {}))
         training = json.loads((self.out / "datalist.json").read_text())["training"]
-        write_json(self.out / "measured.json", gather(folder, kept_out, training))
+        figures = gather(folder, kept_out, training)
+        write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
 
     def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:
         settings |= {
@@ -193,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
-    parser.add_argument("--stages", default=",".join(STAGES), help="in any choice (default: %(default)s)")
+    parser.add_argument("--stages", help=f"in any choice (default: {','.join(STAGES)}; of a packed file not evaluate)")
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
     parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")
@@ -204,9 +214,15 @@ def main(arguments: list[str] | None = None) -> None:
     least = LEAST_MINUTES["gpu" if given.gpu else "cpu"]
     if not (given.minutes >= least or given.quick):
         raise InputError(f"--minutes is {given.minutes:g}; allowed are {least:g} and more, which see all data")
-    stages = given.stages.split(",")
+    packed = given.data.is_file()
+    here = [stage for stage in STAGES if not (packed and stage in AT_HOME)]
+    stages = given.stages.split(",") if given.stages else here
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"--stages names {', '.join(sorted(unknown))}; allowed are {', '.join(STAGES)}")
+    if away := set(stages) - set(here):
+        raise InputError(f"--stages names {', '.join(sorted(away))}, but a packed file has no more than training needs")
+    if given.quick and given.ship:
+        raise InputError("--quick makes networks that fit no bundle; leave it out, or --ship")
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     changes: dict[str, dict[str, Any]] = {}
@@ -215,7 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
             for stage, settings in json.loads((HERE / f"{name}.json").read_text()).items():
                 changes.setdefault(stage, {}).update(settings)
 
-    packed = given.data.is_file()
+    if (out / "quick.json").is_file() != given.quick and any(out.glob("*/model.pt")):
+        raise InputError(
+            f"{out} has the weights of a run {'without' if given.quick else 'with'} --quick; give another --out"
+        )
+    if given.quick:
+        write_json(out / "quick.json", changes)
     if not (out / "datalist.json").is_file():
         if packed:
             unpack(given.data, out)
@@ -223,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
             prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
     run = Run(out, given.minutes, changes)
     for stage in STAGES[1:]:
-        if stage in stages and not (packed and stage in ("masks", "evaluate")):
+        if stage in stages:
             getattr(run, stage)()
     if given.pack:
         pack(out, given.pack)

@@ -194,3 +194,9 @@ def test_solvers_need_masks(repo_root: Path, tmp_path: Path) -> None:
         command = [sys.executable, str(repo_root / "benchmarks" / "solvers.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_edit_has_both_scans_and_one_size_of_crop(repo_root: Path) -> None:
+    found = rows(run(repo_root, "editing.py", "--quick"))
+    assert [row[0] for row in found] == ["128x128x64", "128x128x256"]
+    assert all(float(figure) >= 0 for row in found for figure in row[1:])

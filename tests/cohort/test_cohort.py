@@ -22,6 +22,8 @@ from maisi_tools.cohort.run import make_cohort
 from maisi_tools.cohort.spec import read_spec
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
+from maisi_tools.masks.label_maps import read_label_map
+from maisi_tools.masks.phantom import flat_ct, make_phantom
 
 
 def made(write_spec, bundles, folder: Path, engine: str = "process", workers: int = 1, **changes: str) -> Path:
@@ -267,3 +269,73 @@ def test_200_samples_with_workers_killed_at_random(write_spec, bundles, files_of
     assert samples(files_of(tmp_path / "ray")) == samples(files_of(one))
     with capsys.disabled():
         print(f"\n200 samples: one process {alone:.0f} s; Ray, 2 actors, {killed} kills, {seconds:.0f} s")
+
+
+REAL = {
+    "masks": "{source: real, path: scans.json, label_map: openkbp}",
+    "resize": "{placeholder 18: [0.6, 0.8]}",
+    "count": "4",
+    "flip": "0",
+    "layout": "folders",
+}
+
+
+def write_scans(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Two scans with OpenKBP's labels, the CTs in an orientation of their own."""
+    found, entries = {}, []
+    for seed, name in enumerate(("one", "two")):
+        labels = make_phantom("head_neck", (48, 48, 48), (5.0, 5.0, 3.4), seed)
+        noise = np.random.default_rng(seed).normal(0, 10, labels.shape)
+        hu = (flat_ct(labels) + np.where(labels > 0, noise, 0)).astype(np.int16)
+        ours = sum(number * (labels == label) for number, label in read_label_map("openkbp").items())
+        files = folder / f"{name}.nii.gz", folder / f"{name}_seg.nii.gz"
+        nib.save(nib.Nifti1Image(hu[::-1, ::-1], np.diag([-5.0, -5.0, 3.4, 1.0]) + _moved(5.0 * 47)), files[0])
+        nib.save(nib.Nifti1Image(ours.astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), files[1])
+        entries.append({"image": files[0].name, "label": files[1].name})
+        found[name] = files
+    (folder / "scans.json").write_text(json.dumps(entries))
+    return found
+
+
+def _moved(mm: float) -> np.ndarray:
+    affine = np.zeros((4, 4))
+    affine[:2, 3] = mm
+    return affine
+
+
+def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
+    """The scans take turns; what is not reached is the scan's; any engine gives the same bytes, and goes on."""
+    scans = write_scans(tmp_path)
+    folder = made(write_spec, bundles, tmp_path / "out", **REAL)
+    rows = rows_of(folder)
+    assert [row["origin"] for row in rows] == ["one", "two", "one", "two"]
+    assert all(row["status"] == "done" and "placeholder 18 0." in row["edits"] for row in rows), rows
+    for row in rows:
+        scan, labels = (nib.load(path) for path in scans[row["origin"]])
+        ct, mask = (nib.load(folder / row[what]) for what in ("ct", "mask"))
+        assert ct.header.binaryblock == scan.header.binaryblock and np.array_equal(mask.affine, ct.affine)
+        before, after = (np.asarray(image.dataobj) for image in (scan, ct))
+        changed = (before != after).mean()
+        assert 0 < changed < 0.1
+        parotid = np.asarray(mask.dataobj) == 18
+        whole = (np.asarray(labels.dataobj) == 6)[::-1, ::-1]
+        assert 0.55 < parotid.sum() / whole.sum() < 0.85 and (whole | ~parotid).all()
+    assert len({row["ct_sha256"] for row in rows}) == 4
+    again = made(write_spec, bundles, tmp_path / "again", "process", **{**REAL, "count": "2"})
+    made(write_spec, bundles, again, "process", **REAL)
+    assert samples(files_of(again)) == samples(files_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"flip": "0.5"}, "not mirrored"),
+        ({"resize": "{}"}, "may get no edit"),
+        ({"masks": "{source: real}"}, "no masks.path"),
+        ({"masks": "{source: real, path: a, region: [head]}"}, "and no region"),
+        ({"ct": "{edits: {redraw: liver}}"}, "the cohort sets itself"),
+    ],
+)
+def test_specifications_of_real_scans_that_are_refused(write_spec, changes, word):
+    with pytest.raises(InputError, match=word):
+        read_spec(write_spec(**{**REAL, **changes}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 
 import numpy as np
+import pydicom
 import pytest
 
 pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
@@ -55,3 +56,9 @@ def studies(tmp_path_factory, hu, mask):
     (root / "enhanced" / "CT").mkdir()
     (root / "enhanced" / "CT.dcm").rename(root / "enhanced" / "CT" / "CT.dcm")
     return root
+
+
+@pytest.fixture
+def slices(studies):
+    """The CT slices of a study, in order."""
+    return [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]

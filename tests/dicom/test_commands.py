@@ -69,6 +69,12 @@ def test_tilted_series_come_out_straight(files, hu, capsys):
         (["dicom_write", "ct.nii.gz", "--seed", "x"], "seed 'x' is not usable"),
         (["dicom_write", "ct.nii.gz", "--conditions", "x"], "conditions 'x' are not usable"),
         (["dicom_write", "ct.nii.gz", "--created", "yesterday"], "created 'yesterday' is not usable"),
+        (
+            ["dicom_write", "ct.nii.gz", "--conditions", "{'mask': '/home/jane/doe.nii.gz'}"],
+            "may name a file or a person",
+        ),
+        (["dicom_write", "x_recon.nii.gz"], "give the scan's series as source"),
+        (["dicom_write", "ct.nii.gz", "--from_scan", "True"], "give the scan's series as source"),
         (["dicom_write", "ct.nii.gz", "small.nii.gz"], "not on the grid"),
         (["dicom_write", "ct.nii.gz", "ct.nii.gz"], "mask"),
         (["dicom_write", "ct.nii.gz", "-o", "."], "is there already"),
@@ -80,6 +86,7 @@ def test_tilted_series_come_out_straight(files, hu, capsys):
 def test_wrong_use_is_one_line(files, mask, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(files)
     write_volume("small.nii.gz", mask[1:], oblique_affine(), np.uint8)
+    (files / "x_recon.nii.gz").write_bytes((files / "ct.nii.gz").read_bytes())
     before = sorted(files.iterdir())
     assert run(*arguments) == 2
     error = capsys.readouterr().err

@@ -55,14 +55,9 @@ def test_smaller_structures_are_on_top_in_whatever_order(caplog):
     expected = np.where(tumor, 26, np.where(organ, 1, np.where(body, 200, 0)))
     caplog.set_level(logging.INFO)
     for order in ([0, 1, 2], [2, 1, 0], [1, 2, 0]):
-        assert np.array_equal(paint([made[i] for i in order], [], "x"), expected)
+        assert np.array_equal(paint([made[i] for i in order], (8, 8, 8), [], "x"), expected)
     overlap = (body & organ).sum() + (tumor & (body | organ)).sum()
     assert f"overlap in {overlap} voxels" in caplog.text
-
-
-@pytest.fixture
-def slices(studies):
-    return [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]
 
 
 def foreign_segmentation(slices, segments, **options):
@@ -183,7 +178,8 @@ def test_foreign_structure_set(slices, studies, tmp_path, caplog):
     expected[12:14, 12:14, 7] = 18
     expected[12:21, 12:21, 6] = 18
     assert np.array_equal(mask, expected)
-    assert "left out: PTV 70, Isocenter" in caplog.text
+    assert "left out: PTV 70;" in caplog.text
+    assert "without closed contours, which cover nothing: Isocenter" in caplog.text
 
 
 def test_masks_that_are_refused(slices, studies, tmp_path):
@@ -222,3 +218,83 @@ def test_the_referenced_series_is_found_among_others(slices, studies, tmp_path, 
     for name in ("SEG.dcm", "RTSTRUCT.dcm"):
         found = read_mask(studies / "slices" / name, folder)[0].numpy()
         assert np.array_equal(found, to_lps(mask, oblique_affine())[0])
+
+
+def cone(radius, k):
+    """A circle of many corners about (20, 18), as wide as `radius` at slice k."""
+    angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+    return list(np.stack([20 + radius(k) * np.cos(angle), 18 + radius(k) * np.sin(angle)], 1))
+
+
+def test_planes_of_every_second_slice_give_a_whole_organ(slices, studies, tmp_path, caplog):
+    """A box of 12 x 12 voxels, and a cone, which must not become one of steps: the shape between is that between."""
+    ct = studies / "slices" / "CT"
+    drawn = {"Liver": [(k, box(3.5, 15.5)) for k in range(2, 15, 2)]}
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
+    assert [int(np.count_nonzero(mask[..., k])) for k in range(18)] == [0] * 2 + [144] * 13 + [0] * 3
+
+    def radius(k):
+        return 3 + 0.8 * k
+
+    sparse = structure_file(tmp_path / "s.dcm", slices, {"Liver": [(k, cone(radius, k)) for k in range(0, 16, 3)]})
+    dense = structure_file(tmp_path / "d.dcm", slices, {"Liver": [(k, cone(radius, k)) for k in range(16)]})
+    found, true = (read_mask(path, ct)[0].numpy() > 0 for path in (sparse, dense))
+    assert np.array_equal(found[..., ::3], true[..., ::3])
+    for k in range(16):
+        dice = 2 * (found[..., k] & true[..., k]).sum() / (found[..., k].sum() + true[..., k].sum())
+        assert dice > 0.94, k  # by no more than a circle of some voxels is uneven
+    areas = found.sum(axis=(0, 1))[:16]
+    assert np.all(np.diff(areas) > 0)
+    assert "no contours" not in caplog.text
+
+
+def test_planes_midway_between_slices_leave_no_stripes(slices, studies, tmp_path):
+    """Rounded to the nearest even number, planes at 0.5, 1.5, 2.5 ... would fill every second slice alone."""
+    drawn = {"Liver": [(k + 0.5, box(3.5, 15.5)) for k in range(2, 8)]}
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), studies / "slices" / "CT")[0].numpy()
+    assert [int(np.count_nonzero(mask[..., k])) for k in range(10)] == [0] * 2 + [144] * 6 + [0] * 2
+
+
+def test_a_gap_is_said_and_a_wide_one_stays_open(slices, studies, tmp_path, caplog):
+    ct = studies / "slices" / "CT"
+    drawn = {
+        "Liver": [(k, box(3.5, 15.5)) for k in (0, 1, 2, 5, 6, 7)],
+        "Spleen": [(k, box(20.5, 26.5)) for k in (0, 1, 2, 8, 9, 10)],
+    }
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
+    assert [int((mask[..., k] == 1).sum()) for k in range(9)] == [144] * 8 + [0]
+    assert [int((mask[..., k] == 3).sum()) for k in range(12)] == [36] * 3 + [0] * 5 + [36] * 3 + [0]
+    assert "the ROI Liver has no contours over 15.0 mm (slices 4 to 5 of the series), where its planes are 5.0 mm" in (
+        caplog.text
+    )
+    assert "they are interpolated" in caplog.text
+    assert "the ROI Spleen has no contours over 30.0 mm" in caplog.text and "taken for two parts" in caplog.text
+    # Of two planes alone nobody knows; the other ROIs of the file tell what is usual.
+    drawn["Heart"] = [(1, box(30.5, 34.5)), (12, box(30.5, 34.5))]
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
+    assert np.flatnonzero((mask == 115).any(axis=(0, 1))).tolist() == [1, 12]
+
+
+def test_snomed_rt_codes_are_those_of_snomed_ct(slices, tmp_path):
+    """As 3D Slicer and dcmqi wrote them until 2020; the side, too."""
+    liver, kidney, other = blocks()
+    path = tmp_path / "seg.dcm"
+    foreign_segmentation(
+        slices, [("a", codes.SCT.Liver, liver), ("b", codes.SCT.Kidney, kidney), ("c", codes.SCT.Spleen, other)]
+    ).save_as(path)
+    ds = pydicom.dcmread(path)
+    values, schemes = ("T-62000", "T-71000", "T-C3000"), ("SRT", "SNM3", "99SDM")
+    for item, value, scheme in zip(ds.SegmentSequence, values, schemes, strict=True):
+        kind = item.SegmentedPropertyTypeCodeSequence[0]
+        kind.CodeValue, kind.CodingSchemeDesignator = value, scheme
+    modifier = Dataset()
+    modifier.CodeValue, modifier.CodingSchemeDesignator, modifier.CodeMeaning = "G-A101", "SRT", "Left"
+    ds.SegmentSequence[1].SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+    ds.save_as(path)
+    mask = read_mask(path)[0].numpy()
+    assert sorted(np.unique(mask)) == [0, 1, 3, 14]
+    assert [int((mask == label).sum()) for label in (1, 3, 14)] == [
+        int((liver * (1 - kidney)).sum()),
+        int(other.sum()),
+        int(kidney.sum()),
+    ]

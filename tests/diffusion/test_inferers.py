@@ -16,7 +16,7 @@ from maisi_tools.masks.vocabulary import BODY, label_id
 
 STEPS = 2
 TIMES = (1000.0, 500.0)
-SKULL, LUNG, LIVER = (label_id(name) for name in ("skull", "left lung upper lobe", "liver"))
+SKULL, LUNG, LIVER, TUMOR = map(label_id, ("skull", "left lung upper lobe", "liver", "hepatic tumor"))
 
 
 def flow() -> RFlowScheduler:
@@ -335,3 +335,55 @@ def test_labels_the_weights_do_not_know_are_merged_for_the_network_alone(steerin
 def test_guidance_needs_conditions_that_were_dropped_in_training(decoder):
     with pytest.raises(InputError, match="guidance_scale is 2"):
         mask_to_ct(decoder, guidance_scale=2.0, guided_conditions=[])
+
+
+def mask_with_lesion() -> tuple[MetaTensor, torch.Tensor]:
+    """A liver with a tumour in it; and the same without."""
+    mask = mask_of(label=LIVER)
+    healthy = mask.as_tensor().clone()
+    mask[..., 6:9, 10:14, 3:5] = TUMOR
+    return mask, healthy
+
+
+def test_guidance_by_lesions_is_the_difference_to_the_healthy_mask(steering, tiny_autoencoder, decoder):
+    mask, healthy = mask_with_lesion()
+    settings = {"guidance_scale": 3.0, "guided_conditions": ["lesions"], "condition_scale": 10.0}
+    ct = mask_to_ct(decoder, seed=11, **settings)(mask, steering)
+    given = {
+        "top_region_index_tensor": torch.tensor([[0.0, 0, 10, 0]]),  # the liver shows the abdomen
+        "spacing_tensor": torch.tensor([[10.0, 20, 30]]),
+        "class_labels": torch.tensor([1]),  # the modality stays: that is another condition
+    }
+    latent = torch.randn(4, 4, 6, 2, generator=torch.Generator().manual_seed(11))[None]
+    with torch.no_grad():
+        for time in TIMES:
+            velocities = [
+                steering(labels, latent, torch.tensor([time]), conditioning_scale=1.0, **given)
+                for labels in (mask.as_tensor(), healthy)
+            ]
+            assert not torch.equal(*velocities)
+            latent = latent + (velocities[1] + 3 * (velocities[0] - velocities[1])) / STEPS
+        expected = tiny_autoencoder.decode(latent / 0.8)
+    torch.testing.assert_close(ct, torch.where(mask.as_tensor() == 0, 0.0, expected), atol=2e-5, rtol=1e-4)
+
+
+def test_guidance_by_lesions_without_one_is_none(steering, decoder, caplog):
+    """Also where the weights know the lesion as what is around it. One pass a step, and it is said."""
+    mask, healthy = mask_with_lesion()
+    plain = MetaTensor(healthy, affine=mask.affine)
+    guided_by = {"seed": 11, "guidance_scale": 3.0, "guided_conditions": ["lesions"]}
+    for labels, more in ((plain, {}), (mask, {"keep_labels": [BODY], "merge_labels": {}})):
+        watched = Watched(steering)
+        ct = mask_to_ct(decoder, **guided_by, **more)(labels, watched)
+        assert len(watched.embeddings) == STEPS and "no lesion" in caplog.text
+        assert torch.equal(ct, mask_to_ct(decoder, seed=11, **more)(labels, steering))
+        caplog.clear()
+
+
+def test_stage_2_has_no_lesions_to_guide_by(decoder):
+    with pytest.raises(InputError, match="guided_conditions has lesions; allowed is a list of top_region"):
+        sampler(decoder, guidance_scale=2.0, guided_conditions=["lesions"])
+    with pytest.raises(InputError, match="allowed is a list of .*class_labels, lesions"):
+        mask_to_ct(decoder, guidance_scale=2.0, guided_conditions=["tumors"])
+    with pytest.raises(InputError, match="guided_conditions has lesions"):
+        mask_to_ct(decoder, guidance_scale=2.0, guided_conditions="lesions")

@@ -9,7 +9,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
-from maisi_tools.diffusion.samplers import check_interval, guided, sample
+from maisi_tools.diffusion.samplers import check_interval, guided, known_outside, sample, signal_and_noise
 from maisi_tools.errors import InputError
 
 MEAN, SPREAD = 0.7, 0.4
@@ -296,3 +296,96 @@ def test_thirty_steps_end_at_the_data_where_monais_own_overshoot(size, transform
     for now, then in zip(times, times[1:], strict=False):
         theirs, _ = scheduler.step(torch.ones(1), now, theirs, then)
     assert 0.007 < theirs.item() - 1 < 0.011
+
+
+def schedulers(repo_root):
+    ddpm, ddim = (full_ddpm(repo_root, key) for key in ("scheduler", "ddim"))
+    return [
+        (flow(), 12, "euler"),
+        (flow(), 12, "heun"),
+        (flow(), 12, "ab2"),
+        (ddim, 100, "euler"),
+        (ddpm, 1000, "euler"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_what_is_known_stays_and_the_rest_is_drawn_beside_it(repo_root, number):
+    """Outside the region the known latent is there at each step's noise and in the end; inside, the data's spread."""
+    scheduler, steps, solver = schedulers(repo_root)[number]
+    rectified = number < 3
+    network = flow_of_gaussian if rectified else prediction_of_gaussian(scheduler)
+    torch.manual_seed(0)
+    known, noise = torch.randn(2, 1, 1, 12, 12, 12).double()
+    region = torch.zeros(1, 1, 12, 12, 12, dtype=torch.bool)
+    region[..., 4:] = True
+    outside = ~region
+    seen = []
+
+    def watched(latent, timesteps):
+        signal, spread = signal_and_noise(scheduler, float(timesteps[0]))
+        seen.append(((latent - signal * known) / spread)[outside])
+        return network(latent, timesteps)
+
+    denoiser = known_outside(watched, known, region, scheduler)
+    generator = torch.Generator().manual_seed(1)
+    result = sample(denoiser, noise, scheduler, steps, generator, False, solver)
+    torch.testing.assert_close(result[outside], known[outside], atol=2e-3, rtol=0)
+    if rectified:  # the very noise that it began with, at each step
+        for one in seen:
+            torch.testing.assert_close(one, noise[outside], atol=1e-6, rtol=1e-6)
+    else:  # of DDPM, noise as standard
+        assert 0.9 < seen[steps // 2].std() < 1.1
+    drawn = sample(network, noise, scheduler, steps, torch.Generator().manual_seed(1), False, solver)
+    torch.testing.assert_close(result[region], drawn[region])
+    assert abs(float(result[region].mean()) - MEAN) < 0.05 and abs(float(result[region].std()) - SPREAD) < 0.08
+
+
+@pytest.mark.parametrize("number", [0, 2, 3, 4])
+def test_a_start_from_data_keeps_the_share_of_it(repo_root, number):
+    """With a network that knows the one data point, any start ends there; only the steps below the level are taken."""
+    scheduler, steps, solver = schedulers(repo_root)[number]
+    data, noise, seen = torch.randn(1, 1, 4, 4, 4), torch.randn(1, 1, 4, 4, 4), []
+
+    def watched(latent, timesteps):
+        seen.append((float(timesteps[0]), latent.clone()))
+        return latent
+
+    everywhere = known_outside(watched, data, torch.zeros_like(data, dtype=torch.bool), scheduler)
+    generator = torch.Generator().manual_seed(0)
+    result = sample(everywhere, noise, scheduler, steps, generator, False, solver, data, 0.5)
+    first, start = seen[0]
+    signal, spread = signal_and_noise(scheduler, first)
+    torch.testing.assert_close(start, signal * data + spread * noise)
+    assert 400 < first <= 500 and abs(len(seen) - steps / 2) <= 1
+    torch.testing.assert_close(result, data, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("number", "calls"), [(0, 36), (1, 69), (2, 36), (3, 300)])
+def test_steps_taken_back_keep_the_distribution(repo_root, number, calls):
+    """Each step three times; what is noised again and drawn again has the data's mean and spread."""
+    scheduler, steps, solver = schedulers(repo_root)[number]
+    network = flow_of_gaussian if number < 3 else prediction_of_gaussian(scheduler)
+    seen = []
+
+    def counted(latent, timesteps):
+        seen.append(float(timesteps[0]))
+        return network(latent, timesteps)
+
+    noise = torch.randn(1, 1, 24, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(4)
+    result = sample(counted, noise, scheduler, steps, generator, False, solver, resample_steps=2)
+    assert len(seen) == calls and sorted(seen, reverse=True)[:3] == [seen[0]] * 3
+    assert abs(float(result.mean()) - MEAN) < 0.02 and abs(float(result.std()) - SPREAD) < 0.1
+    plain = sample(network, noise, scheduler, steps, generator, False, solver)
+    assert abs(torch.corrcoef(torch.stack([result.flatten(), plain.flatten()]))[0, 1]) < 0.9
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"strength": 0}, {"strength": 1.5}, {"strength": True}, {"resample_steps": -1}, {"resample_steps": 1.5}]
+)
+def test_starts_that_are_none_are_refused(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        sample(flow_of_gaussian, torch.randn(1, 1, 4, 4, 4), flow(), 2, progress=False, **wrong)
+    with pytest.raises(InputError, match="without a latent"):
+        sample(flow_of_gaussian, torch.randn(1, 1, 4, 4, 4), flow(), 2, progress=False, strength=0.5)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import gzip
 import importlib.util
+import io
 import json
 import shutil
 from html.parser import HTMLParser
@@ -242,3 +243,36 @@ def test_in_a_browser(run_dir, volume, labels):
         page.wait_for_selector("#case1[data-ready]")
         browser.close()
     assert wrong == [] and all(url.startswith(("file:", "data:")) for url in asked)
+
+
+def test_an_edit_shows_before_after_and_weight(run_dir, volume, tmp_path):
+    """One axial plane through the middle of the edit; the scan before is the file that the sidecar names."""
+    before = tmp_path / "scan.nii.gz"
+    nib.save(nib.Nifti1Image(np.where(volume > 0, 0, volume)[::-1].astype(np.int16), np.diag([-2.0, 2, 3, 1])), before)
+    weight = np.zeros(SHAPE, np.float32)
+    weight[4:7, 3:9, 8:11] = 0.5
+    nib.save(nib.Nifti1Image(weight, np.diag([*SPACING, 1.0])), run_dir / "a_weight.nii.gz")
+    (run_dir / "a_ct.json").write_text(json.dumps({"source": str(before)}))
+
+    def pictures() -> dict[str, np.ndarray]:
+        from matplotlib.image import imread
+
+        page = Page(write_report(run_dir).read_text())
+        found = [a for tag, a, _ in page.elements if tag == "img" and a["alt"].startswith("Axial plane, ")]
+        return {
+            a["alt"].removeprefix("Axial plane, "): imread(io.BytesIO(base64.b64decode(a["src"].split(",")[1])))[
+                ::-1, :, 0
+            ]
+            for a in found
+        }
+
+    shown = pictures()
+    assert list(shown) == ["before", "after", "weight"]
+    expected = {"before": np.where(volume > 0, 0, volume), "after": volume}
+    for name, array in expected.items():
+        grey = ((plane(array, "axial", (5, 5, 9)) + 160) / 400).clip(0, 1)
+        np.testing.assert_allclose(shown[name], grey, atol=0.01)
+    np.testing.assert_allclose(shown["weight"], plane(weight, "axial", (5, 5, 9)), atol=0.01)
+    before.unlink()
+    assert list(pictures()) == ["after", "weight"]
+    assert "The scan before the edit is not shown" in (run_dir / "report.html").read_text()

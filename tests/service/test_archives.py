@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from maisi_tools.service.archives import fetch_new
+import json
+
+import pytest
+
+from maisi_tools.service import archives
+from maisi_tools.service.archives import Found, fetch_new, read_seen
+from maisi_tools.service.troubles import Troubles
 
 
 class Shelf:
-    """An archive of (modality, study, series)."""
+    """An archive of (modality, study, series, instances)."""
 
-    def __init__(self, *series: tuple[str, str, str]) -> None:
-        self.series, self.fetched, self.broken = series, [], set()
+    def __init__(self, *series: tuple[str, str, str, int]) -> None:
+        self.series, self.fetched, self.broken = list(series), [], set()
 
-    def search(self, kind, study=None):
-        return [(of, uid) for modality, of, uid in self.series if modality == kind and study in (None, of)]
+    def search(self, kind, study=None, series=None):
+        return [
+            Found(of, uid, count)
+            for modality, of, uid, count in self.series
+            if modality == kind and study in (None, of) and series in (None, uid)
+        ]
 
     def fetch(self, study, series):
         if series in self.broken:
@@ -20,20 +30,57 @@ class Shelf:
         self.fetched.append(series)
 
 
-def test_a_structure_set_comes_with_the_ct_of_its_study_once():
-    shelf = Shelf(("CT", "1", "1.1"), ("CT", "2", "2.1"), ("RTSTRUCT", "2", "2.2"))
-    seen: set[str] = set()
-    assert fetch_new(shelf, {"RTSTRUCT": True}, seen) == 1
+@pytest.fixture
+def fetch():
+    """``fetch(shelf, kinds)`` fetches what is new since the last call."""
+    seen: dict[str, int] = {}
+    watched: dict[str, float] = {}
+    troubles = Troubles()
+
+    def again(shelf, kinds):
+        return fetch_new(shelf, kinds, seen, watched, troubles)
+
+    again.troubles = troubles
+    return again
+
+
+def test_a_structure_set_comes_with_the_ct_of_its_study_once(fetch):
+    shelf = Shelf(("CT", "1", "1.1", 12), ("CT", "2", "2.1", 12), ("RTSTRUCT", "2", "2.2", 1))
+    assert fetch(shelf, {"RTSTRUCT": True}) == 1
     assert shelf.fetched == ["2.1", "2.2"]
-    assert fetch_new(shelf, {"RTSTRUCT": True}, seen) == 0
-    assert fetch_new(shelf, {"CT": False}, seen) == 2 and shelf.fetched[2:] == ["1.1", "2.1"]
+    assert fetch(shelf, {"RTSTRUCT": True}) == 0
+    assert fetch(shelf, {"CT": False}) == 1 and shelf.fetched[2:] == ["1.1"]  # the other one is here already
 
 
-def test_a_series_that_fails_holds_up_no_other_and_is_asked_for_again(caplog):
-    shelf = Shelf(("SEG", "1", "1.1"), ("SEG", "2", "2.1"))
+def test_a_series_that_fails_holds_up_no_other_and_is_asked_for_again(fetch, caplog):
+    shelf = Shelf(("SEG", "1", "1.1", 1), ("SEG", "2", "2.1", 1))
     shelf.broken = {"1.1"}
-    seen: set[str] = set()
-    assert fetch_new(shelf, {"SEG": True}, seen) == 1 and seen == {"2.1"}
-    assert "1.1 cannot be fetched" in caplog.text
+    assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched == ["2.1"]
+    assert "1.1 cannot be fetched" in caplog.text and fetch.troubles.counts()["archive"] == 1
     shelf.broken = set()
-    assert fetch_new(shelf, {"SEG": True}, seen) == 1 and shelf.fetched == ["2.1", "1.1"]
+    assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched == ["2.1", "1.1"]
+
+
+def test_what_has_grown_is_fetched_again(fetch, monkeypatch):
+    """A CT by its own number of instances; that of a structure set for an hour after it was fetched."""
+    shelf = Shelf(("CT", "1", "1.1", 6), ("SEG", "1", "1.2", 1))
+    assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched == ["1.1", "1.2"]
+    shelf.series[0] = ("CT", "1", "1.1", 12)
+    assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched[2:] == ["1.1"]
+    assert fetch(shelf, {"SEG": True, "CT": False}) == 0
+    shelf.series[0] = ("CT", "1", "1.1", 13)
+    monkeypatch.setattr(archives, "GROWTH_SECONDS", 0.0)
+    assert fetch(shelf, {"SEG": True}) == 0
+    assert fetch(shelf, {"CT": False}) == 1 and shelf.fetched[3:] == ["1.1"]
+    shelf.series.append(("SEG", "1", "1.3", 1))  # a new structure needs the CT, though that was fetched long ago
+    assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched[4:] == ["1.1", "1.3"]
+
+
+def test_a_list_of_what_was_fetched_that_is_damaged_stops_nothing(tmp_path, caplog):
+    path = tmp_path / "polled.json"
+    assert read_seen(path) == {}
+    path.write_text(json.dumps({"1.1": 3}))
+    assert read_seen(path) == {"1.1": 3}
+    for damaged in ("{", "[1]", '{"1.1": "x"}'):
+        path.write_text(damaged)
+        assert read_seen(path) == {} and "fetched anew" in caplog.text

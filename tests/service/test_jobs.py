@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
 from pathlib import Path
 
+import pytest
+
+from maisi_tools.errors import InputError
 from maisi_tools.service.jobs import JobQueue
 
 
@@ -61,3 +65,90 @@ def test_threads_share_it(tmp_path):
     for thread in threads:
         thread.join()
     assert len(taken) == len(set(taken)) == 40
+
+
+def test_a_job_that_kills_the_process_is_given_up(tmp_path):
+    """As one that runs out of memory: every start takes it, and dies; the others come first after its first time."""
+    path = tmp_path / "q.sqlite"
+    JobQueue(path).add("1.1", "SEG", "1", tmp_path, "a")
+    assert JobQueue(path, attempts=3).take().key == "1.1"
+    JobQueue(path, attempts=3).add("1.2", "SEG", "1", tmp_path, "a")
+    taken = [(job.key, job.attempts) for job in (JobQueue(path, attempts=3).take() for _ in range(4))]
+    assert taken == [("1.2", 1), ("1.1", 2), ("1.2", 2), ("1.1", 3)]
+    queue = JobQueue(path, attempts=3)
+    assert queue.counts() == {"waiting": 1, "running": 0, "done": 0, "dead": 1}
+    (dead,) = [job for state, job in queue.listed() if state == "dead"]
+    assert dead.key == "1.1" and "died each of the 3 times" in dead.error
+
+
+def test_what_changes_while_its_job_runs_is_done_anew(tmp_path):
+    queue = JobQueue(tmp_path / "q.sqlite")
+    queue.add("1.1", "CT", "1", tmp_path, "six")
+    job = queue.take()
+    assert queue.add("1.1", "CT", "1", tmp_path, "twelve") == ""
+    queue.finish(job, 1.0, "7.7")
+    again = queue.take()
+    assert (again.content, again.replaces, again.attempts) == ("twelve", "7.7", 1) and queue.superseded() == 1
+    assert queue.add("1.1", "CT", "1", tmp_path, "thirteen") == ""
+    queue.fail(again, "no mask", None)  # a dead letter that was no result
+    third = queue.take()
+    assert (third.content, third.replaces, third.error) == ("thirteen", "7.7", "") and queue.superseded() == 1
+    queue.fail(third, "no mask", None)
+    assert queue.add("1.1", "CT", "1", tmp_path, "fourteen") == "queued anew"
+
+
+@pytest.mark.parametrize("trouble", ["locked", "full"])
+def test_a_queue_that_could_not_be_written_goes_on_afterwards(tmp_path, trouble):
+    path = tmp_path / "q.sqlite"
+    queue = JobQueue(path)
+    queue.add("1.1", "SEG", "1", tmp_path)
+    other = sqlite3.connect(path, isolation_level=None)
+    if trouble == "locked":
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            queue.take()
+        other.execute("ROLLBACK")
+    else:
+        (pages,) = queue._file.execute("PRAGMA page_count").fetchone()
+        queue._file.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(sqlite3.OperationalError, match="full"):  # and no other error in its place
+            for number in range(1000):
+                queue.add(f"2.{number}", "SEG", "1" * 64, tmp_path)
+        queue._file.execute("PRAGMA max_page_count=100000")
+    assert queue.take().key == "1.1"
+    assert queue.add("3.1", "SEG", "1", tmp_path) == "queued"
+
+
+def test_a_file_that_is_no_queue_is_refused_by_name(tmp_path):
+    path = tmp_path / "q.sqlite"
+    path.write_bytes(b"something else, and longer than a header of SQLite is" * 40)
+    with pytest.raises(InputError, match=r"q\.sqlite cannot be used.*move it away"):
+        JobQueue(path)
+
+
+def test_the_file_is_its_owners_and_an_older_one_goes_on(tmp_path):
+    path = tmp_path / "q.sqlite"
+    old = sqlite3.connect(path)
+    old.execute(
+        "CREATE TABLE jobs (key TEXT PRIMARY KEY, kind TEXT, study TEXT, folder TEXT, received TEXT, "
+        "attempts INTEGER DEFAULT 0, error TEXT DEFAULT '', state TEXT DEFAULT 'waiting', due REAL DEFAULT 0, "
+        "seconds REAL DEFAULT 0)"
+    )
+    old.execute(
+        "INSERT INTO jobs (key, kind, study, folder, received, state) VALUES ('1.1','CT','1','x','2026','done')"
+    )
+    old.commit()
+    old.close()
+    path.chmod(0o644)
+    queue = JobQueue(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert queue.add("1.1", "CT", "1", tmp_path, "its content") == ""  # done before contents were known
+    assert queue.add("1.1", "CT", "1", tmp_path, "another") == "queued anew"
+
+
+def test_errors_are_kept_as_one_line_whatever_is_in_them(tmp_path):
+    queue = JobQueue(tmp_path / "q.sqlite")
+    queue.add("1.1", "SEG", "1", tmp_path)
+    queue.fail(queue.take(), "a\n\x1b[2J\udc80" + "x" * 10000, None)
+    ((_, job),) = queue.listed()
+    assert job.error.startswith(r"a\n\x1b[2J\udc80xxx") and len(job.error) < 2100

@@ -1,46 +1,206 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pydicom
+import pytest
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
 
+from maisi_tools.service import receive
 from maisi_tools.service.jobs import JobQueue
-from maisi_tools.service.receive import queue_whole_studies
+from maisi_tools.service.receive import COUNT_SECONDS, Intake, NotTaken, forget_old_studies, keep, queue_whole_studies
 from maisi_tools.service.settings import read_settings
+from maisi_tools.service.troubles import Troubles
 
 
-def keep_segmentation(folder: Path, uid: str) -> None:
+class Clock:
+    """In place of the module time of the receiver: `now` is the monotonic clock, `wall` the one that can be set."""
+
+    def __init__(self) -> None:
+        self.now, self.wall = 1000.0, time.time()
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.wall
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(receive, "time", clock)
+    return clock
+
+
+def make(uid: str, modality: str = "SEG", series: str | None = None, study: str = "1.2") -> pydicom.Dataset:
     ds = pydicom.Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = SegmentationStorage, uid
-    ds.SeriesInstanceUID, ds.Modality = f"{uid}.1", "SEG"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{uid}"
-    ds.save_as(part, enforce_file_format=True)
-    os.utime(part, (0, 0))  # arrived long ago
-    part.replace(folder / f"{uid}.dcm")
+    ds.SOPClassUID = CTImageStorage if modality == "CT" else SegmentationStorage
+    ds.SOPInstanceUID, ds.StudyInstanceUID = uid, study
+    ds.SeriesInstanceUID, ds.Modality = series or f"{uid}.1", modality
+    return ds
 
 
-def test_a_study_is_queued_once_and_again_when_something_is_added(write_settings, tmp_path, monkeypatch):
-    settings = read_settings(write_settings(4242)[0])
-    incoming, queue = tmp_path / "incoming", JobQueue(tmp_path / "q.sqlite")
-    queued: dict[str, int] = {}
+@pytest.fixture
+def spool(write_settings, tmp_path, clock):
+    """A spool that is looked at by hand: ``spool.look(count)``, with CT and SEG chains, quiet for 10 s."""
 
-    def look() -> int:
-        return queue_whole_studies(settings, incoming, queue, queued)
+    class Spool:
+        def __init__(self) -> None:
+            path, content = write_settings(4242)
+            step = content["chains"][0]["steps"][0]
+            listen = {**content["listen"], "quiet_seconds": 10.0}
+            chains = [{"when": kind, "steps": [step]} for kind in ("SEG", "CT")]
+            self.settings = read_settings(write_settings(4242, chains=chains, listen=listen, keep_hours=1.0)[0])
+            self.incoming, self.dead = tmp_path / "incoming", tmp_path / "dead"
+            self.incoming.mkdir()
+            self.queue, self.intake, self.troubles = JobQueue(tmp_path / "q.sqlite"), Intake(), Troubles()
 
-    keep_segmentation(incoming / "1.2", "1.2.3")
-    assert look() == 1
-    assert look() == 0 and set(queued) == {"1.2"}
+        def look(self, count=None, after: float = 0.0) -> int:
+            clock.now += after
+            arguments = self.settings, self.incoming, self.queue, self.intake, self.troubles, self.dead
+            return queue_whole_studies(*arguments, count)
+
+        def waits(self) -> list[str]:
+            return [job.key for state, job in self.queue.listed() if state == "waiting"]
+
+    return Spool()
+
+
+def test_a_study_is_queued_once_and_again_when_something_is_added(spool, monkeypatch):
+    keep(make("1.2.3"), spool.incoming)
+    assert spool.look() == 0 and spool.look(after=9) == 0
+    assert spool.look(after=2) == 1
     listed = []
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: listed.append(self) or iter(()))
-    assert look() == 0 and not listed  # the files of a study that did not change are not looked at
-    monkeypatch.undo()
-    keep_segmentation(incoming / "1.2", "1.2.4")
-    assert look() == 1
-    assert queue_whole_studies(settings, incoming, queue, {}) == 0  # after a restart
-    assert queue.counts()["waiting"] == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", lambda self, pattern: listed.append(self) or iter(()))
+        assert spool.look(after=20) == 0 and not listed  # the files of a study that did not change are not looked at
+    keep(make("1.2.4"), spool.incoming)
+    assert spool.look() == 0 and spool.look(after=11) == 1
+    spool.intake = Intake()  # after a restart
+    assert spool.look() == 0 and spool.look(after=11) == 0
+    assert spool.waits() == ["1.2.3", "1.2.4"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"StudyInstanceUID": ".."},
+        {"StudyInstanceUID": "."},
+        {"StudyInstanceUID": "1..2"},
+        {"StudyInstanceUID": "../../../x"},
+        {"StudyInstanceUID": "/tmp/x"},
+        {"SOPInstanceUID": "../../../x"},
+        {"SOPInstanceUID": "1" * 300},
+        {"SOPInstanceUID": "1.2\0"},
+        {"SeriesInstanceUID": "../../../x"},
+        {"SeriesInstanceUID": None},
+        {"StudyInstanceUID": None},
+    ],
+)
+def test_an_object_without_uids_is_not_taken(tmp_path, change):
+    (tmp_path / "a" / "incoming").mkdir(parents=True)
+    ds = make("1.2.3")
+    for keyword, value in change.items():
+        ds[keyword]._value = value  # past pydicom's own checks, as it comes from a network
+    with pytest.raises(NotTaken, match=next(iter(change))):
+        keep(ds, tmp_path / "a" / "incoming")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "incoming"]
+
+
+def test_one_bad_file_or_study_holds_up_no_other(spool, monkeypatch):
+    """What an older version, or another program, has left in the spool."""
+    for study, bad in (("1.1", b"no DICOM at all"), ("1.2", b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0")):
+        keep(make(f"{study}.5", study=study), spool.incoming)
+        (spool.incoming / study / "1.9.dcm").write_bytes(bad)
+    nameless = make("1.2.7", "CT")
+    del nameless.SeriesInstanceUID
+    nameless.save_as(spool.incoming / "1.2" / "1.2.7.dcm", enforce_file_format=True)
+    (spool.incoming / "a file").write_text("")
+    spool.look()
+    assert spool.look(after=11) == 2 and spool.waits() == ["1.1.5", "1.2.5"]
+    assert sorted(path.name for path in spool.dead.iterdir()) == ["1.2.7", "1.9"]
+    assert "no UID of its series" in (spool.dead / "1.2.7" / "reason.txt").read_text()
+    assert spool.troubles.counts()["object"] == 3
+    keep(make("1.3.5", study="1.3"), spool.incoming)
+    keep(make("1.4.5", study="1.4"), spool.incoming)
+    real = JobQueue.add
+
+    def add(self, key, *arguments):
+        if key == "1.3.5":
+            raise OSError("no space left")
+        return real(self, key, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobQueue, "add", add)
+        spool.look()
+        assert spool.look(after=11) == 1 and "no space left" in spool.troubles.recent()["study"]
+    assert spool.look() == 1 and len(spool.waits()) == 4  # what failed is tried again
+
+
+def test_a_clock_that_is_set_stops_nothing(spool, clock, tmp_path):
+    keep(make("1.2.3"), spool.incoming)
+    for path in [spool.incoming / "1.2", *(spool.incoming / "1.2").iterdir()]:
+        os.utime(path, (clock.wall + 1e7, clock.wall + 1e7))  # it came before the clock was set back
+    spool.look()
+    assert spool.look(after=11) == 1
+    job = spool.queue.take()
+    clock.wall -= 1e8
+    spool.queue.fail(job, "no connection", 0.0)
+    assert spool.queue.take().attempts == 2
+    spool.queue.finish(job, 1.0)
+    clock.wall += 1e9
+    forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+    assert (spool.incoming / "1.2").is_dir()  # set forward, it is not older either
+    clock.now += 3600
+    forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+    assert not (spool.incoming / "1.2").exists()
+
+
+def test_a_series_that_grows_after_its_job_is_done_anew(spool):
+    """6 of 12 slices, a pause, the rest; and a SEG on that series, whose CT is not the same any more."""
+    for number in range(6):
+        keep(make(f"1.2.{number}", "CT", "9.9"), spool.incoming)
+    keep(make("1.7.1"), spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 2
+    done = [spool.queue.take(), spool.queue.take()]
+    for job in done:
+        spool.queue.finish(job, 1.0, f"8.{job.key}")
+    for number in range(6, 12):
+        keep(make(f"1.2.{number}", "CT", "9.9"), spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 2
+    counts = spool.queue.counts()
+    assert (counts["waiting"], counts["done"], spool.queue.superseded()) == (2, 0, 2)
+    again = {job.key: job for job in (spool.queue.take(), spool.queue.take())}
+    assert again["9.9"].replaces == "8.9.9" and again["1.7.1"].replaces == "8.1.7.1"
+    assert {state for state, job in spool.queue.listed()} == {"running", "superseded"}
+    assert spool.look(after=11) == 0
+
+
+def test_a_series_waits_for_what_the_archive_counts(spool, caplog):
+    asked = []
+    keep(make("1.2.1", "CT", "9.9"), spool.incoming)
+
+    def count(study, series):
+        asked.append((study, series))
+        return 2
+
+    spool.look(count)
+    assert spool.look(count, after=11) == 0 and asked == [("1.2", "9.9")]
+    keep(make("1.2.2", "CT", "9.9"), spool.incoming)
+    spool.look(count)
+    assert spool.look(count, after=11) == 1 and spool.waits() == ["9.9"]
+    keep(make("1.5.1", "CT", "9.8", "1.5"), spool.incoming)  # of which the second one never comes
+    spool.look(count)
+    assert spool.look(count, after=11) == 0 and spool.look(count, after=COUNT_SECONDS) == 1
+    assert "has 1 of 2 instances; it is queued without the others" in caplog.text
+    keep(make("1.6.1", "CT", "9.7", "1.6"), spool.incoming)
+    spool.look(lambda *_: None)
+    assert spool.look(lambda *_: None, after=11) == 1  # an archive that cannot say

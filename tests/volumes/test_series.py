@@ -292,3 +292,26 @@ def test_an_intercept_that_was_added_twice(write_series, low, share, refused):
             read_volume(folder, "ct")
     else:
         assert read_volume(folder, "ct").shape == (1, *SHAPE)
+
+
+# --- two acquisitions in one series -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tag", "values"),
+    [("AcquisitionNumber", (1, 2)), ("TemporalPositionIdentifier", (1, 2)), ("ConvolutionKernel", ("B30f", "B70f"))],
+)
+def test_acquisitions_half_a_slice_apart_are_not_interleaved(write_series, tag, values):
+    folder = write_series(ct_values(SHAPE), step=2.0)
+    edit(folder, lambda dataset, number: setattr(dataset, tag, values[number % 2]))
+    with pytest.raises(InputError, match=rf"slices of {tag} {values[0]} \(.* among those of {tag} {values[1]}"):
+        read_volume(folder, "ct")
+
+
+@pytest.mark.parametrize("number_of", [lambda number: number + 1, lambda number: number // 5, lambda number: 7])
+def test_acquisitions_one_behind_the_other_are_one_volume(write_series, number_of):
+    """A number a slice (step and shoot), a number a block, one number."""
+    hu = ct_values(SHAPE)
+    folder = write_series(hu, step=2.0)
+    edit(folder, lambda dataset, number: setattr(dataset, "AcquisitionNumber", number_of(number)))
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)

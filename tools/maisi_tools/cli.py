@@ -296,6 +296,7 @@ def dicom_write(
     label_map: str = "maisi",
     enhanced: bool = False,
     created: str | None = None,
+    from_scan: bool | None = None,
 ) -> None:
     """Write a generated CT, and its mask as Segmentation and RT Structure Set, as a DICOM study.
 
@@ -312,6 +313,8 @@ def dicom_write(
         enhanced: write one Enhanced CT object instead of a series of slices.
         created: date and time to write, such as 2026-01-31T12:00:00, by default now; the same content and time give the
             same UIDs.
+        from_scan: whether the CT was computed from a patient's scan, whose --source is then needed; by default so for
+            *_recon.nii.gz, what maisi_vae writes.
     """
     if seed is not None:
         _check_seed(seed)
@@ -321,13 +324,22 @@ def dicom_write(
     _need_dicom()
 
     import datetime
+    import json
 
+    from maisi_tools.dicom.objects import recordable
     from maisi_tools.dicom.study import write_study
     from maisi_tools.masks.class_folder import read_numbers
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
     from maisi_tools.volumes.grid import grid_difference
     from maisi_tools.volumes.reading import read_volume
 
+    if conditions is not None and json.dumps(recordable(conditions), default=str) != json.dumps(
+        conditions, default=str
+    ):
+        raise InputError(
+            f"conditions {conditions!r} may name a file or a person; allowed are numbers, flags and single words, "
+            "which go into every object"
+        )
     try:
         time = None if created is None else datetime.datetime.fromisoformat(str(created))
     except ValueError:
@@ -352,6 +364,7 @@ def dicom_write(
         conditions,
         enhanced,
         time,
+        from_scan=str(ct).endswith("_recon.nii.gz") if from_scan is None else bool(from_scan),
     )
     print(f"{output}: {len(files)} files")
 
@@ -732,6 +745,7 @@ def listen(settings: str) -> None:
         raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
 
     import logging
+    import os
     import signal
 
     from maisi_tools.service.listener import Listener
@@ -739,7 +753,8 @@ def listen(settings: str) -> None:
 
     wanted = read_settings(str(settings))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("pynetdicom").setLevel(logging.ERROR)
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # tracebacks of what callers do; we say it in a line
+    os.umask(0o077)
     listener = Listener(wanted)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: listener.stop())
@@ -763,7 +778,7 @@ def jobs(settings: str, revive: str | None = None) -> None:
     if revive is not None and not queue.revive(str(revive)):
         raise InputError(f"there is no dead job {revive}; `maisi jobs {settings}` lists them")
     for state, job in queue.listed():
-        print(f"{state:8} {job.kind:9} {job.received} {job.attempts} {job.key} {job.error}")
+        print(f"{state:10} {job.kind:9} {job.received} {job.attempts} {job.key} {job.error}")
 
 
 def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:

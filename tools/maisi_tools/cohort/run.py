@@ -20,7 +20,7 @@ from tqdm import tqdm
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
-from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, read_record
+from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
@@ -150,14 +150,14 @@ def _on_ray(
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
     """Refuse settings that the stages do not declare, before any network is loaded."""
-    check_settings(_config(bundles, "maisi_controlnet", "inference.json"), spec.ct, "ct", FIXED)
+    check_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         config = _config(bundles, "maisi_ldm", "mask_inference.json")
         check_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
 
 
-def _config(bundles: Path, bundle: str, name: str) -> dict[str, Any]:
-    return ConfigParser.load_config_file(bundles / bundle / "configs" / name)
+def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
+    return ConfigParser.load_config_files([str(bundles / bundle / "configs" / name) for name in names])
 
 
 @contextlib.contextmanager

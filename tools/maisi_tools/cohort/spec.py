@@ -19,10 +19,13 @@ from maisi_tools.masks.vocabulary import hosts_of, label_id
 from maisi_tools.stage_settings import check_plain
 from maisi_tools.yaml_fields import checked_fields, read_yaml
 
-SOURCES = ("phantom", "files", "library", "generator")
+SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")
 
-FIXED = ("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data")
+FIXED = (
+    *("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data"),
+    *("mask", "new_mask", "edits"),
+)
 """Keys of a bundle's config that the cohort itself sets."""
 
 # Bounds that no cohort needs to cross; what is beyond them is a slip, or would fill the memory.
@@ -42,7 +45,7 @@ class Masks:
 
     Args:
         source: one of :data:`SOURCES`.
-        path: folder (library) or folder, file or glob (files).
+        path: folder (library), folder, file or glob (files), or a datalist of CTs with image and label (real).
         label_map: how those are read.
         region, organs, field_of_view: see :class:`~maisi_tools.masks.library.MaskRequest`.
         spacing: mm along x, y, z of a phantom.
@@ -62,10 +65,11 @@ class Masks:
 
     def __post_init__(self) -> None:
         _allowed("masks.source", self.source, SOURCES)
-        if self.source in ("files", "library") and not self.path:
+        if self.source in ("files", "library", "real") and not self.path:
             raise InputError(f"masks.source is {self.source}, but there is no masks.path; add it")
-        if self.source == "generator" and (self.region or self.organs or self.field_of_view):
-            raise InputError("masks.source generator takes organ_sizes, and no region, organs or field_of_view")
+        if self.source in ("generator", "real") and (self.region or self.organs or self.field_of_view):
+            allowed = "organ_sizes" if self.source == "generator" else "the masks of its scans"
+            raise InputError(f"masks.source {self.source} takes {allowed}, and no region, organs or field_of_view")
         for key in ("path", "label_map"):
             if not isinstance(getattr(self, key), (str, type(None))):
                 raise InputError(f"masks.{key} is {getattr(self, key)!r}; allowed is text")
@@ -165,6 +169,14 @@ class CohortSpec:
         for key in ("resize", "ct"):
             _mapping(key, getattr(self, key))
             check_plain(getattr(self, key), key)
+        if self.masks.source == "real":
+            if self.flip:
+                raise InputError(f"flip is {self.flip} with masks.source real; a scan is not mirrored: leave it out")
+            if not self.resize and not any(tumor.probability == 1 for tumor in self.tumors):
+                raise InputError(
+                    "masks.source is real, and a sample may get no edit; allowed is a cohort with resize, or with a "
+                    "tumor of probability 1"
+                )
         for organ, factor in self.resize.items():
             label_id(organ)
             _range(f"resize.{organ}", factor, FACTOR)

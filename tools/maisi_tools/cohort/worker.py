@@ -17,21 +17,23 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor, decollate_batch, list_data_collate
+from nibabel.orientations import io_orientation, ornt_transform
 
 from maisi_tools.atomic import write_json
 from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
 from maisi_tools.cohort.spec import CohortSpec, draw
+from maisi_tools.diffusion.editing import find_scans
 from maisi_tools.diffusion.mask_source import GeneratorSource
 from maisi_tools.errors import find_input_error
 from maisi_tools.fingerprints import sha256
-from maisi_tools.masks.class_folder import is_class_folder
+from maisi_tools.masks.class_folder import is_class_folder, read_mask
 from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.stage_settings import check_settings
-from maisi_tools.volumes.inputs import find_inputs
+from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.writing import write_volume
 
 RECORDS = "records"
@@ -57,7 +59,7 @@ class Stage:
 
     Args:
         bundle: its folder.
-        config: file name in ``configs``.
+        config: file name in ``configs``, or several, each over the ones before.
         settings: keys to set, with values that may come from a file.
         device: "cpu", "cuda", ...
         own: further keys, with values of the caller's own.
@@ -66,9 +68,12 @@ class Stage:
         InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
     """
 
-    def __init__(self, bundle: Path, config: str, settings: Mapping[str, Any], device: str, **own: Any) -> None:
+    def __init__(
+        self, bundle: Path, config: str | Sequence[str], settings: Mapping[str, Any], device: str, **own: Any
+    ) -> None:
+        configs = [config] if isinstance(config, str) else list(config)
         self.parser = ConfigParser()
-        self.parser.read_config(str(bundle / "configs" / config))
+        self.parser.read_config([str(bundle / "configs" / name) for name in configs])
         self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
         known: Any = self.parser.config
         own |= {"bundle_root": str(bundle), "device": f"$torch.device({device!r})"}
@@ -110,7 +115,7 @@ class Worker:
         self.scratch = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self.folder / SCRATCH))
         self.ct = Stage(
             self.bundles / "maisi_controlnet",
-            "inference.json",
+            configs_of(spec),
             spec.ct,
             device,
             output_dir=str(self.scratch),
@@ -119,6 +124,7 @@ class Worker:
         self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
         self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
         self.pool = _pool(spec)
+        self.scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
 
     def make(self, index: int) -> dict[str, Any]:
         """Make sample number `index`, unless it is there, and return its record.
@@ -151,6 +157,8 @@ class Worker:
     def _sample(self, index: int, name: str) -> dict[str, Any]:
         random = self.spec.random(index)
         seed = int(random.integers(2**31))
+        if self.spec.masks.source == "real":
+            return self._edited(index, name, random, seed)
         mask, origin, misfits = self._mask(random, seed)
         labels = np.asarray(mask[0]).astype(np.uint8)
         affine = np.asarray(mask.affine, dtype=float)
@@ -195,6 +203,48 @@ class Worker:
             write_volume(made["mask"], consecutive_labels(values, self.keep, self.merge), used.affine, np.uint8)
         return {**record, **self._store(name, made, record)}
 
+    def _edited(self, index: int, name: str, random: np.random.Generator, seed: int) -> dict[str, Any]:
+        """A real scan with other anatomy in some places; the scans take turns."""
+        scan = self.scans[index % len(self.scans)]
+        wanted: list[dict[str, Any]] = [
+            {"resize": {organ: draw(random, factor)}} for organ, factor in self.spec.resize.items()
+        ]
+        for tumor in self.spec.tumors:
+            drawn, diameter = random.random() < tumor.probability, draw(random, tumor.diameter_mm)
+            if drawn:
+                wanted.append({"insert": {tumor.lesion: diameter}, "seed": int(random.integers(2**31))})
+        # In the vocabulary, which has a number for whatever is put in.
+        mask: Any = read_mask(scan["mask"], read_label_map(self.spec.masks.label_map))
+        given = self.scratch / f"{name}_labels.nii.gz"
+        write_volume(given, mask[0].numpy(), mask.affine.numpy(), np.uint8)
+        self.ct.preprocessing.edits = wanted
+        self.ct.inferer.inferer.seed = seed
+        out = self.ct({"image": scan["image"], "mask": str(given)})
+        made = {what: Path(out[f"{what}_path"]) for what in ("ct", "mask")}
+        sidecar = json.loads(made["ct"].with_name(made["ct"].name.replace(".nii.gz", ".json")).read_text())
+        ct: Any = nib.load(made["ct"])
+        used: Any = nib.load(made["mask"])
+        turn = ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(ct.affine))
+        used = used.as_reoriented(turn)  # as the CT's file is, whatever the mask's was
+        values = np.asarray(used.dataobj)
+        record = {
+            "seed": seed,
+            "origin": stem_of(scan["image"]),
+            "misfits": "",
+            "edits": "; ".join(
+                f"{what} {value:.3g}{' mm' if 'insert' in one else ' x'}"
+                for one in wanted
+                for what, value in (one.get("insert") or one["resize"]).items()
+            ),
+            "size": list(values.shape),
+            "spacing": [round(float(mm), 6) for mm in used.header.get_zooms()],
+            "labels": [int(label) for label in np.unique(values) if label],
+            **{f"hu_{what.replace(' ', '_')}": hu["after"] for what, hu in sidecar["hu"].items()},
+        }
+        labels = consecutive_labels(values, self.keep, self.merge) if self.layout.consecutive else values
+        write_volume(made["mask"], labels, ct.affine, np.uint8)
+        return {**record, **self._store(name, made, record, scan["image"])}
+
     def _mask(self, random: np.random.Generator, seed: int) -> tuple[MetaTensor, str, Sequence[str]]:
         masks = self.spec.masks
         if masks.source == "phantom":
@@ -209,9 +259,16 @@ class Worker:
         (one,) = FileSource([path], read_label_map(masks.label_map)).masks(masks.request, 1)
         return one.mask, one.origin, one.misfits
 
-    def _store(self, name: str, made: Mapping[str, Path], record: Mapping[str, Any]) -> dict[str, str]:
-        """Put the files where they belong, and return their paths and hashes."""
+    def _store(
+        self, name: str, made: Mapping[str, Path], record: Mapping[str, Any], scan: str | None = None
+    ) -> dict[str, str]:
+        """Put the files where they belong, and return their paths and hashes.
+
+        Args:
+            scan: the series that was edited, whose study a DICOM one joins.
+        """
         if self.spec.format == "dicom":
+            from maisi_tools.dicom.objects import recordable
             from maisi_tools.dicom.study import write_study
 
             ct: Any = nib.load(made["ct"])
@@ -222,9 +279,11 @@ class Worker:
                 ct.affine,
                 np.asarray(mask.dataobj),
                 seed=record["seed"],
-                conditions={"spacing": record["spacing"], **self.spec.ct},
+                conditions=recordable({"spacing": record["spacing"], **self.spec.ct}),
                 created=datetime.datetime.fromisoformat(self.spec.created),
                 replace=True,
+                source=scan,
+                from_scan=scan is not None,
             )
             digests = "".join(f"{file.name} {sha256(file)}\n" for file in files)
             return {"ct": name, "ct_sha256": hashlib.sha256(digests.encode()).hexdigest()}
@@ -235,6 +294,11 @@ class Worker:
             os.replace(made[what], path)
             stored |= {what: place(pattern, name), f"{what}_sha256": sha256(path)}
         return stored
+
+
+def configs_of(spec: CohortSpec) -> list[str]:
+    """The configs of maisi_controlnet that make a cohort's CTs."""
+    return ["inference.json", *(["edit.json"] if spec.masks.source == "real" else [])]
 
 
 def _pool(spec: CohortSpec) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -14,11 +14,14 @@ from pydicom.valuerep import DSfloat
 from maisi_tools.dicom.objects import Study, new_object
 from maisi_tools.errors import InputError
 
-IMAGE_TYPE = ("DERIVED", "SECONDARY", "AXIAL", "SYNTHETIC")
+IMAGE_TYPE = ("DERIVED", "SECONDARY", "AXIAL")
+"""Of slices; "SYNTHETIC" is the fourth value of what was not computed from a scan."""
+
 FRAME_TYPE = ("DERIVED", "PRIMARY", "VOLUME", "NONE")
 """Of Enhanced CT, whose values are enumerated: no SECONDARY, and no place for SYNTHETIC."""
 
-SERIES, SERIES_NUMBER = "Synthetic CT, derived", 1
+SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Synthetic CT, derived", "CT computed from a scan", 1
+SERIES_EDITED = "Partly synthetic CT, edited scan"
 WINDOW = (40, 400)
 """Centre and width in HU of the first view: soft tissue."""
 
@@ -98,9 +101,11 @@ def slice_headers(grid: Grid, study: Study) -> list[Dataset]:
     """The slices of a CT series without their pixel data, from the feet to the head."""
     headers = []
     for number in range(grid.shape[2]):
-        ds = new_object(study, CTImageStorage, "CT", SERIES, SERIES_NUMBER, number + 1)
+        ds = new_object(study, CTImageStorage, "CT", _series(study), SERIES_NUMBER, number + 1)
         _image(ds, grid, study)
-        ds.ImageType, ds.DerivationDescription = list(IMAGE_TYPE), study.description
+        kind = ["PARTLY_SYNTHETIC"] if study.region else [] if study.from_scan else ["SYNTHETIC"]
+        ds.ImageType = [*IMAGE_TYPE, *kind]
+        ds.DerivationDescription = study.description
         ds.Laterality = ""  # of the body part, unless that is known to be unpaired
         ds.AcquisitionNumber = None
         ds.KVP = None
@@ -114,6 +119,21 @@ def slice_headers(grid: Grid, study: Study) -> list[Dataset]:
     return headers
 
 
+def refer_to_sources(headers: Sequence[Dataset], slices: Sequence[Dataset]) -> None:
+    """Name, in each slice, the one of the scan in whose place it lies (Source Image Sequence)."""
+    places = np.array([ds.ImagePositionPatient for ds in slices], dtype=float)
+    for header in headers:
+        row, column = np.asarray(header.ImageOrientationPatient, dtype=float).reshape(2, 3)
+        along = (places - np.asarray(header.ImagePositionPatient, dtype=float)) @ np.cross(row, column)
+        source = slices[int(np.abs(along).argmin())]
+        reference, purpose = Dataset(), Dataset()
+        reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+        purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
+        purpose.CodeMeaning = "Source image for image processing operation"
+        reference.PurposeOfReferenceCodeSequence = [purpose]
+        header.SourceImageSequence = [reference]
+
+
 def with_pixels(headers: list[Dataset], stored: np.ndarray) -> Iterator[Dataset]:
     """Each of the slices with its pixel data, from the stored values (columns, rows, slices)."""
     for number, header in enumerate(headers):
@@ -125,7 +145,7 @@ def with_pixels(headers: list[Dataset], stored: np.ndarray) -> Iterator[Dataset]
 
 def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     """The volume as one Enhanced CT object, its frames from the feet to the head."""
-    ds = new_object(study, EnhancedCTImageStorage, "CT", SERIES, SERIES_NUMBER, 1)
+    ds = new_object(study, EnhancedCTImageStorage, "CT", _series(study), SERIES_NUMBER, 1)
     _image(ds, grid, study)
     ds.ImageType, ds.ImageComments = list(FRAME_TYPE), study.description
     ds.PatientPosition = study.attributes["PatientPosition"]
@@ -135,7 +155,7 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     ds.AcquisitionContextSequence = []
     ds.NumberOfFrames = grid.shape[2]
     organization, index = Dataset(), Dataset()
-    organization.DimensionOrganizationUID = index.DimensionOrganizationUID = study.uid(SERIES, "dimensions")
+    organization.DimensionOrganizationUID = index.DimensionOrganizationUID = study.uid(_series(study), "dimensions")
     index.DimensionIndexPointer, index.FunctionalGroupPointer = 0x00209057, 0x00209111
     ds.DimensionOrganizationType = "3D"
     ds.DimensionOrganizationSequence, ds.DimensionIndexSequence = [organization], [index]
@@ -155,7 +175,7 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
     shared.PixelValueTransformationSequence, shared.CTImageFrameTypeSequence = [values], [kind]
     # Mandatory in Enhanced CT (DICOM PS3.3 table A.38-2), though nothing was irradiated: the event of the making.
-    event.IrradiationEventUID = study.uid(SERIES, "event")
+    event.IrradiationEventUID = study.uid(_series(study), "event")
     shared.IrradiationEventIdentificationSequence = [event]
     shared.FrameVOILUTSequence, shared.FrameAnatomySequence = [window], [anatomy]
     ds.SharedFunctionalGroupsSequence = [shared]
@@ -170,6 +190,10 @@ def enhanced_ct(stored: np.ndarray, grid: Grid, study: Study) -> Dataset:
     ds.PerFrameFunctionalGroupsSequence = frames
     ds.PixelData = np.ascontiguousarray(stored.T, dtype="<i2").tobytes()
     return ds
+
+
+def _series(study: Study) -> str:
+    return SERIES_EDITED if study.region else SERIES_FROM_SCAN if study.from_scan else SERIES
 
 
 def _image(ds: Dataset, grid: Grid, study: Study) -> None:

@@ -13,15 +13,36 @@ from maisi_tools.errors import InputError
 logger = logging.getLogger(__name__)
 
 
+MAX_STRUCTURES = 1000
+"""Of one file, that are drawn; the vocabulary has 132 labels."""
+
+Place = tuple[slice, slice, slice]
+EVERYWHERE: Place = (slice(None), slice(None), slice(None))
+
+
 class Structure(NamedTuple):
-    """A named structure of a file: its label in the vocabulary, and a function that draws it (boolean volume)."""
+    """A named structure of a file.
+
+    Attributes:
+        name: of the file.
+        label: in the vocabulary.
+        draw: draws it, as a boolean volume of the size of `place`.
+        place: the part of the grid outside of which it is not.
+    """
 
     name: str
     label: int
     draw: Callable[[], np.ndarray]
+    place: Place = EVERYWHERE
 
 
-def paint(structures: Sequence[Structure], unknown: Sequence[str], name: str) -> np.ndarray:
+def paint(
+    structures: Sequence[Structure],
+    shape: tuple[int, int, int],
+    unknown: Sequence[str],
+    name: str,
+    unclosed: Sequence[str] = (),
+) -> np.ndarray:
     """Paint structures into one mask; where they overlap, the smaller one (fewer voxels) is on top.
 
     So a tumour is seen in its organ, and organs in the body, whatever order the file has them in. Of equally large
@@ -29,8 +50,10 @@ def paint(structures: Sequence[Structure], unknown: Sequence[str], name: str) ->
 
     Args:
         structures: at least one, all on one grid.
+        shape: of the grid.
         unknown: names of structures that no label is known for, for the messages.
         name: of the file, for the messages.
+        unclosed: names of structures that have no closed contours, for the messages.
 
     Returns:
         uint8 volume of labels.
@@ -41,24 +64,26 @@ def paint(structures: Sequence[Structure], unknown: Sequence[str], name: str) ->
     advice = 'name them in a JSON table, {"NAME": "liver", "OTHER": 0}, and give it with --names'
     if unknown:
         logger.warning("%s has structures that are left out: %s; to use them, %s", name, ", ".join(unknown), advice)
+    if unclosed:
+        logger.warning("%s has structures without closed contours, which cover nothing: %s", name, ", ".join(unclosed))
+    if len(structures) > MAX_STRUCTURES:
+        raise InputError(f"{name} has {len(structures)} structures; allowed are {MAX_STRUCTURES}: leave some out")
     if not structures:
         raise InputError(
-            f"{name} has no structure of MAISI's vocabulary (it has: {', '.join(unknown) or 'none'}); allowed is at "
-            f"least one: {advice}"
+            f"{name} has no structure of MAISI's vocabulary (it has: {', '.join([*unknown, *unclosed]) or 'none'}); "
+            f"allowed is at least one: {advice}"
         )
     counts = [int(np.count_nonzero(structure.draw())) for structure in structures]
     order = sorted(range(len(structures)), key=lambda i: (-counts[i], -structures[i].label))
-    mask: np.ndarray | None = None
+    mask = np.zeros(shape, np.uint8)
     covered = 0
     for index in order:
-        inside = structures[index].draw()
-        if mask is None:
-            mask = np.zeros(inside.shape, np.uint8)
-        covered += int(np.count_nonzero(mask[inside]))
-        mask[inside] = structures[index].label
+        inside, part = structures[index].draw(), mask[structures[index].place]
+        covered += int(np.count_nonzero(part[inside]))
+        part[inside] = structures[index].label
         if not counts[index]:
             logger.warning("%s: the structure %s covers no voxel", name, structures[index].name)
-    if mask is None or not mask.any():
+    if not mask.any():
         raise InputError(f"{name} covers no voxel of the series; allowed is a file that belongs to it")
     if covered:
         logger.info("%s: structures overlap in %d voxels; the smaller one was taken", name, covered)

@@ -10,6 +10,7 @@ from highdicom.color import CIELabColor
 from highdicom.seg import Segmentation, SegmentDescription
 from matplotlib.colors import hsv_to_rgb
 from pydicom.dataset import Dataset
+from pydicom.sr._snomed_dict import mapping
 from pydicom.sr.coding import Code
 
 from maisi_tools.dicom.ct import RAS_TO_LPS
@@ -27,8 +28,15 @@ from maisi_tools.masks.codes import (
     label_of_name,
 )
 from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.volumes.limits import check_limit
+from maisi_tools.volumes.series import MAX_EXTENT_MM
 
-SERIES, SERIES_NUMBER = "Mask of synthetic CT", 2
+SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Mask of synthetic CT", "Mask of CT computed from a scan", 2
+
+SNOMED_RT = ("SRT", "SNM3", "99SDM")
+"""Schemes of the codes that SNOMED CT replaced (DICOM PS3.16 section 8.1)."""
+
+SNOMED_OF_RT: Mapping[str, str] = mapping["SRT"]
 
 _SIDE_OF_CODE = {code: side for side, (code, _) in SIDES.items()}
 
@@ -55,6 +63,7 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
         raise InputError(f"the mask has the labels {unknown}; allowed are those of MAISI's vocabulary: read it anew")
     if not labels:
         raise InputError("the mask is empty; allowed is a mask with at least one label: leave it out")
+    series = SERIES_FROM_SCAN if study.from_scan else SERIES
     numbers = np.zeros(256, np.uint8)
     numbers[labels] = np.arange(1, len(labels) + 1)
     ds = Segmentation(
@@ -62,26 +71,28 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
         pixel_array=numbers[np.ascontiguousarray(mask.T)],
         segmentation_type="BINARY",
         segment_descriptions=[_description(number, label) for number, label in enumerate(labels, start=1)],
-        series_instance_uid=study.uid(SERIES),
+        series_instance_uid=study.uid(series),
         series_number=SERIES_NUMBER,
-        sop_instance_uid=study.uid(SERIES, 1),
+        sop_instance_uid=study.uid(series, 1),
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL,
         software_versions=software_version(),
         device_serial_number=SERIAL_NUMBER,
         content_label="MAISI",
-        content_description="Mask of a synthetic CT",
+        content_description=series,
         content_creator_name=f"{MODEL}^",  # a name of one part, as PN wants it
     )
-    ds.SeriesDescription = SERIES
-    organization = study.uid(SERIES, "dimensions")
+    ds.SeriesDescription = series
+    organization = study.uid(series, "dimensions")
     for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
     return finish(ds, study)
 
 
-def segments(ds: Dataset, table: Mapping[str, int]) -> tuple[list[Structure], np.ndarray, list[str]]:
+def segments(
+    ds: Dataset, table: Mapping[str, int]
+) -> tuple[list[Structure], np.ndarray, tuple[int, int, int], list[str]]:
     """The segments of a DICOM Segmentation that the vocabulary has.
 
     Args:
@@ -90,12 +101,18 @@ def segments(ds: Dataset, table: Mapping[str, int]) -> tuple[list[Structure], np
 
     Returns:
         The structures, each with a function that draws it as (columns, rows, slices); the affine (4, 4) from these to
-        RAS in mm; and the segments that no code, name or table explains.
+        RAS in mm; their shape; and the segments that no code, name or table explains.
     """
     segmentation = Segmentation.from_dataset(ds, copy=False)
     geometry = segmentation.get_volume_geometry()
     if geometry is None:
         raise InputError("the segmentation's frames form no regular volume; allowed are equally spaced frames")
+    count, rows, columns = (int(size) for size in geometry.spatial_shape)
+    claim = f"the segmentation has {columns} x {rows} pixels and its frames span {count} slices"
+    check_limit("MAISI_MAX_VOXELS", count * rows * columns, claim)
+    extent = max(size * mm for size, mm in zip(geometry.spatial_shape, geometry.spacing, strict=True))
+    if not 0 < extent < MAX_EXTENT_MM:
+        raise InputError(f"{claim}, {extent:g} mm; allowed are up to {MAX_EXTENT_MM:g} mm: export it again")
     structures, unknown = [], []
     for item in ds.SegmentSequence:
         number, name = int(item.SegmentNumber), str(item.get("SegmentLabel", ""))
@@ -105,9 +122,9 @@ def segments(ds: Dataset, table: Mapping[str, int]) -> tuple[list[Structure], np
         elif label:
             structures.append(Structure(name, label, _drawing(segmentation, number)))
     # highdicom's axes are slice, row, column, its slices in the order opposite to that of the normal.
-    turn = np.array([[0, 0, -1, geometry.spatial_shape[0] - 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    turn = np.array([[0, 0, -1, count - 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
     affine = RAS_TO_LPS @ geometry.affine @ turn
-    return structures, affine, unknown
+    return structures, affine, (columns, rows, count), unknown
 
 
 def _drawing(segmentation: Segmentation, number: int) -> Callable[[], np.ndarray]:
@@ -121,21 +138,34 @@ def _drawing(segmentation: Segmentation, number: int) -> Callable[[], np.ndarray
 def _label_of(item: Dataset, name: str, table: Mapping[str, int]) -> int | None:
     if name in table:
         return table[name]
-    kind = item.SegmentedPropertyTypeCodeSequence[0]
-    value, scheme = str(kind.get("CodeValue", "")), str(kind.get("CodingSchemeDesignator", ""))
+    kinds = item.get("SegmentedPropertyTypeCodeSequence") or [Dataset()]
+    regions = item.get("AnatomicRegionSequence") or [Dataset()]
+    scheme, value = _coded(kinds[0])
     if scheme == PRIVATE and value.isdecimal() and int(value) in VOCABULARY:
         return int(value)
-    regions = item.get("AnatomicRegionSequence") or [Dataset()]
-    side = _side(kind, "SegmentedPropertyTypeModifierCodeSequence") or _side(
+    side = _side(kinds[0], "SegmentedPropertyTypeModifierCodeSequence") or _side(
         regions[0], "AnatomicRegionModifierSequence"
     )
-    label = label_of_code(value, side, str(regions[0].get("CodeValue", ""))) if scheme == SNOMED else None
+    region_scheme, region = _coded(regions[0])
+    label = label_of_code(value, side, region if region_scheme == SNOMED else "") if scheme == SNOMED else None
     return label_of_name(name) if label is None else label
 
 
+def _coded(item: Dataset) -> tuple[str, str]:
+    """Scheme and value of a code; one of SNOMED RT (T-62000), as older programs write it, as that of SNOMED CT.
+
+    Table: DICOM PS3.16 annex O, as pydicom carries it.
+    """
+    scheme = str(item.get("CodingSchemeDesignator", ""))
+    value = str(item.get("CodeValue") or item.get("LongCodeValue") or "")
+    if scheme in SNOMED_RT:
+        return (SNOMED, SNOMED_OF_RT[value]) if value in SNOMED_OF_RT else (scheme, value)
+    return scheme, value
+
+
 def _side(item: Dataset, keyword: str) -> str:
-    modifiers = item.get(keyword) or ()
-    return next((_SIDE_OF_CODE[str(m.CodeValue)] for m in modifiers if str(m.CodeValue) in _SIDE_OF_CODE), "")
+    values = [_coded(modifier)[1] for modifier in item.get(keyword) or ()]
+    return next((_SIDE_OF_CODE[value] for value in values if value in _SIDE_OF_CODE), "")
 
 
 def _description(number: int, label: int) -> SegmentDescription:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,20 +13,31 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 from pydicom.uid import RTStructureSetStorage
+from scipy import ndimage
 
 from maisi_tools.dicom.ct import RAS_TO_LPS, Grid
 from maisi_tools.dicom.objects import Study, new_object
-from maisi_tools.dicom.painting import Structure
+from maisi_tools.dicom.painting import Place, Structure
 from maisi_tools.dicom.segmentation import label_color
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import CODES, PRIVATE, display_name, label_of_name
 from maisi_tools.masks.vocabulary import BODY
+from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.series import slice_affine
 
-SERIES, SERIES_NUMBER = "Structures of synthetic CT", 3
+logger = logging.getLogger(__name__)
+
+SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Structures of synthetic CT", "Structures of CT computed from a scan", 3
 
 PLANE_TOLERANCE = 0.5
 """A contour belongs to the slice it is nearest to, when that is within this share of the slice distance."""
+
+USUAL_GAP, MAX_FILLED_GAP = 1.5, 3.5
+"""Distances of two planes, as a multiple of what is usual in the ROI: up to the first nothing is missing, up to the
+second (two planes left out) the shape between is interpolated with a word, beyond it there are two parts."""
+
+MAX_CROSSINGS = 1 << 22
+"""Of edges with rows, that are held at a time."""
 
 CONTOUR_DATA = 0x30060050
 
@@ -53,9 +65,10 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
     labels = [int(label) for label in np.unique(mask) if label]
     if not labels:
         raise InputError("the mask is empty; allowed is a mask with at least one label: leave it out")
-    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", SERIES, SERIES_NUMBER, 1)
+    series = SERIES_FROM_SCAN if study.from_scan else SERIES
+    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", series, SERIES_NUMBER, 1)
     ds.OperatorsName = ""
-    ds.StructureSetLabel, ds.StructureSetName = "MAISI", "Mask of a synthetic CT"
+    ds.StructureSetLabel, ds.StructureSetName = "MAISI", series
     ds.StructureSetDate, ds.StructureSetTime = ds.InstanceCreationDate, ds.InstanceCreationTime
     ds.StructureSetDescription = study.description
     ds.FrameOfReferenceUID = study.attributes["FrameOfReferenceUID"]
@@ -81,11 +94,14 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
     return ds
 
 
-def structures(ds: Dataset, slices: Sequence[Dataset], table: Mapping[str, int]) -> tuple[list[Structure], list[str]]:
+def structures(
+    ds: Dataset, slices: Sequence[Dataset], table: Mapping[str, int]
+) -> tuple[list[Structure], list[str], list[str]]:
     """The ROIs of an RT Structure Set that the vocabulary has, on the grid of a series.
 
     A voxel is inside where its centre is inside an odd number of the ROI's contours in its slice. A slice takes the
-    contours of the plane nearest to it, see :data:`PLANE_TOLERANCE`.
+    contours of the plane nearest to it, see :data:`PLANE_TOLERANCE`. Slices between two planes of contours, as when
+    every second one was drawn, get the shape between theirs, see :func:`_drawing`.
 
     Args:
         ds: the structure set.
@@ -93,49 +109,152 @@ def structures(ds: Dataset, slices: Sequence[Dataset], table: Mapping[str, int])
         table: the user's ROI names -> label, 0 to drop; looked at before the known names.
 
     Returns:
-        The structures, each with a function that draws it as (columns, rows, slices); and the names of the ROIs that
-        neither name nor table explains or that have no closed contours.
+        The structures, each with a function that draws it as (columns, rows, slices); the names of the ROIs that
+        neither name nor table explains; and of those that have no closed contours.
     """
     shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
-    to_voxels = np.linalg.inv(slice_affine(slices)) @ RAS_TO_LPS
+    affine = slice_affine(slices)
+    to_voxels = np.linalg.inv(affine) @ RAS_TO_LPS
     names = {int(roi.ROINumber): str(roi.get("ROIName", "")) for roi in ds.get("StructureSetROISequence") or ()}
-    found, unknown = [], []
+    drawn, unknown, unclosed = [], [], []
     for item in ds.get("ROIContourSequence") or ():
-        name = names.get(int(item.ReferencedROINumber), "")
+        name = names.get(int(item.ReferencedROINumber), "") or f"ROI {item.ReferencedROINumber}"
         label = table[name] if name in table else label_of_name(name)
-        polygons = [
-            np.asarray(contour.ContourData, dtype=float).reshape(-1, 3) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+        contours = [
+            contour
             for contour in item.get("ContourSequence") or ()
-            if str(contour.ContourGeometricType) in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+            if str(contour.get("ContourGeometricType")) in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
         ]
-        if label is None or (label and not polygons):
-            unknown.append(name or f"ROI {item.ReferencedROINumber}")
-        elif label:
-            found.append(Structure(name, label, _drawing(name, polygons, shape)))
-    return found, unknown
+        if label == 0:
+            continue
+        if not contours:
+            unclosed.append(name)
+        elif label is None:
+            unknown.append(name)
+        else:
+            drawn.append((name, label, _planes(name, contours, to_voxels)))
+    gaps = [gap for _, _, planes in drawn for gap in np.diff([height for height, _ in planes])]
+    usual = float(np.median(gaps)) if gaps else 1.0
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    found = [Structure(name, label, *_drawing(name, planes, shape, spacing, usual)) for name, label, planes in drawn]
+    return found, unknown, unclosed
 
 
-def _drawing(name: str, polygons: list[np.ndarray], shape: tuple[int, int, int]) -> Callable[[], np.ndarray]:
-    planes: dict[int, dict[float, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
-    for polygon in polygons:
-        height = polygon[:, 2]
+Plane = tuple[float, list[np.ndarray]]
+"""Where a plane of contours lies, in slices, and its polygons (N, 2) in voxels."""
+
+
+def _planes(name: str, contours: Sequence[Dataset], to_voxels: np.ndarray) -> list[Plane]:
+    """The planes of an ROI, in order."""
+    planes: dict[float, list[np.ndarray]] = defaultdict(list)
+    for contour in contours:
+        points = _points(name, contour) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
+        height = points[:, 2]
         if np.ptp(height) > PLANE_TOLERANCE:
             raise InputError(
                 f"the ROI {name} has contours across the slices of the series; allowed are contours in its slices: "
                 "give the series that the structure set was drawn on"
             )
-        k = int(np.rint(height.mean()))
-        if 0 <= k < shape[2]:
-            planes[k][round(abs(float(height.mean()) - k), 2)].append(polygon[:, :2])
+        planes[round(float(height.mean()), 2)].append(points[:, :2])
+    return sorted(planes.items())
+
+
+def _points(name: str, contour: Dataset) -> np.ndarray:
+    """The points of a contour (N, 3), in mm."""
+    element = contour.get_item(CONTOUR_DATA) if CONTOUR_DATA in contour else None
+    stored = b"" if element is None else element.value
+    # As it is stored: pydicom would make an object of every number, of a hundred times its size.
+    values = stored.split(b"\\") if isinstance(stored, bytes) else list(stored or ())
+    count = len(values) // 3
+    check_limit("MAISI_MAX_CONTOUR_POINTS", count, f"the ROI {name} has a contour of {count} points")
+    try:
+        points = np.array([float(value) for value in values]).reshape(-1, 3)
+    except ValueError as error:
+        raise InputError(
+            f"the ROI {name} has a contour that is no list of points ({error}); export it again"
+        ) from error
+    if not len(points) or not np.isfinite(points).all():
+        raise InputError(
+            f"the ROI {name} has a contour without points, or with some that are no numbers; export it again"
+        )
+    return points
+
+
+def _drawing(
+    name: str, planes: list[Plane], shape: tuple[int, int, int], spacing: np.ndarray, usual: float
+) -> tuple[Callable[[], np.ndarray], Place]:
+    """A function that draws an ROI, and the part of the grid it draws.
+
+    Between two planes the shape is that of the signed distances to their outlines, weighted by how near the planes are
+    (shape-based interpolation: S. P. Raya and J. K. Udupa, IEEE TMI 9(1), 1990). That is done where the planes are as
+    far apart as the ROI's planes usually are; up to :data:`MAX_FILLED_GAP` times as far it is done and said; beyond,
+    they are taken for those of two parts, and that is said.
+
+    Args:
+        name: of the ROI, for the log.
+        planes: in order.
+        shape: of the grid.
+        spacing: of the grid, in mm.
+        usual: distance of planes, in slices, of an ROI that has fewer than three.
+    """
+    heights = np.array([height for height, _ in planes])
+    at = [int(np.ceil(height - 0.5)) for height in heights]  # a plane midway goes down, so that none meet
+    content: dict[int, tuple[int, int, float]] = {}  # slice -> the planes it lies between, and the upper one's share
+    for index in sorted(range(len(planes)), key=lambda i: -abs(heights[i] - at[i])):  # the nearest one is written last
+        content[at[index]] = index, index, 0.0
+    own = max(float(np.median(np.diff(heights))) if len(planes) > 2 else usual, 1.0)
+    for lower, gap in enumerate(np.diff(heights)):
+        missing = range(at[lower] + 1, at[lower + 1])
+        if not missing:
+            continue
+        if gap > USUAL_GAP * own:
+            logger.warning(
+                "the ROI %s has no contours over %.1f mm (slices %d to %d of the series), where its planes are %.1f mm "
+                "apart: %s",
+                *(name, gap * spacing[2], missing[0] + 1, missing[-1] + 1, own * spacing[2]),
+                "they are interpolated" if gap <= MAX_FILLED_GAP * own else "taken for two parts, with nothing between",
+            )
+        if gap <= MAX_FILLED_GAP * own:
+            content |= {k: (lower, lower + 1, (k - heights[lower]) / gap) for k in missing}
+    content = {k: source for k, source in content.items() if 0 <= k < shape[2]}
+
+    corners = np.concatenate([polygon for _, polygons in planes for polygon in polygons])
+    low = np.clip(np.floor(corners.min(axis=0)), 0, shape[:2]).astype(int)
+    high = np.clip(np.ceil(corners.max(axis=0)) + 1, low, shape[:2]).astype(int)
+    first, last = min(content, default=0), max(content, default=-1)
+    place = slice(low[0], high[0]), slice(low[1], high[1]), slice(first, last + 1)
+    size = int(high[0] - low[0]), int(high[1] - low[1])
+
+    def filled(index: int) -> np.ndarray:
+        inside = np.zeros(size, bool)
+        for polygon in planes[index][1]:
+            inside ^= fill_polygon(polygon - low, size)
+        return inside
 
     def draw() -> np.ndarray:
-        volume = np.zeros(shape, bool)
-        for k, by_distance in planes.items():
-            for polygon in by_distance[min(by_distance)]:
-                volume[:, :, k] ^= fill_polygon(polygon, shape[:2])
+        volume = np.zeros((*size, last + 1 - first), bool)
+        for k, (lower, upper, share) in content.items():
+            inside = filled(lower)
+            if upper != lower:
+                inside = _between(inside, filled(upper), share, spacing[:2])
+            volume[:, :, k - first] = inside
         return volume
 
-    return draw
+    return draw, place
+
+
+def _between(lower: np.ndarray, upper: np.ndarray, share: float, spacing: np.ndarray) -> np.ndarray:
+    """The shape between two, by their signed distances in mm; nothing where one of them is empty."""
+    if not lower.any() or not upper.any():
+        return np.zeros_like(lower)
+    return (1 - share) * _signed_distance(lower, spacing) + share * _signed_distance(upper, spacing) > 0
+
+
+def _signed_distance(inside: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Distance in mm to the other side of the outline, positive inside."""
+    framed = np.pad(inside, 1)
+    edt = ndimage.distance_transform_edt
+    return (edt(framed, sampling=spacing) - edt(~framed, sampling=spacing))[1:-1, 1:-1]
 
 
 def fill_polygon(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -156,11 +275,15 @@ def fill_polygon(polygon: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     first = np.clip(np.ceil(low[:, 1]), 0, shape[1]).astype(int)
     last = np.clip(np.ceil(high[:, 1]), 0, shape[1]).astype(int)  # an edge counts at its lower end, not at its upper
     counts = last - first
-    edge = np.repeat(np.arange(len(polygon)), counts)
-    row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
-    share = (row - low[edge, 1]) / (high[edge, 1] - low[edge, 1])
-    x = low[edge, 0] + share * (high[edge, 0] - low[edge, 0])
-    np.add.at(crossings, (np.clip(np.ceil(x), 0, shape[0]).astype(int), row), 1)
+    step = max(1, MAX_CROSSINGS // max(shape[1], 1))  # edges at a time, each of which may cross all rows
+    for start_edge in range(0, len(polygon), step):
+        some = slice(start_edge, start_edge + step)
+        edge = np.repeat(np.arange(len(polygon))[some], counts[some])
+        before = np.repeat(np.cumsum(counts[some]) - counts[some], counts[some])
+        row = np.arange(counts[some].sum()) - before + np.repeat(first[some], counts[some])
+        share = (row - low[edge, 1]) / (high[edge, 1] - low[edge, 1])
+        x = low[edge, 0] + share * (high[edge, 0] - low[edge, 0])
+        np.add.at(crossings, (np.clip(np.ceil(x), 0, shape[0]).astype(int), row), 1)
     return (np.cumsum(crossings, axis=0)[:-1] % 2).astype(bool)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -18,15 +17,16 @@ from numpy.typing import ArrayLike
 from pydicom.dataset import Dataset
 from scipy import ndimage
 
-from maisi_tools.dicom.ct import enhanced_ct, slice_headers, stored_values, to_lps, with_pixels
+from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
 from maisi_tools.dicom.objects import KEPT_TAGS, digest, new_study
 from maisi_tools.dicom.painting import paint
 from maisi_tools.dicom.segmentation import segmentation, segments
 from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
+from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
 from maisi_tools.volumes.inputs import is_dicom, stem_of
-from maisi_tools.volumes.series import list_dicom, read_slices, slice_affine
+from maisi_tools.volumes.series import read_slices, slice_affine
 
 STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
 """What a study's folder holds; of a folder with anything else, nothing is ever replaced."""
@@ -43,6 +43,8 @@ def write_study(
     enhanced: bool = False,
     created: datetime.datetime | None = None,
     replace: bool = False,
+    from_scan: bool = False,
+    region: Sequence[Sequence[float]] = (),
 ) -> list[Path]:
     """Write a generated CT, and its mask, as a DICOM study.
 
@@ -62,13 +64,17 @@ def write_study(
         created: date and time to write, by default now. The UIDs follow from it and from the content, so that writing
             the same again for the same time gives the same bytes.
         replace: whether a study that this function wrote into `folder` before may be replaced.
+        from_scan: whether the CT was computed from a patient's scan (reconstructed, edited), not from a mask or from
+            noise. Then it needs `source`, and the objects do not say that they were not acquired from a patient.
+        region: of an edited scan, on the scan's grid: two corners (RAS, mm) of the box outside of which all is as in
+            `source`. The objects then say that they are partly synthetic, and where; slices name their sources.
 
     Returns:
         The files, CT first.
 
     Raises:
-        InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, or a source
-            that is no CT series.
+        InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, a source
+            that is no CT series, or none where it is needed.
     """
     target = Path(folder).expanduser()
     present = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
@@ -82,7 +88,8 @@ def write_study(
     slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
     created = (created or datetime.datetime.now()).replace(microsecond=0)
-    study = new_study(content, created, seed, conditions, slices)
+    with reading(str(source)):  # whose elements are read when they are asked for
+        study = new_study(content, created, seed, conditions, slices, from_scan, region)
 
     part = target.with_name(f".{os.getpid()}-{target.name}")
     try:
@@ -94,6 +101,8 @@ def write_study(
             _save(images[0], part / "CT.dcm")
         else:
             images = slice_headers(grid, study)
+            if region and slices is not None:
+                refer_to_sources(images, slices)
             (part / "CT").mkdir()
             for number, ds in enumerate(with_pixels(images, stored), start=1):
                 files[f"CT/{number:04d}.dcm"] = images[number - 1]
@@ -133,10 +142,15 @@ def read_mask(
     """
     ds = read_single(path)
     table = {} if names is None else read_roi_table(names)
-    slices = None if series is None else _referenced_slices(ds, Path(series))
+    with reading(str(path)):
+        return _read_mask(ds, path, None if series is None else Path(series), table)
+
+
+def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table: Mapping[str, int]) -> MetaTensor:
+    slices = None if series is None else _referenced_slices(ds, series)
     if ds.Modality == "SEG":
-        found, affine, unknown = segments(ds, table)
-        mask = paint(found, unknown, str(path))
+        found, affine, shape, unknown = segments(ds, table)
+        mask = paint(found, shape, unknown, str(path))
         if slices is not None:
             grid = slice_affine(slices)
             mask = _on_grid(mask, affine, grid, (int(slices[0].Columns), int(slices[0].Rows), len(slices)))
@@ -147,8 +161,9 @@ def read_mask(
                 f"{path} is a structure set, which has contours and no grid; give the CT series it was drawn on with "
                 "--series FOLDER"
             )
-        found, unknown = structures(ds, slices, table)
-        mask, affine = paint(found, unknown, str(path)), slice_affine(slices)
+        found, unknown, unclosed = structures(ds, slices, table)
+        shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
+        mask, affine = paint(found, shape, unknown, str(path), unclosed), slice_affine(slices)
     meta = {"filename_or_obj": str(path)}
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(mask))[None], affine=torch.as_tensor(affine), meta=meta)
 
@@ -171,14 +186,14 @@ def read_single(path: str | os.PathLike) -> Dataset:
     file = Path(path).expanduser()
     if not file.exists():
         raise InputError(f"{file} does not exist; correct the path")
-    if file.is_dir():
-        readers = list_dicom(file)
-        ds = readers[0]() if len(readers) == 1 else None
-    else:
-        ds = pydicom.dcmread(file) if is_dicom(file) else None
-    if ds is None or ds.get("Modality") not in ("SEG", "RTSTRUCT"):
+    files = list_dicom(file) if file.is_dir() else [DicomFile(file)] if is_dicom(file) else []
+    head = files[0].read(stop_before_pixels=True) if len(files) == 1 else None
+    if head is None or head.get("Modality") not in ("SEG", "RTSTRUCT"):
         raise InputError(f"{file} is no DICOM Segmentation and no RT Structure Set; allowed is one of these")
-    return ds
+    if head.Modality == "RTSTRUCT":
+        return head
+    files[0].check_claim(head)
+    return files[0].read()
 
 
 class WriteStudyd(MapTransform):
@@ -192,6 +207,7 @@ class WriteStudyd(MapTransform):
         source_key: of the item's entry with the source series' path; None for a new patient.
         enhanced: one Enhanced CT object instead of slices.
         numbering: of the mask when it comes here; DICOM's codes are those of the vocabulary.
+        from_scan: whether the CT was computed from the scan under `source_key`.
 
     Raises:
         InputError: another numbering than "vocabulary".
@@ -207,6 +223,7 @@ class WriteStudyd(MapTransform):
         source_key: str | None = None,
         enhanced: bool = False,
         numbering: str = "vocabulary",
+        from_scan: bool = False,
     ) -> None:
         super().__init__(keys)
         if numbering != "vocabulary":
@@ -214,7 +231,7 @@ class WriteStudyd(MapTransform):
                 f"output_labels is {numbering!r}; allowed with DICOM output is 'vocabulary', which has codes"
             )
         self.output_dir, self.mask_key, self.source_key = Path(output_dir).expanduser(), mask_key, source_key
-        self.seed, self.conditions, self.enhanced = seed, conditions, enhanced
+        self.seed, self.conditions, self.enhanced, self.from_scan = seed, conditions, enhanced, from_scan
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the study of one item.
@@ -236,6 +253,7 @@ class WriteStudyd(MapTransform):
                 self.conditions,
                 self.enhanced,
                 replace=True,
+                from_scan=self.from_scan,
             )
         return dict(data)
 
@@ -250,17 +268,17 @@ def _referenced_slices(ds: Dataset, series: Path) -> Sequence[Dataset]:
     Raises:
         InputError: another frame of reference.
     """
-    uids = [str(item.SeriesInstanceUID) for item in ds.get("ReferencedSeriesSequence") or ()]
+    uids = [str(item.get("SeriesInstanceUID")) for item in ds.get("ReferencedSeriesSequence") or ()]
     for frame in ds.get("ReferencedFrameOfReferenceSequence") or ():
         for study in frame.get("RTReferencedStudySequence") or ():
-            uids += [str(item.SeriesInstanceUID) for item in study.get("RTReferencedSeriesSequence") or ()]
-    present = {str(read(stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]).SeriesInstanceUID) for read in
-               list_dicom(series)}  # fmt: skip
+            uids += [str(item.get("SeriesInstanceUID")) for item in study.get("RTReferencedSeriesSequence") or ()]
+    heads = [file.read(stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]) for file in list_dicom(series)]
+    present = {str(head.get("SeriesInstanceUID")) for head in heads}
     chosen = next((uid for uid in uids if uid in present), None)
     slices = read_slices(series, chosen, pixels=False)
     theirs, own = str(slices[0].get("FrameOfReferenceUID") or ""), {str(ds.get("FrameOfReferenceUID") or "")}
-    own |= {str(frame.FrameOfReferenceUID) for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
-    if theirs not in own:
+    own |= {str(frame.get("FrameOfReferenceUID") or "") for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
+    if theirs not in own - {""}:
         raise InputError(
             f"the mask lies in the frame of reference {', '.join(sorted(own - {''}))} and {series} in {theirs}; "
             "allowed is the series that it was drawn on"

@@ -40,6 +40,27 @@ class EncodeInferer(Inferer):
         return self.inferer(torch.as_tensor(padded), lambda x: network.encode(x)[0])
 
 
+class LatentEncoder:
+    """CT (B, 1, D, H, W) in [0, 1] -> latent (B, 4, d, h, w) as the diffusion stages see it; undoes `LatentDecoder`.
+
+    Args:
+        autoencoder: encodes; set to evaluation mode.
+        scale_factor: the posterior's mean is multiplied by it.
+        inferer: how the encoder is run.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, scale_factor: float = 1.0, inferer: Inferer | None = None) -> None:
+        self.autoencoder = autoencoder.eval()
+        self.scale_factor = float(scale_factor)
+        self.encode = EncodeInferer(inferer=inferer)
+
+    @torch.no_grad()
+    def __call__(self, ct: Tensor) -> Tensor:
+        mean = self.encode(ct, self.autoencoder)
+        assert isinstance(mean, Tensor)
+        return mean * self.scale_factor
+
+
 class LatentDecoder:
     """Latent (B, 4, d, h, w) -> CT (B, 1, factor * d, ...) in [0, 1], for stages whose network is not the autoencoder.
 

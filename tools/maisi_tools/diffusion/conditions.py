@@ -23,6 +23,9 @@ MODALITIES = {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri
 CONDITIONS = ("top_region_index_tensor", "bottom_region_index_tensor", "spacing_tensor", "class_labels")
 """The U-Net's keyword inputs that carry conditions."""
 
+LESIONS = "lesions"
+"""For guidance, the lesions of a mask: the unconditional pass sees them replaced by what is around them."""
+
 
 def modality_code(modality: str | int) -> int:
     """The U-Net's class label for a modality name or code.
@@ -134,14 +137,21 @@ def batch_tensors(conditions: Sequence[Conditions], scale: float, device: torch.
     return {name: torch.stack([one[name] for one in each]).to(device) for name in each[0]}
 
 
-def check_guidance(guidance_scale: float, guided_conditions: Sequence[str]) -> tuple[str, ...]:
+def check_guidance(
+    guidance_scale: float, guided_conditions: Sequence[str], of_mask: Sequence[str] = ()
+) -> tuple[str, ...]:
     """The conditions that guidance leaves out in its unconditional pass.
+
+    Args:
+        of_mask: those of a mask that may be left out beside the U-Net's, where there is a mask.
 
     Raises:
         InputError: an unknown condition; or guidance is asked for, but no condition was dropped in training.
     """
-    if unknown := sorted(set(guided_conditions) - set(CONDITIONS)):
-        raise InputError(f"guided_conditions has {', '.join(unknown)}; allowed are {', '.join(CONDITIONS)}")
+    allowed = (*CONDITIONS, *of_mask)
+    if isinstance(guided_conditions, str) or (unknown := sorted(set(guided_conditions) - set(allowed))):
+        given = guided_conditions if isinstance(guided_conditions, str) else ", ".join(unknown)
+        raise InputError(f"guided_conditions has {given}; allowed is a list of {', '.join(allowed)}")
     if guidance_scale != 0 and not guided_conditions:
         raise InputError(
             f"guidance_scale is {guidance_scale}, but these weights were trained without dropping conditions and know "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import (
+    LESIONS,
     Conditions,
     batch_tensors,
     check_guidance,
@@ -27,6 +28,7 @@ from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.organ_sizes import UNKNOWN, AskedSizes
 from maisi_tools.diffusion.samplers import (
     ALWAYS,
+    Denoiser,
     Scheduler,
     check_interval,
     check_sampling,
@@ -34,6 +36,7 @@ from maisi_tools.diffusion.samplers import (
     sample,
     step_generator,
 )
+from maisi_tools.masks.edits import remove_lesions
 from maisi_tools.masks.pieces import keep_largest_pieces
 from maisi_tools.masks.vocabulary import merge_labels, region_of
 from maisi_tools.networks import ControlledUNet
@@ -129,7 +132,9 @@ class MaskToCT(Inferer):
 
     Args:
         decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
-        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise.
+        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise. ``guided_conditions`` may have
+            "lesions": the unconditional pass sees the mask with its lesions replaced by what is around them, so that
+            they stand out more the larger the scale. Without a lesion that the weights know, it guides nothing.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this: the factor, times 2 for each further level of the U-Net.
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -180,7 +185,7 @@ class MaskToCT(Inferer):
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
-        self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
+        self.guided_conditions = check_guidance(guidance_scale, guided_conditions, (LESIONS,))
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
@@ -197,12 +202,55 @@ class MaskToCT(Inferer):
         What no seed changes, the mask's embedding foremost, is computed once a mask. One mask at a time: a CT must not
         depend on the batch its mask was in.
         """
-        spacings = self._spacings(inputs)
+        spacings = self.spacings(inputs)
         labels = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs).round()
         for mask, spacing in zip(labels.split(1), spacings, strict=True):
             yield self._prepare(mask, spacing, network)
 
-    def _spacings(self, inputs: Tensor) -> list[Sequence[float]]:
+    @torch.no_grad()
+    def denoiser(
+        self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet
+    ) -> tuple[Denoiser, Conditions]:
+        """What a sampler follows to draw a latent for a mask (1, 1, D, H, W) of a legal size, and its conditions.
+
+        What no step changes, the mask's embedding foremost, is computed here.
+        """
+        condition = labels
+        if self.keep_labels is not None:
+            condition = merge_labels(labels, self.keep_labels, self.merge_labels)
+        conditions = Conditions(
+            size=(labels.shape[2], labels.shape[3], labels.shape[4]),
+            spacing=(spacing[0], spacing[1], spacing[2]),
+            region=region_of(condition.unique().int().tolist()),
+            modality=self.modality,
+        )
+        tensors = batch_tensors([conditions], self.condition_scale, labels.device)
+        without = without_conditions(tensors, self.guided_conditions)
+        embedding = other = self.inferer(condition, network.embed)
+        scale = self.guidance_scale
+        if scale and LESIONS in self.guided_conditions:
+            healthy = self._healthy(labels, spacing)
+            if not torch.equal(healthy, condition):
+                other = self.inferer(healthy, network.embed)
+            elif self.guided_conditions == (LESIONS,):
+                logger.warning("there is no lesion in the mask that these weights know: nothing is guided")
+                scale = 0.0
+        denoiser = guided(
+            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
+            lambda x, t: self.inferer(x, network.denoise, other, t, self.control_scale, **without),
+            scale,
+            self.guidance_interval,
+            self.scheduler.num_train_timesteps,
+        )
+        return denoiser, conditions
+
+    def _healthy(self, labels: Tensor, spacing: Sequence[float]) -> Tensor:
+        """The condition that a mask would be without its lesions."""
+        without = remove_lesions(labels[0, 0].round().to(torch.uint8).cpu().numpy(), spacing)
+        healthy = torch.from_numpy(without).to(labels)[None, None]
+        return healthy if self.keep_labels is None else merge_labels(healthy, self.keep_labels, self.merge_labels)
+
+    def spacings(self, inputs: Tensor) -> list[Sequence[float]]:
         """Mm along x, y, z of each mask of a batch."""
         if self.spacing is not None:
             return [self.spacing] * len(inputs)
@@ -215,25 +263,7 @@ class MaskToCT(Inferer):
     @torch.no_grad()
     def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
-        condition = padded
-        if self.keep_labels is not None:
-            condition = merge_labels(padded, self.keep_labels, self.merge_labels)
-        conditions = Conditions(
-            size=(padded.shape[2], padded.shape[3], padded.shape[4]),
-            spacing=(spacing[0], spacing[1], spacing[2]),
-            region=region_of(condition.unique().int().tolist()),
-            modality=self.modality,
-        )
-        tensors = batch_tensors([conditions], self.condition_scale, labels.device)
-        without = without_conditions(tensors, self.guided_conditions)
-        embedding = self.inferer(condition, network.embed)
-        denoiser = guided(
-            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
-            lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **without),
-            self.guidance_scale,
-            self.guidance_interval,
-            self.scheduler.num_train_timesteps,
-        )
+        denoiser, conditions = self.denoiser(padded, spacing, network)
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:

@@ -103,6 +103,56 @@ def guided(
     return denoiser
 
 
+def check_start(strength: float, resample_steps: int) -> None:
+    """Refuse a start that :func:`sample` cannot take.
+
+    Raises:
+        InputError: `strength` is no number above 0 up to 1, or `resample_steps` no whole number from 0 on.
+    """
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not 0 < strength <= 1:
+        raise InputError(
+            f"strength is {strength!r}; allowed is a number above 0 up to 1: 1 starts from noise alone, less from the "
+            "given latent noised to that share"
+        )
+    if not isinstance(resample_steps, int) or isinstance(resample_steps, bool) or resample_steps < 0:
+        raise InputError(f"resample_steps is {resample_steps!r}; allowed are whole numbers from 0 on")
+
+
+def signal_and_noise(scheduler: Scheduler, timestep: float) -> tuple[float, float]:
+    """The shares of data and of noise in the noisy latent at a timestep: ``signal * data + spread * noise``."""
+    if isinstance(scheduler, RFlowScheduler):
+        spread = timestep / scheduler.num_train_timesteps
+        return 1 - spread, spread
+    alpha = float(scheduler.alphas_cumprod[int(timestep)])
+    return math.sqrt(alpha), math.sqrt(1 - alpha)
+
+
+def known_outside(denoiser: Denoiser, known: Tensor, region: Tensor, scheduler: Scheduler) -> Denoiser:
+    """A denoiser that leads to `known` outside of `region`, whatever the scheduler and its solver.
+
+    There it gives what the true network of the one data point `known` would: the noisy latent is then the known one at
+    each step's noise (Lugmayr et al. 2022, RePaint, equation 8a), and the end is `known` itself.
+
+    Args:
+        known: (B, C, d, h, w).
+        region: (B, 1, d, h, w), True where the latent is drawn.
+    """
+
+    def inside(latent: Tensor, timesteps: Tensor) -> Tensor:
+        output = denoiser(latent, timesteps)
+        signal, spread = signal_and_noise(scheduler, float(timesteps.flatten()[0]))
+        noise = (latent - signal * known) / spread
+        if isinstance(scheduler, RFlowScheduler):
+            true = known - noise
+        else:
+            kind = str(scheduler.prediction_type)
+            v_prediction = signal * noise - spread * known
+            true = {"epsilon": noise, "sample": known, "v_prediction": v_prediction}[kind]
+        return torch.where(region, output, true.to(output.dtype))
+
+    return inside
+
+
 def step_generator(noise: Tensor, seed: int) -> torch.Generator:
     """The source of the noise that DDPM adds on the way: a seed's random numbers after those of its initial noise.
 
@@ -124,6 +174,9 @@ def sample(
     generator: torch.Generator | None = None,
     progress: bool = True,
     solver: str = "euler",
+    data: Tensor | None = None,
+    strength: float = 1.0,
+    resample_steps: int = 0,
 ) -> Tensor:
     """Integrate from noise to a latent.
 
@@ -144,25 +197,37 @@ def sample(
             ends of a step; the last step, which ends at the data, is Euler's (Karras et al. 2022, algorithm 1).
             ``ab2``: second order at Euler's cost, the velocity extrapolated to the middle of the step from the one
             before (Adams-Bashforth on the uneven grid); the first step is Euler's.
+        data: the latent (B, C, d, h, w) that a `strength` below 1 starts from.
+        strength: the steps begin at this share of the timesteps, from `data` noised to that level (Meng et al. 2022,
+            SDEdit); 1 takes all of them, from noise alone.
+        resample_steps: how often each step is taken back, by noising its result to the level it came from, and taken
+            again (RePaint, section 4.2 with jumps of one step), so that what is drawn fits what is known beside it.
 
     Raises:
-        InputError: see :func:`check_sampling`.
+        InputError: see :func:`check_sampling` and :func:`check_start`; or a `strength` below 1 without `data`.
     """
     check_sampling(scheduler, num_inference_steps, solver)
+    check_start(strength, resample_steps)
     if isinstance(scheduler, RFlowScheduler):
         scheduler.set_timesteps(num_inference_steps, noise.device, math.prod(noise.shape[2:]))
     else:
         scheduler.set_timesteps(num_inference_steps, noise.device)
     timesteps = scheduler.timesteps.float()
+    latent = noise
+    if strength < 1:
+        if data is None:
+            raise InputError(f"strength is {strength} without a latent to start from; allowed is 1")
+        begin = int((timesteps > strength * scheduler.num_train_timesteps).sum())
+        timesteps = timesteps[min(begin, len(timesteps) - 1) :]
+        signal, spread = signal_and_noise(scheduler, float(timesteps[0]))
+        latent = signal * data + spread * noise
     following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     lengths = (timesteps - following).tolist()
 
-    latent = noise
     before: tuple[Tensor, float] | None = None  # velocity and length of the step before
-    steps = tqdm(
-        zip(timesteps, following, lengths, strict=True), total=len(lengths), desc="sampling", disable=not progress
-    )
-    for number, (timestep, next_timestep, length) in enumerate(steps):
+    taken = [(number, back) for number in range(len(lengths)) for back in (*[True] * resample_steps, False)]
+    for number, back in tqdm(taken, desc="sampling", disable=not progress):
+        timestep, next_timestep, length = timesteps[number], following[number], lengths[number]
         last = number + 1 == len(lengths)
         output = denoiser(latent, timestep.expand(len(latent)))
         if isinstance(scheduler, RFlowScheduler):
@@ -179,6 +244,13 @@ def sample(
             latent, _ = scheduler.step(output, int(timestep), latent, generator=generator)
         else:
             latent = _ddim_step(scheduler, output, latent, int(timestep), None if last else int(next_timestep))
+        if back:
+            signal, spread = signal_and_noise(scheduler, float(timestep))
+            there, left = (1.0, 0.0) if last else signal_and_noise(scheduler, float(next_timestep))
+            kept = signal / there
+            added = torch.randn(latent.shape, generator=generator, device=latent.device, dtype=latent.dtype)
+            latent = kept * latent + math.sqrt(max(spread**2 - (kept * left) ** 2, 0.0)) * added
+            before = None  # the slope of another path
     return latent
 
 

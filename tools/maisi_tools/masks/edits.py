@@ -52,6 +52,9 @@ LARGEST_SHARE = 0.5
 KEPT_SHARE = 0.9
 """A wanted organ has to keep this share of its volume in a new field of view."""
 
+VERBS = ("remove", "resize", "insert", "augment", "redraw")
+"""What an edit of a scan may do, see :func:`apply_edits`; done in this order."""
+
 _ROUGHNESS = 0.2
 """Standard deviation of a new lesion's radius over its surface, as a share."""
 
@@ -95,6 +98,14 @@ def remove_lesion(labels: np.ndarray, spacing: Sequence[float], lesion: int) -> 
     return result
 
 
+def remove_lesions(labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """The mask without any lesion, see :func:`remove_lesion`; the array itself where there is none."""
+    for lesion in map(label_id, HOSTS):
+        if (labels == lesion).any():
+            labels = remove_lesion(labels, spacing, lesion)
+    return labels
+
+
 def insert_lesion(
     labels: np.ndarray,
     spacing: Sequence[float],
@@ -129,6 +140,11 @@ def insert_lesion(
         raise InputError(f"a {name} of {diameter_mm:g} mm is smaller than a voxel of {_mm(mm)}; give a larger one")
     sizes = {organ: int(np.count_nonzero(labels == organ)) for organ in (hosts if host is None else (host,))}
     large = [organ for organ, size in sizes.items() if LARGEST_SHARE * size >= count]
+    if not any(sizes.values()):
+        raise InputError(
+            f"a {name} grows in {' or '.join(map(_name, list(sizes)[:5]))}, and the mask has "
+            f"{'none of them' if len(sizes) > 1 else 'none'}; allowed is a mask with the organ: segment it, too"
+        )
     if not large:
         most = max(sizes.values()) * LARGEST_SHARE * float(np.prod(mm))
         raise InputError(
@@ -415,6 +431,124 @@ def fit_field_of_view(
     return fitted
 
 
+def apply_edits(
+    labels: np.ndarray,
+    spacing: Sequence[float],
+    edits: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    label_map: LabelMap = LABEL_MAPS["maisi"],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The mask after one or several edits, and what is to be drawn anew although its labels stay.
+
+    Args:
+        labels: (X, Y, Z) in the vocabulary; to resize an organ, with a body.
+        spacing: mm along x, y, z.
+        edits: one, or several that are done one after another, each with some of
+
+            - ``remove``: a lesion, or a list of them;
+            - ``resize``: organ -> factor of its volume;
+            - ``insert``: lesion -> diameter in mm, or a list of diameters for as many lesions;
+            - ``augment``: lesion -> factor of its diameter, with ``shift_mm`` and ``elastic_mm``;
+            - ``redraw``: a structure, or a list of them, whose labels stay;
+            - ``seed``: of what is drawn; by default `seed` for the first edit, one more for each further one.
+        seed: see there.
+        label_map: whose names structures may have, too, see :func:`structure_id`.
+
+    Returns:
+        A new array, and where structures are drawn anew (boolean, or None for nowhere).
+
+    Raises:
+        InputError: something else than such edits, none at all, or as the edits themselves.
+    """
+    several = [edits] if isinstance(edits, Mapping) else edits
+    keys = (*VERBS, "shift_mm", "elastic_mm", "seed")
+    good = isinstance(several, Sequence) and not isinstance(several, str) and several
+    if not good or not all(isinstance(one, Mapping) and set(one) & set(VERBS) for one in several):
+        raise InputError(
+            f"edits are {edits!r}; allowed is one or a list of {{verb: ...}} with {', '.join(VERBS)}, such as "
+            "{'insert': {'lung tumor': 20}, 'seed': 0}"
+        )
+    result, anew = labels.copy(), None
+    for number, one in enumerate(several):
+        if unknown := [str(key) for key in one if key not in keys]:
+            raise InputError(f"an edit has {', '.join(unknown)}; allowed are {', '.join(keys)}")
+        own = one.get("seed", seed + number)
+        if not isinstance(own, int) or isinstance(own, bool) or own < 0:
+            raise InputError(f"the seed of an edit is {own!r}; allowed is a whole number from 0 on")
+        shift, elastic = one.get("shift_mm", 0.0), one.get("elastic_mm", 0.0)
+        result = _edited(
+            result,
+            spacing,
+            np.random.default_rng(own),
+            _names("remove", one),
+            _amounts("resize", one),
+            _amounts("insert", one),
+            _amounts("augment", one),
+            shift,
+            elastic,
+            label_map,
+        )
+        for name in _names("redraw", one):
+            inside = _present(result, structure_id(name, label_map))
+            anew = inside if anew is None else anew | inside
+    return result, anew
+
+
+def _edited(
+    labels: np.ndarray,
+    spacing: Sequence[float],
+    rng: np.random.Generator,
+    remove: Sequence[str],
+    resize: Mapping[str, Any],
+    insert: Mapping[str, Any],
+    augment: Mapping[str, Any],
+    shift_mm: float,
+    elastic_mm: float,
+    label_map: LabelMap,
+) -> np.ndarray:
+    """Edits of each kind, in the order of the arguments."""
+    if (shift_mm or elastic_mm) and not augment:
+        raise InputError(
+            "shift and elastic move the lesions that augment names, and it names none; allowed is, for instance, "
+            "augment {hepatic tumor: 1}, which keeps their size"
+        )
+    for name in remove:
+        labels = remove_lesion(labels, spacing, structure_id(name, label_map))
+    for name, factor in resize.items():
+        labels = resize_organ(labels, spacing, structure_id(name, label_map), factor)
+    for name, diameters in insert.items():
+        for diameter in diameters if isinstance(diameters, (list, tuple)) else [diameters]:
+            labels = insert_lesion(labels, spacing, structure_id(name, label_map), diameter, rng)
+    for name, zoom in augment.items():
+        labels = augment_lesion(labels, spacing, structure_id(name, label_map), rng, zoom, shift_mm, elastic_mm)
+    return labels
+
+
+def structure_id(name: str, label_map: LabelMap) -> int:
+    """The id of a structure by its name in a label map, which may have placeholders, else in the vocabulary.
+
+    Raises:
+        InputError: neither has the name.
+    """
+    label = label_map.label_of(name)
+    return label_map.get(label, 0) or label_id(name) if label is not None else label_id(name)
+
+
+def _names(verb: str, edit: Mapping[str, Any]) -> list[str]:
+    value = edit.get(verb) or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{verb} is {value!r}; allowed is a name, or a list of them")
+    return list(names)
+
+
+def _amounts(verb: str, edit: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = edit.get(verb) or {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"{verb} is {value!r}; allowed is name -> number, such as {{'lung tumor': 20}}")
+    return value
+
+
 def edit_file(
     path: str | os.PathLike,
     output: str | os.PathLike,
@@ -459,11 +593,6 @@ def edit_file(
         InputError: as the edits, or a name that is no label, or `output` is no NIfTI name, or a shift or deformation of
             no lesion.
     """
-    if (shift_mm or elastic_mm) and not augment:
-        raise InputError(
-            "shift and elastic move the lesions that augment names, and it names none; allowed is, for instance, "
-            "augment {hepatic tumor: 1}, which keeps their size"
-        )
     target = Path(output)
     if not target.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"output {output} has no NIfTI name; allowed are .nii and .nii.gz: name it {output}.nii.gz")
@@ -473,14 +602,9 @@ def edit_file(
     if resize:
         labels = add_body(labels, mm)
     before = volumes_ml(labels, mm)
-    for name in remove:
-        labels = remove_lesion(labels, mm, label_id(name))
-    for name, factor in (resize or {}).items():
-        labels = resize_organ(labels, mm, label_id(name), factor)
-    for name, diameter in (insert or {}).items():
-        labels = insert_lesion(labels, mm, label_id(name), diameter, rng)
-    for name, zoom in (augment or {}).items():
-        labels = augment_lesion(labels, mm, label_id(name), rng, zoom, shift_mm, elastic_mm)
+    labels = _edited(
+        labels, mm, rng, remove, resize or {}, insert or {}, augment or {}, shift_mm, elastic_mm, label_map
+    )
     if flip:
         labels = flip_sides(labels, label_map if label_map.placeholders else LABEL_MAPS["openkbp"])
     edited = MetaTensor(torch.from_numpy(labels)[None], meta=mask.meta, applied_operations=mask.applied_operations)

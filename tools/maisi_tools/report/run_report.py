@@ -25,9 +25,10 @@ from maisi_tools.metrics.intensity import hu_ranges
 from maisi_tools.report.preview import centre_of, label_colour, load_image, load_labels, plane
 from maisi_tools.run_record import RUN_RECORD
 from maisi_tools.volumes.inputs import is_volume, stem_of
+from maisi_tools.volumes.patching import read_stored
 from maisi_tools.volumes.reading import sidecar_path
 
-NO_CT = ("_mask", "_latent", "_sigma", "_seg", "_label")
+NO_CT = ("_mask", "_latent", "_sigma", "_seg", "_label", "_weight")
 """Ends of the stems of volumes that are no CT."""
 
 MAX_VOXELS = 4_000_000
@@ -51,13 +52,14 @@ LISTED_ROWS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """A CT of the run, in RAS: (X, Y, Z) in HU, the mask on its grid, and what its sidecar says."""
+    """A CT of the run, in RAS: (X, Y, Z) in HU, the mask on its grid, what its sidecar says, an edit's blend weight."""
 
     name: str
     hu: np.ndarray
     labels: np.ndarray | None
     spacing: tuple[float, float, float]
     sidecar: Mapping[str, Any]
+    weight: np.ndarray | None = None
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None, max_cases: int = 20) -> Path:
@@ -141,6 +143,7 @@ def _read_case(path: Path) -> Case:
     stem = stem_of(path)
     suffix = path.name[len(stem) :]
     mask = path.with_name(f"{stem.removesuffix('_ct')}_mask{suffix}")
+    weight = path.with_name(f"{stem.removesuffix('_ct')}_weight{suffix}")
     sidecar = sidecar_path(path)
     try:
         content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
@@ -153,21 +156,48 @@ def _read_case(path: Path) -> Case:
         load_labels(mask, image) if mask.is_file() else None,
         (float(x), float(y), float(z)),
         content if isinstance(content, dict) else {"content": content},
+        np.asanyarray(load_image(weight, "weight").dataobj) if weight.is_file() else None,
     )
 
 
 def _thumbnail(case: Case, anchor: str) -> str:
     """The axial plane through the middle of the anatomy, as a link to the case."""
-    pixels = plane(case.hu, "axial", centre_of(case.hu, case.labels))
-    low, high = WINDOWS["soft tissue"]
-    with io.BytesIO() as buffer:
-        imsave(buffer, pixels, format="png", cmap="gray", vmin=low, vmax=high, origin="lower")
-        picture = base64.b64encode(buffer.getvalue()).decode()
+    picture = _picture(case.hu, centre_of(case.hu, case.labels), WINDOWS["soft tissue"])
     name = _text(case.name)
     return (
         f"<figure><a href='#{anchor}-case'><img alt='Axial plane of {name}' src='data:image/png;base64,{picture}'></a>"
         f"<figcaption>{name}</figcaption></figure>"
     )
+
+
+def _picture(volume: np.ndarray, centre: Sequence[int], window: Sequence[float]) -> str:
+    """The axial plane as PNG, in base64."""
+    with io.BytesIO() as buffer:
+        pixels = plane(volume, "axial", centre)
+        imsave(buffer, pixels, format="png", cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _edit(case: Case, weight: np.ndarray) -> str:
+    """The axial plane through the middle of what was edited: the scan before, after, and the blend weight."""
+    inside = np.argwhere(weight > 0)
+    centre = ((inside.min(0) + inside.max(0)) // 2).tolist() if len(inside) else [n // 2 for n in weight.shape]
+    shown = [("after", case.hu, WINDOWS["soft tissue"]), ("weight", weight, (0, 1))]
+    source, note = str(case.sidecar.get("source", "")), ""
+    try:
+        scan = read_stored(source, "ct")
+        before = scan.ras()
+        if before.shape != case.hu.shape:
+            raise InputError(f"{source} has another shape than the edited scan")
+        shown.insert(0, ("before", scan.slope * before + scan.intercept, WINDOWS["soft tissue"]))
+    except (InputError, OSError) as error:
+        note = f"<p class='note'>The scan before the edit is not shown: {_text(error)}</p>"
+    figures = "".join(
+        f"<figure><img alt='Axial plane, {name}' src='data:image/png;base64,{_picture(volume, centre, window)}'>"
+        f"<figcaption>{name}</figcaption></figure>"
+        for name, volume, window in shown
+    )
+    return f"<div class='sheet'>{figures}</div>{note}"
 
 
 def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened: bool) -> str:
@@ -187,6 +217,7 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
     parts = [
         f"<details class='case' id='{id}-case'{' open' if opened else ''}><summary>{_text(case.name)}</summary>",
         f"<p class='note'>{size} voxels of {spacing} mm{thinned}</p>",
+        "" if case.weight is None else _edit(case, case.weight),
         _viewer(id, shown),
         _data(f"{id}-ct", hu),
         "" if labels is None else _data(f"{id}-mask", labels),

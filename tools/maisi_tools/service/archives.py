@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pydicom.dataset import Dataset
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
@@ -18,15 +20,28 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from maisi_tools.service.association import PENDING, SUCCESS, association
 from maisi_tools.service.receive import keep
 from maisi_tools.service.settings import Poll, Query
+from maisi_tools.service.troubles import Troubles, printable
+from maisi_tools.volumes.dicom_files import is_system_error
 
 logger = logging.getLogger(__name__)
+
+GROWTH_SECONDS = 3600.0
+"""For which the CT of a structure set that was fetched may still be growing in the archive."""
+
+
+class Found(NamedTuple):
+    """A series of an archive: its study, its UID, how many instances the archive has (None where it does not say)."""
+
+    study: str
+    series: str
+    instances: int | None = None
 
 
 class Archive(Protocol):
     """Where series are looked for and fetched from."""
 
-    def search(self, kind: str, study: str | None = None) -> list[tuple[str, str]]:
-        """(Study, Series Instance UID) of the series of a modality, of one study where it is given."""
+    def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
+        """The series of a modality, of one study, or that one series, where they are given."""
 
     def fetch(self, study: str, series: str) -> None:
         """Bring a series into the spool.
@@ -42,9 +57,10 @@ class DicomWebArchive:
     Args:
         settings: its address.
         incoming: the spool.
+        troubles: get the objects that are not taken.
     """
 
-    def __init__(self, settings: Poll, incoming: Path) -> None:
+    def __init__(self, settings: Poll, incoming: Path, troubles: Troubles) -> None:
         from dicomweb_client.api import DICOMwebClient
         from dicomweb_client.session_utils import create_session_from_user_pass
 
@@ -52,17 +68,23 @@ class DicomWebArchive:
         if settings.user is not None:
             session = create_session_from_user_pass(settings.user, os.environ.get(settings.password_variable, ""))
         self.client = DICOMwebClient(settings.url, session=session)
-        self.incoming = incoming
+        self.incoming, self.troubles = incoming, troubles
 
-    def search(self, kind: str, study: str | None = None) -> list[tuple[str, str]]:
+    def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
-        found = map(Dataset.from_json, self.client.search_for_series(study, search_filters={"Modality": kind}))
-        return [(str(series.StudyInstanceUID), str(series.SeriesInstanceUID)) for series in found]
+        filters = {"Modality": kind} if series is None else {"Modality": kind, "SeriesInstanceUID": series}
+        found = self.client.search_for_series(study, search_filters=filters, fields=["NumberOfSeriesRelatedInstances"])
+        return [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, found)]
 
     def fetch(self, study: str, series: str) -> None:
         """See :class:`Archive`."""
-        for ds in self.client.retrieve_series(study, series):
-            keep(ds, self.incoming)
+        for ds in self.client.iter_series(study, series):
+            try:
+                keep(ds, self.incoming)
+            except Exception as error:  # the other objects may be all right
+                if is_system_error(error):
+                    raise
+                self.troubles.add("object", f"an object of series {series} is not taken: {printable(error)}")
 
 
 class DimseArchive:
@@ -79,7 +101,7 @@ class DimseArchive:
     def __init__(self, settings: Query, ae_title: str) -> None:
         self.settings, self.ae_title = settings, ae_title
 
-    def search(self, kind: str, study: str | None = None) -> list[tuple[str, str]]:
+    def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
         if study is None:
             first = datetime.date.today() - datetime.timedelta(days=self.settings.days)
@@ -87,11 +109,11 @@ class DimseArchive:
             studies = [found.StudyInstanceUID for found in self._find("STUDY", StudyInstanceUID="", **wanted)]
         else:
             studies = [study]
-        wanted = {"Modality": kind, "SeriesInstanceUID": ""}
+        keys = {"Modality": kind, "SeriesInstanceUID": series or "", "NumberOfSeriesRelatedInstances": None}
         return [
-            (str(one), str(found.SeriesInstanceUID))
+            _found(found, one)
             for one in studies
-            for found in self._find("SERIES", StudyInstanceUID=one, **wanted)
+            for found in self._find("SERIES", StudyInstanceUID=one, **keys)
             if found.get("Modality") == kind  # an archive may match by less than it was asked
         ]
 
@@ -106,7 +128,7 @@ class DimseArchive:
         if not answers or not answers[-1] or answers[-1].Status != SUCCESS:
             raise ConnectionError(f"{self.settings.ae_title} does not send series {series} here: {_said(answers)}")
 
-    def _find(self, level: str, **keys: str) -> Iterator[Dataset]:
+    def _find(self, level: str, **keys: str | None) -> Iterator[Dataset]:
         asked = Dataset()
         asked.QueryRetrieveLevel = level
         for name, value in keys.items():
@@ -119,32 +141,59 @@ class DimseArchive:
         return (found for answer, found in answers if answer.Status in PENDING and found is not None)
 
 
-def fetch_new(archive: Archive, kinds: Mapping[str, bool], seen: set[str]) -> int:
-    """Fetch what is new in an archive; a structure set is fetched with the CT of its study.
+def fetch_new(
+    archive: Archive, kinds: Mapping[str, bool], seen: dict[str, int], watched: dict[str, float], troubles: Troubles
+) -> int:
+    """Fetch what is new in an archive, or has grown; a structure set is fetched with the CT of its study.
 
     Args:
         archive: whom to ask.
         kinds: modality -> whether the study's CT is needed, too.
-        seen: series that were fetched before; those fetched now are added.
+        seen: series that were fetched before -> how many instances the archive had of them then (0 for unknown); those
+            fetched now are added.
+        watched: series with a CT -> when they were fetched; for :data:`GROWTH_SECONDS` that CT is looked at again. Kept
+            up to date here.
+        troubles: get what could not be fetched.
 
     Returns:
         Series fetched.
     """
-    fetched = 0
+    fetched, now = 0, time.monotonic()
     for kind, needs_ct in kinds.items():
-        for study, series in archive.search(kind):
-            if series in seen:
-                continue
+        for one in archive.search(kind):
+            new = one.series not in seen
             try:
-                for with_it in [uid for _, uid in archive.search("CT", study)] if needs_ct else []:
-                    archive.fetch(study, with_it)
-                archive.fetch(study, series)
+                wanted = [one]
+                if needs_ct and (new or now - watched.get(one.series, -GROWTH_SECONDS) < GROWTH_SECONDS):
+                    wanted = [*archive.search("CT", one.study), one]
+                wanted = [each for each in wanted if new or (each.instances or 0) > seen.get(each.series, 0)]
+                for each in wanted:
+                    archive.fetch(each.study, each.series)
             except Exception as error:  # the next series may come; this one is asked for again
-                logger.warning("series %s cannot be fetched: %s", series, error)
+                troubles.add("archive", f"series {printable(one.series)} cannot be fetched: {printable(error)}")
                 continue
-            seen.add(series)
-            fetched += 1
+            if wanted:
+                seen |= {each.series: each.instances or 0 for each in wanted}
+                watched[one.series] = now
+                fetched += 1
     return fetched
+
+
+def read_seen(path: Path) -> dict[str, int]:
+    """What :func:`fetch_new` had seen when the file was written; nothing of one that is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+        return {str(uid): int(count) for uid, count in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); what the archive has is fetched anew", path, error)
+        return {}
+
+
+def _found(found: Dataset, study: Any) -> Found:
+    count = found.get("NumberOfSeriesRelatedInstances")
+    return Found(str(study), str(found.SeriesInstanceUID), None if count in (None, "") else int(count))
 
 
 def _said(answers: list[Dataset]) -> str:

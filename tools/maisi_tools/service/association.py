@@ -19,6 +19,10 @@ PENDING = (0xFF00, 0xFF01)
 """Status of an answer after which more will come (DICOM PS3.4 tables C.4-1 and C.4-2)."""
 
 
+CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
+"""In which a node has to accept an association, and to answer a request."""
+
+
 @contextmanager
 def association(node: Node, calling: str, contexts: Iterable[tuple[str, ...]]) -> Iterator[Association]:
     """Open an association, in TLS where the node wants it, and release it afterwards.
@@ -32,6 +36,7 @@ def association(node: Node, calling: str, contexts: Iterable[tuple[str, ...]]) -
         ConnectionError: it cannot be reached, or refuses us.
     """
     ae = AE(calling)
+    ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout = CONNECT_SECONDS, CONNECT_SECONDS, ANSWER_SECONDS
     for context in contexts:
         ae.add_requested_context(*context)
     tls: Any = (ssl.create_default_context(), node.host) if node.tls else None

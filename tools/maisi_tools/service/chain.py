@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -14,17 +16,31 @@ import pydicom
 from monai.bundle import ConfigWorkflow
 from pydicom.dataset import Dataset
 
+from maisi_tools.dicom.objects import recordable
 from maisi_tools.dicom.study import read_mask, write_study
+from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
 from maisi_tools.service.association import SUCCESS, association
 from maisi_tools.service.jobs import Job
+from maisi_tools.service.receive import needed_series
 from maisi_tools.service.settings import Chain, Node
+from maisi_tools.service.troubles import printable
 from maisi_tools.volumes.grid import straighten
+from maisi_tools.volumes.inputs import is_dicom
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
+logger = logging.getLogger(__name__)
 
-def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Path]:
+
+class Made(NamedTuple):
+    """A result: its files, the CT first, and the CT's Series Instance UID."""
+
+    files: list[Path]
+    series: str
+
+
+def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
     """Make a job's result, the files of a DICOM study, in the folder `work`, which is emptied first.
 
     Args:
@@ -37,7 +53,7 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
         InputError: what came in cannot be used, or the chain refuses it.
     """
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, mode=0o700)
     volume, series = _volume(job, chain, work)
     if chain.keep_patient and series is None:
         raise InputError(f"study {job.study} has no CT series, whose patient the result could join; send it, too")
@@ -51,15 +67,14 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
             meta_file=str(bundle / "configs" / "metadata.json"),
             logging_file=False,
             bundle_root=str(bundle),
-            input=str(volume),
             output_dir=str(out),
             device=f"$torch.device({device!r})",
-            **_filled(step.settings, str(volume)),
+            **{"input": str(volume), **_filled(step.settings, str(volume), series)},
         )
         workflow.initialize()
         workflow.run()
         workflow.finalize()
-        ran[bundle.name] = dict(step.settings)
+        ran[bundle.name] = recordable(step.settings)
         made = sorted(out.glob(f"*{step.result}"))
         if len(made) != 1:
             raise InputError(
@@ -69,7 +84,12 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
     ct: Any = nib.load(volume)
     mask_file = volume.with_name(volume.name.replace(chain.steps[-1].result, "_mask.nii.gz"))
     mask = np.asarray(nib.load(mask_file).dataobj) if mask_file.is_file() else None  # type: ignore[attr-defined]
-    return write_study(
+    sidecar = volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
+    edited = json.loads(sidecar.read_text()).get("region", {}) if sidecar.is_file() else {}
+    region = edited.get("box_ras_mm", ())
+    if job.replaces:
+        ran["replaces"] = job.replaces
+    files = write_study(
         work / "study",
         np.asarray(ct.dataobj),
         ct.affine,
@@ -77,18 +97,51 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> list[Pat
         source=series if chain.keep_patient else None,
         conditions=ran,
         created=datetime.datetime.fromisoformat(job.received),
+        from_scan=chain.when == "CT" or bool(region),
+        region=region,
     )
+    return Made(files, str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID))
 
 
-def _filled(value: Any, volume: str) -> Any:
-    """Settings with "{input}" replaced by the volume's path, for bundles whose input has another key than ours."""
+def _filled(value: Any, volume: str, series: Path | None) -> Any:
+    """Settings with "{input}" replaced by the volume's path, and "{series}" by that of the CT series it belongs to."""
     if isinstance(value, str):
-        return value.replace("{input}", volume)
+        if "{series}" in value and series is None:
+            raise InputError("a step's settings name {series}, and the study has no CT series; send it, too")
+        return value.replace("{input}", volume).replace("{series}", str(series))
     if isinstance(value, Mapping):
-        return {key: _filled(one, volume) for key, one in value.items()}
+        return {key: _filled(one, volume, series) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_filled(one, volume) for one in value]
+        return [_filled(one, volume, series) for one in value]
     return value
+
+
+def gather(source: Path, incoming: Path) -> dict[str, str]:
+    """Copy the DICOM files of a folder, at any depth, as the listener's spool holds those of a study.
+
+    Args:
+        source: the folder; files that are no DICOM objects with UIDs are passed over.
+        incoming: gets ``INSTANCE.dcm``.
+
+    Returns:
+        Modality -> SOP Instance UID of the first such object.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(source.rglob("*")):
+        if not is_dicom(path):
+            continue
+        try:
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SOPInstanceUID"])
+            uid, kind = str(ds.get("SOPInstanceUID", "")), str(ds.get("Modality", ""))
+        except Exception as error:  # one bad file must not stop the others
+            logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
+            continue
+        if not is_uid(uid):
+            logger.warning("%s is passed over, its SOP Instance UID %s is none", path, printable(repr(uid)))
+            continue
+        shutil.copy(path, incoming / f"{uid_name(uid)}.dcm")
+        found.setdefault(kind, uid)
+    return found
 
 
 def send(files: list[Path], node: Node, calling: str) -> None:
@@ -119,7 +172,7 @@ def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
         write_volume(path, ct[0].numpy(), ct.affine.numpy(), np.int16)
         return path, series
     path = work / "drawn.nii.gz"
-    drawn: Any = read_mask(Path(job.folder) / f"{job.key}.dcm", series, chain.names)
+    drawn: Any = read_mask(_object(job), series, chain.names)
     drawn = straighten(drawn, "nearest", 0)
     write_volume(path, drawn[0].numpy(), drawn.affine.numpy(), np.uint8)
     return path, series
@@ -129,14 +182,14 @@ def _series(job: Job, work: Path) -> Path | None:
     """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
     found: dict[str, list[Path]] = {}
     for path in sorted(Path(job.folder).glob("*.dcm")):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+        try:
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+        except Exception as error:  # it came after the study was looked at, and the next look sets it aside
+            logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
+            continue
         if ds.get("Modality") == "CT":
-            found.setdefault(str(ds.SeriesInstanceUID), []).append(path)
-    if job.kind == "CT":
-        wanted = job.key
-    else:
-        referenced = _referenced_series(Path(job.folder) / f"{job.key}.dcm")
-        wanted = next((uid for uid in found if uid in referenced), next(iter(found), ""))
+            found.setdefault(str(ds.get("SeriesInstanceUID", "")), []).append(path)
+    wanted = job.key if job.kind == "CT" else needed_series(_object(job), found)
     if wanted not in found:
         return None
     folder = work / "series"
@@ -146,7 +199,13 @@ def _series(job: Job, work: Path) -> Path | None:
     return folder
 
 
-def _referenced_series(path: Path) -> set[str]:
-    """Every Series Instance UID that stands in a SEG or RTSTRUCT."""
-    ds = pydicom.dcmread(path, stop_before_pixels=True)
-    return {str(element.value) for element in ds.iterall() if element.keyword == "SeriesInstanceUID"}
+def _object(job: Job) -> Path:
+    """The SEG or RTSTRUCT of a job.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    path = Path(job.folder) / f"{uid_name(job.key)}.dcm"
+    if not path.is_file():
+        raise InputError(f"{job.kind} {job.key} is not in the spool any more; send it again")
+    return path

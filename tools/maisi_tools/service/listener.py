@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -13,17 +14,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.atomic import write_json
+from maisi_tools.atomic import is_part, replacing, write_json
+from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new
+from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
 from maisi_tools.service.chain import run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
-from maisi_tools.service.receive import queue_whole_studies, start_receiver
-from maisi_tools.service.settings import Poll, Query, Settings
+from maisi_tools.service.receive import Intake, forget_old_studies, queue_whole_studies, start_receiver
+from maisi_tools.service.server import Server
+from maisi_tools.service.settings import Poll, Query, Settings, http_address
+from maisi_tools.service.troubles import Troubles, printable
 
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between looks at the spool and the queue
+
+HTTP_SECONDS, HTTP_REQUESTS = 5.0, 16
+"""How long a request of health or metrics may take, and how many are served at a time."""
+
+STOP_SECONDS = 10.0
+"""For which a listener that is told to stop waits for objects that are being stored."""
 
 
 class Listener:
@@ -34,140 +44,259 @@ class Listener:
 
     Attributes:
         queue: the jobs.
+        troubles: what went wrong.
+
+    Raises:
+        InputError: the spool cannot be made, or its queue cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.spool = Path(settings.spool)
-        self.incoming, self.dead = self.spool / "incoming", self.spool / "dead"
-        for folder in (self.incoming, self.dead):
-            folder.mkdir(parents=True, exist_ok=True)
-        self.queue = JobQueue(self.spool / "queue.sqlite")
-        self.queued: dict[str, int] = {}
+        self.incoming, self.dead, self.work_folder = (self.spool / name for name in ("incoming", "dead", "work"))
+        for folder in (self.spool, self.incoming, self.dead):
+            _make_private(folder)
+        for part in [path for path in self.spool.rglob(".*") if is_part(path)]:  # of a listener that was killed
+            part.unlink(missing_ok=True)
+        self.queue = JobQueue(self.spool / "queue.sqlite", settings.attempts)
+        self.troubles, self.intake = Troubles(), Intake()
         self.stopping = threading.Event()
-        self.looked = time.time()
+        self.looked = time.monotonic()
+        self._outcome: Callable[[], None] | None = None
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
-        receiver = None if self.settings.listen is None else start_receiver(self.settings.listen, self.incoming)
-        host, _, port = self.settings.http.rpartition(":")
-        http = ThreadingHTTPServer((host, int(port)), _handler(self))
+        settings = self.settings
+        http = _HealthServer(http_address(settings.http), _handler(self))
+        receiver: Server | None = None
+        if settings.listen is not None:
+            receiver = start_receiver(settings.listen, self.incoming, self.troubles)
         threads = [threading.Thread(target=http.serve_forever, daemon=True)]
-        threads.append(threading.Thread(target=self._watch, daemon=True))
-        if (poll := self.settings.poll) is not None:
-            web = partial(DicomWebArchive, poll, self.incoming)
+        archives: list[Callable[[], Archive]] = []
+        if (poll := settings.poll) is not None:
+            web = partial(DicomWebArchive, poll, self.incoming, self.troubles)
+            archives.append(web)
             threads.append(threading.Thread(target=self._ask, args=(poll.url, web, poll, "polled.json"), daemon=True))
-        if (query := self.settings.query) is not None and (listen := self.settings.listen) is not None:
+        if (query := settings.query) is not None and (listen := settings.listen) is not None:
             pacs = partial(DimseArchive, query, listen.ae_title)
+            archives.append(pacs)
             place = f"{query.ae_title} at {query.host}:{query.port}"
             threads.append(threading.Thread(target=self._ask, args=(place, pacs, query, "queried.json"), daemon=True))
+        threads.append(threading.Thread(target=self._watch, args=(archives,), daemon=True))
         for thread in threads:
             thread.start()
-        logger.info("listening; health at http://%s/health", self.settings.http)
+        logger.info("listening; health at http://%s/health", settings.http)
         try:
             while not self.stopping.is_set():
-                if not self.work():
+                try:
+                    busy = self.work()
+                except Exception as error:  # a locked queue may be free again, a full disk have room
+                    self.troubles.add("queue", f"the queue cannot be used: {printable(error)}")
+                    busy = False
+                if not busy:
                     self.stopping.wait(TICK)
         finally:
             self.stopping.set()
             if receiver is not None:
-                receiver.shutdown()
+                receiver.close(STOP_SECONDS)
             http.shutdown()
+            for thread in threads:
+                thread.join(STOP_SECONDS)
 
     def stop(self) -> None:
         """Let :meth:`run` end after the job it is at."""
         self.stopping.set()
 
     def work(self) -> bool:
-        """Do the next job that is due; whether there was one."""
+        """Do the next job that is due; whether there was one.
+
+        Raises:
+            sqlite3.Error, OSError: the queue cannot be used now. What came of a job is not lost: the next call writes
+                it first.
+        """
+        self._note()
         job = self.queue.take()
         if job is None:
             return False
         start = time.perf_counter()
-        work = self.spool / "work"
         try:
             chain = self.settings.chain(job.kind)
             if chain is None:
                 raise InputError(f"there is no chain for {job.kind} any more; add it, or leave the job")
-            files = run_job(job, chain, work, self.settings.device)
-            send(files, self.settings.send, self.settings.listen.ae_title if self.settings.listen else "MAISI")
-        except Exception as error:  # one bad job must not stop the others
+            made = run_job(job, chain, self.work_folder, self.settings.device)
+            send(made.files, self.settings.send, self.settings.listen.ae_title if self.settings.listen else "MAISI")
+        except (Exception, SystemExit) as error:  # one bad job must not stop the others, nor a bundle that exits
             self._failed(job, error)
         else:
             seconds = time.perf_counter() - start
-            self.queue.finish(job, seconds)
-            logger.info("%s %s done in %.1f s: %d objects stored", job.kind, job.key, seconds, len(files))
-        shutil.rmtree(work, ignore_errors=True)
+            logger.info("%s %s done in %.1f s: %d objects stored", job.kind, job.key, seconds, len(made.files))
+            self._outcome = partial(self.queue.finish, job, seconds, made.series)
+        shutil.rmtree(self.work_folder, ignore_errors=True)
+        self._note()
         return True
 
+    def _note(self) -> None:
+        """Write what came of the last job into the queue, if that is not done yet."""
+        if self._outcome is not None:
+            self._outcome()
+            self._outcome = None
+
     def health(self) -> dict[str, Any]:
-        """Whether all is well, and what is in the queue."""
-        late = time.time() - self.looked > 60
-        return {"status": "late" if late else "ok", **self.queue.counts()}
+        """Whether all is well, what went wrong lately, and what is in the queue."""
+        late = time.monotonic() - self.looked > 60
+        try:
+            counts: dict[str, Any] = dict(self.queue.counts())
+        except Exception as error:
+            self.troubles.add("queue", f"the queue cannot be used: {printable(error)}")
+            counts = {}
+        troubles = self.troubles.recent()
+        status = "late" if late else "degraded" if troubles else "ok"
+        return {"status": status, **counts, **({"troubles": troubles} if troubles else {})}
 
     def metrics(self) -> str:
         """In Prometheus's text format."""
         lines = ["# HELP maisi_jobs Jobs by state.", "# TYPE maisi_jobs gauge"]
         lines += [f'maisi_jobs{{state="{state}"}} {count}' for state, count in self.queue.counts().items()]
         lines += [
+            "# HELP maisi_superseded_total Results that a later one of the same job replaces.",
+            "# TYPE maisi_superseded_total counter",
+            f"maisi_superseded_total {self.queue.superseded()}",
             "# HELP maisi_job_seconds_total Time that finished jobs took.",
             "# TYPE maisi_job_seconds_total counter",
+            f"maisi_job_seconds_total {self.queue.seconds():.3f}",
+            "# HELP maisi_troubles_total What went wrong since the start, by part.",
+            "# TYPE maisi_troubles_total counter",
         ]
-        lines += [f"maisi_job_seconds_total {self.queue.seconds():.3f}"]
+        lines += [f'maisi_troubles_total{{part="{part}"}} {count}' for part, count in self.troubles.counts().items()]
         return "\n".join(lines) + "\n"
 
-    def _failed(self, job: Job, error: Exception) -> None:
+    def _failed(self, job: Job, error: BaseException) -> None:
         known = find_input_error(error)
-        text = str(known) if known else f"{type(error).__name__}: {error}"
+        text = printable(known if known else f"{type(error).__name__}: {error}")
         # What is wrong with the data stays wrong; what is wrong with a connection may pass.
         last = known is not None or job.attempts >= self.settings.attempts
         pause = self.settings.retry_seconds * 2 ** (job.attempts - 1)
-        self.queue.fail(job, text, None if last else pause)
-        if last:
-            folder = self.dead / job.key
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "reason.txt").write_text(f"{job.kind} of study {job.study}, attempt {job.attempts}: {text}\n")
-            logger.error("%s %s is given up: %s", job.kind, job.key, text)
-        else:
+        self._outcome = partial(self.queue.fail, job, text, None if last else pause)
+        if not last:
             logger.warning("%s %s failed, again in %.0f s: %s", job.kind, job.key, pause, text)
+            return
+        logger.error("%s %s is given up: %s", job.kind, printable(job.key), text)
+        try:
+            with replacing(self.dead / uid_name(job.key) / "reason.txt") as part:
+                part.write_text(f"{job.kind} of study {printable(job.study)}, attempt {job.attempts}: {text}\n")
+        except OSError as full:  # the queue has the reason, too
+            self.troubles.add("spool", f"the reason of {job.key} cannot be written: {full}")
 
-    def _look(self) -> None:
-        queue_whole_studies(self.settings, self.incoming, self.queue, self.queued)
-        for folder in self.incoming.iterdir():
-            old = time.time() - folder.stat().st_mtime > self.settings.keep_hours * 3600
-            if old and (folder / ".queued").is_file() and not self.queue.in_use(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                self.queued.pop(folder.name, None)
+    def _look(self, archives: list[Callable[[], Archive]]) -> None:
+        asked = list(archives)
+
+        def count(study: str, series: str) -> int | None:
+            known = []
+            for one in list(asked):
+                try:
+                    known += [found.instances or 0 for found in one().search("CT", study, series)]
+                except Exception as error:  # without an answer, silence decides
+                    asked.remove(one)
+                    self.troubles.add("archive", f"the archive does not count series {series}: {printable(error)}")
+            return max(known, default=None)
+
+        queue_whole_studies(
+            self.settings,
+            self.incoming,
+            self.queue,
+            self.intake,
+            self.troubles,
+            self.dead,
+            count if archives else None,
+        )
+        forget_old_studies(self.settings, self.incoming, self.queue, self.intake)
 
     def _ask(self, place: str, archive: Callable[[], Archive], settings: Poll | Query, memory: str) -> None:
         """Fetch what is new in an archive, again and again; the spool's file `memory` lists what was fetched."""
         path = self.spool / memory
-        seen = set(json.loads(path.read_text())) if path.is_file() else set()
+        seen, watched = read_seen(path), {}  # type: dict[str, int], dict[str, float]
         kinds = {chain.when: chain.when != "CT" for chain in self.settings.chains}
         while not self.stopping.wait(settings.every_seconds):
             try:
-                if fetch_new(archive(), kinds, seen):
-                    write_json(path, sorted(seen))
+                if fetch_new(archive(), kinds, seen, watched, self.troubles):
+                    write_json(path, seen, durable=True)
             except Exception as error:  # the archive may be away for a while
-                logger.warning("%s cannot be asked: %s", place, error)
+                self.troubles.add("archive", f"{place} cannot be asked: {printable(error)}")
 
-    def _watch(self) -> None:
+    def _watch(self, archives: list[Callable[[], Archive]]) -> None:
         while not self.stopping.wait(TICK):
             try:
-                self._look()
-                self.looked = time.time()
+                self._look(archives)
             except Exception as error:  # a full disk may have room again
-                logger.error("the spool: %s", error)
+                self.troubles.add("spool", f"the spool cannot be looked at: {printable(error)}")
+            self.looked = time.monotonic()
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder that its owner alone may enter: patients' names are in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise InputError(
+            f"spool {folder} cannot be used ({error.strerror}); allowed is a folder of this user, or one it may make"
+        ) from error
+
+
+class _HealthServer(ThreadingHTTPServer):
+    """Serves few requests at a time, each for a short time, however slowly it is asked."""
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.free = threading.Semaphore(HTTP_REQUESTS)
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self.free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self.free.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        end = threading.Timer(HTTP_SECONDS, _hang_up, (request,))
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that hangs up is not worth a traceback."""
+        logger.debug("the HTTP request of %s failed", client_address, exc_info=True)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it is closed already
+        pass
 
 
 def _handler(listener: Listener) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        timeout = HTTP_SECONDS
+
         def do_GET(self) -> None:
             if self.path == "/health":
                 content = listener.health()
-                self._answer(200 if content["status"] == "ok" else 503, json.dumps(content), "application/json")
+                self._answer(503 if content["status"] == "late" else 200, json.dumps(content), "application/json")
             elif self.path == "/metrics":
-                self._answer(200, listener.metrics(), "text/plain; version=0.0.4")
+                try:
+                    self._answer(200, listener.metrics(), "text/plain; version=0.0.4")
+                except Exception as error:
+                    listener.troubles.add("queue", f"the queue cannot be used: {printable(error)}")
+                    self._answer(503, "the queue cannot be used now\n", "text/plain")
             else:
                 self._answer(404, "there is /health and /metrics\n", "text/plain")
 

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import logging
 import os
-import re
+import shutil
 import socket
+import threading
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, AllStoragePresentationContexts, evt
-from pynetdicom.presentation import DEFAULT_TRANSFER_SYNTAXES
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.atomic import replacing
+from maisi_tools.dicom.uids import is_uid, uid_name
+from maisi_tools.errors import InputError
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import JobQueue
+from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
 from maisi_tools.service.settings import Listen, Settings
+from maisi_tools.service.troubles import Troubles, printable
+from maisi_tools.volumes.dicom_files import is_system_error
 
 logger = logging.getLogger(__name__)
 
 REFUSED, CANNOT_UNDERSTAND = 0xA700, 0xC000
 """C-STORE status codes of failure (DICOM PS3.4 table B.2-1)."""
+
+PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
+"""Transfer syntaxes that are offered without compression. Not the deflated one: a megabyte may hold a gigabyte."""
 
 COMPRESSED = (
     "1.2.840.10008.1.2.4.57",  # JPEG lossless
@@ -34,123 +48,311 @@ COMPRESSED = (
     "1.2.840.10008.1.2.5",  # RLE
 )
 
+IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+"""What an object must have to be taken: all of it ends in the names of files, or in the queue's keys."""
 
-def start_receiver(settings: Listen, incoming: Path) -> Any:
+COUNT_SECONDS = 600.0
+"""How long a series waits for the instances that the archive counts beyond those that came."""
+
+
+class NotTaken(ValueError):
+    """An object that is not taken over; the message says why."""
+
+
+def start_receiver(settings: Listen, incoming: Path, troubles: Troubles) -> Server:
     """Start the C-STORE and C-ECHO SCP; an object is acknowledged when it is on the disk.
 
     Args:
         settings: who may send, and to what address.
         incoming: gets ``STUDY/INSTANCE.dcm``.
-
-    Returns:
-        pynetdicom's server, with ``shutdown()``.
+        troubles: get what could not be taken.
     """
     ae = AE(settings.ae_title)
     ae.require_called_aet = True
+    ae.maximum_associations = 10_000  # which counts the pending, too; `check` counts the known
     ae.add_supported_context(Verification)
     for context in AllStoragePresentationContexts:
-        ae.add_supported_context(context.abstract_syntax or "", [*DEFAULT_TRANSFER_SYNTAXES, *COMPRESSED])
+        ae.add_supported_context(context.abstract_syntax or "", [*PLAIN, *COMPRESSED])
     known = {(node.ae_title.strip(), _address(node.host)) for node in settings.allowed}
+    smallest = int(settings.min_free_gigabytes * 1e9)
 
     def check(event: Any) -> None:
         caller = (event.assoc.requestor.primitive.calling_ae_title.strip(), event.assoc.requestor.address)
         if caller not in known:
-            logger.warning("refused %s at %s, which is not in listen.allowed", *caller)
+            logger.warning("refused %s at %s, which is not in listen.allowed", *map(printable, caller))
             event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent, by the user, calling AE title not recognised
+            event.assoc.kill()
+        elif server.known() >= MAX_ASSOCIATIONS:
+            logger.warning("refused %s at %s, there are %d associations", *caller, MAX_ASSOCIATIONS)
+            event.assoc.acse.send_reject(0x02, 0x03, 0x02)  # transient, by the provider, local limit exceeded
             event.assoc.kill()
 
     def store(event: Any) -> int:
+        event.assoc.received = 0
         try:
-            ds = event.dataset
-            ds.file_meta = event.file_meta
-            keep(ds, incoming)
-        except OSError as error:
-            logger.error("an object cannot be stored: %s", error)
-            return REFUSED
+            content = event.encoded_dataset()
+            if shutil.disk_usage(incoming).free - len(content) < smallest:
+                raise OSError(errno.ENOSPC, f"less than {settings.min_free_gigabytes:g} GB are free in {incoming}")
+            head = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=list(IDENTITY))
+            with server.storing():
+                keep(head, incoming, lambda part: part.write_bytes(content))
         except Exception as error:  # whatever is wrong with one object
-            logger.error("an object cannot be understood: %s", error)
+            if is_system_error(error):
+                troubles.add("store", f"an object cannot be stored: {error}")
+                return REFUSED
+            troubles.add("object", f"an object of {event.assoc.requestor.address} is not taken: {printable(error)}")
             return CANNOT_UNDERSTAND
         return SUCCESS
 
-    handlers = [(evt.EVT_REQUESTED, check), (evt.EVT_C_STORE, store)]
+    handlers: list[Any] = [(evt.EVT_REQUESTED, check), (evt.EVT_C_STORE, store)]
     address = (settings.host, settings.port)
-    return ae.start_server(address, block=False, evt_handlers=handlers, ssl_context=settings.tls())  # type: ignore
+    server: Any = ae.make_server(
+        address,
+        evt_handlers=handlers,
+        ssl_context=settings.tls(),
+        server_class=Server,  # type: ignore[arg-type]
+    )
+    server.max_object = settings.max_megabytes * 1_000_000
+    ae._servers.append(server)  # as AE.start_server does, which knows no other class of servers; shutdown removes it
+    threading.Thread(target=server.serve_forever, name="dicom", daemon=True).start()
+    return server
 
 
-def keep(ds: Dataset, incoming: Path) -> Path:
-    """Write an object to the spool, complete or not at all, and to the disk before this returns."""
-    folder = incoming / _name(ds.StudyInstanceUID)
-    path = folder / f"{_name(ds.SOPInstanceUID)}.dcm"
-    with replacing(path) as part:
-        ds.save_as(part, enforce_file_format=True)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None) -> Path:
+    """Write an object to the spool, complete or not at all, and to the disk before this returns.
+
+    Args:
+        ds: the object, or of it at least :data:`IDENTITY`.
+        incoming: the spool.
+        write: writes it to a path; by default `ds` is saved.
+
+    Raises:
+        NotTaken: it has no identity.
+    """
+    for keyword in IDENTITY:
+        if not is_uid(uid := ds.get(keyword) or ""):
+            raise NotTaken(f"its {keyword} is {printable(repr(str(uid)))[:100]}, which is no UID")
+    path = incoming / uid_name(ds.StudyInstanceUID) / f"{uid_name(ds.SOPInstanceUID)}.dcm"
+    with replacing(path, durable=True) as part:
+        if write is None:
+            ds.save_as(part, enforce_file_format=True)
+        else:
+            write(part)
     return path
 
 
-def queue_whole_studies(settings: Settings, incoming: Path, queue: JobQueue, queued: dict[str, int]) -> int:
+@dataclass
+class Intake:
+    """What is known of the studies in the spool, from one look to the next; times are those of a clock that cannot be
+    set.
+
+    Attributes:
+        seen: study -> (digest of the names of its files, when they last changed).
+        stamps: study -> date of its folder when its files were last listed.
+        queued: studies whose files have not changed since their jobs were queued.
+        waiting: series -> since when it waits for instances that the archive counts.
+    """
+
+    seen: dict[str, tuple[str, float]] = field(default_factory=dict)
+    stamps: dict[str, int] = field(default_factory=dict)
+    queued: set[str] = field(default_factory=set)
+    waiting: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """What a chain waits for.
+
+    Attributes:
+        key: the job's.
+        kind: its modality.
+        content: digest of all that the job will read; another one makes it a job again.
+        series: Series Instance UID of the CT it needs, and how many instances of that are here; None for no CT.
+    """
+
+    key: str
+    kind: str
+    content: str
+    series: tuple[str, int] | None
+
+
+Count = Callable[[str, str], "int | None"]
+"""(Study, Series Instance UID) -> instances that the archive has, None where it cannot say."""
+
+
+def queue_whole_studies(
+    settings: Settings,
+    incoming: Path,
+    queue: JobQueue,
+    intake: Intake,
+    troubles: Troubles,
+    dead: Path,
+    count: Count | None = None,
+) -> int:
     """Queue a job for what a chain waits for in every study that nothing has been added to for a while.
 
     The studies lie on the disk, so this sees after a restart what was there before. What is synthetic is passed over:
-    our own results come back from some archives.
+    our own results come back from some archives. What is wrong with one study or file does not hold up the others.
 
     Args:
         settings: the chains, and how long a study must have been quiet.
         incoming: the spool.
         queue: where jobs go.
-        queued: study -> when its folder last changed, of those that need no look at their files until it changes
-            again; kept up to date here.
+        intake: from the look before; kept up to date here.
+        troubles: get what is wrong with a study.
+        dead: where files go that cannot be read.
+        count: asks the archive how many instances a series has.
 
     Returns:
-        Jobs that are new.
+        Jobs that are new, or to be done anew.
     """
-    quiet = settings.listen.quiet_seconds if settings.listen is not None else 0.0
     new = 0
-    for folder in sorted(incoming.iterdir()):
-        changed = folder.stat().st_mtime_ns  # before the files are listed: one that comes later changes it
-        if queued.get(folder.name) == changed:
-            continue
-        files = [path for path in folder.glob("*.dcm") if not path.name.startswith(".")] if folder.is_dir() else []
-        if not files or time.time() - max(path.stat().st_mtime for path in files) < quiet:
-            continue
-        mark = folder / ".queued"
-        names = "\n".join(sorted(path.name for path in files))
-        if mark.is_file() and mark.read_text() == names:
-            queued[folder.name] = changed
-            continue
-        for key, kind in _triggers(files, settings).items():
-            added = queue.add(key, kind, folder.name, folder)
-            new += added
-            if added:
-                logger.info("queued %s %s of study %s", kind, key, folder.name)
-        with replacing(mark) as part:
-            part.write_text(names)
+    for folder in sorted(entry for entry in incoming.iterdir() if entry.is_dir()):
+        try:
+            new += _look_at(folder, settings, queue, intake, troubles, dead, count)
+        except Exception as error:  # the next study may be all right
+            troubles.add("study", f"study {folder.name} cannot be queued: {printable(error)}")
     return new
 
 
-def _triggers(files: list[Path], settings: Settings) -> dict[str, str]:
-    """UID -> modality of what a chain waits for."""
-    found: dict[str, str] = {}
-    tags = ["Modality", "SOPInstanceUID", "SeriesInstanceUID", "SyntheticData"]
-    for path in files:
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-        kind = str(ds.get("Modality", ""))
-        if settings.chain(kind) is None or ds.get("SyntheticData") == "YES":
+def forget_old_studies(settings: Settings, incoming: Path, queue: JobQueue, intake: Intake) -> None:
+    """Remove studies that no job needs and that nothing was added to for `keep_hours`, see :class:`Intake`."""
+    now = time.monotonic()
+    for name, (_, changed) in list(intake.seen.items()):
+        folder = incoming / name
+        if now - changed > settings.keep_hours * 3600 and name in intake.queued and not queue.in_use(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            intake.seen.pop(name)
+            intake.queued.discard(name)
+
+
+def _look_at(
+    folder: Path,
+    settings: Settings,
+    queue: JobQueue,
+    intake: Intake,
+    troubles: Troubles,
+    dead: Path,
+    count: Count | None,
+) -> int:
+    stamp = folder.stat().st_mtime_ns  # before the files are listed: one that comes later changes it
+    if folder.name in intake.queued and intake.stamps.get(folder.name) == stamp:
+        return 0
+    intake.stamps[folder.name] = stamp
+    files = sorted(path for path in folder.glob("*.dcm") if not path.name.startswith("."))
+    names, now = _digest(path.name for path in files), time.monotonic()
+    before, changed = intake.seen.get(folder.name, (None, 0.0))
+    if names != before:
+        # What lay there before this process came is as old as its date says, unless that is in the future.
+        age = 0.0 if before is not None else max(0.0, time.time() - max((p.stat().st_mtime for p in files), default=0))
+        changed = now - age if files else now
+        intake.seen[folder.name] = names, changed
+        intake.queued.discard(folder.name)
+    if not files or folder.name in intake.queued or now - changed < settings.quiet_seconds:
+        return 0
+    new, whole = 0, True
+    for trigger in _triggers(files, settings, troubles, dead):
+        if count is not None and trigger.series is not None and not _all_here(folder.name, trigger, count, intake):
+            whole = False
             continue
-        found[str(ds.SeriesInstanceUID if kind == "CT" else ds.SOPInstanceUID)] = kind
+        outcome = queue.add(trigger.key, trigger.kind, folder.name, folder, trigger.content)
+        if outcome:
+            new += 1
+            logger.info("%s %s %s of study %s", outcome, trigger.kind, trigger.key, folder.name)
+    if whole:
+        intake.queued.add(folder.name)
+    else:  # asked again when it has been quiet for as long once more
+        intake.seen[folder.name] = names, now
+    return new
+
+
+def _all_here(study: str, trigger: Trigger, count: Count, intake: Intake) -> bool:
+    """Whether a series has as many instances as the archive counts, or has waited for them long enough."""
+    assert trigger.series is not None
+    uid, here = trigger.series
+    there = count(study, uid)
+    if there is None or here >= there:
+        intake.waiting.pop(uid, None)
+        return True
+    since = intake.waiting.setdefault(uid, time.monotonic())
+    if time.monotonic() - since < COUNT_SECONDS:
+        logger.info("series %s has %d of %d instances; it waits for the others", uid, here, there)
+        return False
+    logger.warning("series %s has %d of %d instances; it is queued without the others", uid, here, there)
+    return True
+
+
+def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: Path) -> list[Trigger]:
+    """What a chain waits for among the files of a study."""
+    series: dict[str, list[str]] = {}
+    masks: list[tuple[str, str, Path]] = []
+    for path in files:
+        try:
+            ds = pydicom.dcmread(
+                path,
+                stop_before_pixels=True,
+                specific_tags=["Modality", "SOPInstanceUID", "SeriesInstanceUID", "SyntheticData"],
+            )
+            kind, uid = str(ds.get("Modality", "")), str(ds.get("SeriesInstanceUID", ""))
+            if not is_uid(uid) or not is_uid(ds.get("SOPInstanceUID", "")):
+                raise NotTaken("it has no UID of its series, or of its own")
+        except Exception as error:
+            if is_system_error(error):
+                raise
+            set_aside(path, dead, printable(error))
+            troubles.add("object", f"{path} is set aside, it cannot be read: {printable(error)}")
+            continue
+        if ds.get("SyntheticData") == "YES":
+            continue
+        if kind == "CT":
+            series.setdefault(uid, []).append(path.name)
+        elif settings.chain(kind) is not None:
+            masks.append((str(ds.SOPInstanceUID), kind, path))
+    found = []
+    if settings.chain("CT") is not None:
+        found = [Trigger(uid, "CT", _digest(names), (uid, len(names))) for uid, names in series.items()]
+    for key, kind, path in masks:
+        uid = needed_series(path, series)
+        names = series.get(uid, [])
+        found.append(Trigger(key, kind, _digest([path.name, *names]), (uid, len(names)) if uid else None))
     return found
 
 
-def _name(uid: Any) -> str:
-    """A UID as a file name.
+def needed_series(path: Path, present: Mapping[str, Any]) -> str:
+    """Which of the CT series that are present a SEG or RTSTRUCT was drawn on, else the first one; "" for none.
 
-    Raises:
-        ValueError: it is none.
+    A file that cannot be read needs none: its job will say what is wrong with it.
     """
-    if not re.fullmatch(r"[0-9.]{1,64}", str(uid)):
-        raise ValueError(f"{uid!r} is no UID")
-    return str(uid)
+    try:
+        referenced = referenced_series(path)
+    except Exception:
+        referenced = set()
+    return next((uid for uid in present if uid in referenced), next(iter(present), ""))
+
+
+def referenced_series(path: Path) -> set[str]:
+    """Every Series Instance UID that stands in a SEG or RTSTRUCT as that of another series."""
+    tags = ["ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
+    ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+    return {str(element.value) for element in ds.iterall() if element.keyword == "SeriesInstanceUID"}
+
+
+def set_aside(path: Path, dead: Path, reason: str) -> None:
+    """Move a file out of the spool, beside its reason."""
+    folder = dead / uid_name(path.stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reason.txt").write_text(
+        f"{path.name} of study {path.parent.name}: {reason}\n", errors="backslashreplace"
+    )
+    os.replace(path, folder / path.name)
+
+
+def _digest(names: Any) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def _address(host: str) -> str:
-    return socket.gethostbyname(host)
+    try:
+        return socket.gethostbyname(host)
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"listen.allowed has the host {host}, which has no address ({error}); correct it") from error

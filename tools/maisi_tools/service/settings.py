@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.yaml_fields import checked_fields, read_yaml
 
 KINDS = ("SEG", "RTSTRUCT", "CT")
@@ -33,10 +37,10 @@ class Node:
     tls: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ae_title, str) or not 1 <= len(self.ae_title.strip()) <= 16:
-            raise InputError(f"ae_title is {self.ae_title!r}; allowed are 1 to 16 characters")
-        if not isinstance(self.port, int) or not 0 <= self.port < 65536:
-            raise InputError(f"port is {self.port!r}; allowed are 0 to 65535")
+        _check_title(self.ae_title)
+        _check_text("host", self.host)
+        _check_number("port", self.port, 0, 65535, whole=True)
+        _check_flag("tls", self.tls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Listen:
         quiet_seconds: a study is whole when nothing more has come for so long.
         certificate, key: PEM files; with them it speaks TLS alone.
         authority: PEM file of the certificates whose bearers may connect; None asks for none.
+        max_megabytes: of one object; a sender of more is cut off.
+        min_free_gigabytes: of the spool's disk; with less, objects are refused.
     """
 
     ae_title: str = "MAISI"
@@ -59,6 +65,24 @@ class Listen:
     certificate: str | None = None
     key: str | None = None
     authority: str | None = None
+    max_megabytes: int = 1024
+    min_free_gigabytes: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_title(self.ae_title)
+        _check_text("listen.host", self.host)
+        _check_number("listen.port", self.port, 1, 65535, whole=True)
+        _check_number("listen.quiet_seconds", self.quiet_seconds, 0.1, 86400)
+        _check_number("listen.max_megabytes", self.max_megabytes, 1, 100_000, whole=True)
+        _check_number("listen.min_free_gigabytes", self.min_free_gigabytes, 0, 1e6)
+        if (self.certificate is None) != (self.key is None):
+            given = "certificate" if self.key is None else "key"
+            raise InputError(
+                f"listen has a {given} alone; allowed are certificate and key together, for TLS, or neither, for plain "
+                "DICOM: add the other one"
+            )
+        if self.authority is not None and self.certificate is None:
+            raise InputError("listen.authority needs TLS; allowed is one with certificate and key: add these")
 
     def tls(self) -> ssl.SSLContext | None:
         """None without a certificate.
@@ -86,16 +110,47 @@ class Poll:
     """A DICOMweb archive that is asked for new objects, in place of, or beside, one that sends them.
 
     Args:
-        url: of its DICOMweb root.
+        url: of its DICOMweb root; https, or http on this machine. Without a password, http elsewhere will do, too.
         every_seconds: how often.
+        quiet_seconds: a study is whole when nothing more has come for so long.
         user: for basic authentication.
         password_variable: environment variable that holds the password, so that it stands in no file.
+        plain_password_to: host that may get the password without encryption, over http.
     """
 
     url: str
     every_seconds: float = 30.0
+    quiet_seconds: float = 10.0
     user: str | None = None
     password_variable: str = "MAISI_DICOMWEB_PASSWORD"
+    plain_password_to: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_text("poll.url", self.url)
+        _check_number("poll.every_seconds", self.every_seconds, 0.1, 86400)
+        _check_number("poll.quiet_seconds", self.quiet_seconds, 0.1, 86400)
+        _check_text("poll.password_variable", self.password_variable)
+        for name in ("user", "plain_password_to"):
+            if (value := getattr(self, name)) is not None:
+                _check_text(f"poll.{name}", value)
+        try:
+            parts = urlsplit(self.url)
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            parts, host = None, None
+        if parts is None or parts.scheme not in ("http", "https") or not host:
+            raise InputError(f"poll.url is {self.url!r}; allowed is one such as https://pacs/dicom-web")
+        if parts.username is not None or parts.password is not None:
+            raise InputError(
+                f"poll.url has a user or a password in it; allowed is poll.user, with the password in the environment "
+                f"variable {self.password_variable}"
+            )
+        plain = parts.scheme == "http" and not _on_this_machine(host)
+        if self.user is not None and plain and self.plain_password_to != host:
+            raise InputError(
+                f"poll.url {self.url} would send the password of {self.user} to {host} without encryption; allowed is "
+                f"https, or `plain_password_to: {host}` beside it"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +172,8 @@ class Query(Node):
         super().__post_init__()
         if not self.port:
             raise InputError("query.port is 0; give the port at which the PACS answers C-FIND")
-        if not isinstance(self.days, int) or self.days < 0:
-            raise InputError(f"query.days is {self.days!r}; allowed is a whole number from 0 up")
+        _check_number("query.every_seconds", self.every_seconds, 0.1, 86400)
+        _check_number("query.days", self.days, 0, 36500, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +184,8 @@ class Step:
         bundle: its folder.
         config: file, or files, in its ``configs``.
         settings: keys to set. Our bundles read ``input``, which is set to the volume; for others "{input}" in a text
-            stands for its path: ``{datalist: ["{input}"]}``.
+            stands for its path: ``{datalist: ["{input}"]}``. "{series}" stands for the folder of the CT series that
+            structures were drawn on: ``{input: "{series}", mask: "{input}"}`` edits that scan.
         result: which of the files that it writes goes on: ``NAME`` + this.
     """
 
@@ -137,6 +193,14 @@ class Step:
     config: str | Sequence[str] = "inference.json"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     result: str = "_ct.nii.gz"
+
+    def __post_init__(self) -> None:
+        names = [self.config] if isinstance(self.config, str) else self.config
+        if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+            raise InputError(f"a step's config is {self.config!r}; allowed is the name of a file, or a list of names")
+        if not isinstance(self.settings, Mapping) or not all(isinstance(key, str) for key in self.settings):
+            raise InputError(f"a step's settings are {self.settings!r}; allowed are keys with values")
+        _check_text("a step's result", self.result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +212,27 @@ class Chain:
         steps: run one after another; the last one's volume is stored back.
         names: JSON table of ROI names, for masks.
         keep_patient: whether the result joins the source's patient and study; otherwise it is a new, invented patient.
+            What is made from a CT shows its patient, so for CT this is so, and cannot be turned off.
     """
 
     when: str
     steps: Sequence[Step]
     names: str | None = None
-    keep_patient: bool = False
+    keep_patient: bool | None = None
 
     def __post_init__(self) -> None:
         if self.when not in KINDS:
             raise InputError(f"when is {self.when!r}; allowed are {', '.join(KINDS)}")
+        if self.keep_patient is None:
+            object.__setattr__(self, "keep_patient", self.when == "CT")
+        _check_flag("keep_patient", self.keep_patient)
+        if self.when == "CT" and not self.keep_patient:
+            raise InputError(
+                "the chain for CT has keep_patient: false; allowed is true, because a CT that is made from a patient's "
+                "scan shows that patient and must not go to an invented one"
+            )
+        if self.names is not None:
+            _check_text("names", self.names)
         if not self.steps:
             raise InputError(f"the chain for {self.when} has no steps; add at least one bundle")
 
@@ -193,6 +268,15 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        _check_text("spool", self.spool)
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
+            raise InputError(f"device is {self.device!r}; allowed are cpu, cuda, cuda:0 and so on")
+        _check_number("attempts", self.attempts, 1, 1000, whole=True)
+        _check_number("retry_seconds", self.retry_seconds, 0.1, 86400)
+        _check_number("keep_hours", self.keep_hours, 0, 87600)
+        http_address(self.http)
+        if not self.send.port:
+            raise InputError("send.port is 0; give the port at which the archive takes objects")
         kinds = [chain.when for chain in self.chains]
         if not kinds or len(set(kinds)) < len(kinds):
             raise InputError(
@@ -205,9 +289,30 @@ class Settings:
         if self.listen is not None and not self.listen.allowed:
             raise InputError("listen.allowed is empty, so nobody may send; add the PACS with ae_title and host")
 
+    @property
+    def quiet_seconds(self) -> float:
+        """A study is whole when nothing more has come for so long."""
+        sides = (self.listen, self.poll)
+        return max((side.quiet_seconds for side in sides if side is not None), default=0.0)
+
     def chain(self, kind: str) -> Chain | None:
         """The chain for a modality."""
         return next((chain for chain in self.chains if chain.when == kind), None)
+
+
+def http_address(text: Any) -> tuple[str, int]:
+    """Host and port of ``host:port``, ``[::1]:8080`` included.
+
+    Raises:
+        InputError: it has no host, which would mean all of this machine's addresses, or no port.
+    """
+    host, _, port = str(text).rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not port.isascii() or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise InputError(
+            f"http is {text!r}; allowed is an address with a port, such as 127.0.0.1:8080 (0.0.0.0:8080 is open to all)"
+        )
+    return host, int(port)
 
 
 def read_settings(path: str | os.PathLike) -> Settings:
@@ -251,6 +356,11 @@ def read_settings(path: str | os.PathLike) -> Settings:
         for step in chain.steps:
             if not (Path(step.bundle) / "configs").is_dir():
                 raise InputError(f"{step.bundle} is no bundle, it has no configs; correct chains")
+            for name in [step.config] if isinstance(step.config, str) else step.config:
+                if not (Path(step.bundle) / "configs" / name).is_file():
+                    raise InputError(f"{step.bundle} has no configs/{name}; correct the step's config")
+        if chain.names is not None:
+            read_roi_table(chain.names)
     return settings
 
 
@@ -258,3 +368,32 @@ def _list(content: Any, where: str) -> list:
     if not isinstance(content, list):
         raise InputError(f"{where} is {content!r}; allowed is a list")
     return content
+
+
+def _on_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise InputError(f"{name} is {value!r}; allowed is a text")
+
+
+def _check_title(value: Any) -> None:
+    text = value.strip() if isinstance(value, str) else ""
+    if not 1 <= len(text) <= 16 or not text.isascii() or not text.isprintable() or "\\" in text:
+        raise InputError(f"ae_title is {value!r}; allowed are 1 to 16 characters (ASCII, no backslash)")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; allowed are true and false, without quotes")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} to {high:g}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,7 +222,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
         return {**data, **cut}
 
 
-def _padded(part: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+def _padded(part: torch.Tensor, wanted: Iterable[int]) -> torch.Tensor:
     """`part` (C, D, H, W), repeated at its far edges to the size wanted."""
     missing = [int(want - n) for want, n in zip(wanted, part.shape[1:], strict=True)]
     if not any(missing):

@@ -14,6 +14,7 @@ from typing import Any
 import pydicom.misc
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.limits import check_limit
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 """Volume files that are read: NIfTI and NRRD."""
@@ -210,12 +211,15 @@ def zipped_dicom(path: Path) -> list[str]:
     """Names of the DICOM files in a zip file, at any depth, sorted.
 
     Raises:
-        InputError: it is no zip file, or is encrypted.
+        InputError: it is no zip file, is encrypted, or holds more than the limits allow.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = []
-            for name in sorted(entry.filename for entry in archive.infolist() if not entry.is_dir()):
+            entries, names = archive.infolist(), []
+            total = sum(entry.file_size for entry in entries)
+            check_limit("MAISI_MAX_ZIP_MEMBERS", len(entries), f"{path} holds {len(entries)} files")
+            check_limit("MAISI_MAX_ZIP_BYTES", total, f"{path} holds {total} bytes, unpacked")
+            for name in sorted(entry.filename for entry in entries if not entry.is_dir()):
                 with archive.open(name) as file:
                     if file.read(132)[128:] == b"DICM":
                         names.append(name)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import os
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from monai.data import PydicomReader
 from pydicom.dataset import Dataset
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import is_dicom, is_zip, zipped_dicom
+from maisi_tools.volumes.dicom_files import list_dicom, reading
+from maisi_tools.volumes.limits import check_limit
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +31,23 @@ MAX_DRIFT = 0.1
 MIN_TILT_DEGREES = 0.1
 """Gantry tilt that is mentioned; less comes from rounded direction cosines."""
 
+MAX_TILT_DEGREES = 45.0
+"""Gantries tilt by up to 30 degrees."""
+
+MAX_EXTENT_MM = 10_000.0
+"""Of a volume; a table reaches two metres."""
+
 THINNEST_HU, MAX_THINNER_SHARE = -1300.0, 0.1
 """Air is -1000 HU, and noise and filters hardly reach below -1300; values below it beyond this share are no HU."""
 
 GEOMETRY_TAGS = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")
 RESCALE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType")
+ACQUISITION_TAGS = (
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase"),
+    *("ConvolutionKernel", "FilterType", "KVP", "ReconstructionDiameter"),
+)
+"""What tells two scans, phases or reconstructions apart that share a Series Instance UID."""
+
 FRAME_TAGS = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 SCANNED_TAGS = (
     *GEOMETRY_TAGS,
@@ -45,7 +55,8 @@ SCANNED_TAGS = (
     *FRAME_TAGS,
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
     *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
-    "LossyImageCompression",
+    *("LossyImageCompression", "BitsAllocated", "SamplesPerPixel"),
+    *ACQUISITION_TAGS,
 )
 
 
@@ -114,46 +125,30 @@ def read_slices(
     """
     path = Path(path)
     files = list_dicom(path)
-    headers, origin = [], []
-    for number, read in enumerate(files):
-        header = read(stop_before_pixels=True, specific_tags=[*SCANNED_TAGS, *tags])
-        frames = _frames(header)
+    headers, origin, whole = [], [], []
+    for number, file in enumerate(files):
+        whole.append(file.read(stop_before_pixels=True, specific_tags=[*SCANNED_TAGS, *tags]))
+        with reading(file.name):
+            frames = _frames(whole[-1])
         headers += frames
         origin += [(number, frame) for frame in range(len(frames))]
-    order = slice_order(path, headers, series)
-    _check_rescale(path, [headers[index] for index in order])
+    with reading(path):
+        order = slice_order(path, headers, series)
+        _check_rescale(path, [headers[index] for index in order])
+    for number in sorted({origin[index][0] for index in order}):
+        files[number].check_claim(whole[number])
+    first = headers[order[0]]
+    voxels = int(first.Rows) * int(first.Columns) * len(order)
+    check_limit("MAISI_MAX_VOXELS", voxels, f"{path} has {first.Columns} x {first.Rows} x {len(order)} voxels")
     if any(headers[index].get("LossyImageCompression") == "01" for index in order):
         logger.warning("%s was compressed with loss; its values are not quite those of the scanner", path)
     if not pixels:
         return [headers[index] for index in order]
     loaded: dict[int, list[Dataset]] = {}
     for number in sorted({origin[index][0] for index in order}):
-        loaded[number] = _frames(_decompressed(path, files[number]()))
+        with reading(files[number].name):
+            loaded[number] = _frames(_decompressed(path, files[number].read()))
     return [loaded[origin[index][0]][origin[index][1]] for index in order]
-
-
-def list_dicom(path: Path) -> list[Callable[..., Dataset]]:
-    """The DICOM files in a folder or zip file, in the order of their names, each as a function that reads it.
-
-    The functions take the keyword arguments of :func:`pydicom.dcmread`.
-    """
-    if is_zip(path):
-
-        def reader(name: str) -> Callable[..., Dataset]:
-            def read(**options: Any) -> Dataset:
-                with zipfile.ZipFile(path) as archive:
-                    return pydicom.dcmread(io.BytesIO(archive.read(name)), **options)
-
-            return read
-
-        return [reader(name) for name in zipped_dicom(path)]
-    files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
-    files = files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))
-
-    def opener(file: Path) -> Callable[..., Dataset]:
-        return lambda **options: pydicom.dcmread(file, **options)
-
-    return [opener(file) for file in files]
 
 
 def slice_order(path: Path, headers: Sequence[Any], series: str | None = None) -> list[int]:
@@ -202,6 +197,15 @@ def slice_order(path: Path, headers: Sequence[Any], series: str | None = None) -
         raise InputError(f"{path} holds slices whose position is not finite; allowed are positions in mm")
     order = np.argsort(positions @ normal, kind="stable")
     positions = positions[order]
+    spacing = np.asarray(headers[found[0]].PixelSpacing, dtype=float)
+    size = spacing.max() * max(int(headers[found[0]].Rows), int(headers[found[0]].Columns))
+    length = float(np.linalg.norm(positions[-1] - positions[0]))
+    if not (np.isfinite(spacing).all() and spacing.min() > 0 and max(size, length) < MAX_EXTENT_MM):
+        raise InputError(
+            f"{path} has pixels of {spacing.tolist()} mm and is {size:g} x {length:g} mm large; allowed are pixels "
+            f"larger than 0 and less than {MAX_EXTENT_MM:g} mm in all: export the series again"
+        )
+    _check_one_acquisition(path, [headers[found[index]] for index in order], positions @ normal)
     _check_gaps(path, positions @ normal)
     _check_line(path, positions, normal, min(float(mm) for mm in headers[found[0]].PixelSpacing))
     return [found[index] for index in order]
@@ -238,6 +242,13 @@ def _frames(dataset: Dataset) -> list[Dataset]:
             ):
                 for item in group.get(sequence) or ():
                     frame.update(copy.deepcopy(item))
+        for item in own.get("FrameContentSequence") or ():
+            for theirs, ours in (
+                ("FrameAcquisitionNumber", "AcquisitionNumber"),
+                ("TemporalPositionIndex", "TemporalPositionIdentifier"),
+            ):
+                if item.get(theirs) is not None:
+                    setattr(frame, ours, item.get(theirs))
         if "FrameType" in frame:
             frame.ImageType = frame.FrameType
         if "PixelData" in dataset:
@@ -329,6 +340,26 @@ def _check_rescale(path: Path, slices: Sequence[Any]) -> None:
         logger.warning("%s has no rescale slope and intercept; its signed values are taken for HU", path)
 
 
+def _check_one_acquisition(path: Path, slices: Sequence[Any], positions: np.ndarray) -> None:
+    """Refuse sorted slices (positions in mm) of several acquisitions whose ranges overlap: they would be interleaved.
+
+    Acquisitions that follow one another along the patient, down to one a slice, are one volume.
+    """
+    for tag in ACQUISITION_TAGS:
+        ranges: dict[str, list[float]] = {}
+        for header, position in zip(slices, positions, strict=True):
+            if tag in header and header.get(tag) not in (None, ""):
+                ranges.setdefault(str(header.get(tag)), []).append(float(position))
+        following = sorted(ranges.items(), key=lambda entry: entry[1])
+        for (value, before), (other, after) in zip(following[:-1], following[1:], strict=True):
+            if max(before) > min(after):
+                raise InputError(
+                    f"{path} holds slices of {tag} {value} ({min(before):.2f} to {max(before):.2f} mm) among those of "
+                    f"{tag} {other} ({min(after):.2f} to {max(after):.2f} mm); allowed is one acquisition: put each "
+                    "into a folder of its own"
+                )
+
+
 def _check_gaps(path: Path, positions: np.ndarray) -> None:
     """Refuse sorted slice positions (mm) whose distances differ."""
     gaps = np.diff(positions)
@@ -359,6 +390,11 @@ def _check_line(path: Path, positions: np.ndarray, normal: np.ndarray, pixel: fl
             "is one straight stack: export the series again, or resample it and give it as NIfTI"
         )
     tilt = float(np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1))))
+    if tilt > MAX_TILT_DEGREES:
+        raise InputError(
+            f"{path} has slices that are tilted by {tilt:.0f} degrees against their stack; allowed are up to "
+            f"{MAX_TILT_DEGREES:g}, more than gantries do: export the series again"
+        )
     if tilt > MIN_TILT_DEGREES:
         logger.warning(
             "%s was taken with a gantry tilt of %.1f degrees; its affine is sheared (maisi dicom_read straightens it)",

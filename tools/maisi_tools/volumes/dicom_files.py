@@ -1,0 +1,149 @@
+"""DICOM files from outside: found in folders and zip files, and read within limits (:mod:`.limits`)."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.inputs import is_dicom, is_zip, zipped_dicom
+from maisi_tools.volumes.limits import check_limit
+
+MAX_COMPRESSION = 4096
+"""Bytes of pixels that a compressed byte may stand for. A slice of nothing but air is a few hundred bytes in JPEG 2000,
+and its header as many."""
+
+PREAMBLE = 132
+"""Bytes before a file's first element, "DICM" at their end (DICOM PS3.10 section 7.1)."""
+
+
+class DicomFile:
+    """One DICOM file, in a folder or in a zip file.
+
+    Args:
+        path: the file, or the zip file.
+        member: its name in the zip file.
+
+    Attributes:
+        name: for messages.
+        size: in bytes, out of the zip file.
+    """
+
+    def __init__(self, path: Path, member: str | None = None) -> None:
+        self.path, self.member = path, member
+        self.name = str(path) if member is None else f"{member} in {path}"
+        if member is None:
+            self.size = path.stat().st_size
+        else:
+            with zipfile.ZipFile(path) as archive:
+                self.size = archive.getinfo(member).file_size
+
+    def read(self, **options: Any) -> Dataset:
+        """The dataset; of a zip file's member, no more is unpacked than is asked for.
+
+        Args:
+            options: of :func:`pydicom.dcmread`.
+
+        Raises:
+            InputError: it is beyond a limit, or no intact DICOM.
+        """
+        check_limit("MAISI_MAX_FILE_BYTES", self.size, f"{self.name} has {self.size} bytes")
+        with reading(self.name), self._open() as file:
+            self._check_deflated(file)
+            file.seek(0)
+            whole = self.member is not None and not options.get("stop_before_pixels")
+            return pydicom.dcmread(io.BytesIO(file.read()) if whole else file, **options)
+
+    def check_claim(self, header: Dataset) -> None:
+        """Refuse a header that claims more pixels than its file can hold, before they are made room for.
+
+        Raises:
+            InputError: it does.
+        """
+        with reading(self.name):
+            rows, columns, frames, samples, bits = (
+                int(header.get(keyword) or default)
+                for keyword, default in (
+                    *(("Rows", 0), ("Columns", 0), ("NumberOfFrames", 1)),
+                    *(("SamplesPerPixel", 1), ("BitsAllocated", 16)),
+                )
+            )
+            syntax = header.file_meta.TransferSyntaxUID
+            packed = MAX_COMPRESSION if syntax.is_compressed or syntax.is_deflated else 1
+        claim = f"{self.name} claims {columns} x {rows} pixels in {frames} frames"
+        if rows * columns * frames * samples * bits > 8 * packed * self.size:
+            raise InputError(
+                f"{claim}, which its {self.size} bytes cannot hold; allowed is an intact object: send it again"
+            )
+
+    def _open(self) -> Any:
+        return open(self.path, "rb") if self.member is None else _open_member(self.path, self.member)
+
+    def _check_deflated(self, file: IO[bytes]) -> None:
+        """Refuse a deflated dataset that is beyond the limit, without keeping it.
+
+        Raises:
+            InputError: it is.
+        """
+        file.seek(PREAMBLE)
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)  # type: ignore[arg-type]
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflate, total = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while data := file.read(1 << 16):
+            while data:
+                total += len(inflate.decompress(data, 1 << 20))
+                data = inflate.unconsumed_tail
+                check_limit("MAISI_MAX_FILE_BYTES", total, f"{self.name} has {total} bytes and more, inflated")
+
+
+def is_system_error(error: BaseException) -> bool:
+    """Whether the disk or the network failed; for a damaged object pydicom raises an OSError, too, without a number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+@contextmanager
+def reading(name: str | Path) -> Iterator[None]:
+    """Turn what the libraries raise at a damaged or hostile object, which is nearly anything, into an InputError.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        InputError: in place of anything but an error of the disk or of memory.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        if is_system_error(error):
+            raise
+        raise InputError(
+            f"{name} cannot be read as DICOM ({type(error).__name__}: {error}); allowed is an intact object: export it "
+            "again"
+        ) from error
+
+
+def list_dicom(path: Path) -> list[DicomFile]:
+    """The DICOM files in a folder (searched deeper only where it holds none itself) or zip file, by their names."""
+    if is_zip(path):
+        return [DicomFile(path, name) for name in zipped_dicom(path)]
+    files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
+    return [DicomFile(file) for file in files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))]
+
+
+@contextmanager
+def _open_member(path: Path, member: str) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        yield file

@@ -1,0 +1,103 @@
+"""A volume's stored voxels, some of them changed and all others as they were, to the last bit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import nrrd
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+
+from maisi_tools.atomic import replacing
+from maisi_tools.volumes.inputs import is_zip
+from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.writing import write_volume
+
+
+@dataclass
+class Stored:
+    """The voxels of a file as they are stored; a NIfTI's with the header that belongs to them.
+
+    Attributes:
+        values: (X, Y, Z) in the file's order and type.
+        affine: (4, 4) from voxels to RAS in mm.
+        slope, intercept: ``slope * value + intercept`` is what the value means.
+        image: of a NIfTI, None for other files.
+    """
+
+    values: np.ndarray
+    affine: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+    image: Any = None
+
+    def ras(self) -> np.ndarray:
+        """The values with RAS axes; a view, so that what is written into it is written into the volume."""
+        return to_ras(self.values, self.affine)
+
+    def stored(self, meant: np.ndarray) -> np.ndarray:
+        """Values as they are stored, from what they are to mean; integers are rounded and clipped to their range."""
+        values = (np.asarray(meant, dtype=np.float64) - self.intercept) / self.slope
+        kind = self.values.dtype
+        if np.issubdtype(kind, np.integer):
+            values = np.rint(values).clip(np.iinfo(kind).min, np.iinfo(kind).max)
+        return values.astype(kind)
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """A view of (X, Y, Z) with its axes in the order and the directions nearest to RAS."""
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt("RAS"))
+    return apply_orientation(array, turn)
+
+
+def ras_affine(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The affine of what :func:`to_ras` gives of an array of `shape`."""
+    turn = ornt_transform(io_orientation(affine), axcodes2ornt("RAS"))
+    return np.asarray(affine, dtype=float) @ nib.orientations.inv_ornt_aff(turn, shape)
+
+
+def read_stored(path: str | os.PathLike, kind: str) -> Stored:
+    """The stored voxels of a volume, for :func:`write_stored`.
+
+    Args:
+        path: NIfTI or NRRD; for kind "ct" also a folder or zip file of one DICOM series, whose HU are taken, as int16
+            where all are whole numbers.
+        kind: "ct" or "mask".
+
+    Raises:
+        InputError: see :func:`~maisi_tools.volumes.reading.read_volume`.
+    """
+    path = Path(path).expanduser()
+    name = path.name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        image: Any = nib.load(path)
+        slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+        values = np.array(image.dataobj.get_unscaled()).reshape(image.shape[:3])
+        return Stored(values, np.asarray(image.affine, dtype=float), slope, intercept, image)
+    volume: Any = read_volume(path, kind)
+    affine = np.asarray(volume.affine, dtype=float)
+    read = volume[0].numpy()
+    if name.endswith(".nrrd") and not path.is_dir() and not is_zip(path):
+        values = nrrd.read(str(path))[0].reshape(read.shape)
+        # NIfTI has the types of NRRD but for bool; a byte order of its own is the machine's.
+        return Stored(np.array(values, dtype=values.dtype.newbyteorder("=")), affine)
+    limits = np.iinfo(np.int16)
+    whole = (read == np.rint(read)).all() and limits.min <= read.min() and read.max() <= limits.max
+    return Stored(read.astype(np.int16) if whole else read, affine)
+
+
+def write_stored(path: str | os.PathLike, volume: Stored) -> Path:
+    """Write what :func:`read_stored` gave as NIfTI: type, scaling and geometry as in the file it came from."""
+    if volume.image is None:
+        return write_volume(path, volume.values, volume.affine, volume.values.dtype)
+    header = volume.image.header.copy()
+    header.set_data_dtype(volume.values.dtype)
+    image = type(volume.image)(volume.values, None, header)
+    image.header.set_slope_inter(volume.slope, volume.intercept)
+    with replacing(path) as part:
+        nib.save(image, part)
+    return Path(path)
