@@ -17,7 +17,6 @@ import numpy as np
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
-from maisi_tools.metrics.neighbours import score_samples
 from maisi_tools.volumes.inputs import stem_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,20 +30,17 @@ BEGIN, END = "<!-- measured: written by recipes/small/run.py --ship -->\n", "<!-
 """Around the part of a card that is written from the figures."""
 
 
-def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequence[Mapping[str, str]]) -> dict:
+def gather(folder: Path, kept_out: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The figures of an evaluation's folder, as run.py makes it.
 
     Args:
-        folder: with `masks`, `vae`, `controlnet` and `samples`.
+        folder: with `masks`, `vae` and `controlnet`.
         kept_out: CTs (`image`) of the patients that were measured.
-        training: those that the weights were trained on.
 
     Returns:
         `vae`: name -> mean, min, max; `controlnet`: rows of its table, and the deviation of HU inside the body over
-        that of the real CT; `ldm`: distances of samples and kept-out patients to the training volumes, HU.
+        that of the real CT.
     """
-    samples = [{"image": str(path)} for path in sorted((folder / "samples").glob("sample_seed*.nii.gz"))]
-    distances = score_samples(samples, training, kept_out, folder / "distances")
     vae = json.loads((folder / "vae" / "summary.json").read_text())
     tissues: dict[str, list[float]] = {}
     for case in kept_out:
@@ -69,12 +65,11 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]], training: Sequen
             **{name: _spread(values) for name, values in tissues.items() if name.endswith("_hu")},
         },
         "controlnet": {"table": table, "deviation_ratio": _spread(tissues["deviation_ratio"])},
-        "ldm": {"samples": len(samples), **{name: distances[name] for name in distances}},
     }
 
 
 def files_of(runs: Path) -> dict[str, Path]:
-    """The weights of a run: `autoencoder`, `controlnet` and `unet` (those of the last stage there is), `judge`.
+    """The weights of a run: `autoencoder`, `controlnet` (of the last stage there is), `judge`.
 
     Raises:
         InputError: one is missing.
@@ -83,7 +78,6 @@ def files_of(runs: Path) -> dict[str, Path]:
     files = {
         "autoencoder": runs / "autoencoder" / "model.pt",
         "controlnet": last / "model.pt",
-        "unet": last / "unet.pt",
         "judge": runs / "judge" / "model.pt",
     }
     if missing := [str(path) for path in files.values() if not path.is_file()]:
@@ -125,17 +119,15 @@ def publish(runs: Path, root: Path) -> None:
 TARGETS = {
     "autoencoder": (
         "maisi_vae/models/model.pt",
-        "maisi_ldm/models/autoencoder.pt",
         "maisi_controlnet/models/autoencoder.pt",
     ),
     "controlnet": ("maisi_controlnet/models/model.pt",),
-    "unet": ("maisi_ldm/models/model.pt",),
 }
 """Where the bundles have the weights."""
 
 
 def write_cards(root: Path) -> None:
-    """Write the figures of docs/measured.json into the three model cards."""
+    """Write the figures of docs/measured.json into the model cards."""
     figures = json.loads((root / "docs" / "measured.json").read_text())
     for bundle, render in CARDS.items():
         path = root / "bundles" / bundle / "docs" / "README.md"
@@ -184,20 +176,8 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ldm(figures: Mapping[str, Any]) -> str:
-    ldm = figures["ldm"]
-    ratio, sample, real = ldm["ratio"], ldm["distance_hu"], ldm["kept_out_distance_hu"]
-    return (
-        f"{ldm['samples']} samples: distance to the nearest training volume {sample['mean']:.0f} HU "
-        f"({sample['min']:.0f} to {sample['max']:.0f}),\n"
-        f"that of kept-out patients {real['mean']:.0f} HU ({real['min']:.0f} to {real['max']:.0f}); ratio "
-        f"{ratio['mean']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}). Copies have 0.\n"
-    )
-
-
 CARDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "maisi_vae": _vae,
-    "maisi_ldm": _ldm,
     "maisi_controlnet": _controlnet,
 }
 """What stands in a bundle's card."""

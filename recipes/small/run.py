@@ -51,9 +51,6 @@ STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "
 AT_HOME = ("masks", "evaluate")
 """Stages for which a packed file has not all that they need."""
 
-SAMPLES = 12
-"""Volumes drawn from noise, whose distances to the training volumes are measured."""
-
 
 def run_maisi(*arguments: object) -> None:
     """Run the `maisi` command."""
@@ -166,15 +163,7 @@ class Run:
             [],
             settings | self.changes.get("evaluate", {}),
         )
-        settings = {
-            "num_samples": SAMPLES,
-            "ckpt_path": files["unet"],
-            "autoencoder_ckpt_path": autoencoder,
-            "output_dir": folder / "samples",
-        }
-        run_bundle(ROOT / "bundles/maisi_ldm", "inference.json", [], settings | self.changes.get("samples", {}))
-        training = json.loads((self.out / "datalist.json").read_text())["training"]
-        figures = gather(folder, kept_out, training)
+        figures = gather(folder, kept_out)
         write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
 
     def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:

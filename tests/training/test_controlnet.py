@@ -89,6 +89,17 @@ def test_controlnet_starts_as_the_encoder_half(tiny_controlled, unet_file):
     assert all(name.startswith("controlnet_") or "time_emb_proj" in name for name in kept)
 
 
+def test_a_file_of_both_lends_its_unet_alone(tiny_controlled, unet_file, tmp_path):
+    alone, _ = unet_file
+    start = {name: value.clone() for name, value in tiny_controlled.state_dict().items()}
+    wanted = {name: value.clone() for name, value in start_from_unet(tiny_controlled, alone).state_dict().items()}
+    changed = {name: value + 1 if name.startswith("controlnet.") else value for name, value in wanted.items()}
+    tiny_controlled.load_state_dict(start)
+    torch.save(changed, tmp_path / "both.pt")
+    found = start_from_unet(tiny_controlled, tmp_path / "both.pt").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):
     torch.save({"model": {"conv_in.conv.weight": torch.zeros(8, 4, 3, 3, 3)}}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="do not fit DiffusionUNet"):

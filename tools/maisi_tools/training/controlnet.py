@@ -17,19 +17,24 @@ from maisi_tools.masks.edits import swap_sides
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import image_affine
-from maisi_tools.weights import load_weights
+from maisi_tools.weights import load_weights, read_weights
 
 
 def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> ControlledUNet:
     """Load the U-Net, and start the ControlNet as a copy of its encoder half (paper section 3.3).
 
     What the U-Net does not have, the mask embedding and the zero convolutions, keeps its initial value, so before the
-    first step the controlled network equals the U-Net. Without a file (None) all weights stay as they were drawn, for a
-    U-Net that is trained with its ControlNet.
+    first step the controlled network equals the U-Net. A file of both has the U-Net taken out of it. Without a file
+    (None) all weights stay as they were drawn, for a U-Net that is trained with its ControlNet.
     """
     if unet_path is None:
         return network
-    load_weights(network.unet, unet_path)
+    if any(name.startswith("unet.") for name in read_weights(unet_path)):
+        drawn = {name: value.clone() for name, value in network.controlnet.state_dict().items()}
+        load_weights(network, unet_path)
+        network.controlnet.load_state_dict(drawn)
+    else:
+        load_weights(network.unet, unet_path)
     encoder = {name: value for name, value in network.unet.state_dict().items() if not name.startswith("up_blocks")}
     own = network.controlnet.state_dict()
     # The U-Net's resnets also see region and spacing, so their embedding layers can be wider: those are left out.
