@@ -354,6 +354,51 @@ def test_scans_are_found(tmp_path):
             find_scans(*wrong)
 
 
+@pytest.mark.parametrize("taken", ["ct", "mask", "weight", "dicom"])
+@pytest.mark.parametrize("role", ["mask", "new_mask"])
+def test_no_input_is_written_over(stage, tiny_controlled, tmp_path, monkeypatch, role, taken):
+    """Refused before anything is drawn, by whatever path the input is named; the writer unlinks none either."""
+    hu, labels = patient()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    new = labels.copy()
+    new[8:11, 13:18, 9:13] = TUMOR
+    ct = save(tmp_path / "p1.nii.gz", hu.astype(np.int16), affine)
+    names = {"mask": "labels.nii.gz", "new_mask": "new.nii.gz"}
+    names[role] = "p1_dicom/m.nii.gz" if taken == "dicom" else f"p1_{taken}.nii.gz"
+    files = {key: save(tmp_path / name, {"mask": labels, "new_mask": new}[key], affine) for key, name in names.items()}
+    before = {path: path.read_bytes() for path in (ct, *files.values())}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, ".", "link"):
+        with pytest.raises(InputError, match=f"p1_{taken}.* is the input .*give another output_dir"):
+            find_scans(str(ct), str(files["mask"]), str(files["new_mask"]), output_dir=folder)
+    item = {"image": str(ct), **{key: str(path) for key, path in files.items()}}
+    with pytest.raises(InputError, match="give another output_dir"):
+        run(item, tmp_path, stage(), tiny_controlled)
+    assert {path: path.read_bytes() for path in before} == before
+    assert find_scans(*item.values(), output_dir=tmp_path / "out") == [item]
+    run(item, tmp_path / "out", stage(), tiny_controlled)  # and over what it wrote itself
+    run(find_scans(*item.values(), output_dir=tmp_path / "out")[0], tmp_path / "out", stage(), tiny_controlled)
+
+
+def test_no_input_of_another_scan_or_of_a_class_folder_is_written_over(tmp_path):
+    hu, labels = patient((8, 8, 8))
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.nii.gz", hu.astype(np.int16), np.eye(4))
+    save(tmp_path / "b_seg.nii.gz", labels, np.eye(4))
+    save(tmp_path / "b_mask.nii.gz", labels, np.eye(4))  # the mask of a
+    listed = tmp_path / "list.json"
+    entries = [{"image": "a.nii.gz", "label": "b_mask.nii.gz"}, {"image": "b.nii.gz", "label": "b_seg.nii.gz"}]
+    listed.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"b_mask.nii.gz, which is the input .*b_mask.nii.gz"):
+        find_scans(str(listed), None, output_dir=tmp_path)
+    classes = tmp_path / "classes"
+    save(classes / "liver.nii.gz", (labels == LIVER).astype(np.uint8), np.eye(4))
+    save(classes / "a_mask.nii.gz", labels, np.eye(4))
+    with pytest.raises(InputError, match="a_mask.nii.gz, which is"):
+        find_scans(str(tmp_path / "a.nii.gz"), str(classes), output_dir=classes)
+
+
 def test_a_body_that_one_mask_alone_has_is_no_change(tmp_path):
     """`maisi edit` adds it; and where a mask has none, a label taken away leaves body."""
     hu, labels = patient()
