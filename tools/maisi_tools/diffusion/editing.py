@@ -29,6 +29,7 @@ from maisi_tools.masks.class_folder import ReadMaskd, is_class_folder
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import apply_edits
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map
+from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
@@ -444,7 +445,8 @@ class WriteEditd(MapTransform):
     """MONAI dict transform: writes an edited scan; all that the edit does not reach is as in the files it came from.
 
     ``NAME_ct.nii.gz`` has the CT's type, scaling and geometry, and its very bits wherever the weight is 0;
-    ``NAME_mask.nii.gz`` is in the numbering of the input's mask, a structure that it lacks gets the next free number;
+    ``NAME_mask.nii.gz`` is in the numbering of the input's mask (of the label map, where that is a class folder or a
+    segmentation of 3D Slicer), a structure that it lacks gets the next free number;
     ``NAME_weight.nii.gz`` (float32) is the blend weight; ``NAME_ct.json`` says what was done, with HU before and after.
     Of a DICOM series there is also ``NAME_dicom``, a study of the same patient, see
     :func:`~maisi_tools.dicom.study.write_study`.
@@ -539,8 +541,11 @@ class WriteEditd(MapTransform):
         return ras
 
     def _mask(self, path: str, box: Box, after: np.ndarray, changed: np.ndarray) -> tuple[Stored, dict[str, int]]:
-        """The mask's file with the labels of what changed, and structures that its numbering got for that."""
-        if Path(path).is_dir():
+        """The mask's file with the labels of what changed, and structures that its numbering got for that.
+
+        A folder of classes and a segmentation of 3D Slicer have no numbering but the label map's, which they get.
+        """
+        if Path(path).is_dir() or is_segmentation(path):
             read: Any = ReadMaskd("mask", self.label_map)({"mask": path})["mask"]
             mask = Stored(read[0].numpy().astype(np.uint16), np.asarray(read.affine, dtype=float))
         else:

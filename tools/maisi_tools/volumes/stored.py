@@ -38,7 +38,7 @@ def check_memory(shape: Sequence[int], name: str) -> None:
         )
 
 
-def read_stored(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: str) -> np.ndarray:
+def read_voxels(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: str) -> np.ndarray:
     """The next voxels of an open file; nothing is allocated for what it does not hold.
 
     Args:
