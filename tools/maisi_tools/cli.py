@@ -5,6 +5,7 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import inspect
@@ -688,7 +689,7 @@ def cohort(
     address: str | None = None,
     bundles: str | None = None,
 ) -> None:
-    """Generate many CT + mask pairs from a specification (docs/cohorts.md); started again, it goes on.
+    """Generate many CT + mask pairs from a specification (docs/how-to/cohorts.md); started again, it goes on.
 
     `torchrun --nproc_per_node=N -m maisi_tools.cli cohort SPEC` shares the samples among N processes.
 
@@ -797,16 +798,29 @@ def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -
         print(f"{sha256(path)}  {path}")
 
 
-COMMANDS = (
-    *(demo, phantom, preview, plan, weights, prepare, complete_masks, compare, edit, index, find),
-    *(report, realism, stratify, downstream, cohort, listen, jobs, package, dicom_read, dicom_write),
-)
+GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
+    "make": (demo, cohort, plan, weights, package),
+    "masks": (phantom, edit, index, find),
+    "data": (prepare, complete_masks),
+    "quality": (preview, report, compare, realism, stratify, downstream),
+    "DICOM": (dicom_read, dicom_write),
+    "service": (listen, jobs),
+}
+"""The commands, as the help shows them."""
+
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; wrong input ends with `error: ...` on stderr and status 2 instead of a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     commands = {command.__name__: _planned(command) for command in COMMANDS}
+    if arguments[0] in ("--help", "-h"):
+        print(_help())
+        return 0
+    if arguments[0].replace("-", "_") not in commands:
+        print(f"error: {_unknown(arguments[0])}", file=sys.stderr)
+        return 2
     plan = fire.Fire(commands, arguments, name="maisi", serialize=lambda _: None)
     try:
         plan.execute()
@@ -817,6 +831,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {message or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _help() -> str:
+    """The commands in their groups, each with the first line of what it says of itself."""
+    width = max(len(command.__name__) for command in COMMANDS)
+    lines = ["maisi COMMAND [--option value ...]", "maisi COMMAND --help lists the options of a command."]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for command in commands:
+            lines.append(f"  {command.__name__:<{width}}  {inspect.cleandoc(command.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _unknown(given: str) -> str:
+    """What to say of a command that there is not."""
+    names = [command.__name__ for command in COMMANDS]
+    nearest = difflib.get_close_matches(given.replace("-", "_").lower(), names, n=1)
+    meant = f"did you mean {nearest[0]}? All of them: " if nearest else "choose among: "
+    return f"{given!r} is no command; {meant}{', '.join(names)}."
 
 
 class _Plan:

@@ -207,7 +207,7 @@ def read_spec(path: str | Path) -> CohortSpec:
         InputError: no such file, no YAML, or see :class:`CohortSpec`.
     """
     path = Path(path).expanduser()
-    content = read_yaml(path, "specification", "docs/cohorts.md")
+    content = read_yaml(path, "specification", "docs/how-to/cohorts.md")
     content = checked_fields(CohortSpec, content, str(path))
     if content.setdefault("masks", None) is None:
         del content["masks"]
