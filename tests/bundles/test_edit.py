@@ -215,8 +215,8 @@ def test_the_listener_edits_the_scan_that_structures_were_drawn_on(bundles, seri
     differing = {place for place in old if (old[place].pixel_array != new[place].pixel_array).any()}
     assert 0 < len(differing)
     check_study(folder, series / "CT", differing)
-    with pytest.raises(InputError, match="source"):  # a patient's scan is no invented patient's
-        run_job(job, Chain("SEG", (step,), keep_patient=False), tmp_path / "work")
+    with pytest.raises(InputError, match="keep_patient: true"):  # a patient's scan is no invented patient's
+        Chain("SEG", (step,), keep_patient=False)
 
 
 def commands(page: str) -> list[str]:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -324,6 +325,84 @@ def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
     again = made(write_spec, bundles, tmp_path / "again", "process", **{**REAL, "count": "2"})
     made(write_spec, bundles, again, "process", **REAL)
     assert samples(files_of(again)) == samples(files_of(folder))
+
+
+@pytest.fixture
+def scanned(tmp_path) -> Path:
+    """One scan as a CT series of a patient's, with OpenKBP's labels of it as NIfTI; the folder of its slices."""
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    import pydicom
+
+    from maisi_tools.dicom.study import write_study
+
+    ct, labels = write_scans(tmp_path)["one"]
+    image = nib.as_closest_canonical(nib.load(ct))
+    study = tmp_path / "study"
+    for path in write_study(study, np.asarray(image.dataobj), image.affine):
+        ds = pydicom.dcmread(path)
+        del ds.SyntheticData
+        ds.PatientID, ds.ImageType = "1234", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        ds.save_as(path)
+    series = study.rename(tmp_path / "hospital") / "CT"
+    (tmp_path / "scans.json").write_text(json.dumps([{"image": str(series), "label": labels.name}]))
+    return series
+
+
+def test_scans_that_are_series(write_spec, bundles, tmp_path, scanned):
+    """NIfTI or studies out; a study says which box of the patient's scan is synthetic, and differs nowhere else."""
+    import pydicom
+
+    spec = {**REAL, "count": "2"}
+    folder = made(write_spec, bundles, tmp_path / "nifti", **spec)
+    assert [row["status"] for row in rows_of(folder)] == ["done"] * 2
+    assert all((folder / row[what]).is_file() for row in rows_of(folder) for what in ("ct", "mask"))
+
+    folder = made(write_spec, bundles, tmp_path / "dicom", **{**spec, "format": "dicom", "count": "1"})
+    (row,) = rows_of(folder)
+    assert row["status"] == "done", row
+    old, new = (
+        [pydicom.dcmread(path) for path in sorted(where.glob("*.dcm"))]
+        for where in (scanned, folder / row["ct"] / "CT")
+    )
+    corners = re.search(r"between \((.*?)\) and \((.*?)\), mm", new[0].DerivationDescription).groups()
+    low, high = np.sort([[float(mm) for mm in corner.split(",")] for corner in corners], axis=0)
+    found = 0
+    for was, ds in zip(old, new, strict=True):
+        assert (ds.PatientID, ds.StudyInstanceUID) == ("1234", was.StudyInstanceUID)
+        assert list(ds.ImageType) == ["DERIVED", "SECONDARY", "AXIAL", "PARTLY_SYNTHETIC"]
+        assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == was.SOPInstanceUID
+        hu, before = (one.pixel_array * float(one.RescaleSlope) + float(one.RescaleIntercept) for one in (ds, was))
+        for row_of, column in np.argwhere(hu != before):
+            at = np.array(ds.ImagePositionPatient, float) + [column * 5.0, row_of * 5.0, 0]
+            assert (at >= low - 0.01).all() and (at <= high + 0.01).all()
+            found += 1
+    assert found
+
+
+def test_studies_of_scans_that_are_no_series_are_refused(write_spec, bundles, tmp_path):
+    write_scans(tmp_path)
+    with pytest.raises(InputError, match=r"one\.nii\.gz in .*scans\.json is no DICOM series"):
+        made(write_spec, bundles, tmp_path / "out", **REAL, format="dicom")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_mask_of_a_scan_without_forms_lies_on_it(write_spec, bundles, tmp_path):
+    """Its axes are those of the array, as for the edit; what is cut out lies within the organ that is to shrink."""
+    for ct, labels in write_scans(tmp_path).values():
+        for path in (ct, labels):
+            image = nib.as_closest_canonical(nib.load(path))
+            header = image.header.copy()
+            header.set_qform(None, 0)
+            header.set_sform(None, 0)
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, header), path)
+            assert nib.load(path).header["sform_code"] == nib.load(path).header["qform_code"] == 0
+    (row,) = rows_of(made(write_spec, bundles, tmp_path / "out", **{**REAL, "count": "1"}))
+    assert row["status"] == "done", row
+    first = np.asarray(nib.load(tmp_path / "one_seg.nii.gz").dataobj) == 6
+    mask = nib.load(tmp_path / "out" / row["mask"])
+    parotid = np.asarray(mask.dataobj) == 18
+    assert 0.55 < parotid.sum() / first.sum() < 0.85 and (first | ~parotid).all()
+    np.testing.assert_allclose(mask.affine, np.diag([5.0, 5.0, 3.4, 1.0]), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,45 @@ def test_edits_in_any_numbering_and_the_record_of_them(stage, tiny_controlled, t
     assert record["region"]["box_ras_mm"] == [(reached.min(0) * 2.0).tolist(), (reached.max(0) * 2.0).tolist()]
 
 
+@pytest.mark.parametrize(
+    ("codes", "unit", "step"), [((0, 0), "mm", 2.0), ((0, 0), "meter", 0.002), ((1, 1), "meter", 0.002),
+                                ((0, 1), "micron", 2000.0), ((1, 0), "mm", 2.0)]
+)  # fmt: skip
+def test_an_edit_lands_where_the_door_saw_it_whatever_the_header_says(
+    stage, tiny_controlled, tmp_path, codes, unit, step
+):
+    """Neither form (the axes are then those of the array, whatever nibabel takes), and units other than mm."""
+    hu, labels = patient()
+    new = labels.copy()
+    new[4:7, 13:18, 9:13] = TUMOR  # not in the middle
+
+    def written(name: str, array: np.ndarray) -> str:
+        image = nib.Nifti1Image(array, None)
+        affine = np.diag([step, step, step, 1.0])
+        image.header.set_zooms((step,) * 3)
+        image.header.set_qform(affine, codes[0])
+        image.header.set_sform(affine, codes[1])
+        image.header.set_xyzt_units(unit)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(array, None, image.header), tmp_path / "in" / name)
+        assert [int(nib.load(tmp_path / "in" / name).header[f"{form}_code"]) for form in ("qform", "sform")] == [*codes]
+        return str(tmp_path / "in" / name)
+
+    files = {"image": hu.astype(np.int16), "mask": labels, "new_mask": new}
+    item = {key: written(f"{key}.nii.gz", array) for key, array in files.items()}
+    run(item, tmp_path, stage(), tiny_controlled, margin_mm=0.0)
+    changed = new != labels
+    ct, mask, weight = (nib.load(tmp_path / f"image_{what}.nii.gz") for what in ("ct", "mask", "weight"))
+    np.testing.assert_array_equal(np.asarray(mask.dataobj), new)
+    np.testing.assert_array_equal(np.asarray(weight.dataobj) > 0, changed)
+    np.testing.assert_array_equal(np.asarray(ct.dataobj)[~changed], hu[~changed])
+    assert (np.asarray(ct.dataobj) != hu)[changed].mean() > 0.5
+    assert ct.header.binaryblock == nib.load(item["image"]).header.binaryblock
+    np.testing.assert_allclose(weight.affine, np.diag([2.0, 2.0, 2.0, 1.0]), atol=1e-4)
+    box = json.loads((tmp_path / "image_ct.json").read_text())["region"]["box_ras_mm"]
+    np.testing.assert_allclose(box, [[8, 26, 18], [12, 34, 24]], atol=0.01)
+
+
 def test_far_edits_are_drawn_one_by_one_and_a_seed_gives_the_same(stage, tiny_controlled, tmp_path):
     """Each window alone, as if the other were not there: two edits are the two single ones."""
     hu, labels = patient((120, 30, 22))
@@ -293,6 +332,42 @@ def test_nrrd_comes_back_as_nifti_of_its_type(stage, tiny_controlled, tmp_path):
     still = np.asarray(weight.dataobj) == 0
     np.testing.assert_array_equal(np.asarray(ct.dataobj)[still], hu[still])
     assert (np.asarray(ct.dataobj)[~still] != hu[~still]).any()
+
+
+def write_segments(path: Path, layers: np.ndarray, segments: list[tuple[str, int, int]]) -> str:
+    """A segmentation as 3D Slicer saves it: (layer, X, Y, Z), and the name, value and layer of each segment."""
+    header = {
+        "space": "left-posterior-superior",
+        "kinds": ["list", "domain", "domain", "domain"],
+        "space directions": [[np.nan] * 3, [-2.0, 0, 0], [0, -2.0, 0], [0, 0, 2.0]],
+        "space origin": [0.0, 0, 0],
+    }
+    for number, (name, value, layer) in enumerate(segments):
+        keys = {"ID": f"Segment_{number}", "Name": name, "LabelValue": value, "Layer": layer, "Tags": ""}
+        header |= {f"Segment{number}_{key}": str(entry) for key, entry in keys.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nrrd.write(str(path), layers, header)
+    return str(path)
+
+
+def test_a_segmentation_of_slicer_gets_the_numbering_of_the_label_map(stage, tiny_controlled, tmp_path):
+    """Slicer deals out values as they come, in layers where segments overlap: they are no numbering to keep."""
+    hu, labels = patient()
+    liver = labels == LIVER
+    spleen = np.zeros_like(liver)
+    spleen[20:23, 13:17, 9:13] = True
+    layers = np.stack([np.where(spleen, LIVER, 0), liver]).astype(np.uint8)  # the spleen has the liver's number
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    item = {
+        "image": str(save(tmp_path / "in" / "case.nii.gz", hu.astype(np.int16), affine)),
+        "mask": write_segments(tmp_path / "in" / "m.seg.nrrd", layers, [("spleen", LIVER, 0), ("liver", 1, 1)]),
+    }
+    run(item, tmp_path, stage(), tiny_controlled, edits={"insert": {"hepatic tumor": 6}, "seed": 3}, margin_mm=2.0)
+    image = nib.load(tmp_path / "case_mask.nii.gz")
+    mask, tumor = np.asarray(image.dataobj), np.asarray(image.dataobj) == TUMOR
+    np.testing.assert_allclose(image.affine, affine)
+    assert tumor.sum() == round(np.pi / 6 * 6**3 / 8) and (liver | ~tumor).all()
+    np.testing.assert_array_equal(mask[~tumor], np.select([spleen, liver], [label_id("spleen"), LIVER])[~tumor])
 
 
 @pytest.mark.parametrize(
@@ -352,6 +427,51 @@ def test_scans_are_found(tmp_path):
     for wrong in ((str(listed), a_seg), (a, None), ([a, b], a_seg), (str(listed), None, a_seg)):
         with pytest.raises(InputError, match="allowed is"):
             find_scans(*wrong)
+
+
+@pytest.mark.parametrize("taken", ["ct", "mask", "weight", "dicom"])
+@pytest.mark.parametrize("role", ["mask", "new_mask"])
+def test_no_input_is_written_over(stage, tiny_controlled, tmp_path, monkeypatch, role, taken):
+    """Refused before anything is drawn, by whatever path the input is named; the writer unlinks none either."""
+    hu, labels = patient()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    new = labels.copy()
+    new[8:11, 13:18, 9:13] = TUMOR
+    ct = save(tmp_path / "p1.nii.gz", hu.astype(np.int16), affine)
+    names = {"mask": "labels.nii.gz", "new_mask": "new.nii.gz"}
+    names[role] = "p1_dicom/m.nii.gz" if taken == "dicom" else f"p1_{taken}.nii.gz"
+    files = {key: save(tmp_path / name, {"mask": labels, "new_mask": new}[key], affine) for key, name in names.items()}
+    before = {path: path.read_bytes() for path in (ct, *files.values())}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, ".", "link"):
+        with pytest.raises(InputError, match=f"p1_{taken}.* is the input .*give another output_dir"):
+            find_scans(str(ct), str(files["mask"]), str(files["new_mask"]), output_dir=folder)
+    item = {"image": str(ct), **{key: str(path) for key, path in files.items()}}
+    with pytest.raises(InputError, match="give another output_dir"):
+        run(item, tmp_path, stage(), tiny_controlled)
+    assert {path: path.read_bytes() for path in before} == before
+    assert find_scans(*item.values(), output_dir=tmp_path / "out") == [item]
+    run(item, tmp_path / "out", stage(), tiny_controlled)  # and over what it wrote itself
+    run(find_scans(*item.values(), output_dir=tmp_path / "out")[0], tmp_path / "out", stage(), tiny_controlled)
+
+
+def test_no_input_of_another_scan_or_of_a_class_folder_is_written_over(tmp_path):
+    hu, labels = patient((8, 8, 8))
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.nii.gz", hu.astype(np.int16), np.eye(4))
+    save(tmp_path / "b_seg.nii.gz", labels, np.eye(4))
+    save(tmp_path / "b_mask.nii.gz", labels, np.eye(4))  # the mask of a
+    listed = tmp_path / "list.json"
+    entries = [{"image": "a.nii.gz", "label": "b_mask.nii.gz"}, {"image": "b.nii.gz", "label": "b_seg.nii.gz"}]
+    listed.write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"b_mask.nii.gz, which is the input .*b_mask.nii.gz"):
+        find_scans(str(listed), None, output_dir=tmp_path)
+    classes = tmp_path / "classes"
+    save(classes / "liver.nii.gz", (labels == LIVER).astype(np.uint8), np.eye(4))
+    save(classes / "a_mask.nii.gz", labels, np.eye(4))
+    with pytest.raises(InputError, match="a_mask.nii.gz, which is"):
+        find_scans(str(tmp_path / "a.nii.gz"), str(classes), output_dir=classes)
 
 
 def test_a_body_that_one_mask_alone_has_is_no_change(tmp_path):

@@ -68,6 +68,15 @@ NAN, INF = float("nan"), float("inf")
         ({"poll": {"url": "http://pacs/dicom-web", "user": "me"}}, "without encryption.*plain_password_to: pacs"),
         ({"poll": {"url": "http://pacs/", "user": "me", "plain_password_to": "other"}}, "without encryption"),
         ({"chains": [{"when": "CT", "steps": [STEP], "keep_patient": False}]}, "shows that patient"),
+        *[
+            (
+                {"chains": [{"when": kind, "steps": [STEP, {**STEP, "settings": given}], **patient}]},
+                "takes {series}, and keep_patient: false; allowed is keep_patient: true",
+            )
+            for kind in ("SEG", "RTSTRUCT")
+            for patient in ({}, {"keep_patient": False})
+            for given in ({"input": "{series}"}, {"datalist": [{"image": "a/{series}"}]})
+        ],
         ({"chains": [{"when": "SEG", "steps": [STEP], "keep_patient": "no"}]}, "keep_patient is 'no'"),
         ({"chains": [{"when": "SEG", "steps": [{**STEP, "settings": "x"}]}]}, "settings"),
         ({"chains": [{"when": "SEG", "steps": [{**STEP, "config": 3}]}]}, "config is 3"),
@@ -113,3 +122,6 @@ def test_a_ct_keeps_its_patient_and_a_mask_does_not_unless_asked(write_settings,
     chains = [{"when": kind, "steps": [step]} for kind in ("CT", "SEG")]
     settings = read_settings(write_settings(4242, chains=chains)[0])
     assert settings.chain("CT").keep_patient is True and settings.chain("SEG").keep_patient is False
+    edit = {**step, "settings": {"input": "{series}"}}
+    chains = [{"when": "CT", "steps": [edit]}, {"when": "SEG", "steps": [edit], "keep_patient": True}]
+    assert [chain.keep_patient for chain in read_settings(write_settings(4242, chains=chains)[0]).chains] == [True] * 2

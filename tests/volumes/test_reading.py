@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import struct
@@ -20,6 +21,7 @@ from pydicom.uid import generate_uid
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.reading import ReadVolumed, read_sidecar, read_volume
 from maisi_tools.volumes.series import slice_order
+from maisi_tools.volumes.stored import read_whole
 
 from .conftest import OBLIQUE, SHAPE, ct_values
 
@@ -415,3 +417,16 @@ def test_latent_with_the_wrong_channel_count(write_nifti):
     refused(write_nifti(np.zeros((3, 4, 5, 3))), "(3, 4, 5, 3)", "(x, y, z, 4)", "encode config", kind="latent")
     refused(write_nifti(np.zeros((3, 4, 5))), "(3, 4, 5)", "4 channels", kind="latent")
     refused(write_nifti(np.zeros((3, 4, 5, 1))), "4 channels", kind="latent")
+
+
+def test_a_disk_that_fails_is_told_from_a_damaged_file():
+    def failing(error):
+        raise error
+
+    for number in (errno.EIO, errno.ESTALE):
+        with pytest.raises(OSError) as raised:
+            read_whole("a.nii", lambda number=number: failing(OSError(number, "")))
+        assert raised.value.errno == number
+    for error in (OSError("Not a gzipped file"), OSError(errno.EINVAL, "Invalid argument"), EOFError(), KeyError(1)):
+        with pytest.raises(InputError, match="a.nii cannot be read .* allowed is an intact NIfTI or NRRD"):
+            read_whole("a.nii", lambda error=error: failing(error))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
+import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -14,6 +18,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage, RLELossless, generate_uid
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.dicom_files import DicomFile
 from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.series import read_slices, slice_affine
@@ -27,6 +32,28 @@ SHAPE = (8, 6, 5)
 def said(caplog):
     caplog.set_level(logging.WARNING)
     return caplog
+
+
+@pytest.mark.parametrize("failure", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_disk_that_fails_is_no_fault_of_the_series(write_series, tmp_path, monkeypatch, failure, zipped):
+    """The listener tries again what is no InputError; a moment later the same series is read."""
+    path = write_series(ct_values(SHAPE))
+    if zipped:
+        path = Path(shutil.make_archive(str(tmp_path / "sent"), "zip", path))
+    opened, calls = DicomFile._open, []
+
+    def failing(file):
+        calls.append(file)
+        if len(calls) == SHAPE[2] + 2:  # the headers were read, and the pixels of a slice
+            raise OSError(failure, os.strerror(failure))
+        return opened(file)
+
+    monkeypatch.setattr(DicomFile, "_open", failing)
+    with pytest.raises(OSError) as raised:
+        read_volume(path, "ct")
+    assert type(raised.value) is type(OSError(failure, "")) and raised.value.errno == failure
+    assert len(calls) == SHAPE[2] + 2 and read_volume(path, "ct").shape[1:] == SHAPE
 
 
 def edit(folder, change):

@@ -100,6 +100,7 @@ def test_transform_writes_ct_latent_and_sidecar(write_nifti, tmp_path, caplog):
     assert item["ct_path"] == str(path) and item["ct"] is ct and f"wrote {path}" in caplog.text
     assert np.array_equal(np.asarray(nib.load(path).dataobj), ct_values())
     assert np.array_equal(nib.load(path).affine, nib.load(tmp_path / "case.nii.gz").affine)
+    mm = (np.linalg.norm(OBLIQUE[:3, :3], axis=0) / 4).tolist()
     write = WriteVolumed(
         "z", tmp_path / "out", "_latent", np.float32, sidecar=["scale_factor", "size", "spacing"], stem_key="name"
     )
@@ -108,14 +109,14 @@ def test_transform_writes_ct_latent_and_sidecar(write_nifti, tmp_path, caplog):
             "z": latent,
             "scale_factor": torch.tensor(1.25),
             "size": (12, 16, 20),
-            "spacing": [1, 1, 2],
+            "spacing": mm,
             "name": "sample_1.5",
         }
     )
     again = read_volume(item["z_path"], "latent")
     assert item["z_path"].endswith("sample_1.5_latent.nii.gz")
     assert torch.equal(again.as_tensor(), latent.as_tensor())
-    assert again.meta["sidecar"] == {"scale_factor": 1.25, "size": [12, 16, 20], "spacing": [1, 1, 2], "factor": 4}
+    assert again.meta["sidecar"] == {"scale_factor": 1.25, "size": [12, 16, 20], "spacing": mm, "factor": 4}
     WriteVolumed("z", tmp_path / "out", sidecar={"modality": "ct"}, dtype=np.float32)({"z": latent.bfloat16()})
     assert json.loads((tmp_path / "out" / "case.json").read_text()) == {"modality": "ct"}
     names = ["case.json", "case.nii.gz", "case_recon.nii.gz", "sample_1.5_latent.json", "sample_1.5_latent.nii.gz"]

@@ -21,6 +21,7 @@ from maisi_tools.atomic import replacing, write_json
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, configs_of, read_record
+from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
@@ -149,11 +150,19 @@ def _on_ray(
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
-    """Refuse settings that the stages do not declare, before any network is loaded."""
+    """Refuse settings that the stages do not declare, and scans of another form, before any network is loaded."""
     check_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         config = _config(bundles, "maisi_ldm", "mask_inference.json")
         check_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+    if spec.masks.source == "real" and spec.format == "dicom":
+        for scan in find_scans(spec.masks.path, None):
+            if not is_series(scan["image"]):
+                raise InputError(
+                    f"format is dicom, and {scan['image']} in {spec.masks.path} is no DICOM series, so there is no "
+                    "study for the edited scan to join; allowed are folders and zip files of one CT series each: give "
+                    "these, or format: nifti"
+                )
 
 
 def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:

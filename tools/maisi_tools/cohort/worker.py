@@ -34,6 +34,7 @@ from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.stage_settings import check_settings
 from maisi_tools.volumes.inputs import find_inputs, stem_of
+from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
 
 RECORDS = "records"
@@ -147,7 +148,7 @@ class Worker:
                 record = {"index": index, "name": name, "status": "failed", "error": text, "attempts": attempt + 1}
         write_json(path, record)
         for file in self.scratch.iterdir():
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()  # a series is edited into a study, too
         return record
 
     def close(self) -> None:
@@ -222,9 +223,9 @@ class Worker:
         out = self.ct({"image": scan["image"], "mask": str(given)})
         made = {what: Path(out[f"{what}_path"]) for what in ("ct", "mask")}
         sidecar = json.loads(made["ct"].with_name(made["ct"].name.replace(".nii.gz", ".json")).read_text())
-        ct: Any = nib.load(made["ct"])
+        _, affine = read_nifti_grid(made["ct"], "ct")
         used: Any = nib.load(made["mask"])
-        turn = ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(ct.affine))
+        turn = ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(affine))
         used = used.as_reoriented(turn)  # as the CT's file is, whatever the mask's was
         values = np.asarray(used.dataobj)
         record = {
@@ -242,8 +243,8 @@ class Worker:
             **{f"hu_{what.replace(' ', '_')}": hu["after"] for what, hu in sidecar["hu"].items()},
         }
         labels = consecutive_labels(values, self.keep, self.merge) if self.layout.consecutive else values
-        write_volume(made["mask"], labels, ct.affine, np.uint8)
-        return {**record, **self._store(name, made, record, scan["image"])}
+        write_volume(made["mask"], labels, affine, np.uint8)
+        return {**record, **self._store(name, made, record, scan["image"], sidecar["region"]["box_ras_mm"])}
 
     def _mask(self, random: np.random.Generator, seed: int) -> tuple[MetaTensor, str, Sequence[str]]:
         masks = self.spec.masks
@@ -260,12 +261,18 @@ class Worker:
         return one.mask, one.origin, one.misfits
 
     def _store(
-        self, name: str, made: Mapping[str, Path], record: Mapping[str, Any], scan: str | None = None
+        self,
+        name: str,
+        made: Mapping[str, Path],
+        record: Mapping[str, Any],
+        scan: str | None = None,
+        region: Sequence[Sequence[float]] = (),
     ) -> dict[str, str]:
         """Put the files where they belong, and return their paths and hashes.
 
         Args:
             scan: the series that was edited, whose study a DICOM one joins.
+            region: of it, see :func:`~maisi_tools.dicom.study.write_study`.
         """
         if self.spec.format == "dicom":
             from maisi_tools.dicom.objects import recordable
@@ -284,6 +291,7 @@ class Worker:
                 replace=True,
                 source=scan,
                 from_scan=scan is not None,
+                region=region,
             )
             digests = "".join(f"{file.name} {sha256(file)}\n" for file in files)
             return {"ct": name, "ct_sha256": hashlib.sha256(digests.encode()).hexdigest()}

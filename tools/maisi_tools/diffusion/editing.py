@@ -29,6 +29,7 @@ from maisi_tools.masks.class_folder import ReadMaskd, is_class_folder
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import apply_edits
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map
+from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
@@ -54,7 +55,13 @@ SAME_SHARE = 0.1
 """The corners of a CT and its mask may lie apart by so much of a voxel, as rounded headers put them."""
 
 
-def find_scans(input: Any, mask: Any, new_mask: Any = None, label_map: LabelMap | None = None) -> list[dict[str, str]]:
+def find_scans(
+    input: Any,
+    mask: Any,
+    new_mask: Any = None,
+    label_map: LabelMap | None = None,
+    output_dir: str | os.PathLike | None = None,
+) -> list[dict[str, str]]:
     """The scans to edit: ``[{"image": CT, "mask": its labels, "new_mask": those it is to have, if given}, ...]``.
 
     Args:
@@ -63,9 +70,11 @@ def find_scans(input: Any, mask: Any, new_mask: Any = None, label_map: LabelMap 
         mask: the labels of the one CT; None takes those of the datalist.
         new_mask: a mask of that CT that was edited already; True takes those of the datalist.
         label_map: tells a folder with one file a class.
+        output_dir: where the edited scans are to go.
 
     Raises:
-        InputError: several CTs with one mask, no mask, or what :func:`find_inputs` refuses.
+        InputError: several CTs with one mask, no mask, what :func:`find_inputs` refuses, or an input that would be
+            written over, see :func:`check_targets`.
     """
 
     def is_one(folder: Path) -> bool:
@@ -87,7 +96,40 @@ def find_scans(input: Any, mask: Any, new_mask: Any = None, label_map: LabelMap 
         if len(items) > 1:
             raise InputError(f"new_mask is {new_mask!r} for {len(items)} CTs; allowed is true: new_label in a datalist")
         items[0]["new_mask"] = str(new_mask)
+    if output_dir is not None:
+        check_targets(items, output_dir)
     return items
+
+
+def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str, Path]:
+    """What an edited scan writes: "ct", "mask", "weight" and "sidecar", and the folder "dicom" of a series."""
+    name, folder = stem_of(ct), Path(output_dir).expanduser()
+    files = {what: folder / f"{name}_{what}.nii.gz" for what in ("ct", "mask", "weight")}
+    return {**files, "sidecar": folder / f"{name}_ct.json", "dicom": folder / f"{name}_dicom"}
+
+
+def check_targets(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:
+    """Refuse to write over an input, whichever scan it belongs to and by whatever path it is named.
+
+    Args:
+        scans: see :func:`find_scans`.
+        output_dir: where they go.
+
+    Raises:
+        InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
+    """
+    inputs = [Path(scan[key]).expanduser() for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
+    targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values() if path.exists()]
+    for given in inputs:
+        parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
+        known = {(status.st_dev, status.st_ino) for status in (part.stat() for part in parts if part.exists())}
+        for target in targets:
+            if (target.stat().st_dev, target.stat().st_ino) in known:
+                raise InputError(
+                    f"the edited scan would be written over {target}, which is the input {given}, or a part of it or "
+                    f"the folder it lies in; output_dir is {output_dir}; allowed is another folder than that of the "
+                    "inputs: give another output_dir"
+                )
 
 
 def _has_labels(scans: Sequence[Mapping[str, str]]) -> bool:
@@ -403,7 +445,8 @@ class WriteEditd(MapTransform):
     """MONAI dict transform: writes an edited scan; all that the edit does not reach is as in the files it came from.
 
     ``NAME_ct.nii.gz`` has the CT's type, scaling and geometry, and its very bits wherever the weight is 0;
-    ``NAME_mask.nii.gz`` is in the numbering of the input's mask, a structure that it lacks gets the next free number;
+    ``NAME_mask.nii.gz`` is in the numbering of the input's mask (of the label map, where that is a class folder or a
+    segmentation of 3D Slicer), a structure that it lacks gets the next free number;
     ``NAME_weight.nii.gz`` (float32) is the blend weight; ``NAME_ct.json`` says what was done, with HU before and after.
     Of a DICOM series there is also ``NAME_dicom``, a study of the same patient, see
     :func:`~maisi_tools.dicom.study.write_study`.
@@ -414,6 +457,9 @@ class WriteEditd(MapTransform):
         output_dir: folder, made if missing.
         label_map: how the mask was read.
         conditions: to be recorded.
+
+    Raises:
+        InputError: a file would be written over an input, see :func:`check_targets`.
     """
 
     def __init__(
@@ -434,11 +480,11 @@ class WriteEditd(MapTransform):
         old_hu, _, weight = _array(data[self.image_key])
         after, changed = _array(data["edited"]).astype(np.uint8)
         box = tuple(slice(first, first + size) for first, size in zip(plan["start"], drawn.shape, strict=True))
-        name = stem_of(plan["ct"])
-        files = {what: self.output_dir / f"{name}_{what}.nii.gz" for what in ("ct", "mask", "weight")}
-        sidecar = self.output_dir / f"{name}_ct.json"
-        for file in files.values():  # where a file is, its sidecar is about it
-            file.unlink(missing_ok=True)
+        given = {key: plan[key] for key in ("mask", "new_mask") if key in plan}
+        check_targets([{"image": plan["ct"], **given}], self.output_dir)
+        files = targets_of(plan["ct"], self.output_dir)
+        for what in ("ct", "mask", "weight"):  # where a file is, its sidecar is about it
+            files[what].unlink(missing_ok=True)
 
         scan = read_stored(plan["ct"], "ct")
         view = scan.ras()
@@ -465,7 +511,7 @@ class WriteEditd(MapTransform):
             "source": plan["ct"],
             **self.conditions,
         }
-        write_sidecar(sidecar, record)
+        write_sidecar(files["sidecar"], record)
         write_stored(files["weight"], weights)
         write_stored(files["mask"], mask)
         write_stored(files["ct"], scan)
@@ -473,7 +519,7 @@ class WriteEditd(MapTransform):
             from maisi_tools.dicom.study import write_study  # of the extra "dicom"
 
             write_study(
-                self.output_dir / f"{name}_dicom",
+                files["dicom"],
                 scan.values,
                 scan.affine,
                 to_scan(study["mask"], scan),
@@ -495,8 +541,11 @@ class WriteEditd(MapTransform):
         return ras
 
     def _mask(self, path: str, box: Box, after: np.ndarray, changed: np.ndarray) -> tuple[Stored, dict[str, int]]:
-        """The mask's file with the labels of what changed, and structures that its numbering got for that."""
-        if Path(path).is_dir():
+        """The mask's file with the labels of what changed, and structures that its numbering got for that.
+
+        A folder of classes and a segmentation of 3D Slicer have no numbering but the label map's, which they get.
+        """
+        if Path(path).is_dir() or is_segmentation(path):
             read: Any = ReadMaskd("mask", self.label_map)({"mask": path})["mask"]
             mask = Stored(read[0].numpy().astype(np.uint16), np.asarray(read.affine, dtype=float))
         else:

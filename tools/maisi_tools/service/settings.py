@@ -212,7 +212,8 @@ class Chain:
         steps: run one after another; the last one's volume is stored back.
         names: JSON table of ROI names, for masks.
         keep_patient: whether the result joins the source's patient and study; otherwise it is a new, invented patient.
-            What is made from a CT shows its patient, so for CT this is so, and cannot be turned off.
+            What is made from a CT shows its patient, so for CT this is so, and cannot be turned off; and chains with a
+            step that takes "{series}" need it.
     """
 
     when: str
@@ -235,6 +236,12 @@ class Chain:
             _check_text("names", self.names)
         if not self.steps:
             raise InputError(f"the chain for {self.when} has no steps; add at least one bundle")
+        if not self.keep_patient and any(_names_series(step.settings) for step in self.steps):
+            raise InputError(
+                f"the chain for {self.when} has a step that takes {{series}}, and keep_patient: false; allowed is "
+                "keep_patient: true, because what is made from a patient's scan shows that patient and must not go to "
+                "an invented one"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +375,15 @@ def _list(content: Any, where: str) -> list:
     if not isinstance(content, list):
         raise InputError(f"{where} is {content!r}; allowed is a list")
     return content
+
+
+def _names_series(value: Any) -> bool:
+    """Whether settings have "{series}" in a text, at any depth."""
+    if isinstance(value, Mapping):
+        return any(map(_names_series, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_names_series, value))
+    return isinstance(value, str) and "{series}" in value
 
 
 def _on_this_machine(host: str) -> bool:

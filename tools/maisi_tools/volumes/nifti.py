@@ -20,7 +20,7 @@ from maisi_tools.volumes.checks import (
     distance_in_voxels,
     warn_sheared,
 )
-from maisi_tools.volumes.stored import check_memory, read_stored, skip, without_single_axes
+from maisi_tools.volumes.stored import check_memory, read_voxels, skip, without_single_axes
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def read_nifti(path: str | os.PathLike, kind: str) -> tuple[np.ndarray, np.ndarr
     opened: Any = nib.openers.ImageOpener(name)
     with opened as file:
         skip(file, int(stored.offset))
-        values = read_stored(file, shape, stored.dtype, name)
+        values = read_voxels(file, shape, stored.dtype, name)
         file.read(1)  # the end of a gzip file holds the sum of its content
     if (stored.slope, stored.inter) != (1, 0):
         values = values * float(stored.slope) + float(stored.inter)

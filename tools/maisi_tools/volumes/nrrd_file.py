@@ -16,7 +16,7 @@ import numpy as np
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import check_affine, check_stored_type, warn_sheared
-from maisi_tools.volumes.stored import check_memory, read_stored, skip
+from maisi_tools.volumes.stored import check_memory, read_voxels, skip
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def _stored(header: Header, path: Path, begin: int, shape: Sequence[int]) -> np.
             )
         else:
             skip(stream, past)
-        values = read_stored(stream, shape, dtype, str(path))
+        values = read_voxels(stream, shape, dtype, str(path))
         if stream.read(1):
             raise InputError(
                 f"{path} says that it has {' x '.join(map(str, shape))} voxels, and holds more; allowed is as many as "

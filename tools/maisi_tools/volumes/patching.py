@@ -14,7 +14,9 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from maisi_tools.atomic import replacing
 from maisi_tools.volumes.inputs import is_zip
+from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.stored import read_whole
 from maisi_tools.volumes.writing import write_volume
 
 
@@ -76,8 +78,9 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     if name.endswith((".nii", ".nii.gz")):
         image: Any = nib.load(path)
         slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-        values = np.array(image.dataobj.get_unscaled()).reshape(image.shape[:3])
-        return Stored(values, np.asarray(image.affine, dtype=float), slope, intercept, image)
+        shape, affine = read_whole(path, lambda: read_nifti_grid(path, kind))
+        values = np.array(image.dataobj.get_unscaled()).reshape(shape)
+        return Stored(values, affine, slope, intercept, image)
     volume: Any = read_volume(path, kind)
     affine = np.asarray(volume.affine, dtype=float)
     read = volume[0].numpy()

@@ -24,6 +24,7 @@ from maisi_tools.volumes.checks import (
     check_shape,
     whole_labels,
 )
+from maisi_tools.volumes.dicom_files import reading
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
 from maisi_tools.volumes.latents import checked_sidecar
@@ -54,6 +55,8 @@ def read_volume(
 
     Raises:
         InputError: the file is missing, damaged, or not a volume of that kind.
+        OSError: the disk failed while it was read (EIO, ESTALE; of DICOM, whatever the system reports).
+        MemoryError: a DICOM series did not fit into it.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
@@ -168,7 +171,8 @@ def _read(path: Path, kind: str, series_uid: str | None) -> tuple[np.ndarray, np
         if kind != "ct" or not holds_dicom(path):
             what = "folder" if path.is_dir() else "zip file"
             raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
-        return read_whole(path, lambda: _series(path, series_uid))
+        with reading(path):  # which leaves what the disk or the memory lacks as it is: another try may succeed
+            return _series(path, series_uid)
     if name.endswith((".nii", ".nii.gz")):
         return read_whole(path, lambda: read_nifti(path, kind))
     if name.endswith(".nrrd") and kind != "latent":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import IO, TypeVar
@@ -17,6 +18,10 @@ CHUNK = 2**24
 
 WORKING_BYTES = 12
 """Memory for each voxel while a file is read: its value as stored, in float64 and in float32, less what is freed."""
+
+
+DISK_FAILS = (errno.EIO, errno.ESTALE)
+"""What a disk, or a share of another machine, says when it fails; no damaged file makes a library say so."""
 
 
 def check_memory(shape: Sequence[int], name: str) -> None:
@@ -38,7 +43,7 @@ def check_memory(shape: Sequence[int], name: str) -> None:
         )
 
 
-def read_stored(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: str) -> np.ndarray:
+def read_voxels(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: str) -> np.ndarray:
     """The next voxels of an open file; nothing is allocated for what it does not hold.
 
     Args:
@@ -78,7 +83,10 @@ def without_single_axes(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def read_whole(path: str | os.PathLike, read: Callable[[], Result]) -> Result:
-    """What `read` returns; a damaged file makes the libraries raise nearly anything, and that becomes an InputError."""
+    """What `read` returns; a damaged file makes the libraries raise nearly anything, and that becomes an InputError.
+
+    Not so an error of the disk (:data:`DISK_FAILS`), after which the same file may be read.
+    """
     try:
         return read()
     except InputError:
@@ -86,7 +94,9 @@ def read_whole(path: str | os.PathLike, read: Callable[[], Result]) -> Result:
     except MemoryError as error:
         raise InputError(f"{path} is too large for this machine's memory; allowed is a smaller volume") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FAILS:
+            raise
         raise InputError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); allowed is an intact NIfTI, NRRD or DICOM "
-            "series: copy or export the file again"
+            f"{path} cannot be read ({type(error).__name__}: {error}); allowed is an intact NIfTI or NRRD: copy or "
+            "export the file again"
         ) from error
