@@ -54,8 +54,10 @@ def overrides(stage: str, cases: Path, latents: Path, bundles: Path, out: Path) 
         return {**common, "datalist": str(cases / "datalist.json"), **small}
     held_out = ["p3"]
     if stage == "maisi_ldm":
-        return {**common, "dataset_dir": str(latents), "held_out": held_out}
-    unet = str(bundles / "maisi_ldm" / "models" / "model.pt")
+        # latents of the VAE, not of the LDM's own autoencoder, which has another factor
+        vae = str(bundles / "maisi_vae" / "models" / "model.pt")
+        return {**common, "dataset_dir": str(latents), "held_out": held_out, "autoencoder_ckpt_path": vae}
+    unet = str(bundles / "maisi_controlnet" / "models" / "model.pt")
     return {
         **common,
         "dataset_dir": str(latents),
@@ -65,7 +67,12 @@ def overrides(stage: str, cases: Path, latents: Path, bundles: Path, out: Path) 
     }
 
 
-TINY = {"num_channels": [8, 8, 16], "num_head_channels": [0, 0, 8], "norm_num_groups": 4}
+TINY = {
+    "num_channels": [8, 8, 16],
+    "attention_levels": [False, False, True],
+    "num_head_channels": [0, 0, 8],
+    "norm_num_groups": 4,
+}
 
 
 def tiny(stage: str) -> dict:
@@ -73,7 +80,7 @@ def tiny(stage: str) -> dict:
     parts = ("",) if stage == "maisi_ldm" else ("unet#", "controlnet#")
     settings = {f"network_def#{part}{name}": value for part in parts for name, value in TINY.items()}
     if stage == "maisi_controlnet":
-        settings["network_def#controlnet#conditioning_embedding_num_channels"] = [8, 8, 8]
+        settings["network_def#controlnet#conditioning_embedding_num_channels"] = [8, 8]
     return {**settings, "amp_dtype": "float32", "tensorboard": False}
 
 
@@ -89,7 +96,7 @@ def tiny_unet_file(latents, bundles, tmp_path_factory) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     path = tmp_path_factory.mktemp("unet") / "model.pt"
-    save_weights(path, network.state_dict(), scale_factor=1.2)
+    save_weights(path, network.state_dict(), scale_factor=1.2, factor=2)
     return path
 
 

@@ -22,8 +22,8 @@ models = pytest.importorskip("torchvision.models")
 pytest.importorskip("lpips")
 
 SMALL = {
-    "network_def#num_channels": [8, 8, 16],
-    "network_def#num_res_blocks": [1, 1, 1],
+    "network_def#num_channels": [8, 16],
+    "network_def#num_res_blocks": [1, 1],
     "discriminator_def#channels": 4,
     "min_patch_size": [32, 32, 32],
     "max_patch_size": [32, 32, 32],
