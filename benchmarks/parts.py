@@ -40,6 +40,10 @@ WINDOW = {"decode": (80, 80, 80), "encode": (192, 192, 192)}
 """The released script's window of the latent; encoding, which it does not do, had this one of the image here before."""
 
 
+QUARTER = {"num_channels": [16, 32, 64], "num_res_blocks": [1, 2, 2], "norm_num_groups": 8}
+"""What makes the released network small. (MONAI's splits cannot do the shipped one's transposed convolutions.)"""
+
+
 def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     """Return the autoencoder's constructor arguments from the bundle's configs, the small or the full-size one's."""
     configs = ROOT / "bundles" / "maisi_vae" / "configs"

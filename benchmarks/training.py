@@ -69,8 +69,8 @@ def open_bundle(bundle: str, config: str, **overrides: Any) -> ConfigWorkflow:
 class Clock:
     """Times an engine's steps: from asking for a batch to the end of its iteration, and the wait for the batch."""
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, engine: Engine, device: torch.device, factor: int) -> None:
+        self.device, self.factor = device, factor
         self.steps: list[tuple[float, float, int]] = []
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._get)
@@ -86,7 +86,7 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         image = (engine.state.output or {})["image"]  # type: ignore[index, call-overload]
-        scale = parts.FACTOR**3 if image.shape[1] > 1 else 1  # a latent has four channels, an image or mask has one
+        scale = self.factor**3 if image.shape[1] > 1 else 1  # a latent has four channels, an image or mask has one
         voxels = len(image) * image[0, 0].numel() * scale
         self.steps.append((time.perf_counter() - self.asked, self.got - self.asked, voxels))
 
@@ -113,11 +113,15 @@ def measure(bundle: str, folder: str, size: Sequence[int], steps: int, device: s
         }
     else:
         overrides["dataset_dir"] = str(data / "latents")
+        # The latents are of the VAE, whatever autoencoder the stage itself is shipped with.
+        overrides["autoencoder_ckpt_path"] = str(parts.ROOT / "bundles" / "maisi_vae" / "models" / "model.pt")
     if bundle == "maisi_controlnet":
         overrides["masks_dir"] = folder
     workflow = open_bundle(bundle, "train.json", **overrides)
     trainer = workflow.parser.get_parsed_content("train#trainer")
-    clock = Clock(trainer, torch.device(device))
+    sidecars = [json.loads(path.read_text()) for path in (data / "latents").glob("*_latent.json")]
+    factor = sidecars[0].get("factor", parts.FACTOR) if sidecars else parts.FACTOR
+    clock = Clock(trainer, torch.device(device), factor)
     trainer.run()
     seconds, waits, voxels = (sum(column) for column in zip(*clock.steps[WARM_UP:], strict=True))
     counted = len(clock.steps) - WARM_UP

@@ -227,7 +227,7 @@ def measure_ones(size: int, splits: int | None, limit: int, checkpoint: str) -> 
     if not isinstance(plan, Plan):
         raise parts.Failed(f"--size {size} is computed at once, without a seam; give --splits or a larger one")
     axis = next(target.axis for done in plan.passes for target in done.targets if target.axis is not None)
-    margin = -(-reach(arguments) // parts.FACTOR)
+    margin = -(-reach(arguments) // (size // latent.shape[2]))
     inner = latent[0][(slice(None), *(slice(margin, n - margin) for n in latent.shape[2:]))].double()
     if min(inner.shape) < 2:
         raise parts.Failed(f"--size {size} is too small: the border's influence reaches {margin} latent voxels in")

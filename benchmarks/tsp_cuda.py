@@ -182,7 +182,7 @@ def run(options: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[
     end = time.monotonic() + options.budget
     sizes = sorted(options.sizes, key=lambda size: size[0] * size[1] * size[2])
     name, peak = parts.in_own_process(matmul_peak, options.device, options.dtype, fresh=False)
-    arguments = parts.settings(full=options.channels == "full")
+    arguments = parts.settings(full=True, **({} if options.channels == "full" else parts.QUARTER))
     flop = {
         direction: parts.in_own_process(parts.flop_per_voxel, arguments, direction, fresh=False)
         for direction in options.directions.split(",")
@@ -254,7 +254,12 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES, help=f"image sizes (default {SIZES})")
     parser.add_argument("--variants", help=f"separated by ';' (default: all): {'; '.join(v.name for v in VARIANTS)}")
     parser.add_argument("--directions", default=",".join(parts.DIRECTIONS), help="decode, encode (default: both)")
-    parser.add_argument("--channels", choices=("full", "small"), default="full", help="the released or shipped network")
+    parser.add_argument(
+        "--channels",
+        choices=("full", "small"),
+        default="full",
+        help="the released network, or with a quarter of its channels",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16; on a CPU bfloat16")
     parser.add_argument("--threads", type=int, help="computing threads of the CPU (default: all cores)")

@@ -108,8 +108,9 @@ def test_controlnet_of_masks_alone(run_bundle, mask_file, tmp_path):
 
 
 def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, evaluate, tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"no weights")
     with pytest.raises(Exception) as raised:
-        evaluate()
+        evaluate(segmenter_ckpt=str(tmp_path / "model.pt"))
     assert "model.pt" in str(cause(raised.value)) and not list((tmp_path / "out").glob("*"))
 
 
@@ -122,9 +123,12 @@ def test_masks_in_the_inputs_numbering_are_not_evaluated(cause, evaluate, tmp_pa
 
 def test_ldm_samples_against_the_training_set(run_bundle, datalist, save, phantom_ct, bundles, tmp_path):
     cts = json.loads(datalist.read_text())
-    run_bundle(
+    definition = json.loads((bundles / "maisi_ldm" / "configs" / "inference.json").read_text())["autoencoder_def"]
+    run_bundle(  # by the LDM's own autoencoder, whose factor is another
         "maisi_vae",
         "encode.json",
+        network_def=definition,
+        ckpt_path=str(bundles / "maisi_ldm" / "models" / "autoencoder.pt"),
         input=[case["image"] for section in cts.values() for case in section],
         output_dir=str(tmp_path / "latents"),
         multiple=16,

@@ -41,5 +41,5 @@ def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
     found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
     assert np.array_equal(found.T > 0, shares >= 0.5)
     assert np.count_nonzero(found) == 51
-    ((structure,), _, unknown) = segments(pydicom.dcmread(tmp_path / "seg.dcm"), {})
+    ((structure,), _, _, unknown) = segments(pydicom.dcmread(tmp_path / "seg.dcm"), {})
     assert (structure.name, structure.label, unknown) == ("x", 1, [])
