@@ -258,7 +258,7 @@ def main() -> None:
         "--channels",
         choices=("full", "small"),
         default="full",
-        help="the released network, or with a quarter of its channels",
+        help="of the released network, or a quarter",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16; on a CPU bfloat16")
