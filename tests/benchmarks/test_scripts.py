@@ -176,7 +176,7 @@ def test_two_checkouts_train_in_turns(repo_root: Path) -> None:
 
 
 def test_solvers_are_compared_with_many_steps(repo_root: Path, tmp_path: Path) -> None:
-    network = UNet(3, 1, 8, channels=[32, 64, 128, 128], strides=[2, 2, 2], num_res_units=2)  # that of evaluation/
+    network = UNet(3, 1, 8, channels=[32, 64, 96, 96], strides=[2, 2, 2], num_res_units=2)  # that of evaluation/
     torch.save(network.state_dict(), tmp_path / "untrained.pt")
     options = ["--quick", "--threads", "1", "--segmentation", str(tmp_path / "untrained.pt")]
     found = {row[0]: row[1:] for row in rows(run(repo_root, "solvers.py", *options))}

@@ -174,7 +174,7 @@ def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_ove
     settings = tiny_overrides("maisi_controlnet", tmp_path)
     network = open_bundle("maisi_controlnet", "train.json", **settings).parser.get_parsed_content("network")
     unet = load_weights(copy.deepcopy(network.unet), tiny_unet_file)
-    x, t, mask = torch.randn(2, 4, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.randint(0, 256, (2, 1, 16, 16, 16))
+    x, t, mask = torch.randn(2, 4, 4, 4, 4), torch.tensor([3.0, 900.0]), torch.randint(0, 256, (2, 1, 8, 8, 8))
     given = {"spacing_tensor": torch.rand(2, 3), "class_labels": torch.tensor([1, 8])}
     with torch.no_grad():
         plain, controlled = unet(x, t, **given), network(mask, x, t, **given)
@@ -184,7 +184,7 @@ def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_ove
 
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
 def test_training_goes_on_with_the_scale_factor_of_the_weights(open_bundle, tiny_overrides, bundle, tmp_path):
-    save_weights(tmp_path / "start.pt", {"weight": torch.ones(1)}, scale_factor=2.5)
+    save_weights(tmp_path / "start.pt", {"weight": torch.ones(1)}, scale_factor=2.5, factor=2)
     settings = tiny_overrides(bundle, tmp_path / "out")
     parser = open_bundle(bundle, "train.json", **settings, init_ckpt=str(tmp_path / "start.pt")).parser
     assert parser.get_parsed_content("scale_factor") == 2.5
