@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def pem_files(tmp_path: Path) -> dict[str, str]:
+    """Paths of a ``certificate`` of 127.0.0.1, signed by itself, and its ``key``."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    names = {name: str(tmp_path / f"{name}.pem") for name in ("certificate", "key")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", names["key"], "-out", names["certificate"]]
+    subprocess.run(command, check=True, capture_output=True)
+    return names
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import ssl
-import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -429,15 +427,10 @@ def test_no_redirect_but_https(tmp_path, server, target):
     assert list((tmp_path / "models").iterdir()) == []
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_a_redirect_to_https_is_followed(tmp_path, server, monkeypatch):
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(command, check=True, capture_output=True)
+def test_a_redirect_to_https_is_followed(tmp_path, server, monkeypatch, pem_files):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context.load_cert_chain(pem_files["certificate"], pem_files["key"])
+    monkeypatch.setenv("SSL_CERT_FILE", pem_files["certificate"])
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as safe:
         safe.requests = []
         safe.socket = context.wrap_socket(safe.socket, server_side=True)

@@ -13,7 +13,8 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
 `RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
-copies them into the bundles and `evaluation/segmentation`, and writes what was measured into the model cards.
+copies them (but `unet.pt`: the LDM has its own) into the bundles and `evaluation/segmentation`, and writes what was
+measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
 
@@ -33,16 +34,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from measured import files_of, gather, hashes, is_measured, publish
+from packed import pack, unpack
+
 from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError, report_input_errors
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE))
-
-from measured import files_of, gather, hashes, is_measured, publish  # noqa: E402
-from packed import pack, unpack  # noqa: E402
-
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 

@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
 
+import highdicom as hd
+from pydicom.sr.codedict import codes
+
 from maisi_tools.dicom.study import write_study
 from maisi_tools.masks.phantom import make_phantom
 
@@ -24,6 +27,28 @@ def oblique_affine() -> np.ndarray:
     affine[:3, :3] = turn * np.sign(np.diag(turn)) * SPACING
     affine[:3, 3] = -120.25, -90.5, 33.125
     return affine
+
+
+def foreign_segmentation(slices, segments, **options):
+    """A Segmentation as another program writes it: segments may overlap; (name, code, mask (rows, columns) a slice)."""
+    description = [
+        hd.seg.SegmentDescription(number, name, codes.SCT.Organ, code, "MANUAL")
+        for number, (name, code, _) in enumerate(segments, start=1)
+    ]
+    return hd.seg.Segmentation(
+        source_images=slices,
+        pixel_array=np.stack([mask for _, _, mask in segments], -1),
+        segment_descriptions=description,
+        **{"segmentation_type": "BINARY", **options},
+        series_instance_uid=hd.UID(),
+        series_number=5,
+        sop_instance_uid=hd.UID(),
+        instance_number=1,
+        manufacturer="another",
+        manufacturer_model_name="another",
+        software_versions="1",
+        device_serial_number="1",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 
-import highdicom as hd
 import numpy as np
 import pydicom
 import pytest
@@ -24,7 +23,7 @@ from maisi_tools.dicom.study import read_mask
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.series import read_slices, slice_affine
 
-from .conftest import SIZE, oblique_affine
+from .conftest import SIZE, foreign_segmentation, oblique_affine
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,28 +57,6 @@ def test_smaller_structures_are_on_top_in_whatever_order(caplog):
         assert np.array_equal(paint([made[i] for i in order], (8, 8, 8), [], "x"), expected)
     overlap = (body & organ).sum() + (tumor & (body | organ)).sum()
     assert f"overlap in {overlap} voxels" in caplog.text
-
-
-def foreign_segmentation(slices, segments, **options):
-    """A Segmentation as another program writes it: segments may overlap; (name, code, mask (rows, columns) a slice)."""
-    description = [
-        hd.seg.SegmentDescription(number, name, codes.SCT.Organ, code, "MANUAL")
-        for number, (name, code, _) in enumerate(segments, start=1)
-    ]
-    return hd.seg.Segmentation(
-        source_images=slices,
-        pixel_array=np.stack([mask for _, _, mask in segments], -1),
-        segment_descriptions=description,
-        **{"segmentation_type": "BINARY", **options},
-        series_instance_uid=hd.UID(),
-        series_number=5,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="another",
-        manufacturer_model_name="another",
-        software_versions="1",
-        device_serial_number="1",
-    )
 
 
 def blocks():

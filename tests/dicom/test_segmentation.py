@@ -8,11 +8,12 @@ import pytest
 
 pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
 
-import highdicom as hd
 from pydicom.sr.codedict import codes
 
 from maisi_tools.dicom.segmentation import segments
 from maisi_tools.dicom.study import read_mask
+
+from .conftest import foreign_segmentation
 
 
 def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
@@ -22,21 +23,8 @@ def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
     shares[4, 10, :40] = np.arange(40) / 100
     shares[5, 10, :40] = np.arange(40, 80) / 100
     shares[6, 10, :21] = np.arange(80, 101) / 100
-    ds = hd.seg.Segmentation(
-        source_images=slices,
-        pixel_array=shares[..., None],
-        segmentation_type="FRACTIONAL",
-        max_fractional_value=100,
-        segment_descriptions=[hd.seg.SegmentDescription(1, "x", codes.SCT.Organ, codes.SCT.Liver, "MANUAL")],
-        series_instance_uid=hd.UID(),
-        series_number=5,
-        sop_instance_uid=hd.UID(),
-        instance_number=1,
-        manufacturer="another",
-        manufacturer_model_name="another",
-        software_versions="1",
-        device_serial_number="1",
-    )
+    options = {"segmentation_type": "FRACTIONAL", "max_fractional_value": 100}
+    ds = foreign_segmentation(slices, [("x", codes.SCT.Liver, shares)], **options)
     ds.save_as(tmp_path / "seg.dcm")
     found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
     assert np.array_equal(found.T > 0, shares >= 0.5)

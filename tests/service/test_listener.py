@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import ssl
-import subprocess
 import time
 import urllib.error
 
@@ -92,21 +90,13 @@ def test_strangers_are_refused(listen, archive, real_study, tmp_path):
     assert not list((tmp_path / "spool" / "incoming").iterdir())
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_with_a_certificate_it_speaks_tls_alone(listen, archive, free_port, real_study, tmp_path):
-    names = {name: str(tmp_path / f"{name}.pem") for name in ("certificate", "key")}
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run(
-        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", names["key"], "-out", names["certificate"]],
-        check=True,
-        capture_output=True,
-    )
+def test_with_a_certificate_it_speaks_tls_alone(listen, archive, free_port, real_study, tmp_path, pem_files):
     allowed = [{"ae_title": "ARCHIVE", "host": "127.0.0.1"}]
-    listen_at = {"port": free_port(), "host": "127.0.0.1", "quiet_seconds": 1.0, "allowed": allowed, **names}
+    listen_at = {"port": free_port(), "host": "127.0.0.1", "quiet_seconds": 1.0, "allowed": allowed, **pem_files}
     listener = listen(archive.port, listen=listen_at)
     files = [path for path in real_study(tmp_path / "study", 1) if path.name == "SEG.dcm"]
     assert not store(files, listen_at["port"])
-    context = ssl.create_default_context(cafile=names["certificate"])
+    context = ssl.create_default_context(cafile=pem_files["certificate"])
     assert store(files, listen_at["port"], tls=(context, "127.0.0.1"))
     assert len(list((tmp_path / "spool" / "incoming").glob("*/*.dcm"))) == 1
     assert listener.health()["status"] == "ok"

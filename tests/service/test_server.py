@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 
@@ -187,18 +185,10 @@ def test_more_associations_than_allowed_are_turned_away_and_the_others_go_on(rec
         one.abort()
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_a_caller_that_does_not_speak_tls_stops_no_other(receive, tmp_path):
-    names = {name: str(tmp_path / f"{name}.pem") for name in ("certificate", "key")}
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-    subprocess.run(
-        [*command, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", names["key"], "-out", names["certificate"]],
-        check=True,
-        capture_output=True,
-    )
-    receiver = receive(**names)
+def test_a_caller_that_does_not_speak_tls_stops_no_other(receive, pem_files):
+    receiver = receive(**pem_files)
     silent = [receiver.connect() for _ in range(5)]
-    context = ssl.create_default_context(cafile=names["certificate"])
+    context = ssl.create_default_context(cafile=pem_files["certificate"])
     start = time.monotonic()
     association = receiver.associate(tls=(context, "127.0.0.1"))
     assert association.is_established and time.monotonic() - start < 3

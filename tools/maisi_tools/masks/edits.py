@@ -38,6 +38,7 @@ from maisi_tools.masks.vocabulary import (
 )
 from maisi_tools.volumes.grid import regrid_mask
 from maisi_tools.volumes.orientation import RestoreOrientationd
+from maisi_tools.volumes.regions import box_of
 from maisi_tools.volumes.writing import write_volume
 
 YIELDING = ("body", "lung", "bowel", "muscle")
@@ -93,7 +94,7 @@ def remove_lesion(labels: np.ndarray, spacing: Sequence[float], lesion: int) -> 
             )
         return np.where(inside, hosts[0], labels).astype(labels.dtype)
     result = labels.copy()
-    box = _box(inside | organs)
+    box = box_of(inside | organs)
     result[box][inside[box]] = _nearest(labels[box], organs[box], mm)[inside[box]]
     return result
 
@@ -153,7 +154,7 @@ def insert_lesion(
         )
     weights = np.array([sizes[organ] for organ in large], dtype=float)
     organ = labels == large[rng.choice(len(large), p=weights / weights.sum())]
-    box = _box(organ)
+    box = box_of(organ)
     part, _ = ndimage.label(organ[box])
     largest = part == np.bincount(part[part > 0]).argmax()
     if np.count_nonzero(largest) < count:
@@ -214,7 +215,7 @@ def augment_lesion(
     for index in range(1, number + 1):
         old = parts == index
         hosts = np.unique(healthy[old])  # a lesion that was moved here before is none
-        box = _box(np.isin(result, hosts) | old)
+        box = box_of(np.isin(result, hosts) | old)
         inside, room = old[box], np.isin(result[box], hosts)
         count = max(1, round(np.count_nonzero(inside) * zoom**3))
         if count > np.count_nonzero(room):
@@ -315,7 +316,7 @@ def _boxes(inside: np.ndarray, mm: np.ndarray) -> Iterator[tuple[tuple[slice, ..
 
     What lies within that reach is found in the box as in the whole, in a fraction of the time.
     """
-    box, reach = _box(inside), 4 * float(mm.max())
+    box, reach = box_of(inside), 4 * float(mm.max())
     while True:
         margins = np.ceil(reach / mm).astype(int)
         larger = tuple(
@@ -416,7 +417,7 @@ def fit_field_of_view(
         center = shape // 2
         if inside.any():
             half = np.minimum(np.asarray(size), shape) / 2
-            middle = np.array([(part.start + part.stop) / 2 for part in _box(inside)])
+            middle = np.array([(part.start + part.stop) / 2 for part in box_of(inside)])
             center = np.clip(middle, half, shape - half).astype(int)
         cropped = SpatialCrop(roi_center=center.tolist(), roi_size=[int(n) for n in np.minimum(size, shape)])(fitted)
         fitted = ResizeWithPadOrCrop([int(n) for n in size], mode="constant", value=0)(cropped)  # type: ignore[assignment]
@@ -797,11 +798,6 @@ def _smooth_noise(shape: Sequence[int], sigma: np.ndarray, rng: np.random.Genera
     noise = ndimage.gaussian_filter(rng.normal(size=tuple(shape)).astype(np.float32), sigma, mode="wrap")
     spread = float(noise.std())
     return (noise - noise.mean()) / spread if spread > 0 else noise
-
-
-def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box around the true voxels, of which there is at least one."""
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
 
 
 def _present(labels: np.ndarray, label: int) -> np.ndarray:

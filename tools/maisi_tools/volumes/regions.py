@@ -18,11 +18,7 @@ SEAM_MM = 4.0
 
 def box_of(inside: np.ndarray) -> Box:
     """The smallest box around the true voxels, of which there is at least one."""
-    spans = []
-    for axis in range(inside.ndim):
-        places = np.flatnonzero(inside.any(axis=tuple(other for other in range(inside.ndim) if other != axis)))
-        spans.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(spans)
+    return ndimage.find_objects(np.asarray(inside, bool).view(np.uint8))[0]
 
 
 def grown(box: Box, shape: Sequence[int], voxels: Sequence[int]) -> Box:
