@@ -46,7 +46,7 @@ def test_help_names_every_command_once_in_its_group(arguments, capsys):
         "make": ["demo", "cohort", "plan", "weights", "package"],
         "masks": ["phantom", "edit", "index", "find"],
         "data": ["prepare", "complete_masks"],
-        "quality": ["preview", "report", "compare", "realism", "stratify", "downstream"],
+        "quality": ["preview", "report", "compare", "realism", "stratify"],
         "DICOM": ["dicom_read", "dicom_write"],
         "service": ["listen", "jobs"],
     }

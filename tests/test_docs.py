@@ -46,7 +46,7 @@ ELSEWHERE = {
     r".*mask_inference\.json": "20 s a mask; tests/bundles/test_mask_generator.py runs it",
     r".*train_mask\.json|.*encode_mask\.json": "minutes; tests/training/test_mask_generator.py runs it",
     r"maisi realism .*RadImageNet": "needs RadImageNet's weights; the line without them runs",
-    r"maisi downstream": "twelve trainings; tests/test_downstream.py runs it",
+    r"python evaluation/downstream": "many trainings; tests/evaluation/test_downstream.py runs it",
     r"maisi cohort .*--engine ray": "a cluster; make test-cohort runs it",
     r"maisi listen|maisi jobs": "needs a PACS; make test-orthanc and tests/service run them",
     r"monailabel |curl ": "needs MONAI Label's server; make test-monailabel runs it",

@@ -560,49 +560,6 @@ def find(
         print(f"{path}: {'; '.join(misfits) or 'fits'}")
 
 
-def downstream(
-    datalist: str,
-    synthetic: str,
-    output_dir: str = "downstream",
-    real: Any = (10, 20),
-    synthetic_counts: Any = (100,),
-    seeds: int = 3,
-    steps: int = 1500,
-    segmentation: str | None = None,
-) -> None:
-    """Measure what synthetic cases are worth: train one network on N real cases, and on N real and M synthetic ones.
-
-    Both are measured on kept-out real cases. Arms that are finished are kept; the same command goes on after an
-    interruption.
-
-    Args:
-        datalist: JSON file as `maisi prepare` writes it; real cases with labels, and the kept-out ones.
-        synthetic: JSON file with a "training" list of synthetic cases, labelled in the same numbering.
-        output_dir: folder for the arms, downstream.csv and downstream.json.
-        real: N, such as 10,20.
-        synthetic_counts: M, such as 50,100.
-        seeds: trainings of each kind; a seed draws the cases, too.
-        steps: of the optimizer, as many in every arm.
-        segmentation: folder of the segmentation bundle; by default evaluation/segmentation of the checkout you are in.
-    """
-    folder = (
-        Path(str(segmentation)) if segmentation is not None else _bundles(None).parent / "evaluation" / "segmentation"
-    )
-
-    from maisi_tools.downstream import run_downstream
-
-    real_counts, made_counts = (
-        tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in (real, synthetic_counts)
-    )
-    rows = run_downstream(
-        str(datalist), str(synthetic), str(output_dir), folder, real_counts, made_counts, seeds, steps
-    )
-    columns = ("real", "synthetic", "figure", "dice_real", "dice_with_synthetic", "difference", "difference_sd")
-    for row in [dict(zip(columns, columns, strict=True)), *rows]:
-        print("".join(f"{row[name]!s:>{22 if name == 'figure' else len(name) + 2}}" for name in columns))
-    print(Path(str(output_dir)) / "downstream.csv")
-
-
 def realism(
     reference: Any,
     generated: Any,
@@ -802,7 +759,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
     "make": (demo, cohort, plan, weights, package),
     "masks": (phantom, edit, index, find),
     "data": (prepare, complete_masks),
-    "quality": (preview, report, compare, realism, stratify, downstream),
+    "quality": (preview, report, compare, realism, stratify),
     "DICOM": (dicom_read, dicom_write),
     "service": (listen, jobs),
 }

@@ -1,0 +1,401 @@
+"""What synthetic cases are worth: a segmentation network trained on N real cases, and on N real and M synthetic ones.
+
+The downstream experiment of arXiv 2409.11169, where Dice rises by 4 to 6.5 %. Every training, an *arm*, goes on until
+its validation cases stop improving, by one rule for all; its best weights are measured on kept-out cases.
+
+    python evaluation/downstream.py --datalist datalist.json --kept_out kept_out.json --synthetic synthetic.json \\
+        --real 10,20 --synthetic_counts 40,100 --seeds 3 --output_dir runs/downstream
+
+An arm that is finished is kept; the same command goes on where it was interrupted. `table.md` has the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import run
+from scipy.stats import bootstrap
+
+from maisi_tools.atomic import replacing, write_json
+from maisi_tools.errors import InputError, report_input_errors
+from maisi_tools.training import checkpoint
+from maisi_tools.training.datalist import read_datalist
+from maisi_tools.volumes.inputs import check_output_dir
+
+logger = logging.getLogger(__name__)
+
+SEGMENTATION = Path(__file__).resolve().parent / "segmentation"
+
+ARM = "arm.json"
+"""Settings of an arm, written when it starts, and its figures, added when it is finished."""
+
+ORDERS = ("mixed", "then_real")
+"""How synthetic cases are used: half of all steps see them, or they come first and the real ones after them."""
+
+RESAMPLES = 9999
+"""Of the kept-out cases, for a difference's interval."""
+
+CONFIGS = ("train.json", "converge.json", "inference.json", "evaluate.json", "metadata.json")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: how many real and synthetic cases, in which order, and the seed that draws them and the network.
+
+    Of two arms with one seed, the smaller one's real cases are among the larger one's, and so are the synthetic ones.
+    An arm without synthetic cases has the order "real", one without real cases "synthetic": the first half of those
+    that are "then_real", which starts from its weights.
+    """
+
+    real: int
+    synthetic: int
+    order: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.order}_{self.real}_{self.synthetic}_seed{self.seed}"
+
+    @property
+    def first(self) -> Arm | None:
+        """The arm whose weights it starts from."""
+        return Arm(0, self.synthetic, "synthetic", self.seed) if self.order == "then_real" else None
+
+    def draw(self, real: Sequence[Mapping[str, Any]], synthetic: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The cases that it trains on, real ones repeated where they are fewer than the synthetic ones beside them."""
+        random = np.random.default_rng(self.seed)
+        chosen = [dict(real[i]) for i in random.permutation(len(real))[: self.real]]
+        made = [dict(synthetic[i]) for i in random.permutation(len(synthetic))[: self.synthetic]]
+        if self.order == "then_real":
+            return chosen
+        return chosen * max(1, round(len(made) / max(len(chosen), 1))) + made
+
+
+class Experiment:
+    """The arms of one output folder.
+
+    Args:
+        datalist: real cases with ``image`` and ``label``: "training" is drawn from, "validation" ends the trainings
+            and chooses their weights.
+        kept_out: its "validation" section is what every arm is measured on, once.
+        synthetic: its "training" section has synthetic CTs with their labels, numbered as the real ones are.
+        output_dir: gets a folder for each arm (:attr:`Arm.name`).
+        segmentation: a bundle with :data:`CONFIGS`, as ``evaluation/segmentation`` is.
+        overrides: of its configs.
+
+    Raises:
+        InputError: a case without label or file, or no such bundle.
+    """
+
+    def __init__(
+        self,
+        datalist: str | Path,
+        kept_out: str | Path,
+        synthetic: str | Path,
+        output_dir: str | Path,
+        segmentation: str | Path = SEGMENTATION,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.root = Path(segmentation)
+        for name in CONFIGS:
+            if not (self.root / "configs" / name).is_file():
+                raise InputError(f"{self.root / 'configs' / name} does not exist; give a segmentation bundle's folder")
+        self.names = {"datalist": str(datalist), "synthetic": str(synthetic)}
+        self.real, self.synthetic = _labelled(datalist, "training"), _labelled(synthetic, "training")
+        self.validation, self.kept_out = _labelled(datalist, "validation"), _labelled(kept_out, "validation")
+        seen = {case["image"] for case in self.real + self.validation}
+        if both := [case["image"] for case in self.kept_out if case["image"] in seen]:
+            raise InputError(f"{both[0]} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them")
+        self.folder = check_output_dir(output_dir)
+        self.overrides = dict(overrides or {})
+
+    def run(
+        self,
+        real_counts: Sequence[int],
+        synthetic_counts: Sequence[int],
+        orders: Sequence[str] = ORDERS,
+        seeds: int = 3,
+    ) -> list[dict[str, Any]]:
+        """Train and measure every arm that is not finished yet, and compare them.
+
+        Args:
+            real_counts: N.
+            synthetic_counts: M, each above 0; N real cases alone, to compare with, are added.
+            orders: of :data:`ORDERS`.
+            seeds: how many trainings of each kind, with the seeds 0, 1, ...
+
+        Returns:
+            The rows of ``downstream.csv``, see :func:`compare_arms`.
+
+        Raises:
+            InputError: too few cases, numbers or orders that cannot be, or arms there of other settings.
+        """
+        self._check(real_counts, synthetic_counts, orders, seeds)
+        arms = [
+            arm
+            for seed in range(seeds)
+            for n in real_counts
+            for arm in (
+                Arm(n, 0, "real", seed),
+                *(Arm(n, m, order, seed) for m in synthetic_counts for order in orders),
+            )
+        ]
+        for arm in arms:  # all doors before the first training
+            self._finished(arm)
+        found: dict[Arm, dict[str, Any]] = {}
+        for number, arm in enumerate(arms, start=1):
+            logger.info("arm %d of %d: %s", number, len(arms), arm.name)
+            found[arm] = self._finished(arm) or self._make(arm)
+            self._write(found)
+        return self._write(found)
+
+    def _write(self, found: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Write what is known so far: ``downstream.json``, ``downstream.csv`` and ``table.md``."""
+        rows = compare_arms({arm: record["figures"] for arm, record in found.items()})
+        arms = {arm.name: dict(record) for arm, record in found.items()}
+        write_json(self.folder / "downstream.json", {"arms": arms, "table": rows})
+        if rows:
+            with replacing(self.folder / "downstream.csv") as part, open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        steps = {arm: record["steps"] for arm, record in found.items()}
+        (self.folder / "table.md").write_text("\n".join(table(rows, steps)) + "\n")
+        return rows
+
+    def _make(self, arm: Arm) -> dict[str, Any]:
+        """Train one arm, and the one it starts from, measure it, and leave its record."""
+        if arm.first and not self._finished(arm.first):
+            self._make(arm.first)
+        folder, configs, settings = self.folder / arm.name, self.root / "configs", self._settings(arm)
+        folder.mkdir(exist_ok=True)
+        write_json(folder / ARM, {"settings": settings})
+        for name, section in (("datalist", self.validation), ("kept_out", self.kept_out)):
+            write_json(folder / f"{name}.json", {"training": settings["training"], "validation": section})
+        common = {
+            "bundle_root": str(self.root),
+            "meta_file": str(configs / "metadata.json"),
+            "seed": arm.seed,
+        }
+        run(
+            config_file=[str(configs / "train.json"), str(configs / "converge.json")],
+            datalist=str(folder / "datalist.json"),
+            ckpt_dir=str(folder),
+            resume=True,
+            init_ckpt=str(self.folder / arm.first.name / "model_best.pt") if arm.first else None,
+            **common,
+            **self.overrides,
+        )
+        network = {key: value for key, value in self.overrides.items() if key.startswith(("network_def", "device"))}
+        if arm.real:
+            run(
+                config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],
+                datalist=str(folder / "kept_out.json"),
+                ckpt_path=str(folder / "model_best.pt"),
+                output_dir=str(folder / "kept_out"),
+                **common,
+                **network,
+            )
+        last = folder / checkpoint.NAME
+        steps = int(torch.load(last, weights_only=True)["trainer"]["iteration"])
+        record = {"settings": settings, "steps": steps, "figures": _dice(folder / "kept_out" / "metrics.csv")}
+        write_json(folder / ARM, record)
+        last.unlink()
+        return record
+
+    def _settings(self, arm: Arm) -> dict[str, Any]:
+        given = {
+            "training": arm.draw(self.real, self.synthetic),
+            "first": arm.first.draw(self.real, self.synthetic) if arm.first else None,
+            "validation": self.validation,
+            "kept_out": self.kept_out,
+            "overrides": self.overrides,
+        }
+        return json.loads(json.dumps(given, default=str))
+
+    def _finished(self, arm: Arm) -> dict[str, Any] | None:
+        """The record of an arm that is finished, or None.
+
+        Raises:
+            InputError: it was made, or begun, with other settings.
+        """
+        path = self.folder / arm.name / ARM
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text())
+        if other := [name for name, value in self._settings(arm).items() if record["settings"].get(name) != value]:
+            raise InputError(
+                f"{path.parent} was made with another {', '.join(other)}; give the same data and options again, or "
+                "another output folder"
+            )
+        return record if "figures" in record else None
+
+    def _check(self, real: Sequence[int], synthetic: Sequence[int], orders: Sequence[str], seeds: int) -> None:
+        for name, values in (("real", real), ("synthetic_counts", synthetic), ("seeds", [seeds])):
+            if not values or not all(isinstance(value, int) and value > 0 for value in values):
+                raise InputError(f"{name} is {values!r}; allowed are whole numbers from 1 up")
+        if not orders or set(orders) - set(ORDERS):
+            raise InputError(f"orders is {', '.join(orders)!r}; allowed are {' and '.join(ORDERS)}")
+        for name, cases, most in (
+            ("datalist", self.real, max(real)),
+            ("synthetic", self.synthetic, max(synthetic)),
+        ):
+            if len(cases) < most:
+                raise InputError(
+                    f"{self.names[name]} has {len(cases)} cases under 'training' and {most} were asked for; ask for "
+                    "fewer"
+                )
+
+
+def compare_arms(figures: Mapping[Arm, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Real alone against real and synthetic, paired by seed and case.
+
+    Args:
+        figures: arm -> case -> figure -> value, the Dice of each kept-out case.
+
+    Returns:
+        For each N, M, order and figure of the seeds that have both arms: ``real``, ``synthetic``, ``order``,
+        ``figure``, ``seeds``; ``dice_real`` and ``dice_with_synthetic``, means over cases and seeds; their
+        ``difference``; ``low`` and ``high``, its 95 % interval by bootstrap over the cases (each case's difference
+        being the mean over the seeds; empty for a single case); ``lowest`` and ``highest`` of the seeds' differences.
+    """
+    rows = []
+    kinds = sorted({(arm.real, arm.synthetic, arm.order) for arm in figures if arm.real and arm.synthetic})
+    for n, m, order in kinds:
+        pairs = [
+            (figures[Arm(n, 0, "real", arm.seed)], figures[arm])
+            for arm in sorted(figures, key=lambda arm: arm.seed)
+            if (arm.real, arm.synthetic, arm.order) == (n, m, order) and Arm(n, 0, "real", arm.seed) in figures
+        ]
+        names = dict.fromkeys(name for alone, _ in pairs for case in alone.values() for name in case)
+        for name in names:
+            cases = [case for case, found in pairs[0][0].items() if name in found]
+            both = np.array([[[arm[case][name] for case in cases] for arm in pair] for pair in pairs])  # (S, 2, cases)
+            alone, mixed = both.mean(axis=(0, 2))
+            differences = both[:, 1] - both[:, 0]
+            by_seed, by_case = differences.mean(axis=1), differences.mean(axis=0)
+            low, high = _interval(by_case)
+            rows.append(
+                {
+                    "real": n,
+                    "synthetic": m,
+                    "order": order,
+                    "figure": name,
+                    "seeds": len(pairs),
+                    "dice_real": round(alone, 4),
+                    "dice_with_synthetic": round(mixed, 4),
+                    "difference": round(mixed - alone, 4),
+                    "low": low,
+                    "high": high,
+                    "lowest": round(by_seed.min(), 4),
+                    "highest": round(by_seed.max(), 4),
+                }
+            )
+    return json.loads(json.dumps(rows, default=float))
+
+
+def _interval(differences: np.ndarray) -> tuple[Any, Any]:
+    if len(differences) < 2:
+        return "", ""
+    if np.ptp(differences) == 0:
+        return round(differences[0], 4), round(differences[0], 4)
+    found = bootstrap(
+        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return round(found.low, 4), round(found.high, 4)
+
+
+def table(rows: Sequence[Mapping[str, Any]], steps: Mapping[Arm, int]) -> list[str]:
+    """The lines of a Markdown table of :func:`compare_arms`'s rows, and of how many steps the arms took."""
+    kinds = dict.fromkeys((row["real"], row["synthetic"], row["order"]) for row in rows)
+    lines = []
+    for n in dict.fromkeys(n for n, _, _ in kinds):
+        columns = [kind for kind in kinds if kind[0] == n]
+        heads = [f"N = {n}", "real alone", *(f"M = {m}, {order.replace('_', ' ')}" for _, m, order in columns)]
+        lines += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for figure in dict.fromkeys(row["figure"] for row in rows if row["real"] == n):
+            found = {(row["real"], row["synthetic"], row["order"]): row for row in rows if row["figure"] == figure}
+            cells = [_cell(found[kind]) if kind in found else "" for kind in columns]
+            alone = next(row["dice_real"] for row in found.values() if row["real"] == n)
+            name = figure.removeprefix("dice_").replace("_", " ")
+            lines.append("| " + " | ".join([name, f"{alone:.3f}", *cells]) + " |")
+    of_kind: dict[tuple[int, int, str], list[int]] = {}
+    for arm, count in steps.items():
+        of_kind.setdefault((arm.real, arm.synthetic, arm.order), []).append(count)
+    lines += ["", "Steps until validation stopped improving (median over seeds):"]
+    lines += [
+        f"- N = {n}, M = {m}, {order.replace('_', ' ')}: {statistics.median(counts):,.0f}"
+        for (n, m, order), counts in sorted(of_kind.items())
+    ]
+    return lines
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    interval = f" ({row['low']:+.3f} to {row['high']:+.3f})" if row["low"] != "" else ""
+    return f"{row['difference']:+.3f}{interval}"
+
+
+def _dice(path: Path) -> dict[str, dict[str, float]]:
+    """Case -> figure -> value of a ``metrics.csv``; nothing where nothing was measured."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row.pop("case"): {name: float(value) for name, value in row.items() if value.strip()} for row in rows}
+
+
+def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
+    cases = read_datalist(datalist, section)
+    if missing := [case["image"] for case in cases if not case.get("label")]:
+        raise InputError(f"{datalist} has cases without label under {section!r}, such as {missing[0]}; leave them out")
+    if absent := [case[key] for case in cases for key in ("image", "label") if not Path(case[key]).is_file()]:
+        raise InputError(f"{absent[0]}, named in {datalist}, does not exist; correct the path")
+    return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the experiment, see the module."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--datalist", required=True, help="real cases to train on and to validate with")
+    parser.add_argument("--kept_out", required=True, help="real cases to measure on, under 'validation'")
+    parser.add_argument("--synthetic", required=True, help="synthetic cases, under 'training'")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--real", default="10,20", help="N, such as 10,20")
+    parser.add_argument("--synthetic_counts", default="40,100", help="M, such as 40,100")
+    parser.add_argument("--orders", default=",".join(ORDERS), help=f"of {', '.join(ORDERS)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--segmentation", default=SEGMENTATION, help="folder of the segmentation bundle")
+    parser.add_argument("--settings", default="{}", help="JSON: keys of the bundle's configs, such as patience")
+    given = parser.parse_args(arguments)
+    experiment = Experiment(
+        given.datalist,
+        given.kept_out,
+        given.synthetic,
+        given.output_dir,
+        given.segmentation,
+        json.loads(given.settings),
+    )
+    experiment.run(_counts(given.real), _counts(given.synthetic_counts), given.orders.split(","), given.seeds)
+    print((Path(given.output_dir) / "table.md").read_text())
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{text!r} is no list of whole numbers; give for instance 10,20") from None
+
+
+if __name__ == "__main__":
+    report_input_errors()
+    main()
