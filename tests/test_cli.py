@@ -43,7 +43,7 @@ def test_help_names_every_command_once_in_its_group(arguments, capsys):
     groups = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")[1:]]
     listed = {heading.rstrip(":"): [line.split()[0] for line in lines] for heading, *lines in groups}
     assert listed == {
-        "make": ["demo", "cohort", "plan", "weights", "package"],
+        "make": ["demo", "cohort", "twin", "plan", "weights", "package"],
         "masks": ["phantom", "edit", "index", "find"],
         "data": ["prepare", "complete_masks"],
         "quality": ["preview", "report", "compare", "realism", "stratify"],
@@ -67,8 +67,8 @@ def test_help_of_a_command_lists_its_options(capsys):
         ("Cohort", "did you mean cohort?"),
         ("dicom-reed", "did you mean dicom_read?"),
         ("complete", "did you mean complete_masks?"),
-        ("xyzzy", "choose among: demo, cohort, plan,"),
-        ("--seed", "choose among: demo, cohort, plan,"),
+        ("xyzzy", "choose among: demo, cohort, twin, plan,"),
+        ("--seed", "choose among: demo, cohort, twin, plan,"),
     ],
 )
 def test_unknown_command_names_the_nearest(given, said, capsys):

@@ -67,6 +67,7 @@ QUICK = {
     r"maisi phantom": "--size 48,48,48 --spacing 5,5,3.4",
     r"maisi realism": "--size 32 --pairs 0",
     r"maisi compare": "--cases 1",
+    r"maisi twin": "--settings {'num_inference_steps':1}",
     r"maisi complete_masks": "--workers 0",  # a worker imports MONAI
     r"maisi package": "maisi_vae",
 }

@@ -15,6 +15,7 @@ from maisi_tools.masks.body import (
     envelope_of_labels,
     envelope_of_organs,
     label_from_ct,
+    without_couch,
 )
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.phantom import make_phantom
@@ -144,6 +145,58 @@ def test_organs_that_tell_no_body():
     liver = np.argwhere(organs == 1)
     cut = organs[liver[:, 0].min() + 1 : liver[:, 0].max()]  # the liver is cut, one kidney and the spleen, too
     assert envelope_of_organs(cut, spacing) is None
+
+
+# --- a couch that runs into the body ----------------------------------------------------------------------------------
+
+BED_SIZE, BED_SPACING = (80, 72, 40), (5.0, 5.0, 4.0)
+
+
+def on_a_couch(shell_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """A trunk with lungs, its back flat on a hollow couch of 300 x 60 mm, and the trunk alone."""
+    x, y, _ = grid(BED_SIZE, BED_SPACING)
+    top = 40 - 80 + 15.0
+    trunk = cylinder(130, 80, 0, 40, BED_SIZE, BED_SPACING) & (y > top)
+    depth = np.minimum(np.minimum(top - y, y - (top - 60)), 150 - np.abs(x))
+    couch = np.broadcast_to(depth > 0, BED_SIZE) & ~trunk
+    ct = np.full(BED_SIZE, -1000.0)
+    ct[couch] = np.broadcast_to(np.where(depth <= shell_mm, -50.0, -950.0), BED_SIZE)[couch]
+    ct[trunk] = 30
+    ct[cylinder(35, 50, -60, 45, BED_SIZE, BED_SPACING) | cylinder(35, 50, 60, 45, BED_SIZE, BED_SPACING)] = -870
+    return ct + np.random.default_rng(0).normal(0, 10, BED_SIZE), trunk
+
+
+@pytest.mark.parametrize("shell_mm", [5, 10, 20])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_hollow_couch_goes_whatever_its_shell(shell_mm, turned):
+    """The plain envelope has the couch, and without it at most the rounding of the grid is missing or left."""
+    ct, trunk = on_a_couch(shell_mm)
+    if turned:  # prone, with the couch in front
+        ct, trunk = ct[:, ::-1], trunk[:, ::-1]
+    plain = body_envelope(ct, BED_SPACING)
+    assert plain.sum() > 1.15 * trunk.sum()
+    found = without_couch(plain, ct, BED_SPACING)
+    too_much, too_little = np.count_nonzero(found & ~trunk), np.count_nonzero(trunk & ~found)
+    assert max(too_much, too_little) < 0.02 * np.count_nonzero(trunk)
+
+
+def test_lungs_and_labelled_air_are_no_couch():
+    """Without labels, a body with large lungs stays as it is; what a label claims is known not to be a couch."""
+    ct, trunk = on_a_couch(10)
+    ct[~trunk] = -1000
+    envelope = body_envelope(ct, BED_SPACING)
+    lungs = envelope & (ct < -800)
+    assert lungs.sum() > 0.1 * envelope.sum()
+    assert without_couch(envelope, ct, BED_SPACING) is envelope
+    ct, _ = on_a_couch(10)
+    plain = body_envelope(ct, BED_SPACING)
+    assert without_couch(plain, ct, BED_SPACING, (ct < -700).astype(np.uint8)) is plain
+
+
+def test_couch_of_another_shape_is_refused():
+    with pytest.raises(InputError, match=r"the CT has the shape \(4, 4, 4\), its mask \(4, 4, 5\)"):
+        without_couch(np.zeros((4, 4, 5), bool), np.zeros((4, 4, 4)), SPACING)
+    assert not without_couch(np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4)), SPACING).any()
 
 
 def test_add_body(chest):

@@ -691,6 +691,61 @@ def cohort(
             )
 
 
+def twin(
+    *cts: str,
+    segmenter: str = "thresholds",
+    output_dir: str = "twins",
+    label_map: str | None = None,
+    overlay: Any = None,
+    seed: int = 0,
+    settings: Any = None,
+    keep_patient: bool = True,
+    device: str = "cpu",
+    bundles: str | None = None,
+) -> None:
+    """Make a labelled synthetic CT with the anatomy of each real one (docs/how-to/twins.md); started again, it goes on.
+
+    Args:
+        cts: files (NIfTI, NRRD), folders or zip files of one DICOM series, folders of these, or datalists.
+        segmenter: thresholds, totalsegmentator (where it is installed), or the folder of a MONAI segmentation bundle.
+        output_dir: folder for NAME_ct, NAME_mask and NAME_twin.json, and of a DICOM series the study NAME_dicom.
+        label_map: how a bundle's labels are to be read; by default by the names of its classes.
+        overlay: a config over inference.json, such as full_rflow.json for the released weights.
+        seed: of every CT.
+        settings: further keys of maisi_controlnet's inference.json, such as "{'spacing': [3,3,3]}".
+        keep_patient: whether a study joins that of its series; else it has a new, invented patient.
+        device: cpu or cuda.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    if not cts:
+        raise InputError("no CT was given; name at least one: maisi twin CT [CT ...] --segmenter NAME_OR_BUNDLE")
+    _check_seed(seed)
+    if settings is not None and not isinstance(settings, dict):
+        raise InputError(f"settings {settings!r} is not usable; give keys and values: \"{{'solver': 'heun'}}\".")
+
+    from maisi_tools.cohort.twins import make_twins
+    from maisi_tools.run_settings import check_device
+
+    check_device(device)
+    found = make_twins(
+        [str(ct) for ct in cts],
+        str(output_dir),
+        segmenter,
+        _bundle(CONTROLNET, bundles),
+        label_map,
+        _listed(overlay or ()),
+        seed,
+        settings,
+        bool(keep_patient),
+        device,
+    )
+    print(f"{output_dir}: {len(found['made'])} twins made, {len(found['there'])} were there")
+    if found["failed"]:
+        raise InputError(
+            f"{len(found['failed'])} of them failed: {', '.join(found['failed'][:5])}; see their _twin.json"
+        )
+
+
 def listen(settings: str) -> None:
     """Run beside a PACS: what comes in goes through a chain of bundles, and results are stored back (docs/hospital.md).
 
@@ -756,7 +811,7 @@ def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -
 
 
 GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
-    "make": (demo, cohort, plan, weights, package),
+    "make": (demo, cohort, twin, plan, weights, package),
     "masks": (phantom, edit, index, find),
     "data": (prepare, complete_masks),
     "quality": (preview, report, compare, realism, stratify),

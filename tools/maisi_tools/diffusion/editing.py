@@ -227,7 +227,7 @@ class CropEditd(MapTransform):
         own, anew = after[slab], changed[slab]
         if self.complete:
             open_to_ct = np.where((own == BODY) & ~anew, 0, own)
-            shown = np.where(open_to_ct == 0, _tissues(hu[slab], open_to_ct, mm), open_to_ct)
+            shown = np.where(open_to_ct == 0, tissues(hu[slab], open_to_ct, mm), open_to_ct)
         else:
             shown = add_body(own, mm.tolist(), hu[slab])
         # Where a label was taken away there is air, or body in a mask that does not label the body.
@@ -291,11 +291,12 @@ def _alike(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return before, after, has
 
 
-def _tissues(hu: np.ndarray, labels: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def tissues(hu: np.ndarray, labels: np.ndarray, spacing: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
     """:func:`~maisi_tools.masks.body.label_from_ct` on a grid no finer than :data:`TISSUES_MM`, nearest voxel."""
     steps = np.maximum(1, np.floor(TISSUES_MM / spacing)).astype(int)
-    coarse = [array[:: steps[0], :: steps[1], :: steps[2]] for array in (hu, labels)]
-    found = label_from_ct(np.ascontiguousarray(coarse[0]), coarse[1], (spacing * steps).tolist())
+    coarse = tuple(slice(None, None, step) for step in steps)
+    inside = None if body is None else body[coarse]
+    found = label_from_ct(np.ascontiguousarray(hu[coarse]), labels[coarse], (spacing * steps).tolist(), inside)
     for axis, step in enumerate(steps):
         found = found.repeat(step, axis)
     return found[tuple(slice(length) for length in hu.shape)]

@@ -32,6 +32,12 @@ CLOSING_MM = 60.0
 MARGIN_MM = 20.0
 """Without a CT, the depth of the soft tissue around the outermost labels; fits adults with ribs and hips labelled."""
 
+COUCH_HU, COUCH_SHARE = -800.0, 0.05
+"""Foam or air inside a couch is below it, and takes at least this share of the body: 8 to 28 % (NV-Generate-CTMR)."""
+
+ONE_SIDED = 0.25
+"""Less than this share of the tissue lies behind a couch, or in front of it; lungs have tissue on both sides."""
+
 AIR_HU = -400.0
 """Below it is air or lung, inside the body."""
 
@@ -79,10 +85,63 @@ def body_envelope(ct_hu: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """
     mm = checked_spacing(ct_hu.shape, spacing)
     tissue = ct_hu > SKIN_HU
-    solid = _filled(tissue)
-    coarse_tissue, steps = _coarsen(tissue, mm, np.mean)
-    coarse_solid, _ = _coarsen(solid, mm, np.mean)
-    mm = mm * steps
+    return _large_parts(tissue, _filled(tissue), mm)
+
+
+def without_couch(
+    body: np.ndarray, ct_hu: np.ndarray, spacing: Sequence[float], labels: np.ndarray | None = None
+) -> np.ndarray:
+    """An envelope without the couch that the patient lies on, where their outlines had run into one.
+
+    A couch is a shell around foam or air. Each connected part below :data:`COUCH_HU` that no label claims, with at
+    least :data:`COUCH_SHARE` of the body's volume and the patient on one side of it, is taken for its inside. The shell
+    is as thick as that part is deep: a quarter of the part's surface lies no deeper below the envelope's.
+
+    Args:
+        body: (X, Y, Z), as :func:`body_envelope` gives it.
+        ct_hu: the same shape, in HU, its second axis from back to front or from front to back.
+        spacing: mm along x, y, z.
+        labels: the same shape, 0 where nothing is known.
+
+    Returns:
+        Boolean array of the same shape; `body` itself where there is no couch.
+
+    Raises:
+        InputError: the shapes differ, or as :func:`body_envelope`.
+    """
+    _check_same(ct_hu, body)
+    mm = checked_spacing(body.shape, spacing)
+    hollow = body & (ct_hu < COUCH_HU)
+    tissue = body & (ct_hu > SKIN_HU)
+    if labels is not None:
+        hollow &= labels == 0
+    coarse_hollow, steps = _coarsen(hollow, mm, np.mean)
+    coarse_body, coarse_tissue = ((_coarsen(mask, mm, np.mean)[0] >= 0.5) for mask in (body, tissue))
+    coarse_mm = mm * steps
+    parts, _ = ndimage.label(coarse_hollow >= 0.5)
+    large = np.bincount(parts.ravel()) >= max(1.0, COUCH_SHARE * np.count_nonzero(coarse_body))
+    couch = np.zeros(parts.shape, dtype=bool)
+    for number in np.flatnonzero(large[1:]) + 1:
+        part = parts == number
+        middle, planes = int(np.nonzero(part)[1].mean()), part.any(axis=(0, 1))
+        there = coarse_tissue[:, :, planes]
+        behind, whole = np.count_nonzero(there[:, :middle]), np.count_nonzero(there)
+        if ONE_SIDED * whole <= behind <= (1 - ONE_SIDED) * whole:
+            continue
+        surface = part & ~ndimage.binary_erosion(part, border_value=1)
+        thickness = np.percentile(_distance(coarse_body, coarse_mm)[surface], 25)
+        couch |= _distance(~part, coarse_mm) < thickness
+    if not couch.any():
+        return body
+    rest = body & ~_refine(couch, steps, body.shape)
+    return _large_parts(tissue & rest, rest, mm)
+
+
+def _large_parts(tissue: np.ndarray, solid: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """The thick and large parts of a filled outline (X, Y, Z), with the tissue inside it."""
+    coarse_tissue, steps = _coarsen(tissue, spacing, np.mean)
+    coarse_solid, _ = _coarsen(solid, spacing, np.mean)
+    mm = spacing * steps
     # Opened with the lungs filled, since the wall of a chest is thin; measured in tissue, since a table is hollow.
     parts, _ = ndimage.label(_distance(coarse_solid >= 0.5, mm) > OPENING_MM)
     sizes = np.bincount(parts[_distance(coarse_tissue >= 0.5, mm) > OPENING_MM], minlength=parts.max() + 1)
@@ -194,7 +253,9 @@ def add_body(labels: np.ndarray, spacing: Sequence[float], ct: np.ndarray | None
     return np.where(envelope & (labels == 0), BODY, labels).astype(labels.dtype)
 
 
-def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+def label_from_ct(
+    ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float], body: np.ndarray | None = None
+) -> np.ndarray:
     """A mask completed by what the CT's intensities alone tell, so that weights can be trained on few organs.
 
     Inside the body and outside all given labels, air becomes "airway" or, where it has the HU and the volume of lung,
@@ -205,6 +266,7 @@ def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float
         ct_hu: (X, Y, Z) in HU.
         labels: (X, Y, Z) in the vocabulary, may be empty.
         spacing: mm along x, y, z.
+        body: (X, Y, Z), None for that of :func:`body_envelope`.
 
     Returns:
         uint8 array of the same shape, 0 outside the body.
@@ -216,7 +278,7 @@ def label_from_ct(ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float
     mm = checked_spacing(ct_hu.shape, spacing)
     voxel_ml = float(np.prod(mm)) / 1000
     completed = labels.astype(np.uint8)
-    free = body_envelope(ct_hu, spacing) & (labels == 0)
+    free = (body_envelope(ct_hu, spacing) if body is None else body) & (labels == 0)
     completed[free] = BODY
 
     air = free & (ct_hu < AIR_HU)

@@ -1,0 +1,262 @@
+"""maisi twin, as a user calls it: thresholds, a bundle made here, resume, bad files, DICOM."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from maisi_tools.cli import main
+from maisi_tools.cohort.segmenters import map_of_classes, open_segmenter
+from maisi_tools.cohort.twins import twin_mask
+from maisi_tools.errors import InputError
+from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.weights import save_weights
+
+SIZE, SPACING = (48, 40, 32), (5.0, 5.0, 3.4)
+LPS = np.diag([-5.0, -5.0, 3.4, 1.0])
+LPS[:3, 3] = 110, 90, -40
+QUICK = "{'num_inference_steps': 1}"
+BONE = 120
+
+
+@pytest.fixture(scope="module")
+def labels() -> np.ndarray:
+    return make_phantom("head_neck", SIZE, SPACING, seed=3)
+
+
+@pytest.fixture(scope="module")
+def hu(labels) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, 10, SIZE)
+    return (flat_ct(labels) + noise * (labels > 0)).clip(-1000, 1000).astype(np.int16)
+
+
+@pytest.fixture
+def scans(tmp_path, hu) -> Path:
+    """A folder with a CT, another one in LPS, and a file that is no volume at all."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    nib.save(nib.Nifti1Image(hu, np.diag([*SPACING, 1.0])), folder / "a.nii.gz")
+    nib.save(nib.Nifti1Image(hu[::-1, ::-1], LPS), folder / "b.nii.gz")
+    (folder / "bad.nii.gz").write_bytes(b"no volume")
+    return folder
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    """A MONAI bundle as a model zoo has it: class 2 is what is denser than 250 HU, class 1 never comes out.
+
+    It sees a third of the resolution in plane, and does not undo that.
+    """
+    root = tmp_path / "zoo"
+    (root / "configs").mkdir(parents=True)
+    config = {
+        "bundle_root": ".",
+        "device": "$torch.device('cpu')",
+        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [
+                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
+                {"_target_": "Orientationd", "keys": "image", "axcodes": "LPS", "labels": None},
+                {"_target_": "Spacingd", "keys": "image", "pixdim": [15.0, 15.0, 3.4], "mode": "nearest"},
+            ],
+        },
+        "inferer": {"_target_": "SimpleInferer"},
+        "postprocessing": {
+            "_target_": "Compose",
+            "transforms": [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}],
+        },
+    }
+    (root / "configs" / "inference.json").write_text(json.dumps(config))
+    classes = {"0": "background", "1": "mystery", "2": "skull"}
+    outputs = {"pred": {"channel_def": classes}}
+    (root / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": {"outputs": outputs}}))
+    weight, bias = torch.tensor([0.0, -1.0, 1.0]).reshape(3, 1, 1, 1, 1), torch.tensor([0.0, -2000.0, -250.0])
+    (root / "models").mkdir()
+    save_weights(root / "models" / "model.pt", {"weight": weight, "bias": bias})
+    return root
+
+
+def twin(*arguments: object) -> int:
+    return main(["twin", *map(str, arguments), "--settings", QUICK])
+
+
+def voxels(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_with_a_bad_file_and_again(scans, hu, tmp_path, repo_root, capsys, monkeypatch):
+    """One bad file stops nothing; what is done is passed over, what is gone, changed or failed is made."""
+    monkeypatch.chdir(repo_root)
+    out = tmp_path / "out"
+    assert twin(scans, "--output_dir", out) == 2
+    said = capsys.readouterr()
+    assert "2 twins made, 0 were there" in said.out and "1 of them failed: bad" in said.err
+    record = json.loads((out / "bad_twin.json").read_text())
+    assert record["status"] == "failed" and "bad.nii.gz" in record["error"]
+
+    first, turned = nib.load(out / "a_ct.nii.gz"), nib.load(out / "b_ct.nii.gz")
+    assert first.shape == SIZE and np.allclose(turned.affine, LPS)
+    mask = voxels(out / "a_mask.nii.gz")
+    np.testing.assert_array_equal(voxels(out / "b_mask.nii.gz")[::-1, ::-1], mask)
+    np.testing.assert_array_equal(np.asarray(turned.dataobj)[::-1, ::-1], np.asarray(first.dataobj))
+    inside = hu > -300  # a phantom's head: filled, it is the body
+    assert (mask[inside] > 0).mean() > 0.99 and (mask == BONE).sum() == pytest.approx((hu > 250).sum(), rel=0.02)
+    assert (np.asarray(first.dataobj)[mask == 0] == -1000).all()
+
+    made = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "b_mask.nii.gz").unlink()
+    (scans / "bad.nii.gz").unlink()
+    os.link(scans / "a.nii.gz", scans / "c.nii.gz")
+    nib.save(nib.Nifti1Image(hu[:, :, ::-1].copy(), np.diag([*SPACING, 1.0])), scans / "a.nii.gz")
+    assert twin(scans, "--output_dir", out) == 0
+    assert "3 twins made, 0 were there" in capsys.readouterr().out
+    assert (out / "a_ct.nii.gz").stat().st_mtime_ns > made["a_ct.nii.gz"]
+    made = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert twin(scans, "--output_dir", out) == 0
+    assert "0 twins made, 3 were there" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == made
+
+    assert twin(scans, "--output_dir", out, "--seed", 1) == 2
+    assert "was made with another seed" in capsys.readouterr().err
+
+
+def test_a_cut_run_goes_on(scans, tmp_path, repo_root, monkeypatch, capsys):
+    """Killed between the files and the record: the twin is made again, with the same bytes."""
+    monkeypatch.chdir(repo_root)
+    out = tmp_path / "out"
+    assert twin(scans / "a.nii.gz", "--output_dir", out) == 0
+    before = (out / "a_ct.nii.gz").read_bytes()
+    record = (out / "a_twin.json").read_text()
+    (out / "a_twin.json").write_text(record[: len(record) // 2])
+    assert twin(scans / "a.nii.gz", "--output_dir", out) == 0
+    assert "1 twins made" in capsys.readouterr().out.splitlines()[-1]
+    assert (out / "a_ct.nii.gz").read_bytes() == before and (out / "a_twin.json").read_text() == record
+
+
+def test_a_bundle_segments(scans, bundle, hu, tmp_path, repo_root, monkeypatch):
+    """Its bone is in the mask, and what completion by HU adds."""
+    monkeypatch.chdir(repo_root)
+    out = tmp_path / "out"
+    assert twin(scans / "b.nii.gz", "--segmenter", bundle, "--output_dir", out) == 0
+    record = json.loads((out / "b_twin.json").read_text())
+    assert "skull" in record["labels"] and record["how"]["segmenter"] == str(bundle)
+    mask = voxels(out / "b_mask.nii.gz")[::-1, ::-1]
+    assert (mask[hu > 250] == BONE).mean() > 0.97  # specks are left out
+    assert (mask == BONE).sum() > 1.1 * (hu > 250).sum()  # coarse as the bundle sees it
+
+
+def test_dicom_in_dicom_out(hu, tmp_path, repo_root, monkeypatch):
+    pydicom = pytest.importorskip("pydicom")
+    pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
+    from maisi_tools.dicom.study import write_study
+
+    monkeypatch.chdir(repo_root)
+    write_study(tmp_path / "study", hu[::-1, ::-1], LPS)
+    series = (tmp_path / "study" / "CT").rename(tmp_path / "SERIES")
+    given = pydicom.dcmread(next(series.iterdir()), stop_before_pixels=True)
+    for name, keep in (("kept", True), ("invented", False)):
+        assert twin(series, "--output_dir", tmp_path / name, "--keep_patient", keep) == 0
+        study = tmp_path / name / "SERIES_dicom"
+        assert {path.name for path in study.iterdir()} == {"CT", "SEG.dcm", "RTSTRUCT.dcm"}
+        made = pydicom.dcmread(study / "CT" / "0001.dcm")
+        assert (made.PatientID == given.PatientID) == keep == (made.StudyInstanceUID == given.StudyInstanceUID)
+        assert made.SeriesInstanceUID != given.SeriesInstanceUID
+        assert made.DerivationDescription.startswith("Synthetic") and "thresholds" in made.DerivationDescription
+        assert made[0x0008, 0x001C].value == "YES" and len(list((study / "CT").iterdir())) == SIZE[2]
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def as_ct(hu: np.ndarray) -> MetaTensor:
+    affine = torch.diag(torch.tensor([*SPACING, 1.0], dtype=torch.float64))
+    return MetaTensor(torch.from_numpy(hu.astype(np.float32))[None], affine=affine)
+
+
+def test_labels_stay_the_couch_goes_and_the_body_is_filled():
+    """A cylinder on a hollow block, with a label that reaches into the block."""
+    x, y, _ = np.ix_(*((np.arange(n) - n / 2) * mm for n, mm in zip(SIZE, SPACING, strict=True)))
+    trunk = np.broadcast_to((x**2 / 90**2 + (y - 20) ** 2 / 60**2 <= 1) & (y > -30), SIZE)
+    block = np.broadcast_to((np.abs(x) < 110) & (y <= -30) & (y > -80), SIZE)
+    hull = np.broadcast_to((np.abs(x) < 100) & (y <= -40) & (y > -70), SIZE)
+    hu = np.where(trunk, 40.0, np.where(hull, -950.0, np.where(block, 0.0, -1000.0)))
+    labels = np.zeros(SIZE, np.uint8)
+    labels[20:28, :, 10:20] = 121 * (trunk | block)[20:28, :, 10:20]
+    for complete in (False, True):
+        mask, ml = twin_mask(as_ct(hu), labels, complete)
+        assert set(np.unique(mask)) == {0, 121, 200}
+        np.testing.assert_array_equal(mask[trunk & (labels > 0)], 121)
+        assert np.count_nonzero((mask > 0) != trunk) < 0.03 * np.count_nonzero(trunk)
+        assert ml["couch"] == pytest.approx(np.count_nonzero(block) * 0.085, rel=0.1)
+
+
+def test_a_ct_without_body_is_refused():
+    with pytest.raises(InputError, match="no body in x.nii.gz"):
+        twin_mask(as_ct(np.full(SIZE, -1000.0)), np.zeros(SIZE, np.uint8), True, "x.nii.gz")
+
+
+# --- segmenters -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_come_back_from_a_bundles_grid(bundle, tmp_path):
+    """Two blocks that fill its 15 mm voxels come back to the voxel, on the CT's grid and axes."""
+    hu = np.full(SIZE, -1000.0)
+    hu[4:13, 8:14, 3:9], hu[31:34, 20:29, 20:22] = 900, 700
+    ct = as_ct(hu)
+    nib.save(nib.Nifti1Image(hu.astype(np.float32), ct.affine.numpy()), tmp_path / "scan.nii.gz")
+    found = open_segmenter(str(bundle))(tmp_path / "scan.nii.gz", ct)
+    np.testing.assert_array_equal(found, np.where(hu > 250, BONE, 0))
+
+
+def test_classes_by_their_names():
+    """Of the vocabulary, of TotalSegmentator, of data sets; one that several read differently is not guessed."""
+    found = map_of_classes("x", {"liver": 5, "kidney_left": 1, "brainstem": 2, "mandible": 9, "uterus": 3})
+    assert dict(found) == {5: 1, 1: 14, 2: 2, 9: BONE} and found.classes[3] == "uterus"
+    assert found.label_of("uterus") == 3
+    with pytest.raises(InputError, match="--label_map"):
+        map_of_classes("x", {"uterus": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no CT was given"),
+        (["none.nii.gz"], "none.nii.gz does not exist"),
+        (["a.nii.gz", "--segmenter", "nobody"], "'nobody' has no nobody/configs/inference.json"),
+        (["a.nii.gz", "--label_map", "openkbp"], "thresholds has its own"),
+        (["a.nii.gz", "--settings", "3"], "settings 3 is not usable"),
+        (["a.nii.gz", "--settings", "{'label_map': 'openkbp'}"], "which is set for you"),
+        (["a.nii.gz", "--settings", "{'solvr': 'ab2'}"], "did you mean solver?"),
+        (["a.nii.gz", "--device", "cuda:77"], "device cuda:77 cannot be used"),
+        (["a.nii.gz", "a_ct.nii.gz", "--output_dir", "."], "would be written over"),
+    ],
+)
+def test_wrong_use_is_one_line(scans, repo_root, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(scans)
+    os.link("a.nii.gz", "a_ct.nii.gz")
+    before = sorted(scans.rglob("*"))
+    assert main(["twin", *arguments, "--bundles", str(repo_root / "bundles")]) == 2
+    assert message in capsys.readouterr().err
+    assert [path for path in sorted(scans.rglob("*")) if path.is_file()] == before
+
+
+def test_totalsegmentator_is_asked_for_where_it_is_missing():
+    pytest.importorskip("monai")
+    try:
+        import totalsegmentator  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="pip install TotalSegmentator"):
+            open_segmenter("totalsegmentator")
+    else:
+        pytest.skip("TotalSegmentator is installed")

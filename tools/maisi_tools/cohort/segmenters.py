@@ -1,0 +1,139 @@
+"""Labels of a CT by whoever can segment it: a MONAI bundle, TotalSegmentator, or thresholds alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, SpatialResample
+
+from maisi_tools.errors import InputError
+from maisi_tools.fingerprints import of_tensors
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
+from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.metrics.segmentation import BundleSegmenter
+from maisi_tools.volumes.grid import same_grid
+from maisi_tools.volumes.reading import as_volume
+
+THRESHOLDS, TOTALSEGMENTATOR = "thresholds", "totalsegmentator"
+"""Segmenters that have a name; every other one is a bundle's folder."""
+
+CONFIGS = ("inference.json", "inference.yaml", "inference.yml")
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Makes a mask in the vocabulary of a CT.
+
+    Attributes:
+        name: as the user gave it.
+        segment: CT file (NIfTI, in HU) -> its labels (1, X, Y, Z), with an affine; None finds nothing.
+        label_map: of these labels.
+        fingerprint: of the network's weights, empty where there are none of ours.
+    """
+
+    name: str
+    segment: Callable[[Path], MetaTensor] | None = None
+    label_map: LabelMap = field(default_factory=lambda: LABEL_MAPS["maisi"])
+    fingerprint: str = ""
+
+    def __call__(self, path: Path, ct: MetaTensor) -> np.ndarray:
+        """Labels (X, Y, Z), uint8, of the CT in a file, on its grid.
+
+        Args:
+            path: of the CT.
+            ct: (1, X, Y, Z), what is in the file, in RAS.
+
+        Raises:
+            InputError: labels that the label map does not know, or none at all.
+        """
+        if self.segment is None:
+            return np.zeros(ct.shape[1:], dtype=np.uint8)
+        found: Any = Orientation(axcodes="RAS", labels=None)(self.segment(path))
+        if not same_grid(found, ct):  # a bundle need not undo its own resampling
+            resample = SpatialResample(mode="nearest", padding_mode="zeros", align_corners=False)
+            found = resample(found.float(), dst_affine=ct.affine, spatial_size=ct.shape[1:])
+        try:
+            return apply_label_map(found.as_tensor()[0].cpu().numpy(), self.label_map)
+        except InputError as error:
+            raise InputError(f"segmenter {self.name}: {error}") from None
+
+
+def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu") -> Segmenter:
+    """A segmenter by its name or its bundle.
+
+    Args:
+        name: "thresholds" (which leaves all to the completion of the mask by HU), "totalsegmentator", or the folder of
+            a MONAI bundle that segments CTs, with its weights in ``models/model.pt``.
+        label_map: how a bundle's labels are to be read; None goes by the names of its classes.
+        device: for the network.
+
+    Raises:
+        InputError: no such segmenter, one that is not installed, or classes that cannot be read.
+    """
+    if label_map is not None and name in (THRESHOLDS, TOTALSEGMENTATOR):
+        raise InputError(f"label_map is {label_map!r}; {name} has its own: leave it out")
+    if name == THRESHOLDS:
+        return Segmenter(name)
+    if name == TOTALSEGMENTATOR:
+        return Segmenter(name, _totalsegmentator(device), LABEL_MAPS[TOTALSEGMENTATOR])
+    folder = Path(name).expanduser()
+    configs = [folder / "configs" / one for one in CONFIGS]
+    config = next((path for path in configs if path.is_file()), None)
+    if config is None:
+        raise InputError(
+            f"segmenter {name!r} has no {configs[0]}; allowed are {THRESHOLDS}, {TOTALSEGMENTATOR}, and the folder of "
+            "a MONAI bundle that segments CTs, such as evaluation/segmentation"
+        )
+    bundle = BundleSegmenter(config, device=device)
+    read = map_of_classes(name, bundle.classes) if label_map is None else read_label_map(label_map)
+    return Segmenter(name, bundle, read, of_tensors(bundle.network.state_dict()))
+
+
+def map_of_classes(name: str, classes: Mapping[str, int]) -> LabelMap:
+    """How to read labels whose classes have names of the vocabulary, of TotalSegmentator or of a known data set.
+
+    Args:
+        name: of what has them.
+        classes: name -> label.
+
+    Raises:
+        InputError: not one name is known.
+    """
+    ids: dict[int, int] = {}
+    for known, label in classes.items():
+        try:
+            ids[label] = label_id(known)
+        except InputError:
+            numbers = [(one, one.label_of(known)) for one in LABEL_MAPS.values()]
+            meanings = {one[number] for one, number in numbers if number is not None and number in one.ids}
+            if len(meanings) == 1:
+                ids[label] = meanings.pop()
+    if not ids:
+        raise InputError(
+            f"{name} has the classes {', '.join(classes)}, and the vocabulary has none of them; say what they are with "
+            "--label_map: a name such as openkbp, or a JSON file"
+        )
+    return LabelMap(name, ids, {label: known for known, label in classes.items()})
+
+
+def _totalsegmentator(device: str) -> Callable[[Path], MetaTensor]:
+    try:
+        from totalsegmentator.python_api import totalsegmentator
+    except ImportError as error:
+        raise InputError(
+            "segmenter totalsegmentator is not installed; install it with: pip install TotalSegmentator"
+        ) from error
+
+    def segment(path: Path) -> MetaTensor:
+        place = "cpu" if torch.device(device).type == "cpu" else "gpu"
+        image = totalsegmentator(nib.load(path), ml=True, task="total", quiet=True, device=place)
+        return as_volume(np.asarray(image.dataobj)[None].astype(np.float32), image.affine, path)
+
+    return segment
