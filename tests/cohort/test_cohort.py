@@ -94,6 +94,31 @@ def test_two_ranks_make_the_same(write_spec, bundles, files_of, tmp_path):
     assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
 
 
+def test_what_a_judge_does_not_see_is_left_out(write_spec, bundles, bundle, tmp_path):
+    """The judge sees bone by threshold. What its Dice was stands in the manifest; a stricter limit leaves all out."""
+    ct = "{num_inference_steps: 1, min_dice: %s}"
+    loose, strict = tmp_path / "loose", tmp_path / "strict"
+    found = make_cohort(read_spec(write_spec(count="2", ct=ct % 0.01)), loose, bundles, judge=str(bundle))
+    dices = [float(row["judge_skull"]) for row in rows_of(loose)]
+    assert (found["done"], found["left_out"]) == (2, []) and all(0.01 < dice < 1 for dice in dices)
+    spec = read_spec(write_spec(count="2", ct=ct % 1.0))
+    found = make_cohort(spec, strict, bundles, judge=str(bundle))
+    assert (found["done"], found["left_out"], found["made"]) == (0, ["heads_0000", "heads_0001"], 2)
+    assert [(row["status"], row["error"]) for row in rows_of(strict)] == [
+        ("left out", "the CT does not show skull")
+    ] * 2
+    assert not list((strict / "imagesTr").glob("*")) and json.loads((strict / "dataset.json").read_text())
+    assert make_cohort(spec, strict, bundles, judge=str(bundle))["made"] == 0
+    with pytest.raises(InputError, match="made with other judge"):
+        make_cohort(spec, strict, bundles)
+
+
+def test_a_file_names_no_judge(write_spec, bundles, bundle, tmp_path):
+    """A segmenter is a bundle, whose config is code."""
+    with pytest.raises(InputError, match="ct has judge, which is computed by the config"):
+        made(write_spec, bundles, tmp_path / "out", ct=f"{{judge: {bundle}}}")
+
+
 @pytest.mark.parametrize(
     ("layout", "ct", "mask"),
     [

@@ -13,11 +13,10 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.cli import main
-from maisi_tools.cohort.segmenters import map_of_classes, open_segmenter
 from maisi_tools.cohort.twins import twin_mask
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import flat_ct, make_phantom
-from maisi_tools.weights import save_weights
+from maisi_tools.metrics.segmenters import map_of_classes, open_segmenter
 
 SIZE, SPACING = (48, 40, 32), (5.0, 5.0, 3.4)
 LPS = np.diag([-5.0, -5.0, 3.4, 1.0])
@@ -46,42 +45,6 @@ def scans(tmp_path, hu) -> Path:
     nib.save(nib.Nifti1Image(hu[::-1, ::-1], LPS), folder / "b.nii.gz")
     (folder / "bad.nii.gz").write_bytes(b"no volume")
     return folder
-
-
-@pytest.fixture
-def bundle(tmp_path) -> Path:
-    """A MONAI bundle as a model zoo has it: class 2 is what is denser than 250 HU, class 1 never comes out.
-
-    It sees a third of the resolution in plane, and does not undo that.
-    """
-    root = tmp_path / "zoo"
-    (root / "configs").mkdir(parents=True)
-    config = {
-        "bundle_root": ".",
-        "device": "$torch.device('cpu')",
-        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 1, "out_channels": 3, "kernel_size": 1},
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
-                {"_target_": "Orientationd", "keys": "image", "axcodes": "LPS", "labels": None},
-                {"_target_": "Spacingd", "keys": "image", "pixdim": [15.0, 15.0, 3.4], "mode": "nearest"},
-            ],
-        },
-        "inferer": {"_target_": "SimpleInferer"},
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [{"_target_": "AsDiscreted", "keys": "pred", "argmax": True}],
-        },
-    }
-    (root / "configs" / "inference.json").write_text(json.dumps(config))
-    classes = {"0": "background", "1": "mystery", "2": "skull"}
-    outputs = {"pred": {"channel_def": classes}}
-    (root / "configs" / "metadata.json").write_text(json.dumps({"network_data_format": {"outputs": outputs}}))
-    weight, bias = torch.tensor([0.0, -1.0, 1.0]).reshape(3, 1, 1, 1, 1), torch.tensor([0.0, -2000.0, -250.0])
-    (root / "models").mkdir()
-    save_weights(root / "models" / "model.pt", {"weight": weight, "bias": bias})
-    return root
 
 
 def twin(*arguments: object) -> int:

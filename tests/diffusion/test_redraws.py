@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor, decollate_batch
 
 from maisi_tools.diffusion.noise import STRIDE
-from maisi_tools.diffusion.redraws import CheckedCT, SplitCheckedd
+from maisi_tools.diffusion.redraws import CheckedCT, Judge, SplitCheckedd, open_judge
 from maisi_tools.errors import InputError
+from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.metrics.segmenters import Segmenter
 
 SKULL, CORD = 120, 121
 
@@ -77,6 +81,62 @@ def test_each_mask_of_a_batch_has_its_record(mask):
     output = CheckedCT(Drawn({5: (0, 30), 5 + STRIDE: (400, 30)}), redraws=1)(both, None)
     items = [SplitCheckedd("pred")(item) for item in decollate_batch({"image": both, "pred": output})]
     assert [len(item["draws"]["tried"]) for item in items] == [2, 1]
+
+
+def bone_finder(path) -> MetaTensor:
+    """Label 4 is denser than 200 HU, which it has read from the file; the affine is the file's."""
+    image = nib.load(path)
+    return MetaTensor((np.asarray(image.dataobj) > 200)[None] * 4, affine=image.affine)
+
+
+SEGMENTER = Segmenter("bones", bone_finder, LabelMap("bones", {4: SKULL}))
+
+
+def test_it_is_drawn_again_until_a_judge_sees_the_organ(mask):
+    """Skull at 150 HU is plausible, but no bone to the judge; with the cord at 300 as well, half of what it sees is."""
+    mask.affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
+    hu = {5: (150, 30), 5 + STRIDE: (400, 300), 5 + 2 * STRIDE: (400, 30)}
+    everything = {"redraws": 2, "judge": Judge(SEGMENTER, 0.9)}
+    data, asked = draw(mask, hu, **everything)
+    assert asked == [5, 5 + STRIDE, 5 + 2 * STRIDE] and data["draws"]["seed"] == asked[-1]
+    found = [(one["dice"], one["not_shown"], list(one["implausible"])) for one in data["draws"]["tried"]]
+    assert found == [
+        ({"skull": 0.0}, ["skull"], []),
+        ({"skull": round(2 * 5 / (5 + 8), 4)}, ["skull"], ["spinal cord"]),  # 5 layers, of 8 that are found
+        ({"skull": 1.0}, [], []),
+    ]
+    data, asked = draw(mask, hu, redraws=2, judge=Judge(SEGMENTER, {"skull": 0.7}))
+    assert len(asked) == 3
+    hu[5 + STRIDE] = (400, 90)
+    assert len(draw(mask, hu, **everything)[1]) == 2
+
+
+def test_a_judge_is_not_asked_for_organs_that_are_not_there(mask):
+    data, asked = draw(torch.where(mask == SKULL, 0, mask), {5: (0, 30)}, redraws=1, judge=Judge(SEGMENTER, 0.9))
+    assert asked == [5] and data["draws"]["tried"][0]["not_shown"] == []
+
+
+@pytest.mark.parametrize(
+    ("min_dice", "words"),
+    [
+        (1.5, "min_dice is 1.5; allowed is a number from 0 to 1"),
+        ("high", "min_dice is 'high'"),
+        (True, "min_dice is True"),
+        ({"liver": 0.5}, "min_dice names liver, which bones does not segment; allowed are skull"),
+        ({"livver": 0.5}, "livver"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(min_dice, words):
+    with pytest.raises(InputError, match=words):
+        Judge(SEGMENTER, min_dice)
+
+
+def test_a_judge_is_opened_by_its_name():
+    assert open_judge(None, None, 0.5) is None
+    with pytest.raises(InputError, match="thresholds finds no organs"):
+        open_judge("thresholds", None, 0.5)
+    with pytest.raises(InputError, match="nowhere"):
+        open_judge("nowhere", None, 0.5)
 
 
 @pytest.mark.parametrize("redraws", [-1, 1.5, True, "2"])

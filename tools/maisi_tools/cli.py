@@ -645,6 +645,8 @@ def cohort(
     threads: int = 1,
     address: str | None = None,
     bundles: str | None = None,
+    judge: str | None = None,
+    judge_label_map: str | None = None,
 ) -> None:
     """Generate many CT + mask pairs from a specification (docs/how-to/cohorts.md); started again, it goes on.
 
@@ -660,6 +662,8 @@ def cohort(
         threads: of each worker on the CPU; another number may change the last bits of the files.
         address: of a running Ray cluster, by default one on this machine.
         bundles: folder with the bundles; by default the one of the checkout you are in.
+        judge: segmenter, as of `maisi twin`; a sample whose organs it does not find (`min_dice`) is left out.
+        judge_label_map: how its labels are to be read.
     """
     import ignite.distributed as idist
     import torch.distributed
@@ -680,10 +684,22 @@ def cohort(
         if device == "cuda" and torch.distributed.is_torchelastic_launched():
             device = f"cuda:{idist.get_local_rank()}"
         found = make_cohort(
-            wanted, str(output_dir), _bundles(bundles), engine, workers, device, float(gpus), threads, address
+            wanted,
+            str(output_dir),
+            _bundles(bundles),
+            engine,
+            workers,
+            device,
+            float(gpus),
+            threads,
+            address,
+            judge,
+            judge_label_map,
         )
     if found:
         print(f"{output_dir}: {found['done']} of {wanted.count} samples, {found['made']} handled in this run")
+        if found["left_out"]:
+            print(f"{len(found['left_out'])} samples left out, whose CTs do not show their masks; see the manifest")
         print(Path(str(output_dir)) / MANIFEST)
         if found["failed"]:
             raise InputError(

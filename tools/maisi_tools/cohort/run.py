@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from tqdm import tqdm
 from maisi_tools.atomic import replacing, write_json
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
-from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, configs_of, read_record
+from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
+from maisi_tools.metrics.segmenters import open_segmenter
 from maisi_tools.stage_settings import check_settings
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def make_cohort(
     gpus: float = 0.0,
     threads: int = 1,
     address: str | None = None,
+    judge: str | None = None,
+    judge_label_map: str | None = None,
 ) -> dict[str, Any]:
     """Make what is missing of a cohort, and its manifest.
 
@@ -58,31 +61,42 @@ def make_cohort(
         gpus: GPUs, or the fraction of one, for each Ray actor.
         threads: of torch on the CPU for each worker.
         address: of a running Ray cluster; None starts one on this machine.
+        judge: segmenter by which samples that do not show their mask are left out, and how its labels are read; see
+            :func:`~maisi_tools.metrics.segmenters.open_segmenter`. ``min_dice`` and ``redraws`` of the specification's
+            ``ct`` say how strict it is.
+        judge_label_map: see there.
 
     Returns:
-        ``done``, ``failed`` (names), ``made`` (samples made in this run).
+        ``done``, ``left_out`` and ``failed`` (names), ``made`` (samples made in this run).
 
     Raises:
-        InputError: an unknown engine, a folder with another cohort, or a failing setup.
+        InputError: an unknown engine, a folder with another cohort, a judge of edited scans, or a failing setup.
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     folder, bundles = Path(folder).expanduser().resolve(), Path(bundles).resolve()
     _check_settings(spec, bundles)
+    chosen: dict[str, str | None] = {}
+    if judge is not None:
+        if spec.masks.source == "real":
+            raise InputError("a judge is given with masks.source real; it looks at whole CTs: leave it out")
+        path = Path(judge).expanduser()  # a worker may run elsewhere
+        chosen = {"judge": str(path.resolve()) if path.exists() else judge, "judge_label_map": judge_label_map}
+        open_segmenter(str(chosen["judge"]), judge_label_map)  # which refuses what cannot be used
     rank, ranks = idist.get_rank(), idist.get_world_size()
     with _alone(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            _claim(spec, folder, bundles)
+            _claim(spec, folder, bundles, chosen)
         idist.barrier()
         open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
         share = open_ones[rank::ranks]
-        arguments = (spec, folder, bundles, device, threads)
+        arguments = (spec, folder, bundles, device, threads, chosen)
         results = _on_ray(arguments, share, workers, gpus, address) if engine == "ray" else _here(arguments, share)
         done = spec.count - len(open_ones)
         with tqdm(results, total=len(share), desc=f"{spec.name}, {done} of {spec.count} there", unit="sample") as bar:
             for record in bar:
-                if record["status"] == "failed":
-                    logger.warning("%s failed: %s", record["name"], record["error"])
+                if record["status"] != DONE:
+                    logger.warning("%s %s: %s", record["name"], record["status"], record["error"])
         idist.barrier()
         if rank:
             return {}
@@ -98,12 +112,13 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
-    done = [record for record in records if record["status"] == "done"]
+    named = {one: [record["name"] for record in records if record["status"] == one] for one in (LEFT_OUT, FAILED)}
+    done = [record for record in records if record["status"] == DONE]
     keep = {**_config(bundles, "maisi_controlnet", "inference.json"), **spec.ct}["keep_labels"]
     layout = LAYOUTS[spec.layout]
     names = label_names(layout, keep, {label for record in done for label in record["labels"]})
     layout.describe(folder, spec.name, [record["name"] for record in done], names)
-    return {"done": len(done), "failed": [record["name"] for record in records if record["status"] == "failed"]}
+    return {"done": len(done), "left_out": named[LEFT_OUT], "failed": named[FAILED]}
 
 
 def _here(arguments: tuple, share: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -187,14 +202,14 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
+def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, Any]) -> None:
     """Make the folder this cohort's, or make sure that it is."""
     weights = {
         str(file.relative_to(bundles)): sha256(file)
         for bundle in ("maisi_controlnet", *(["maisi_ldm"] if spec.masks.source == "generator" else []))
         for file in sorted((bundles / bundle / "models").glob("*.pt"))
     }
-    content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights}))
+    content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights, "judge": judge}))
     path = folder / SPEC
     if path.is_file():
         try:
@@ -204,9 +219,12 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
             raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
         changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
-        if changed or earlier["weights"] != weights:
+        for what in ("weights", "judge"):
+            if earlier.get(what, {}) != content[what]:
+                changed.append(what)
+        if changed:
             raise InputError(
-                f"{folder} holds a cohort made with other {', '.join(changed) or 'weights'}; only count and retries "
+                f"{folder} holds a cohort made with other {', '.join(changed)}; only count and retries "
                 "may change: give another folder"
             )
     elif any(entry.name != LOCK for entry in folder.iterdir()):
@@ -217,8 +235,8 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path) -> None:
 def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:
     path = folder / RECORDS / f"{spec.sample_name(index)}.json"
     record = read_record(path)
-    if record.get("status") != "done":
-        return False
+    if record.get("status") != DONE:
+        return record.get("status") == LEFT_OUT
     there = all((folder / record[what]).exists() for what in ("ct", "mask") if what in record)
     if not there:
         path.unlink()

@@ -17,13 +17,13 @@ from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
 from maisi_tools.atomic import write_json
-from maisi_tools.cohort.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.cohort.worker import Stage
 from maisi_tools.diffusion.editing import check_targets, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.fingerprints import of_file, of_tensors
 from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.inputs import check_output_dir, find_inputs, stem_of
 from maisi_tools.volumes.reading import read_volume
@@ -56,7 +56,7 @@ def make_twins(
         cts: see :func:`~maisi_tools.volumes.inputs.find_inputs`.
         output_dir: gets ``NAME_ct.nii.gz``, ``NAME_mask.nii.gz``, ``NAME_ct.json`` and the record ``NAME_twin.json``,
             of a DICOM series also the study ``NAME_dicom``.
-        segmenter, label_map: see :func:`~maisi_tools.cohort.segmenters.open_segmenter`.
+        segmenter, label_map: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
         bundle: folder of maisi_controlnet.
         overlays: configs over its inference.json, such as full_rflow.json.
         seed: of every CT.

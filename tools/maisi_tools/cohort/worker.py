@@ -37,6 +37,9 @@ from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
 
+DONE, LEFT_OUT, FAILED = "done", "left out", "failed"
+"""A sample's ``status``: made; made, but left out since a judge does not see its anatomy; or not made."""
+
 RECORDS = "records"
 """Folder of the cohort with one JSON file a finished sample: it is written last, so what has one is whole."""
 
@@ -51,7 +54,7 @@ def read_record(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(record, dict):
         return {}
-    needed = {"name", "status", "ct_sha256" if record.get("status") == "done" else "error"}
+    needed = {"name", "status", "ct_sha256" if record.get("status") == DONE else "error"}
     return record if needed <= record.keys() else {}
 
 
@@ -103,10 +106,18 @@ class Worker:
         bundles: folder with the bundles.
         device: for the networks.
         threads: of torch on the CPU; the same number gives the same bytes.
+        judge: keys ``judge`` and ``judge_label_map`` of maisi_controlnet's inference.json, which no specification may
+            set, since a segmenter is code.
     """
 
     def __init__(
-        self, spec: CohortSpec, folder: str | Path, bundles: str | Path, device: str = "cpu", threads: int = 1
+        self,
+        spec: CohortSpec,
+        folder: str | Path,
+        bundles: str | Path,
+        device: str = "cpu",
+        threads: int = 1,
+        judge: Mapping[str, str | None] | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self.spec, self.folder, self.bundles = spec, Path(folder), Path(bundles)
@@ -121,6 +132,7 @@ class Worker:
             device,
             output_dir=str(self.scratch),
             seed=0,
+            **(judge or {}),
         )
         self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
         self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
@@ -128,7 +140,7 @@ class Worker:
         self.scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
 
     def make(self, index: int) -> dict[str, Any]:
-        """Make sample number `index`, unless it is there, and return its record.
+        """Make sample number `index`, unless it is there or was left out, and return its record.
 
         A sample that fails is tried again as often as the specification says; then its record has the ``status``
         "failed" and the ``error``, and the next run tries it once more.
@@ -136,16 +148,16 @@ class Worker:
         name = self.spec.sample_name(index)
         path = self.folder / RECORDS / f"{name}.json"
         record = read_record(path)
-        if record.get("status") == "done":
+        if record.get("status") in (DONE, LEFT_OUT):
             return record
         for attempt in range(self.spec.retries + 1):
             try:
-                record = {"index": index, "name": name, "status": "done", **self._sample(index, name)}
+                record = {"index": index, "name": name, "status": DONE, **self._sample(index, name)}
                 break
             except Exception as error:  # whatever is wrong with one sample, the others are made
                 known = find_input_error(error)
                 text = str(known) if known else f"{type(error).__name__}: {error}"
-                record = {"index": index, "name": name, "status": "failed", "error": text, "attempts": attempt + 1}
+                record = {"index": index, "name": name, "status": FAILED, "error": text, "attempts": attempt + 1}
         write_json(path, record)
         for file in self.scratch.iterdir():
             shutil.rmtree(file) if file.is_dir() else file.unlink()  # a series is edited into a study, too
@@ -186,20 +198,23 @@ class Worker:
         sidecar = json.loads((self.scratch / f"{name}_ct.json").read_text())
         used: Any = nib.load(made["mask"])
         values = np.asarray(used.dataobj)
+        tried = sidecar["draws"]["tried"]
+        kept = next(one for one in tried if one["seed"] == sidecar["draws"]["seed"])
         record = {
-            "seed": sidecar["draws"]["seed"],
+            "seed": kept["seed"],
             "origin": origin,
             "misfits": "; ".join(misfits),
             "edits": "; ".join(edits),
             "size": list(values.shape),
             "spacing": [round(float(mm), 6) for mm in used.header.get_zooms()],
             "labels": [int(label) for label in np.unique(values) if label],
-            "draws": len(sidecar["draws"]["tried"]),
-            "implausible": sorted(
-                next(one for one in sidecar["draws"]["tried"] if one["seed"] == sidecar["draws"]["seed"])["implausible"]
-            ),
+            "draws": len(tried),
+            "implausible": sorted(kept["implausible"]),
             **sidecar["metrics"],
+            **{f"judge_{organ.replace(' ', '_')}": value for organ, value in kept.get("dice", {}).items()},
         }
+        if hidden := kept.get("not_shown"):
+            return {**record, "status": LEFT_OUT, "error": f"the CT does not show {', '.join(hidden)}"}
         if self.layout.consecutive:
             write_volume(made["mask"], consecutive_labels(values, self.keep, self.merge), used.affine, np.uint8)
         return {**record, **self._store(name, made, record)}

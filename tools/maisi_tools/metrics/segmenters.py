@@ -43,12 +43,13 @@ class Segmenter:
     label_map: LabelMap = field(default_factory=lambda: LABEL_MAPS["maisi"])
     fingerprint: str = ""
 
-    def __call__(self, path: Path, ct: MetaTensor) -> np.ndarray:
+    def __call__(self, path: Path, ct: MetaTensor, may_be_empty: bool = False) -> np.ndarray:
         """Labels (X, Y, Z), uint8, of the CT in a file, on its grid.
 
         Args:
             path: of the CT.
             ct: (1, X, Y, Z), what is in the file, in RAS.
+            may_be_empty: whether nothing may be found.
 
         Raises:
             InputError: labels that the label map does not know, or none at all.
@@ -59,6 +60,8 @@ class Segmenter:
         if not same_grid(found, ct):  # a bundle need not undo its own resampling
             resample = SpatialResample(mode="nearest", padding_mode="zeros", align_corners=False)
             found = resample(found.float(), dst_affine=ct.affine, spatial_size=ct.shape[1:])
+        if may_be_empty and not found.any():
+            return np.zeros(ct.shape[1:], dtype=np.uint8)
         try:
             return apply_label_map(found.as_tensor()[0].cpu().numpy(), self.label_map)
         except InputError as error:
