@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from monai.bundle import run
 
-from maisi_tools.atomic import replacing, write_json
+from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing, write_json
 from maisi_tools.training import checkpoint
-from maisi_tools.training.datalist import read_datalist
 from maisi_tools.volumes.inputs import check_output_dir
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import json
 import logging
@@ -17,15 +16,15 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
-from maisi_tools.atomic import replacing, write_json
+from maisi_tools.bundles.stage import config_files
+from maisi_tools.cohort.generator import OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.editing import find_scans, is_series
-from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import sha256
-from maisi_tools.stage_settings import check_settings
+from maisi_tools.files import sha256, write_csv, write_json
+from maisi_tools.settings import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +92,7 @@ def make_cohort(
 def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, Any]:
     """Write ``manifest.csv`` (a row a sample) and what describes the data set in its layout, from the records."""
     records = [read_record(folder / RECORDS / f"{spec.sample_name(i)}.json") for i in range(spec.count)]
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    with replacing(folder / MANIFEST) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
+    write_csv(folder / MANIFEST, [{key: _text(value) for key, value in record.items()} for record in records])
     done = [record for record in records if record["status"] == "done"]
     keep = {**_config(bundles, "maisi_controlnet", "inference.json"), **spec.ct}["keep_labels"]
     layout = LAYOUTS[spec.layout]
@@ -166,7 +161,7 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
 
 
 def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
-    return ConfigParser.load_config_files([str(bundles / bundle / "configs" / name) for name in names])
+    return ConfigParser.load_config_files(config_files(bundles / bundle, names))
 
 
 @contextlib.contextmanager

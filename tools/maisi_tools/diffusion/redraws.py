@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maisi_tools.diffusion.inferers import Draw, MaskToCT
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
-from maisi_tools.metrics.intensity import hu_ranges, implausible_organs
+from maisi_tools.masks.intensity import hu_ranges, implausible_organs
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.normalise import HU_RANGE
 
@@ -30,7 +30,7 @@ class CheckedCT(Inferer):
         redraws: how often at most a CT is drawn again; the release has 2. The draw with the fewest implausible organs
             is kept, the first of them.
         ranges: label -> plausible median HU where it is not that of the vocabulary, see
-            :func:`~maisi_tools.metrics.intensity.hu_ranges`.
+            :func:`~maisi_tools.masks.intensity.hu_ranges`.
 
     Returns:
         ``{"ct": CT in [0, 1], "draws": for each mask JSON with the ``seed`` that was kept and all
@@ -54,6 +54,15 @@ class CheckedCT(Inferer):
         draws = self.inferer.draws(inputs, network)
         drawn = [self._checked(mask, draw) for mask, draw in zip(inputs.split(1), draws, strict=True)]
         return {"ct": torch.cat([ct for ct, _ in drawn]), "draws": [json.dumps(record) for _, record in drawn]}
+
+    @property
+    def seed(self) -> int:
+        """Of a mask's first draw."""
+        return self.inferer.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.inferer.seed = int(seed)
 
     def _checked(self, mask: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
         labels = np.asarray(mask[0, 0].cpu()).round().astype(int)
