@@ -12,13 +12,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.data import list_data_collate
 
 import parts
-from maisi_tools.cohort.worker import Stage
+from maisi_tools.bundles.stage import Stage
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.volumes.writing import write_volume
 
@@ -48,8 +49,8 @@ def write_scan(folder: Path, size: Sequence[int]) -> dict[str, str]:
 
 def measure(item: dict[str, str], folder: Path, diameter: float) -> dict[str, float]:
     """Seconds of the parts, voxels that were drawn, and the process's peak memory in GB."""
-    own = {"output_dir": str(folder / "out"), "edits": {"insert": {LESION: diameter}}}
-    stage = Stage(BUNDLE, ["inference.json", "edit.json"], {}, "cpu", **own)
+    own: dict[str, Any] = {"output_dir": str(folder / "out"), "edits": {"insert": {LESION: diameter}}}
+    stage = Stage(BUNDLE, ["inference.json", "edit.json"], "cpu", {"progress": False}, **own)
     with torch.no_grad():  # kernels are chosen, and weights reordered, once
         stage.network(torch.zeros(1, 1, 32, 32, 32))
     memory = parts.PeakMemory()

@@ -25,7 +25,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
-from maisi_tools.atomic import replacing
+from maisi_tools.files import replacing
 from maisi_tools.tsp.inferer import TSPInferer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import mask_to_ct
 import parts
-from maisi_tools.diffusion.footprint import footprints
+from maisi_tools.bundles.footprint import footprints
 from mask_to_ct import SetUp
 
 LIMIT_OF_PEAK = 0.5

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import mask_to_ct
 import parts
-from maisi_tools.atomic import replacing
+from maisi_tools.files import replacing
 from mask_to_ct import SetUp
 
 

@@ -22,13 +22,13 @@ from monai.data import MetaTensor, list_data_collate
 from torch import Tensor
 
 import parts
-from maisi_tools.cohort.worker import Stage
+from maisi_tools.bundles.stage import Stage
+from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.metrics.conditioning import TISSUES, pair_masks, score_generated
 from maisi_tools.metrics.segmentation import BundleSegmenter
-from maisi_tools.training.datalist import read_datalist
 from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.writing import write_sidecar
@@ -118,7 +118,7 @@ def measure(
         What was measured, and the sizes of the masks.
     """
     progress, sizes = parts.Progress(), []
-    stage = Stage(BUNDLE, "inference.json", {}, "cpu", label_map=label_map, output_dir=str(folder))
+    stage = Stage(BUNDLE, "inference.json", "cpu", {"progress": False}, label_map=label_map, output_dir=str(folder))
     inferer = stage.inferer.inferer
     found = {run: Found() for run in runs}
     for number, item in enumerate(items, start=1):

@@ -24,7 +24,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
 import parts
-from maisi_tools.atomic import replacing
+from maisi_tools.files import replacing
 from maisi_tools.tsp.inferer import TSPInferer
 
 SIZES = "256x256x256,512x512x128,512x512x512,512x512x768"

@@ -26,10 +26,10 @@ import torch
 from monai.bundle import run
 from scipy.stats import bootstrap
 
-from maisi_tools.atomic import replacing, write_json
+from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
+from maisi_tools.files import replacing, write_json
 from maisi_tools.training import checkpoint
-from maisi_tools.training.datalist import read_datalist
 from maisi_tools.volumes.inputs import check_output_dir
 
 logger = logging.getLogger(__name__)

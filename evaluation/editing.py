@@ -25,7 +25,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from maisi_tools.cohort.worker import Stage
+from maisi_tools.bundles.stage import Stage
+from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
@@ -34,7 +35,6 @@ from maisi_tools.masks.label_maps import LabelMap, read_label_map
 from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
-from maisi_tools.training.datalist import read_datalist
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.volumes.writing import write_volume
 
@@ -122,7 +122,13 @@ class Editor:
         self, folder: Path, settings: Mapping[str, Any], segmenter: BundleSegmenter | None, label_map: LabelMap
     ) -> None:
         self.folder, self.segmenter, self.label_map = folder, segmenter, label_map
-        self.stage = Stage(BUNDLE, ["inference.json", "edit.json"], settings, "cpu", output_dir=str(folder / "out"))
+        self.stage = Stage(
+            BUNDLE,
+            ["inference.json", "edit.json"],
+            "cpu",
+            {"progress": False, **settings},
+            output_dir=str(folder / "out"),
+        )
         self.found: dict[str, np.ndarray] = {}
 
     def __call__(self, scan: Scan, new: np.ndarray, edits: Any, seed: int) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class Editor:
             item["new_mask"] = str(inputs / f"{scan.name}_new.nii.gz")
             write_volume(item["new_mask"], new, scan.affine, np.uint8)
         self.stage.preprocessing.edits = edits
-        self.stage.inferer.inferer.seed = seed
+        self.stage.inferer.seed = seed
         start = time.perf_counter()
         made = self.stage(item)
         seconds = time.perf_counter() - start

@@ -18,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.fingerprints import sha256
+from maisi_tools.files import replacing, sha256, write_json
 from maisi_tools.weights import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]

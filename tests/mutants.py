@@ -75,7 +75,7 @@ MUTANTS = [
         "weights.py", "have if response.status == 206 and continues else 0", "have if response.status == 206 else 0"
     ),
     Mutant("weights.py", "if given.shape != value.shape", "if given.numel() != value.numel()"),
-    Mutant("fingerprints.py", "value = value.float() if value.is_floating_point() else value", "value = value"),
+    Mutant("files.py", "value = value.float() if value.is_floating_point() else value", "value = value"),
     # networks and diffusion
     Mutant("networks.py", "mean + noise * sigma", "mean + noise * sigma**2"),
     Mutant("networks.py", "x.new_zeros(batch, width) if given is None", "x.new_ones(batch, width) if given is None"),
@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("diffusion/inferers.py", "region_of(condition.unique()", "region_of(padded.unique()"),
     Mutant("diffusion/inferers.py", "torch.where(labels == 0, torch.zeros_like(ct), ct)", "ct"),
     Mutant("diffusion/redraws.py", "len(wrong) < kept[2]", "len(wrong) <= kept[2]"),
-    Mutant("diffusion/organ_sizes.py", "LEEWAY = 0.75", "LEEWAY = 0.5"),
+    Mutant("mask_generator/sizes.py", "LEEWAY = 0.75", "LEEWAY = 0.5"),
     # training
     Mutant("training/diffusion.py", "(chance[3] >= self.mask_dropout)", "(chance[0] >= self.mask_dropout)"),
     Mutant("training/diffusion.py", "(chance[4] >= self.control_dropout)", "(chance[3] >= self.control_dropout)"),
@@ -148,7 +148,6 @@ MUTANTS = [
         'pad(image.as_tensor()[None], widths, mode="replicate")',
         "pad(image.as_tensor()[None], widths)",
     ),
-    Mutant("training/partial_labels.py", "background[:, 0] = True", "background[:, 0] = False"),
     # masks
     Mutant("masks/body.py", "SKIN_HU = -300.0", "SKIN_HU = -450.0"),
     Mutant("masks/body.py", "MARGIN_MM = 20.0", "MARGIN_MM = 14.0"),
@@ -183,8 +182,8 @@ MUTANTS = [
     Mutant("dicom/segmentation.py", "0].T >= 0.5", "0].T > 0.5"),
     Mutant("dicom/structures.py", "mask > 0 if label == BODY else mask == label", "mask == label"),
     # figures
-    Mutant("metrics/intensity.py", "values.size >= LEAST_VOXELS", "values.size > LEAST_VOXELS"),
-    Mutant("metrics/intensity.py", "not low <= (median", "not low < (median"),
+    Mutant("masks/intensity.py", "values.size >= LEAST_VOXELS", "values.size > LEAST_VOXELS"),
+    Mutant("masks/intensity.py", "not low <= (median", "not low < (median"),
     Mutant("metrics/overlap.py", "ignore_empty=True", "ignore_empty=False"),
     Mutant("metrics/summary.py", "statistics.stdev(values) if", "statistics.pstdev(values) if"),
     Mutant("metrics/reconstruction.py", "WINDOW, SIGMA = 11, 1.5", "WINDOW, SIGMA = 11, 1.4"),
@@ -194,8 +193,8 @@ MUTANTS = [
     Mutant("report/preview.py", "return data[::-1, :, z].T", "return data[:, :, z].T"),
     # around it
     Mutant("cohort/spec.py", "default_rng([self.seed, index])", "default_rng([self.seed + index])"),
-    Mutant("stage_settings.py", '_ACTIVE = ("$", "@", "%")', '_ACTIVE = ("$", "@")'),
-    Mutant("stage_settings.py", 'name.startswith("_") or', "False or"),
+    Mutant("settings.py", '_ACTIVE = ("$", "@", "%")', '_ACTIVE = ("$", "@")'),
+    Mutant("settings.py", 'name.startswith("_") or', "False or"),
     Mutant("service/jobs.py", "AND due<=? ", "AND due>=? "),
 ]
 

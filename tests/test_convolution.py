@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from maisi_tools import convolution
 from maisi_tools.convolution import Conv3d, conv3d
-from maisi_tools.networks import Autoencoder, ControlledUNet, MaskUNet
+from maisi_tools.mask_generator.network import MaskUNet
+from maisi_tools.networks import Autoencoder, ControlledUNet
 
 needs_onednn = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),

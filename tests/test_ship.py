@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from maisi_tools.bundles.packaging import package_bundle
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import sha256
-from maisi_tools.packaging import package_bundle
+from maisi_tools.files import sha256
 
 BUNDLES = ("maisi_controlnet", "maisi_ldm", "maisi_vae")
 TORSO = {"lidc_idri_0314": "CC BY 3.0", "cmb_crc_msb01068": "CC BY 4.0", "ts_aorta_cta": "Apache-2.0"}

@@ -14,9 +14,8 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import sha256
+from maisi_tools.files import replacing, sha256, write_json
 from maisi_tools.volumes.inputs import stem_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -18,8 +18,8 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing, write_json
 from maisi_tools.volumes.inputs import stem_of
 
 EDGES = np.concatenate([np.arange(-1000, -200, 20), np.arange(-200, 200, 10), np.arange(200, 1120, 20)])

@@ -37,8 +37,8 @@ from typing import Any
 from measured import files_of, gather, hashes, is_measured, publish
 from packed import pack, unpack
 
-from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError, report_input_errors
+from maisi_tools.files import write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent

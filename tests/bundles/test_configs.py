@@ -11,7 +11,7 @@ import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
 from maisi_tools.masks.codes import display_name
-from maisi_tools.metrics.intensity import hu_ranges
+from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from maisi_tools.diffusion.mask_source import GeneratorSource
+from maisi_tools.cohort.generator import GeneratorSource
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.pieces import count_pieces

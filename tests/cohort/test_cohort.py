@@ -22,7 +22,7 @@ from maisi_tools.cli import main
 from maisi_tools.cohort.run import make_cohort
 from maisi_tools.cohort.spec import read_spec
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import sha256
+from maisi_tools.files import sha256
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 

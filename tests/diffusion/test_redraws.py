@@ -7,9 +7,10 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 
 from maisi_tools.diffusion.noise import STRIDE
-from maisi_tools.diffusion.redraws import CheckedCT, Judge, SplitCheckedd, open_judge
+from maisi_tools.diffusion.redraws import CheckedCT, SplitCheckedd
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.metrics.judge import Judge, open_judge
 from maisi_tools.metrics.segmenters import Segmenter
 
 SKULL, CORD = 120, 121

@@ -11,7 +11,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import INDEX, MaskRequest, describe, index_library, read_index, search
-from maisi_tools.masks.sources import FileSource, LibrarySource, PhantomSource
+from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
 
 MAISI = read_label_map("maisi")
@@ -141,11 +141,9 @@ def test_wrong_requests():
 
 
 def test_sources_have_one_interface(library):
-    index_library(library, MAISI)
     request = MaskRequest(["abdomen"], ["liver"], (20, 20, 20))
     sources = [
         FileSource(sorted(library.rglob("*.nii.gz"))),
-        LibrarySource(library),
         PhantomSource((9.0, 9.0, 11.0), (380, 300, 420)),
     ]
     for source in sources:
@@ -157,17 +155,8 @@ def test_sources_have_one_interface(library):
             if not isinstance(source, PhantomSource):
                 assert one.misfits == () and (one.mask == label_id("liver")).any()
     with pytest.raises(InputError, match="4 masks were asked for; allowed are 1 to 3"):
-        LibrarySource(library).masks(request, 4)
+        FileSource(sorted(library.rglob("*.nii.gz"))).masks(request, 4)
     assert FileSource([library / "c.nii.gz"]).masks(request, 1)[0].misfits == ("shows no abdomen", "has no liver")
-
-
-def test_library_draws_among_those_that_fit(tmp_path):
-    for name in "abcdefgh":
-        save(tmp_path / f"{name}.nii.gz", ["liver"])
-    index_library(tmp_path, MAISI)
-    source = LibrarySource(tmp_path)
-    drawn = {source.masks(MaskRequest(), 1, seed)[0].origin for seed in range(12)}
-    assert len(drawn) > 2
 
 
 def test_phantoms_of_a_request():

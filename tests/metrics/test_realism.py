@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy import linalg
 
-from maisi_tools import fingerprints
 from maisi_tools.cli import main
 from maisi_tools.errors import InputError
+from maisi_tools.files import fingerprint_file, fingerprint_text
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.metrics.realism import Moments, SliceNetwork, frechet_distance, measure_realism, slices_of
 
@@ -78,7 +78,7 @@ def test_mmd_agrees_with_numpy_and_names_have_the_network(network, folder, tmp_p
         return np.concatenate([kept[plane] for plane in ("sagittal", "coronal", "axial")]).mean(0).astype(float)
 
     x, y = (
-        [mean_feature(fingerprints.of_text(f"{fingerprints.of_file(file)} resnet18-random0 8 48")) for file in group]
+        [mean_feature(fingerprint_text(f"{fingerprint_file(file)} resnet18-random0 8 48")) for file in group]
         for group in sets
     )
     within = sum(a @ b for g in (x, y) for i, a in enumerate(g) for j, b in enumerate(g) if i != j) / 6

@@ -19,8 +19,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from maisi_tools.bundles.packaging import package_bundle
 from maisi_tools.masks.phantom import flat_ct, make_phantom
-from maisi_tools.packaging import package_bundle
 
 pytestmark = [pytest.mark.monailabel, pytest.mark.timeout(900)]
 

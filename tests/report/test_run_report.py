@@ -12,12 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from maisi_tools.bundles.record import record_run
 from maisi_tools.cli import main
 from maisi_tools.errors import InputError
 from maisi_tools.report import run_report
 from maisi_tools.report.preview import label_colour, plane
 from maisi_tools.report.run_report import write_report
-from maisi_tools.run_record import record_run
 
 SHAPE, SPACING = (20, 16, 12), (2.0, 2.0, 3.0)
 

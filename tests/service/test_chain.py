@@ -45,13 +45,8 @@ def spool_folder(path):
 class Copies:
     """A bundle that writes its input plus 1 HU (a mask as it is) as NAME_ct.nii.gz."""
 
-    def __init__(self, input, output_dir, **_):
+    def __init__(self, bundle, config, device, input, output_dir, **_):
         self.input, self.output_dir = input, output_dir
-
-    def initialize(self):
-        pass
-
-    finalize = initialize
 
     def run(self):
         volume = read_volume(self.input, "mask" if "drawn" in self.input else "ct", intensity_check=False)
@@ -60,7 +55,7 @@ class Copies:
 
 @pytest.fixture
 def copies(monkeypatch):
-    monkeypatch.setattr(chain_module, "ConfigWorkflow", Copies)
+    monkeypatch.setattr(chain_module, "Stage", Copies)
 
 
 def read(made):

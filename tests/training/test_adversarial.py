@@ -12,9 +12,9 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import nn
 
+from maisi_tools.autocast import AutocastInferer
 from maisi_tools.errors import TrainingError
 from maisi_tools.training.adversarial import Adversary
-from maisi_tools.training.autocast import AutocastInferer
 from maisi_tools.training.losses import AutoencoderLoss
 
 

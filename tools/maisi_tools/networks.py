@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,17 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 )
 from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
-from monai.networks.nets import DiffusionModelUNet
-from monai.networks.nets.diffusion_model_unet import zero_module
 from monai.networks.utils import freeze_layers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maisi_tools import refuse_moved
 from maisi_tools.convolution import Conv3d
-from maisi_tools.diffusion.organ_sizes import UNKNOWN
-from maisi_tools.diffusion.shape_prior import ShapePrior
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.weights import load_weights, read_factor
+
+__getattr__ = partial(refuse_moved, __name__)
 
 
 def use_plain_layers(module: nn.Module) -> nn.Module:
@@ -200,84 +199,6 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
             return h, samples
         samples = [one + more for one, more in zip(samples, down_block_additional_residuals, strict=True)]
         return samples[-1], samples
-
-
-class MaskUNet(DiffusionModelUNet):
-    """The mask generator's U-Net: noisy latent (B, 4, d, h, w) -> velocity or noise of the same shape.
-
-    ``organ_sizes`` (B, number of organs) is what its cross attention looks at; without it all are
-    :data:`~maisi_tools.diffusion.organ_sizes.UNKNOWN`.
-
-    Args:
-        cross_attention_dim: number of organs.
-        embed_sizes: let the sizes reach every block, beside the timestep, and not only the levels with attention.
-        prior_components: of a :class:`~maisi_tools.diffusion.shape_prior.ShapePrior`, whose estimate of the latent
-            the U-Net sees beside the noisy one; 0 for no prior. The release's networks have neither.
-        prior_until: above this share of noise the prior's velocity is taken and the U-Net is not asked. For rectified
-            flow, whose timesteps are thousandths of noise.
-        latent_size: (d, h, w) of the latents, all on one canvas; needed for a prior.
-        kwargs: of MONAI's network.
-    """
-
-    def __init__(
-        self,
-        *,
-        cross_attention_dim: int,
-        in_channels: int,
-        embed_sizes: bool = False,
-        prior_components: int = 0,
-        prior_until: float = 0.9,
-        latent_size: Sequence[int] = (),
-        **kwargs: Any,
-    ) -> None:
-        organs = int(cross_attention_dim)
-        super().__init__(
-            with_conditioning=True,
-            cross_attention_dim=organs,
-            num_class_embeds=organs if embed_sizes else None,
-            in_channels=in_channels * 2 if prior_components else in_channels,
-            **kwargs,
-        )
-        use_plain_layers(self)
-        self.organs = organs
-        if embed_sizes:
-            width = self.class_embedding.embedding_dim
-            last = zero_module(nn.Linear(width, width))
-            self.class_embedding = nn.Sequential(nn.Linear(organs, width), nn.SiLU(), last)  # type: ignore[assignment]
-        self.prior = ShapePrior(organs, in_channels, list(latent_size), prior_components) if prior_components else None
-        self.prior_until = float(prior_until)
-
-    def fit_prior(self, samples: Iterable[Mapping[str, Any]], scale_factor: float) -> MaskUNet:
-        """Fit the prior, if there is one, see :meth:`ShapePrior.fit`, and return the network."""
-        if self.prior is not None:
-            self.prior.fit(samples, scale_factor)
-        return self
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, timesteps: Tensor | None = None, organ_sizes: Tensor | None = None
-    ) -> Tensor:
-        if organ_sizes is None:
-            organ_sizes = x.new_full((len(x), self.organs), UNKNOWN)
-        if timesteps is None:
-            timesteps = x.new_zeros(len(x))
-        if self.prior is None:
-            return self._unet(x, timesteps, organ_sizes)
-        share = timesteps.float() / 1000
-        latent = self.prior(x, share, organ_sizes).to(x)
-        late = (share > self.prior_until) & (not self.training)
-        if late.all():
-            return (latent - x) / share.to(x).reshape(-1, 1, 1, 1, 1)
-        velocity = self._unet(torch.cat([x, latent], 1), timesteps, organ_sizes)
-        if not late.any():
-            return velocity
-        late, share = (each.reshape(-1, 1, 1, 1, 1) for each in (late, share.to(x)))
-        return torch.where(late, (latent - x) / share, velocity)
-
-    def _unet(self, x: Tensor, timesteps: Tensor, sizes: Tensor) -> Tensor:
-        sizes = sizes.to(x)
-        return super().forward(
-            x, timesteps, context=sizes[:, None], class_labels=None if self.num_class_embeds is None else sizes
-        )
 
 
 class ControlNet(ControlNetMaisi):

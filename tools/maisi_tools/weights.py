@@ -18,8 +18,8 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from maisi_tools.atomic import write_json
+from maisi_tools.files import write_json
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.vocabulary import VOCABULARY, merge_labels
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import json
 import logging
@@ -17,16 +16,16 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
-from maisi_tools.atomic import replacing, write_json
+from maisi_tools.bundles.stage import config_files
+from maisi_tools.cohort.generator import OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.editing import find_scans, is_series
-from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import sha256
+from maisi_tools.files import sha256, write_csv, write_json
 from maisi_tools.metrics.segmenters import open_segmenter
-from maisi_tools.stage_settings import check_settings
+from maisi_tools.settings import check_plain, check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +79,7 @@ def make_cohort(
     if judge is not None:
         if spec.masks.source == "real":
             raise InputError("a judge is given with masks.source real; it looks at whole CTs: leave it out")
+        check_plain(judge, "judge")
         path = Path(judge).expanduser()  # a worker may run elsewhere
         chosen = {"judge": str(path.resolve()) if path.exists() else judge, "judge_label_map": judge_label_map}
         open_segmenter(str(chosen["judge"]), judge_label_map)  # which refuses what cannot be used
@@ -107,11 +107,7 @@ def make_cohort(
 def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, Any]:
     """Write ``manifest.csv`` (a row a sample) and what describes the data set in its layout, from the records."""
     records = [read_record(folder / RECORDS / f"{spec.sample_name(i)}.json") for i in range(spec.count)]
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    with replacing(folder / MANIFEST) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in record.items()} for record in records)
+    write_csv(folder / MANIFEST, [{key: _text(value) for key, value in record.items()} for record in records])
     named = {one: [record["name"] for record in records if record["status"] == one] for one in (LEFT_OUT, FAILED)}
     done = [record for record in records if record["status"] == DONE]
     keep = {**_config(bundles, "maisi_controlnet", "inference.json"), **spec.ct}["keep_labels"]
@@ -181,7 +177,7 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
 
 
 def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
-    return ConfigParser.load_config_files([str(bundles / bundle / "configs" / name) for name in names])
+    return ConfigParser.load_config_files(config_files(bundles / bundle, names))
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ from maisi_tools.cohort.layouts import LAYOUTS
 from maisi_tools.errors import InputError
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
-from maisi_tools.stage_settings import check_plain
-from maisi_tools.yaml_fields import checked_fields, read_yaml
+from maisi_tools.settings import check_plain, checked_fields, read_yaml
 
 SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")

@@ -16,11 +16,10 @@ from monai.transforms import Orientation
 from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
-from maisi_tools.atomic import write_json
-from maisi_tools.cohort.worker import Stage
+from maisi_tools.bundles.stage import Stage
 from maisi_tools.diffusion.editing import check_targets, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.fingerprints import of_file, of_tensors
+from maisi_tools.files import fingerprint_file, fingerprint_tensors, write_json
 from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
@@ -76,7 +75,7 @@ def make_twins(
     check_targets(items, folder)
     labeller = open_segmenter(segmenter, label_map, device)
     configs = ["inference.json", *overlays]
-    stage = Stage(Path(bundle), configs, settings or {}, device, output_dir=str(folder), seed=seed, label_map="maisi")
+    stage = Stage(bundle, configs, device, settings, output_dir=str(folder), seed=seed, label_map="maisi")
     how = {
         "segmenter": segmenter,
         "label_map": label_map,
@@ -84,7 +83,7 @@ def make_twins(
         "seed": seed,
         "settings": dict(settings or {}),
         "keep_patient": keep_patient,
-        "weights": [labeller.fingerprint, of_tensors(stage.network.state_dict())],
+        "weights": [labeller.fingerprint, fingerprint_tensors(stage.network.state_dict())],
     }
     how = json.loads(json.dumps(how))
     _check_earlier(items, folder, how)
@@ -95,7 +94,7 @@ def make_twins(
         path = folder / f"{name}{RECORD}"
         record: dict[str, Any] = {"name": name, "how": how}
         try:
-            record["input"] = of_file(item["image"])
+            record["input"] = fingerprint_file(item["image"])
             if _is_done(path, record["input"]):
                 found["there"].append(name)
                 continue

@@ -9,30 +9,29 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
-from monai.data import MetaTensor, decollate_batch, list_data_collate
+from monai.data import MetaTensor
 from nibabel.orientations import io_orientation, ornt_transform
 
-from maisi_tools.atomic import write_json
+from maisi_tools.bundles.stage import Stage
+from maisi_tools.cohort.generator import GeneratorSource
 from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
 from maisi_tools.cohort.spec import CohortSpec, draw
 from maisi_tools.diffusion.editing import find_scans
-from maisi_tools.diffusion.mask_source import GeneratorSource
 from maisi_tools.errors import find_input_error
-from maisi_tools.fingerprints import sha256
+from maisi_tools.files import sha256, write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_mask
 from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
-from maisi_tools.stage_settings import check_settings
 from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
@@ -58,45 +57,6 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if needed <= record.keys() else {}
 
 
-class Stage:
-    """A bundle's inference config, kept in memory and run for one item after another, as MONAI Label does.
-
-    Args:
-        bundle: its folder.
-        config: file name in ``configs``, or several, each over the ones before.
-        settings: keys to set, with values that may come from a file.
-        device: "cpu", "cuda", ...
-        own: further keys, with values of the caller's own.
-
-    Raises:
-        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
-    """
-
-    def __init__(
-        self, bundle: Path, config: str | Sequence[str], settings: Mapping[str, Any], device: str, **own: Any
-    ) -> None:
-        configs = [config] if isinstance(config, str) else list(config)
-        self.parser = ConfigParser()
-        self.parser.read_config([str(bundle / "configs" / name) for name in configs])
-        self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
-        known: Any = self.parser.config
-        own |= {"bundle_root": str(bundle), "device": f"$torch.device({device!r})"}
-        given = check_settings(known, settings, f"settings of {bundle.name}", fixed=own)
-        for key, value in {"progress": False, **given, **own}.items():
-            self.parser[key] = value
-        self.network = self.parser.get_parsed_content("network")
-        self.preprocessing = self.parser.get_parsed_content("preprocessing")
-        self.inferer = self.parser.get_parsed_content("inferer")
-        self.postprocessing = self.parser.get_parsed_content("postprocessing")
-        self.device = torch.device(device)
-
-    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """Run one item, whose files go where the config writes them."""
-        batch = list_data_collate([self.preprocessing(item)])
-        pred = self.inferer(batch["image"].to(self.device), self.network)
-        return self.postprocessing(decollate_batch({**batch, "pred": pred})[0])
-
-
 class Worker:
     """Makes samples of a cohort, each from its number alone.
 
@@ -117,7 +77,7 @@ class Worker:
         bundles: str | Path,
         device: str = "cpu",
         threads: int = 1,
-        judge: Mapping[str, str | None] | None = None,
+        judge: Mapping[str, Any] | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self.spec, self.folder, self.bundles = spec, Path(folder), Path(bundles)
@@ -128,12 +88,13 @@ class Worker:
         self.ct = Stage(
             self.bundles / "maisi_controlnet",
             configs_of(spec),
-            spec.ct,
             device,
+            {"progress": False, **spec.ct},
             output_dir=str(self.scratch),
             seed=0,
             **(judge or {}),
         )
+        self.ct.load()
         self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
         self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
         self.pool = _pool(spec)
@@ -192,8 +153,7 @@ class Worker:
             edits.append("flip")
         source = self.scratch / f"{name}.nii.gz"
         write_volume(source, labels, affine, np.uint8)
-        self.ct.inferer.inferer.seed = seed
-        self.ct({"image": str(source)})
+        self.ct({"image": str(source)}, seed)
         made = {what: self.scratch / f"{name}_{what}.nii.gz" for what in ("ct", "mask")}
         sidecar = json.loads((self.scratch / f"{name}_ct.json").read_text())
         used: Any = nib.load(made["mask"])
@@ -234,8 +194,7 @@ class Worker:
         given = self.scratch / f"{name}_labels.nii.gz"
         write_volume(given, mask[0].numpy(), mask.affine.numpy(), np.uint8)
         self.ct.preprocessing.edits = wanted
-        self.ct.inferer.inferer.seed = seed
-        out = self.ct({"image": scan["image"], "mask": str(given)})
+        out = self.ct({"image": scan["image"], "mask": str(given)}, seed)
         made = {what: Path(out[f"{what}_path"]) for what in ("ct", "mask")}
         sidecar = json.loads(made["ct"].with_name(made["ct"].name.replace(".nii.gz", ".json")).read_text())
         _, affine = read_nifti_grid(made["ct"], "ct")
@@ -267,13 +226,19 @@ class Worker:
             (one,) = PhantomSource(masks.spacing).masks(masks.request, 1, seed)
             return one.mask, one.origin, one.misfits
         if masks.source == "generator":
-            sizes = {organ: round(draw(random, size), 3) for organ, size in masks.organ_sizes.items()}
-            source = GeneratorSource(self.bundles / "maisi_ldm", sizes, masks.settings, self.device)
-            (one,) = source.masks(masks.request, 1, seed)
+            self.generator.organ_sizes = {
+                organ: round(draw(random, size), 3) for organ, size in masks.organ_sizes.items()
+            }
+            (one,) = self.generator.masks(masks.request, 1, seed)
             return one.mask, one.origin, one.misfits
         path = self.pool[int(random.integers(len(self.pool)))]
         (one,) = FileSource([path], read_label_map(masks.label_map)).masks(masks.request, 1)
         return one.mask, one.origin, one.misfits
+
+    @cached_property
+    def generator(self) -> GeneratorSource:
+        """The learned mask generator, whose networks stay in memory, too."""
+        return GeneratorSource(self.bundles / "maisi_ldm", settings=self.spec.masks.settings, device=self.device)
 
     def _store(
         self,

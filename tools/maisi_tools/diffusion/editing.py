@@ -373,6 +373,15 @@ class EditedCT(Inferer):
         scans = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
         return torch.stack([self._one(scan, mm, network) for scan, mm in zip(scans, spacings, strict=True)])
 
+    @property
+    def seed(self) -> int:
+        """Of the first window's noise."""
+        return self.inferer.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.inferer.seed = int(seed)
+
     def _one(self, scan: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Tensor:
         hu, labels, weight = scan[0].clone(), scan[1], scan[2]
         parts, _ = ndimage.label(weight.cpu().numpy() > 0, np.ones((3, 3, 3)))

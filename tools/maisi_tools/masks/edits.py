@@ -8,15 +8,14 @@ Randomness comes from the generator that is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable, ResizeWithPadOrCrop, SpatialCrop
+from monai.transforms import ResizeWithPadOrCrop, SpatialCrop
 from monai.utils import convert_to_dst_type
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -615,143 +614,6 @@ def edit_file(
     write_volume(target, restored.as_tensor()[0].numpy(), restored.affine, np.uint8)
     changes = {id: (before.get(id, 0.0), after.get(id, 0.0)) for id in sorted({*before, *after})}
     return {_name(id): pair for id, pair in changes.items() if pair[0] != pair[1]}
-
-
-class _EditMaskd(MapTransform, Randomizable):
-    """Runs an edit on masks (1, X, Y, Z), RAS, in the vocabulary; they keep type, affine and applied operations."""
-
-    def __init__(self, keys: KeysCollection, seed: int | None = None) -> None:
-        MapTransform.__init__(self, keys)
-        self.set_random_state(seed=seed)
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        """The edited copy of `labels` (X, Y, Z)."""
-        raise NotImplementedError
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        items = dict(data)
-        for key in self.key_iterator(items):
-            mask: MetaTensor = items[key]
-            labels = mask.as_tensor()[0].cpu().numpy().astype(np.uint8)
-            rng = np.random.default_rng(int(self.R.randint(2**32, dtype=np.uint32)))
-            edited = torch.from_numpy(self.edit(labels, [float(mm) for mm in mask.pixdim], rng))[None]
-            items[key] = MetaTensor(
-                edited.to(mask.device, mask.dtype), meta=mask.meta, applied_operations=mask.applied_operations
-            )
-        return items
-
-
-class InsertLesiond(_EditMaskd):
-    """MONAI dict transform of :func:`insert_lesion`, the diameter drawn from a range.
-
-    Args:
-        keys: of the masks.
-        lesion: its name.
-        diameter_mm: (lowest, highest).
-        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, lesion: str, diameter_mm: tuple[float, float], seed: int | None = None
-    ) -> None:
-        super().__init__(keys, seed)
-        self.lesion, self.diameter_mm = label_id(lesion), diameter_mm
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        return insert_lesion(labels, spacing, self.lesion, float(rng.uniform(*self.diameter_mm)), rng)
-
-
-class AugmentLesiond(_EditMaskd):
-    """MONAI dict transform of :func:`augment_lesion`, the zoom drawn from a range; without the lesion, nothing is done.
-
-    Args:
-        keys: of the masks.
-        lesion: its name.
-        zoom: (lowest, highest) factor of the diameter.
-        shift_mm: see :func:`augment_lesion`.
-        elastic_mm: see :func:`augment_lesion`.
-        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        lesion: str,
-        zoom: tuple[float, float] = (1.0, 1.0),
-        shift_mm: float = 0.0,
-        elastic_mm: float = 0.0,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(keys, seed)
-        self.lesion, self.zoom, self.shift_mm, self.elastic_mm = label_id(lesion), zoom, shift_mm, elastic_mm
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        if not (labels == self.lesion).any():
-            return labels
-        zoom = float(rng.uniform(*self.zoom))
-        return augment_lesion(labels, spacing, self.lesion, rng, zoom, self.shift_mm, self.elastic_mm)
-
-
-class RemoveLesiond(_EditMaskd):
-    """MONAI dict transform of :func:`remove_lesion`; without the lesion, nothing is done."""
-
-    def __init__(self, keys: KeysCollection, lesion: str) -> None:
-        super().__init__(keys)
-        self.lesion = label_id(lesion)
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        return remove_lesion(labels, spacing, self.lesion) if (labels == self.lesion).any() else labels
-
-
-class ResizeOrgand(_EditMaskd):
-    """MONAI dict transform of :func:`resize_organ`, the factor drawn from a range.
-
-    Args:
-        keys: of the masks.
-        organ: its name.
-        factor: (lowest, highest) new volume over old.
-        seed: of the drawing; None leaves it to the `set_random_state` of a Compose.
-    """
-
-    def __init__(self, keys: KeysCollection, organ: str, factor: tuple[float, float], seed: int | None = None) -> None:
-        super().__init__(keys, seed)
-        self.organ, self.factor = label_id(organ), factor
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        return resize_organ(labels, spacing, self.organ, float(rng.uniform(*self.factor)))
-
-
-class FlipSidesd(_EditMaskd):
-    """MONAI dict transform of :func:`flip_sides`, with probability `prob`."""
-
-    def __init__(self, keys: KeysCollection, prob: float = 1.0, seed: int | None = None) -> None:
-        super().__init__(keys, seed)
-        self.prob = prob
-
-    def edit(self, labels: np.ndarray, spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-        return flip_sides(labels) if rng.uniform() < self.prob else labels
-
-
-class FitFieldOfViewd(MapTransform):
-    """MONAI dict transform of :func:`fit_field_of_view`; `organs` by their names."""
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        spacing: Sequence[float] | None = None,
-        size: Sequence[int] | None = None,
-        organs: Sequence[str] = (),
-        kept: float = KEPT_SHARE,
-    ) -> None:
-        super().__init__(keys)
-        self.spacing, self.size, self.organs, self.kept = spacing, size, [label_id(name) for name in organs], kept
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        fitted = {
-            key: fit_field_of_view(data[key], self.spacing, self.size, self.organs, self.kept)
-            for key in self.key_iterator(data)
-        }
-        return {**data, **fitted}
 
 
 def _lowest(score: np.ndarray, room: np.ndarray, count: int) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 from monai.data import MetaTensor
 from tqdm import tqdm
 
-from maisi_tools.atomic import write_json
 from maisi_tools.errors import InputError
+from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_mask
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.label_maps import LabelMap

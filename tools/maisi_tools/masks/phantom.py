@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.masks.canvas import LabelCanvas, Point
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.vocabulary import BODY, label_id, labels_in_group

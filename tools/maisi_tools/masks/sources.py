@@ -1,4 +1,4 @@
-"""Where masks come from: files, a library folder, the procedural generator. One interface for all."""
+"""Where masks come from: files, the procedural generator, the learned one. One interface for all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from maisi_tools.errors import InputError
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
-from maisi_tools.masks.library import MaskRequest, describe, read_index, search
+from maisi_tools.masks.library import MaskRequest, describe
 from maisi_tools.masks.phantom import make_phantom
 
 
@@ -35,7 +35,7 @@ class SourcedMask:
 
 
 class MaskSource(Protocol):
-    """What gives masks for a request; the learned one is :class:`maisi_tools.diffusion.mask_source.GeneratorSource`."""
+    """What gives masks for a request; the learned one is :class:`maisi_tools.cohort.generator.GeneratorSource`."""
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
         """`count` masks, best match first; the same seed gives the same ones.
@@ -65,30 +65,6 @@ class FileSource:
             mask = read_mask(path, self.label_map)
             found.append(SourcedMask(mask, str(path), tuple(describe(mask).misfits(request))))
         return sorted(found, key=lambda one: len(one.misfits))[:count]
-
-
-class LibrarySource:
-    """Masks from an indexed folder (``maisi index``).
-
-    Args:
-        folder: the library.
-        label_map: how its labels are read.
-
-    Raises:
-        InputError: see :func:`~maisi_tools.masks.library.read_index`.
-    """
-
-    def __init__(self, folder: str | os.PathLike, label_map: LabelMap = LABEL_MAPS["maisi"]) -> None:
-        self.entries, self.label_map = read_index(folder, label_map), label_map
-
-    def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
-        """See :class:`MaskSource`; where more masks fit than are asked for, the seed draws among them."""
-        _check_count(count, len(self.entries))
-        ranked = search(self.entries, request)
-        fitting = sum(not misfits for _, misfits in ranked)
-        drawn = np.random.default_rng(seed).permutation(fitting).tolist() + list(range(fitting, len(ranked)))
-        chosen = [ranked[place] for place in drawn[:count]]
-        return [SourcedMask(read_mask(place, self.label_map), str(place), tuple(misfits)) for place, misfits in chosen]
 
 
 class PhantomSource:

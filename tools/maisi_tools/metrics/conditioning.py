@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, SpatialResample
 from tqdm import tqdm
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import write_csv
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
@@ -202,10 +201,7 @@ def _row(name: str, entries: Sequence[tuple[str, float, float, float | None]]) -
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with replacing(path) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["structure"])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows, list(rows[0]) if rows else ["structure"])
     for row in rows:
         logger.info("%-32s %6s ml %5d cases  generated %.4f  real %6s  ratio %6s", *row.values())
 

@@ -24,9 +24,8 @@ from monai.transforms import Compose, ResizeWithPadOrCrop, ScaleIntensityRange, 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from maisi_tools import fingerprints
-from maisi_tools.atomic import replacing, write_json
 from maisi_tools.errors import InputError
+from maisi_tools.files import fingerprint_file, fingerprint_text, replacing, write_json
 from maisi_tools.volumes.inputs import check_output_dir
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
@@ -71,7 +70,7 @@ class SliceNetwork(nn.Module):
             self.network = NETWORKS[kind](spatial_dims=2, n_input_channels=3, feed_forward=False, bias_downsample=False)
         if weights is not None:
             load_weights(self.network, weights)
-        self.name = f"{kind}-{'random0' if weights is None else fingerprints.of_file(weights)[:8]}"
+        self.name = f"{kind}-{'random0' if weights is None else fingerprint_file(weights)[:8]}"
         self.eval().requires_grad_(False)
 
     def forward(self, slices: Tensor) -> Tensor:
@@ -166,7 +165,7 @@ def measure_realism(
     cache = check_output_dir(folder / "features")
     sets = {}
     for name, files in (("reference", reference), ("generated", generated)):
-        kept = [cache / f"{fingerprints.of_text(f'{fingerprints.of_file(file)} {settings}')}.npz" for file in files]
+        kept = [cache / f"{fingerprint_text(f'{fingerprint_file(file)} {settings}')}.npz" for file in files]
         mine = list(zip(files, kept, strict=True))[idist.get_rank() :: idist.get_world_size()]
         for file, path in tqdm(mine, desc=f"features, {name}", unit="volume", delay=2):
             if not path.is_file():

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, SaveImage, SaveImaged
 
+from maisi_tools.bundles.stage import Stage
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.writing import WriteVolumed
 from maisi_tools.weights import load_weights
@@ -47,22 +47,20 @@ class BundleSegmenter:
                 "BUNDLE/configs/inference.json, with metadata.json beside it"
             )
         root = config.resolve().parent.parent
-        parser = ConfigParser()
-        parser.read_config(str(config))
-        if missing := [key for key in KEYS if key not in parser]:
+        self.classes = read_classes(config.with_name("metadata.json"))
+        self.device = torch.device(device)
+        stage = Stage(root, config.resolve(), str(self.device))
+        if missing := [key for key in KEYS if key not in stage.parser]:
             raise InputError(
                 f"{config} has no {', '.join(missing)}; allowed is a segmentation bundle's inference config, with "
                 f"{', '.join(KEYS)}"
             )
-        self.classes = read_classes(config.with_name("metadata.json"))
-        self.device = torch.device(device)
-        parser["bundle_root"] = str(root)
-        parser["device"] = self.device
-        self.network = load_weights(parser.get_parsed_content("network_def"), ckpt_path or root / "models" / "model.pt")
+        self.network = load_weights(
+            stage.parser.get_parsed_content("network_def"), ckpt_path or root / "models" / "model.pt"
+        )
         self.network.to(self.device).eval()
-        self.preprocessing = parser.get_parsed_content("preprocessing")
-        self.inferer = parser.get_parsed_content("inferer")
-        transforms = Compose(parser.get_parsed_content("postprocessing")).flatten().transforms
+        self.preprocessing, self.inferer = stage.preprocessing, stage.inferer
+        transforms = Compose(stage.postprocessing).flatten().transforms
         self.postprocessing = Compose([t for t in transforms if not isinstance(t, _WRITERS)])
 
     def __call__(self, path: str | Path) -> MetaTensor:

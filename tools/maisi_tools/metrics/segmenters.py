@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, SpatialResample
 
 from maisi_tools.errors import InputError
-from maisi_tools.fingerprints import of_tensors
+from maisi_tools.files import fingerprint_tensors
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.metrics.segmentation import BundleSegmenter
@@ -96,7 +96,7 @@ def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu")
         )
     bundle = BundleSegmenter(config, device=device)
     read = map_of_classes(name, bundle.classes) if label_map is None else read_label_map(label_map)
-    return Segmenter(name, bundle, read, of_tensors(bundle.network.state_dict()))
+    return Segmenter(name, bundle, read, fingerprint_tensors(bundle.network.state_dict()))
 
 
 def map_of_classes(name: str, classes: Mapping[str, int]) -> LabelMap:

@@ -11,8 +11,8 @@ from typing import Any
 
 from scipy import stats
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import write_csv
 
 Table = dict[str, dict[str, str]]
 """Case -> column -> text."""
@@ -83,10 +83,7 @@ def stratify(
                 for name, found in values.items()
                 if found
             ]
-    with replacing(Path(output)) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(output, rows, COLUMNS)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -11,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing, write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +48,7 @@ def tabulate(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, d
         As :func:`summarise`.
     """
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    with replacing(folder / "metrics.csv") as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["case", *names])
-        writer.writeheader()
-        writer.writerows({"case": case, **row} for case, row in rows.items())
+    write_csv(folder / "metrics.csv", ({"case": case, **row} for case, row in rows.items()), ["case", *names])
     summary = {}
     for name in names:
         numbers = [row[name] for row in rows.values() if isinstance(row.get(name), (int, float))]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.report.preview import (
     PLANES,
     centre_of,

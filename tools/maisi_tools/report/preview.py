@@ -13,8 +13,8 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.volumes.checks import AGREES, distance_in_voxels, whole_labels
 from maisi_tools.volumes.nifti import read_nifti
 from maisi_tools.volumes.stored import read_whole

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from matplotlib.image import imsave
 
-from maisi_tools.atomic import replacing
+from maisi_tools.bundles.record import RUN_RECORD
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.masks.codes import display_name
+from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
-from maisi_tools.metrics.intensity import hu_ranges
 from maisi_tools.report.preview import centre_of, label_colour, load_image, load_labels, plane
-from maisi_tools.run_record import RUN_RECORD
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.patching import read_stored
 from maisi_tools.volumes.reading import sidecar_path

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import pydicom
-from monai.bundle import ConfigWorkflow
 from pydicom.dataset import Dataset
 
+from maisi_tools.bundles.stage import Stage
 from maisi_tools.dicom.objects import recordable
 from maisi_tools.dicom.study import read_mask, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
@@ -60,20 +60,9 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
     ran: dict[str, Any] = {}
     for number, step in enumerate(chain.steps):
         bundle = Path(step.bundle)
-        configs = [step.config] if isinstance(step.config, str) else list(step.config)
         out = work / f"step{number}"
-        workflow = ConfigWorkflow(
-            config_file=[str(bundle / "configs" / name) for name in configs],
-            meta_file=str(bundle / "configs" / "metadata.json"),
-            logging_file=False,
-            bundle_root=str(bundle),
-            output_dir=str(out),
-            device=f"$torch.device({device!r})",
-            **{"input": str(volume), **_filled(step.settings, str(volume), series)},
-        )
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
+        given = {"input": str(volume), **_filled(step.settings, str(volume), series)}
+        Stage(bundle, step.config, device, output_dir=str(out), **given).run()
         ran[bundle.name] = recordable(step.settings)
         made = sorted(out.glob(f"*{step.result}"))
         if len(made) != 1:

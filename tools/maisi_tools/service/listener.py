@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.atomic import is_part, replacing, write_json
 from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
+from maisi_tools.files import is_part, replacing, write_json
 from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
 from maisi_tools.service.chain import run_job, send
 from maisi_tools.service.jobs import Job, JobQueue

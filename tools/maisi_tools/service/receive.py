@@ -22,9 +22,9 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
-from maisi_tools.atomic import replacing
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
-from maisi_tools.yaml_fields import checked_fields, read_yaml
+from maisi_tools.settings import checked_fields, read_yaml
 
 KINDS = ("SEG", "RTSTRUCT", "CT")
 """Modalities that a chain may wait for."""

@@ -14,8 +14,8 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from maisi_tools.atomic import replacing
 from maisi_tools.errors import InputError, TrainingError
+from maisi_tools.files import replacing
 from maisi_tools.training.loaders import ranks
 from maisi_tools.training.steps import is_optimizer_step
 

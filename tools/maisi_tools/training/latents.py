@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from maisi_tools import fingerprints
 from maisi_tools.errors import InputError
+from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import stem_of
@@ -52,7 +52,7 @@ def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Pa
     encoder = {name: value for name, value in state.items() if name.startswith(ENCODER)}
     if not encoder:
         raise InputError(f"{autoencoder} holds no encoder; give the weights of the maisi_vae bundle")
-    return fingerprints.of_tensors(encoder)
+    return fingerprint_tensors(encoder)
 
 
 def latents_to_encode(
@@ -94,7 +94,7 @@ def latents_to_encode(
         {
             "view": view.name,
             "autoencoder": encoder,
-            "settings": fingerprints.of_settings({**settings, "view": view.settings(seed)}),
+            "settings": canonical_json({**settings, "view": view.settings(seed)}),
         }
         for view in make_views(views)
     ]
@@ -122,7 +122,7 @@ def latents_to_encode(
     outdated = []
     for job in tqdm(share, desc="comparing with the cache", unit="latent", delay=2, disable=rank > 0):
         if job["image"] not in sources:
-            sources[job["image"]] = fingerprints.of_file(job["image"])
+            sources[job["image"]] = fingerprint_file(job["image"])
         job["source"] = sources[job["image"]]
         if not _is_up_to_date(Path(output_dir) / f"{job['stem']}{SUFFIX}", job):
             outdated.append(job)

@@ -162,7 +162,7 @@ class SizeVelocityLoss(WeightedVelocityLoss):
 
     Args:
         directions: (number of organs, 4, d, h, w), what of a latent tells each organ's size, see
-            :func:`~maisi_tools.training.mask_diffusion.size_directions`.
+            :func:`~maisi_tools.mask_generator.training.size_directions`.
         size_weight: of the sizes' errors, summed over organs.
 
     Attributes:

@@ -12,7 +12,7 @@ import nrrd
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from maisi_tools.atomic import replacing
+from maisi_tools.files import replacing
 from maisi_tools.volumes.inputs import is_zip
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.reading import read_volume

@@ -18,7 +18,7 @@ from monai.transforms import MapTransform
 from numpy.typing import ArrayLike, DTypeLike
 from torch import distributed
 
-from maisi_tools.atomic import replacing
+from maisi_tools.files import replacing
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import sidecar_path
 

@@ -1,0 +1,159 @@
+"""The bundles as downloads: from a real HTTP server, by MONAI's own command, without this package installed."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import threading
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+from monai.bundle import download
+from packaging.requirements import Requirement
+
+from maisi_tools.bundles.packaging import needed_files, package_bundle
+from maisi_tools.cli import main
+from maisi_tools.errors import InputError
+from maisi_tools.masks.phantom import flat_ct, make_phantom
+
+NAMES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
+SPACING = (5.0, 5.0, 3.4)
+
+
+@pytest.fixture(scope="module")
+def dist(repo_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    assert main(["package", "--output_dir", str(folder), "--bundles", str(repo_root / "bundles")]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(dist):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=dist)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def python(folder, *arguments):
+    """Runs Python in a folder without what pip installed in editable mode, which a .pth file tells."""
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_downloaded_bundle_runs_by_itself(name, dist, url, repo_root, tmp_path):
+    (archive,) = dist.glob(f"{name}_v*.zip")
+    download(name=name, bundle_dir=str(tmp_path), url=f"{url}/{archive.name}", progress=False)
+    root = tmp_path / name
+    labels = make_phantom("head_neck", (48, 48, 48), SPACING, 0)
+    given = {"maisi_vae": flat_ct(labels), "maisi_controlnet": labels}
+    options = ["--output_dir", "out"]
+    if name in given:
+        nib.save(nib.Nifti1Image(given[name], np.diag([*SPACING, 1.0])), tmp_path / "volume.nii.gz")
+        options += ["--input", str(tmp_path / "volume.nii.gz")]
+    if name != "maisi_vae":
+        options += ["--num_inference_steps", "2"]
+    if name == "maisi_ldm":
+        options += ["--output_size", "[48,48,64]"]
+
+    where = python(root, "-c", "import maisi_tools; print(maisi_tools.__file__)")
+    assert where.stdout.strip() == str(root / "maisi_tools" / "__init__.py"), where.stderr
+    done = python(root, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", *options)
+    assert done.returncode == 0, done.stderr
+    (written,) = [path for path in (root / "out").glob("*.nii.gz") if not path.name.endswith("_mask.nii.gz")]
+    assert nib.load(written).shape == ((48, 48, 64) if name == "maisi_ldm" else labels.shape)
+    assert not list((repo_root / "bundles" / name).glob("maisi_tools"))  # vendored in the zip alone
+
+
+def test_same_bytes_a_second_time_and_no_output_in_them(dist, repo_root, tmp_path):
+    for archive in dist.glob("*.zip"):
+        name = archive.name.rsplit("_v", 1)[0]
+        again = package_bundle(repo_root / "bundles" / name, tmp_path)
+        assert again.name == archive.name and again.read_bytes() == archive.read_bytes()
+        with zipfile.ZipFile(archive) as content:
+            names = content.namelist()
+        assert all(entry.startswith(f"{name}/") for entry in names)
+        tops = {entry.split("/")[1] for entry in names}
+        assert tops == {"LICENSE", "configs", "docs", "large_files.yml", "maisi_tools", "models"}
+        assert {f"{name}/maisi_tools/tsp/inferer.py", f"{name}/models/model.pt"} <= set(names)
+
+
+def test_only_what_is_needed_is_in_it(tmp_path):
+    (tmp_path / "c.json").write_text('{"a": "$from maisi_tools.masks.label_maps import LABEL_MAPS"}')
+    found = {path.name for path in needed_files([tmp_path / "c.json"])}
+    assert {"label_maps.py", "vocabulary.py", "roi_names.json", "errors.py"} <= found
+    assert not found & {"options.py", "networks.py", "viewer.js", "inferer.py"}
+
+
+def test_what_is_no_bundle_is_refused(repo_root, tmp_path, capsys):
+    with pytest.raises(InputError, match=r"metadata\.json"):
+        package_bundle(tmp_path, tmp_path)
+    (tmp_path / "b" / "configs").mkdir(parents=True)
+    (tmp_path / "b" / "configs" / "metadata.json").write_text('{"version": "1"}')
+    with pytest.raises(InputError, match="no weights"):
+        package_bundle(tmp_path / "b", tmp_path)
+    assert main(["package", "maisi_nothing", "--bundles", str(repo_root / "bundles")]) == 2
+    assert "maisi_vae" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metadata_is_true(name, repo_root):
+    """Versions are those the tests run with, within what pyproject.toml allows; the changelog is the project's."""
+    metadata = json.loads((repo_root / "bundles" / name / "configs" / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    assert re.search(rf"^## {re.escape(metadata['version'])}\b", (repo_root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    project = (repo_root / "pyproject.toml").read_text()
+    assert f'\nversion = "{metadata["version"]}"' in project
+    (listed,) = re.findall(r"^dependencies = \[$(.*?)^\]$", project, re.MULTILINE | re.DOTALL)
+    allowed = {r.name: r for r in map(Requirement, re.findall(r'"([^"]+)"', listed))}
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (repo_root / "constraints.txt").read_text(), re.MULTILINE))
+    given = {
+        **metadata["required_packages_version"],
+        **{
+            package: metadata[f"{key}_version"]
+            for package, key in (("monai",) * 2, ("torch", "pytorch"), ("numpy",) * 2)
+        },
+    }
+    for package, version in given.items():
+        assert pinned[package] == version, package
+        assert allowed[package].specifier.contains(version), package
+
+
+def test_a_wheel_has_the_data_files(repo_root, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    made = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=250, check=False)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = set(content.namelist())
+    source = repo_root / "tools"
+    expected = {
+        path.relative_to(source).as_posix()
+        for path in (source / "maisi_tools").rglob("*")
+        if path.suffix in (".py", ".json", ".csv", ".css", ".js")
+    }
+    assert expected <= names

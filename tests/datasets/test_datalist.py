@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from maisi_tools.datasets.datalist import read_datalist
+from maisi_tools.errors import InputError
+
+
+def test_relative_paths_belong_to_the_datalist_or_to_base_dir(tmp_path):
+    path = tmp_path / "lists" / "datalist.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"training": [{"image": "x_ct.nii.gz", "label": "/far/x_seg.nii.gz", "name": "x"}]}))
+    item = {"label": "/far/x_seg.nii.gz", "name": "x"}
+    assert read_datalist(path, "training") == [{"image": str(tmp_path / "lists" / "x_ct.nii.gz"), **item}]
+    assert read_datalist(path, "training", tmp_path) == [{"image": str(tmp_path / "x_ct.nii.gz"), **item}]
+
+
+@pytest.mark.parametrize("content", [{"validation": [{"image": "x"}]}, {"training": []}])
+def test_sections_without_entries_are_refused(tmp_path, content):
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="no entries under 'training'"):
+        read_datalist(tmp_path / "datalist.json", "training")
+    assert read_datalist(tmp_path / "datalist.json", "training", required=False) == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"training": ["x.nii.gz"]}', '{"training": {"image": "x"}}'])
+def test_what_is_no_datalist_is_refused(tmp_path, text):
+    (tmp_path / "datalist.json").write_text(text)
+    with pytest.raises(InputError, match="maisi prepare"):
+        read_datalist(tmp_path / "datalist.json", "training")
+
+
+def test_missing_datalist_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="maisi prepare"):
+        read_datalist(tmp_path / "none.json", "training")

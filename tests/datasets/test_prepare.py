@@ -1,0 +1,272 @@
+"""Small data sets in every form that `maisi prepare` takes, and what is wrong with some of their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.cli import main
+from maisi_tools.datasets.layouts import Case, find_cases
+from maisi_tools.datasets.prepare import split
+from maisi_tools.datasets.workers import in_order
+from maisi_tools.errors import InputError
+
+
+def write(path: Path, hu: bool = True, size=(6, 5, 4), mm=(2.0, 2.0, 3.0), value: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full(size, -1000 if hu else 0, dtype=np.int16)
+    array[1:3, 1:3, 1:3] = 40 if hu else value
+    nib.save(nib.Nifti1Image(array, np.diag([*mm, 1.0])), path)
+    return path
+
+
+def case(root: Path, name: str, label: int = 1, **options) -> None:
+    write(root / f"{name}_ct.nii.gz", **options)
+    write(root / f"{name}_seg.nii.gz", hu=False, value=label, **options)
+
+
+def prepare(*arguments) -> tuple[dict, dict]:
+    """Run the command, which must succeed, and read what it wrote."""
+    output = Path(next(a for a in map(str, arguments) if a.startswith("--output=")).removeprefix("--output="))
+    assert main(["prepare", *map(str, arguments)]) == 0
+    return json.loads(output.read_text()), json.loads(output.with_name(f"{output.stem}_report.json").read_text())
+
+
+def names(items: list[dict]) -> list[str]:
+    return [item["name"] for item in items]
+
+
+def test_a_folder_is_reported_and_split(tmp_path, capsys):
+    data = tmp_path / "data"
+    case(data, "a")
+    case(data, "sub/b", label=3, mm=(4.0, 2.0, 5.0))
+    write(data / "c_ct.nii", size=(8, 5, 4))
+    write(data / "a_dose.nii.gz")
+    lists, report = prepare(data, f"--output={tmp_path / 'x' / 'list.json'}", "--held_out=b")
+    assert names(lists["training"]) == ["a", "c"] and names(lists["validation"]) == lists["held_out"] == ["b"]
+    assert lists["training"][0] == {
+        "name": "a",
+        "patient": "a",
+        "image": str(data / "a_ct.nii.gz"),
+        "label": str(data / "a_seg.nii.gz"),
+    }
+    assert "label" not in lists["training"][1]
+    assert report["spacing_mm"] == {"x": [2, 2, 4], "y": [2, 2, 2], "z": [3, 3, 5]}
+    assert report["size"]["x"] == [6, 6, 8] and report["modalities"] == {"ct": 3} and report["masks"] == 2
+    assert [(e["label"], e["read_as"], e["cases"]) for e in report["labels"]] == [(1, "liver", 1), (3, "spleen", 1)]
+    assert report["refused"] == {} and report["warnings"] == []
+    printed = capsys.readouterr().out
+    assert "3 of 3 volumes can be used" in printed and "spacing x: 2 to 4 mm, median 2" in printed
+    assert "2 volumes of 2 patients to train on, 1 of 1 held out" in printed
+
+
+def test_what_is_wrong_is_listed_with_its_reason_and_left_out(tmp_path, capsys):
+    data = tmp_path / "data"
+    case(data, "good")
+    case(data, "odd_label", label=133)
+    case(data, "other_grid")
+    write(data / "other_grid_seg.nii.gz", hu=False, size=(6, 5, 5))
+    write(data / "no_hu_ct.nii.gz", hu=False)
+    (data / "damaged_ct.nii.gz").write_bytes(b"no volume")
+    write(data / "again" / "good_ct.nii.gz", size=(4, 4, 4))
+    lists, report = prepare(data, f"--output={tmp_path / 'list.json'}")
+    assert names(lists["training"]) == ["good"]
+    reasons = {Path(file).relative_to(data).as_posix(): reason for file, reason in report["refused"].items()}
+    # "again/good" comes first in the order of paths
+    assert set(reasons) == {
+        "good_ct.nii.gz",
+        *(f"{name}_ct.nii.gz" for name in ("odd_label", "other_grid", "no_hu", "damaged")),
+    }
+    assert "133 (8 voxels)" in reasons["odd_label_ct.nii.gz"]
+    assert "another grid" in reasons["other_grid_ct.nii.gz"]
+    assert "8-bit" in reasons["no_hu_ct.nii.gz"] or "normalisation" in reasons["no_hu_ct.nii.gz"]
+    assert "cannot be read" in reasons["damaged_ct.nii.gz"] and "same name" in reasons["good_ct.nii.gz"]
+    assert "1 of 6 volumes can be used" in capsys.readouterr().out
+
+
+def test_nothing_usable_ends_with_an_error_and_a_report(tmp_path, capsys):
+    write(tmp_path / "data" / "x_ct.nii.gz", hu=False)
+    assert main(["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "list.json")]) == 2
+    captured = capsys.readouterr()
+    assert "refused: " in captured.out and captured.err.startswith("error: none of the 1 volumes can be used")
+    assert not (tmp_path / "list.json").exists() and (tmp_path / "list_report.json").exists()
+
+
+def test_any_volumes_of_a_folder(tmp_path):
+    write(tmp_path / "one.nii.gz")
+    write(tmp_path / "deep" / "two.nii")
+    write(tmp_path / "one_seg.nii.gz", hu=False)
+    cases, _ = find_cases(tmp_path)
+    assert [(case.name, case.image.name, case.label and case.label.name) for case in cases] == [
+        ("two", "two.nii", None),
+        ("one", "one.nii.gz", "one_seg.nii.gz"),
+    ]
+
+
+def test_a_datalist_keeps_its_split_unless_another_is_asked_for(tmp_path):
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.nii.gz")
+    given = {"training": [{"image": "a.nii.gz", "region": ["head"]}, "c.nii.gz"], "validation": [{"image": "b.nii.gz"}]}
+    (tmp_path / "given.json").write_text(json.dumps({**given, "testing": ["t.nii.gz"]}))
+    lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}")
+    assert names(lists["training"]) == ["a", "c"] and names(lists["validation"]) == ["b"]
+    assert lists["training"][0]["region"] == ["head"]
+    lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}", "--held_out=c,a")
+    assert names(lists["training"]) == ["b"]
+    # what was written can be read again
+    again, _ = prepare(tmp_path / "list.json", f"--output={tmp_path / 'again.json'}")
+    assert again == lists
+
+
+def test_msd(tmp_path, capsys):
+    for name in ("liver_1", "liver_10"):
+        write(tmp_path / "imagesTr" / f"{name}.nii.gz")
+        write(tmp_path / "labelsTr" / f"{name}.nii.gz", hu=False, value=2)
+    entries = [
+        {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("liver_10", "liver_1", "gone")
+    ]
+    described = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver", "2": "cancer"}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({**described, "training": entries, "test": ["./imagesTs/x.nii.gz"]})
+    )
+    for source in (tmp_path, tmp_path / "dataset.json"):
+        lists, report = prepare(source, f"--output={tmp_path / 'list.json'}")
+        assert names(lists["training"]) == ["liver_1", "liver_10"]
+        assert lists["training"][0]["label"] == str(tmp_path / "labelsTr" / "liver_1.nii.gz")
+    ((file, reason),) = report["refused"].items()
+    assert Path(file).name == "gone.nii.gz" and "does not exist" in reason
+    assert report["labels"] == [{"label": 2, "cases": 2, "read_as": "placeholder 2", "called": "cancer"}]
+    (warning,) = report["warnings"]
+    assert "label 2 is called 'cancer'" in warning and "--label_map" in warning
+    assert "warning: label 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["v2", "v2 described", "v1"])
+def test_nnunet(tmp_path, form):
+    """Two channels, of which the second is the CT."""
+    for name in ("case_1", "case_2"):
+        write(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", hu=False)
+        write(tmp_path / "imagesTr" / f"{name}_0001.nii.gz")
+        write(tmp_path / "labelsTr" / f"{name}.nii.gz", hu=False)
+    content = {"labels": {"background": 0, "liver": 1, "whole": [1, 2]}, "numTraining": 2, "file_ending": ".nii.gz"}
+    content["channel_names"] = {"0": "PET", "1": "CT"}
+    if form == "v2 described":
+        content["dataset"] = {
+            name: {
+                "images": [f"imagesTr/{name}_{i:04d}.nii.gz" for i in range(2)],
+                "label": f"labelsTr/{name}.nii.gz",
+            }
+            for name in ("case_2", "case_1")
+        }
+    if form == "v1":
+        content = {"modality": content["channel_names"], "labels": {"0": "background", "1": "liver"}, "numTraining": 2}
+        content["training"] = [
+            {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("case_1", "case_2")
+        ]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    cases, labels = find_cases(tmp_path)
+    assert [(case.name, case.image.name, case.label.name) for case in cases] == [
+        (f"case_{i}", f"case_{i}_0001.nii.gz", f"case_{i}.nii.gz") for i in (1, 2)
+    ]
+    assert labels == {1: "liver"} and {case.modality for case in cases} == {"ct"}
+
+
+def test_other_modalities_are_named(tmp_path):
+    write(tmp_path / "imagesTr" / "x_0000.nii.gz", hu=False)
+    write(tmp_path / "labelsTr" / "x.nii.gz", hu=False)
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "T1"}, "file_ending": ".nii.gz"}))
+    lists, report = prepare(tmp_path, f"--output={tmp_path / 'list.json'}")
+    assert lists["training"][0]["modality"] == "mri" and report["modalities"] == {"mri": 1}
+    assert "mri" in report["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{oops", "cannot be read as JSON"),
+        ({"testing": ["x.nii.gz"]}, "no list of cases under training"),
+        ({"training": [{"img": "x.nii.gz"}]}, "one file under 'image'"),
+        ({"training": [{"image": ["a.nii.gz", "b.nii.gz"]}]}, "one file under 'image'"),
+        ({"numTraining": 3, "labels": {}}, "neither a list under 'training' nor a 'file_ending'"),
+        ({"file_ending": ".nii.gz"}, "names no training case"),
+        ({"numTraining": 1, "dataset": {"x": {"images": []}}}, "gives case x no list"),
+        ({"numTraining": 1, "training": ["x.nii.gz"]}, "one file as 'image'"),
+    ],
+)
+def test_lists_that_are_none_are_refused(tmp_path, content, said):
+    (tmp_path / "list.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(InputError, match=said):
+        find_cases(tmp_path / "list.json")
+
+
+def cases_of(*given: str, **sections: str) -> list[Case]:
+    return [Case(name, Path(f"{name}.nii.gz"), section=sections.get(name)) for name in given]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_share_is_of_patients_and_none_is_on_both_sides(seed):
+    cases = cases_of(*(f"p{patient:02d}_{scan}" for patient in range(20) for scan in "abc"))
+    placed = split(cases, validation=0.1, patient_pattern="^(.*)_", seed=seed)
+    sections = {"training": set(), "validation": set()}
+    for item, (patient, section) in zip(cases, placed, strict=True):
+        assert patient == item.name[:3]
+        sections[section].add(patient)
+    assert len(sections["validation"]) == 2 and not sections["training"] & sections["validation"]
+    # the same whatever the order, and others stay where they are when a patient is added
+    assert split(cases[::-1], validation=0.1, patient_pattern="^(.*)_", seed=seed) == placed[::-1]
+    more = split([*cases, *cases_of("q_a")], validation=0.1, patient_pattern="^(.*)_", seed=seed)
+    held = {patient for patient, section in more if section == "validation"}
+    assert len(held | sections["validation"]) == 3 and held - sections["validation"]
+
+
+def test_seeds_differ():
+    cases = cases_of(*map(str, range(50)))
+    assert len({tuple(split(cases, validation=0.2, seed=seed)) for seed in range(4)}) == 4
+    assert {section for _, section in split(cases, validation=0)} == {"training"}
+
+
+def test_a_held_out_scan_takes_its_patient_along():
+    cases = cases_of("p1_a", "p1_b", "p2_a")
+    for held_out in (["p1_b"], ["p1"]):
+        placed = split(cases, held_out=held_out, patient_pattern=r"p\d")
+        assert placed == [("p1", "validation"), ("p1", "validation"), ("p2", "training")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"validation": 0.1, "held_out": ["a"]}, "give one of them"),
+        ({"validation": 1.0}, "share of patients"),
+        ({"validation": "few"}, "share of patients"),
+        ({"validation": 0.9}, "leaves none to train on"),
+        ({"held_out": ["d"]}, "held-out cases d are not in the data"),
+        ({"patient_pattern": "("}, "no regular expression"),
+        ({"patient_pattern": "^a"}, "finds no patient in 'b'"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        split(cases_of("a", "b", "c"), **options)
+
+
+def test_a_given_split_that_leaks_a_patient_is_refused():
+    cases = cases_of("p1_a", "p1_b", "p2_a", p1_a="training", p1_b="validation", p2_a="training")
+    with pytest.raises(InputError, match="patients on both sides: p1"):
+        split(cases, patient_pattern="^(.*)_")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_work_comes_back_in_order(workers):
+    assert list(in_order(abs, [-3, 2, -1], workers, "counting")) == [3, 2, 1]
+    with pytest.raises(TypeError):
+        list(in_order(abs, [1, "x", 2], workers, "counting"))
+
+
+@pytest.mark.parametrize("workers", [-1, 1.5, True, "two"])
+def test_numbers_of_workers_that_are_none_are_refused(workers):
+    with pytest.raises(InputError, match="whole number of processes"):
+        list(in_order(abs, [1], workers, "counting"))

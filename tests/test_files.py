@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+
+import pytest
+import torch
+
+from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors, replacing, write_csv
+
+
+def test_the_file_appears_at_the_end_with_its_suffixes(tmp_path):
+    target = tmp_path / "new" / "x.nii.gz"
+    with replacing(target) as part:
+        part.write_text("whole")
+        assert part.name.endswith("x.nii.gz") and not target.exists()
+    assert [path.name for path in target.parent.iterdir()] == ["x.nii.gz"]
+    assert target.read_text() == "whole"
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    (tmp_path / "x").write_text("before")
+    with pytest.raises(KeyError), replacing(tmp_path / "x") as part:
+        part.write_text("half")
+        raise KeyError
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
+
+
+def test_nothing_written_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_has_the_columns_of_all_rows_or_those_asked_for(tmp_path):
+    rows = [{"case": "a", "dice": 0.5}, {"case": "b, with a comma", "hd95": 2}]
+    write_csv(tmp_path / "new" / "all.csv", (row for row in rows))
+    with open(tmp_path / "new" / "all.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["case", "dice", "hd95"], ["a", "0.5", ""], ["b, with a comma", "", "2"]]
+    write_csv(tmp_path / "none.csv", [], ["case", "dice"])
+    assert (tmp_path / "none.csv").read_bytes() == b"case,dice\r\n"
+    with pytest.raises(ValueError, match="hd95"):
+        write_csv(tmp_path / "none.csv", rows, ["case", "dice"])
+    assert (tmp_path / "none.csv").read_bytes() == b"case,dice\r\n"  # what was there stays
+
+
+def test_a_file_is_known_by_its_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"x" * 3_000_000)
+    assert fingerprint_file(tmp_path / "a") == fingerprint_file(str(tmp_path / "b"))
+    assert fingerprint_file(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()[:32]
+    (tmp_path / "b").write_bytes(b"x" * 2_999_999 + b"y")
+    assert fingerprint_file(tmp_path / "a") != fingerprint_file(tmp_path / "b")
+
+
+def test_a_folder_is_known_by_the_names_and_bytes_in_it(tmp_path):
+    for folder, files in {"a": "xy", "b": "yx", "c": "xz"}.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("same")
+    a, b, c = (fingerprint_file(tmp_path / name) for name in "abc")
+    assert a == b != c
+
+
+def test_weights_stored_as_fp16_are_those_they_are_loaded_into():
+    half = {"a": torch.randn(3, 4).half(), "n": torch.tensor(3), "e": torch.zeros(0)}
+    loaded = {"n": half["n"], "e": half["e"], "a": half["a"].float()}
+    assert fingerprint_tensors(half) == fingerprint_tensors(loaded)
+    for changed in (
+        {**loaded, "a": loaded["a"] + 1e-6},
+        {**loaded, "a": loaded["a"].reshape(4, 3)},
+        {**loaded, "b": loaded["a"]},
+        {"n": loaded["n"], "e": loaded["e"], "A": loaded["a"]},
+    ):
+        assert fingerprint_tensors(changed) != fingerprint_tensors(loaded)
+
+
+@pytest.mark.parametrize("other", [{"b": [2.0, 2, 1.5], "a": True, "c": None}, {"a": True, "b": (2, 2.0, 1.5)}])
+def test_settings_that_mean_the_same_are_the_same(other):
+    assert canonical_json({"a": True, "b": [2, 2, 1.5]}) == canonical_json(other)
+    assert canonical_json({"a": 1, "b": [2, 2, 1.5]}) != canonical_json(other)

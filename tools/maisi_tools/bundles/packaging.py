@@ -1,0 +1,116 @@
+"""Bundles as downloads: NAME_vVERSION.zip, which runs where only MONAI and the bundle's packages are installed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+import maisi_tools
+from maisi_tools.errors import InputError
+from maisi_tools.files import replacing
+
+PARTS = ("configs", "docs", "models", "LICENSE", "large_files.yml")
+"""What of a bundle's folder is shipped; runs and outputs in it are not."""
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""Time of every file in the zip, the earliest that the format knows: bytes depend on the content alone."""
+
+PACKAGE = maisi_tools.__name__
+
+_NAMED = re.compile(rf"\b{PACKAGE}(?:\.\w+)*")
+
+
+def package_bundle(bundle: str | Path, output_dir: str | Path) -> Path:
+    """Write a bundle, with the modules of this package that it and the bundles beside it need, as one zip file.
+
+    The zip holds the folder NAME. MONAI finds the modules in it when it is the working folder, MONAI Label always does.
+    Nothing is compressed (weights hardly would be), so the same content gives the same bytes everywhere. Weights that
+    ``large_files.yml`` lists are left to `maisi weights` and ``monai.bundle download_large_files``.
+
+    Args:
+        bundle: its folder.
+        output_dir: gets ``NAME_vVERSION.zip``.
+
+    Returns:
+        The zip file.
+
+    Raises:
+        InputError: the folder is no bundle, or its weights are not there.
+    """
+    root = Path(bundle).resolve()
+    metadata = root / "configs" / "metadata.json"
+    if not metadata.is_file():
+        raise InputError(f"{metadata} does not exist; give a bundle's folder, such as bundles/maisi_vae")
+    version = json.loads(metadata.read_text())["version"]
+    files = {path.relative_to(root).as_posix(): path for path in _bundle_files(root)}
+    if not any(name.startswith("models/") for name in files):
+        raise InputError(f"{root / 'models'} holds no weights; a bundle is packaged with its own: put them there")
+    source = Path(maisi_tools.__file__).parent
+    # Of all bundles: MONAI Label loads several into one process, where the first one's package serves the others.
+    needed = needed_files(root.parent.glob("*/configs/*.json"))
+    files |= {f"{PACKAGE}/{path.relative_to(source).as_posix()}": path for path in needed}
+    target = Path(output_dir).expanduser() / f"{root.name}_v{version}.zip"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(files):
+            entry = zipfile.ZipInfo(f"{root.name}/{name}", EPOCH)
+            entry.external_attr = 0o644 << 16
+            entry.create_system = 3  # Unix, wherever it is made
+            archive.writestr(entry, files[name].read_bytes())
+    return target
+
+
+def needed_files(configs: Iterable[Path]) -> set[Path]:
+    """Files of this package that some configs need: the modules they name, what these import, and data beside them."""
+    source = Path(maisi_tools.__file__).parent
+    names = {name for config in configs for name in _NAMED.findall(config.read_text())}
+    modules: set[Path] = set()
+    waiting = {path for name in names for path in _modules_on(name, source)}
+    while waiting:
+        path = waiting.pop()
+        modules.add(path)
+        imported = {name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)}
+        waiting |= {found for name in imported for found in _modules_on(name, source)} - modules
+    folders = {path.parent for path in modules}
+    data = {path for folder in folders for path in folder.iterdir() if path.suffix in (".json", ".csv", ".css", ".js")}
+    return modules | data
+
+
+def _bundle_files(root: Path) -> list[Path]:
+    listed = root / "large_files.yml"
+    large = yaml.safe_load(listed.read_text())["large_files"] if listed.is_file() else []
+    left_out = {(root / entry["path"]).resolve() for entry in large}
+    found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*"))]
+    return [path for path in found if path.is_file() and path not in left_out and not path.name.startswith(".")]
+
+
+def _modules_on(name: str, source: Path) -> set[Path]:
+    """The files that importing a dotted name of this package runs; its last parts may be attributes."""
+    found = {source / "__init__.py"}
+    folder = source
+    for part in name.split(".")[1:]:
+        if (folder / f"{part}.py").is_file():
+            found.add(folder / f"{part}.py")
+            break
+        folder /= part
+        if not (folder / "__init__.py").is_file():
+            break
+        found.add(folder / "__init__.py")
+    return found
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """Dotted names of this package that a statement imports, also inside a function."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return []
+    return [name for name in names if name.split(".")[0] == PACKAGE]

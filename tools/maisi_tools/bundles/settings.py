@@ -1,0 +1,143 @@
+"""The settings of a run as a user gives them: keys that the config has, paths that are text, a device that is there."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from maisi_tools.errors import InputError
+from maisi_tools.settings import check_device
+
+DISPLAYABLE = "displayable_configs"
+"""Settings that MONAI Label shows; the config refers to them one by one."""
+
+READ_BY_MONAI = {
+    *("imports", "initialize", "run", "finalize", "_meta_", "bundle_root", "dataset_dir"),
+    *("save_execute_config", "tracking_uri", "experiment_name", "run_name", "is_not_rank0"),
+}
+"""Keys that MONAI reads itself, with or without a reference to them."""
+
+_PATHS = {"input", "dataset_dir", "datalist", "label_map", "bundle_root"}
+_PATH_ENDINGS = ("_dir", "_path", "_ckpt", "_config", "_file")
+
+
+def check_settings() -> None:
+    """Check the settings of the config that is being run; its ``initialize`` calls this first.
+
+    A path that python-fire made a number of, as of ``--input 20260101`` or ``--output_dir 1_000``, becomes the text
+    that was typed.
+
+    Raises:
+        InputError: a key that nothing in the config refers to, which a misspelt one is; or a device that is not there.
+    """
+    workflow = _running()
+    if workflow is None:
+        return
+    parser = workflow.parser
+    config = parser.get()
+    check_keys(config, [ConfigParser.load_config_file(file) for file in workflow.config_root_path.glob("*.json")])
+    for key, value in list(config.items()):
+        if is_path(key) and isinstance(value, (int, float)):
+            parser[key] = typed(key, value)
+    if "device" in config:
+        check_device(parser.get_parsed_content("device"))
+
+
+def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Refuse plain values that nothing in a config refers to: they were given and would change nothing.
+
+    Components and expressions may stand for themselves, as alternatives to one that is used, and an overlay may leave
+    a value of the config below it without use.
+
+    Args:
+        config: merged from its files and what was given on the command line.
+        files: the configs of the bundle, which the values of its own come from.
+
+    Raises:
+        InputError: with the nearest key that the config has.
+    """
+    referred = set(_references(config))
+    shown = config.get(DISPLAYABLE) or {}
+    known = [key for key in config if key in referred] + [key for key in shown if f"{DISPLAYABLE}::{key}" in referred]
+    unknown = [
+        key
+        for key, value in config.items()
+        if key not in {*referred, *READ_BY_MONAI} and _is_plain(value) and not _stands_in(files, key, value)
+    ]
+    shown_in = [file.get(DISPLAYABLE) or {} for file in files]
+    shown_in += [{name.split("#")[-1]: value for name, value in file.items() if "#" in name} for file in files]
+    unknown += [
+        key
+        for key, value in shown.items()
+        if f"{DISPLAYABLE}::{key}" not in referred and not _stands_in(shown_in, key, value)
+    ]
+    if unknown:
+        advice = []
+        for key in unknown:
+            nearest = difflib.get_close_matches(key, known, 1, 0.5)
+            advice.append(f"{key} (nearest: {nearest[0]})" if nearest else key)
+        settings = sorted(key for key in known if key != DISPLAYABLE and _is_plain(config.get(key, shown.get(key))))
+        raise InputError(
+            f"the config has no use for the key {', '.join(advice)}; allowed are {', '.join(settings)} "
+            "and the keys of what they make up: correct the name"
+        )
+
+
+def is_path(key: str) -> bool:
+    """Whether a setting of this name holds a path or the name of something."""
+    return key in _PATHS or key.endswith(_PATH_ENDINGS)
+
+
+def typed(key: str, value: int | float, words: Sequence[str] | None = None) -> str:
+    """What was typed for an option that python-fire made a number of: "1_000" for 1000; else the number as text.
+
+    Args:
+        key: of the option.
+        value: the number.
+        words: of the command line, by default this process's.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name, equals, text = word.partition("=")
+        if word.startswith("-") and name.lstrip("-").replace("-", "_") == key:
+            return text if equals else following
+    return str(value)
+
+
+def _stands_in(files: Sequence[Mapping[str, Any]], key: str, value: Any) -> bool:
+    return any(key in file and file[key] == value for file in files)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return not any("_target_" in part for part in (value, *value.values()) if isinstance(part, Mapping))
+    return not (isinstance(value, str) and value.startswith(("$", "@", "%")))
+
+
+def _references(config: Any) -> Iterator[str]:
+    """Every key that a string in the config refers to, and the path of two to it: "a" and "a::b" of "@a#b#c"."""
+    if isinstance(config, str):
+        if config.startswith(("$", "@", "%")):
+            for found in re.findall(r"[@%](\w+(?:(?:#|::)\w+)*)", config):
+                parts = re.split("#|::", found)
+                yield parts[0]
+                yield "::".join(parts[:2])
+    elif isinstance(config, (Mapping, list)):
+        for part in config.values() if isinstance(config, Mapping) else config:
+            yield from _references(part)
+
+
+def _running() -> ConfigWorkflow | None:
+    """The workflow that is evaluating the expression which called; MONAI gives expressions no other way to it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(found := frame.f_locals.get("self"), ConfigWorkflow):
+            return found
+        frame = frame.f_back
+    return None

@@ -1,0 +1,191 @@
+"""Options of commands: how they are read from the line, checked, and turned into what the package takes."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+
+from maisi_tools.errors import InputError
+
+CONTROLNET = "maisi_controlnet"
+# The phantom of the demo: a head and neck on a grid that a laptop samples in a minute or two.
+KIND = "head_neck"
+SIZE = (96, 80, 96)  # voxels
+SPACING = (4.0, 4.0, 2.5)  # mm
+
+
+class Planned:
+    """A command with its arguments, for after Fire has parsed the whole line.
+
+    Fire calls a function first and complains about what is left of the line afterwards; with the call put off, a
+    misspelt option is refused before minutes of computing.
+    """
+
+    def __init__(self, execute: Callable[[], None]) -> None:
+        self.execute = execute
+
+    def __dir__(self) -> list[str]:
+        return []  # nothing that Fire could take the rest of the line for
+
+
+def planned(command: Callable[..., None]) -> Callable[..., Planned]:
+    """The command for Fire, with the call put off; what is annotated as text stays as it was typed.
+
+    Fire would make numbers of the folders 2027, 1_000 and 1e5.
+    """
+
+    @functools.wraps(command)
+    def plan(*args: Any, **kwargs: Any) -> Planned:
+        return Planned(functools.partial(command, *args, **kwargs))
+
+    parsers: dict[str, Callable[[str], Any]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            plan = fire.decorators.SetParseFn(_text)(plan)
+        else:
+            parsers[name] = _text if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
+        if name in _TEXT_OR_LISTS:
+            parsers[name] = _text_or_list
+    return fire.decorators.SetParseFns(**parsers)(plan)
+
+
+_TEXT_OR_LISTS = ("reference", "generated", "held_out", "overlay")
+"""Options that take a path or name, or several."""
+
+
+def _text(given: str) -> str | None:
+    """An argument as it was typed, without the quotes that keep Fire from parsing it; None where it is none."""
+    value = fire.parser.DefaultParseValue(given)
+    return value if isinstance(value, str) or value is None else given
+
+
+def _text_or_list(given: str) -> Any:
+    value = fire.parser.DefaultParseValue(given)
+    return value if isinstance(value, (str, list, tuple, dict)) or value is None else given
+
+
+def bundles_folder(given: str | None) -> Path:
+    """The folder with the bundles: what --bundles says, or that of the checkout around the working directory."""
+    if given is not None:
+        if not Path(str(given)).is_dir():
+            raise InputError(f"bundles folder {given} does not exist; give the folder that holds {CONTROLNET}.")
+        return Path(str(given))
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "bundles" / CONTROLNET).is_dir():
+            return folder / "bundles"
+    raise InputError(
+        f"there is no bundles/{CONTROLNET} in {here} or above it; change into the checkout of MAISI Bundles, or give "
+        "its bundles folder with --bundles DIR."
+    )
+
+
+def bundle_folder(bundle: Any, bundles: str | None) -> Path:
+    """The folder of a bundle given by name or by its folder."""
+    folder = Path(str(bundle))
+    if not (folder / "configs").is_dir():
+        root = bundles_folder(bundles)
+        folder = root / str(bundle)
+        if not (folder / "configs").is_dir():
+            names = ", ".join(sorted(config.parent.name for config in root.glob("*/configs")))
+            raise InputError(f"{bundle} is no bundle of {root} and no bundle's folder; choose among: {names}.")
+    return folder
+
+
+def amounts(option: str, value: Any) -> dict[str, float]:
+    """Name -> number, of an option; Fire leaves names with a space in it as text."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
+        value = {name.strip(" \"'"): amount for name, _, amount in pairs}
+    try:
+        return {str(name): float(amount) for name, amount in value.items()}
+    except (AttributeError, ValueError, TypeError):
+        raise InputError(f'{option} {value!r} is not usable; give a number for each name: "{{liver: 1.2}}".') from None
+
+
+def listed(value: Any) -> list[str]:
+    """Names given as a list, or as one text with commas."""
+    names = value if isinstance(value, (tuple, list)) else str(value).split(",")
+    return [str(name).strip() for name in names if str(name).strip()]
+
+
+def process_group() -> Any:
+    """Context of a process group of torchrun's ranks; outside torchrun, of this process alone."""
+    import ignite.distributed as idist
+    import torch.distributed
+
+    return idist.Parallel(backend="gloo" if torch.distributed.is_torchelastic_launched() else None)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what is no seed."""
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
+
+
+def need_dicom() -> None:
+    """Refuse to go on without the extra 'dicom'."""
+    if importlib.util.find_spec("highdicom") is None:
+        raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
+
+
+def nifti_path(output: Any) -> Path:
+    """The path of a NIfTI file to write."""
+    path = Path(str(output)).expanduser()
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"output {output} is no NIfTI file; name it .nii.gz or .nii.")
+    return path
+
+
+def hu_window(window: Any) -> Sequence[float]:
+    """HU that are shown as black and as white."""
+    try:
+        lowest, highest = window
+        if lowest < highest:
+            return lowest, highest
+    except (TypeError, ValueError):
+        pass
+    raise InputError(
+        f"window {window!r} is not usable; give two values in HU, the lower one first, such as --window=-160,240."
+    )
+
+
+def triple(name: str, value: Any, kind: type) -> tuple:
+    """Three numbers of a kind, for x, y, z, of the option `name`."""
+    try:
+        x, y, z = (kind(part) for part in value)
+        if (x, y, z) != tuple(value):  # 96.5 voxels
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InputError(f"{name} {value!r} is not usable; give three numbers, for x, y, z: --{name} A,B,C.") from None
+    return x, y, z
+
+
+def held_out_names(held_out: Any) -> set[str]:
+    """Names given one by one, or in a JSON file as `maisi prepare` writes it."""
+    if held_out is None:
+        return set()
+    if not str(held_out).endswith(".json"):
+        return {str(name) for name in (held_out if isinstance(held_out, (tuple, list)) else (held_out,))}
+    path = Path(held_out)
+    if not path.is_file():
+        raise InputError(f"held-out list {path} does not exist; give a JSON file, or names as NAME,NAME.")
+    try:
+        listed = json.loads(path.read_text())
+        listed = listed["held_out"] if isinstance(listed, dict) else listed
+        if not isinstance(listed, list):
+            raise TypeError("no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{path} is no list of names ({error}); write ["NAME", ...], or that under "held_out".') from (
+            error
+        )
+    return {str(name) for name in listed}

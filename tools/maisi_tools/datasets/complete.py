@@ -1,0 +1,126 @@
+"""The masks that stage 3 trains on: a data set's own labels, completed by what the CT's intensities say."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Compose, Orientation, Spacing
+
+from maisi_tools.datasets.workers import in_order
+from maisi_tools.errors import InputError
+from maisi_tools.files import canonical_json, fingerprint_file, write_json
+from maisi_tools.masks.body import label_from_ct
+from maisi_tools.masks.class_folder import read_numbers
+from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
+from maisi_tools.masks.vocabulary import region_of
+from maisi_tools.volumes.grid import grid_difference
+from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.orientation import RestoreOrientationd
+from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
+from maisi_tools.volumes.writing import write_sidecar, write_volume
+
+SUFFIX = "_mask.nii.gz"
+"""What a mask's file name has after the CT's stem."""
+
+CASES = "cases.json"
+"""The datalist of CTs and regions that ``maisi_vae``'s encode.json takes as its input."""
+
+
+def complete_masks(
+    items: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    label_map: str | Path,
+    spacing: Sequence[float] | None = None,
+    workers: int = 0,
+) -> list[Path]:
+    """Write ``<stem of the CT>_mask.nii.gz`` for every case, in the MAISI vocabulary and on the CT's grid.
+
+    A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
+    (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. A JSON beside each mask
+    says what it was made from; masks that are up to date are skipped, so an interrupted run can be started again, and a
+    mask without such a JSON is the user's own and stays. At the end :data:`CASES` lists the CTs with their body
+    regions: those of the item, or else those that the mask shows.
+
+    Args:
+        items: cases with ``image`` and, where there is one, ``label``; ``region`` where it is known.
+        label_map: how the labels are to be read, see :func:`maisi_tools.masks.label_maps.read_label_map`.
+        spacing: mm along x, y, z (RAS): the CTs are resampled to it first (linear, own labels by nearest neighbour),
+            and the masks lie on that grid. Give what the latents are encoded at: an airway two voxels wide loses half
+            of its air in the resampling, and a mask of the original CT would still call all of it airway.
+        workers: processes that work beside one another; what is written does not depend on it.
+
+    Raises:
+        InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
+            two CTs of one stem; a spacing that is not three positive numbers.
+    """
+    folder = check_output_dir(output_dir)
+    _regrid(spacing, "nearest")  # a bad one is refused before any work
+    mapping = read_label_map(label_map)
+    stems = [stem_of(item["image"]) for item in items]
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise InputError(f"several CTs have the name {', '.join(twice)}; masks are named by it: rename one")
+    complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
+    regions = list(in_order(complete, items, workers, "completing masks"))
+    cases = [
+        {"image": str(Path(item["image"]).resolve()), "region": region}
+        for item, region in zip(items, regions, strict=True)
+    ]
+    write_json(folder / CASES, cases)
+    return [folder / f"{stem}{SUFFIX}" for stem in stems]
+
+
+def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:
+    """Write the mask of one case unless it is up to date, and return the case's regions."""
+    path = folder / f"{stem_of(item['image'])}{SUFFIX}"
+    settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
+    files = [item[key] for key in ("image", "label") if key in item]
+    sources = [fingerprint_file(file) for file in files if Path(file).exists()]  # reading refuses the others
+    made_from = {"settings": canonical_json(settings), "sources": sources}
+    beside = sidecar_path(path)
+    found = read_sidecar(path) if path.is_file() and beside.is_file() else {}
+    if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
+        completed, affine = _completed(item, mapping, spacing)
+        found = {**made_from, "labels": np.unique(completed)}
+        path.unlink(missing_ok=True)  # wherever this is interrupted: where there is a mask, its JSON is about it
+        write_sidecar(path, found)
+        write_volume(path, completed, affine, "uint8")
+    if item.get("region"):
+        return list(item["region"])
+    labels = found["labels"] if found else read_volume(path, "mask").unique().tolist()
+    return list(region_of(labels))
+
+
+def _completed(item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[float] | None) -> tuple[np.ndarray, Any]:
+    """The mask (X, Y, Z) of one case, in the orientation of the CT's file, and its affine."""
+    ct: Any = read_ras(item["image"], "ct")
+    labels = None
+    if "label" in item:
+        own: Any = Orientation(axcodes="RAS", labels=None)(read_numbers(item["label"], mapping))
+        if difference := grid_difference(own, ct):
+            raise InputError(
+                f"{item['label']} lies on another grid than its CT {item['image']} (in RAS: {difference}); allowed is "
+                "one grid for both: resample the mask to the CT"
+            )
+        labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
+    ct = _regrid(spacing, "bilinear")(ct)
+    if labels is None:
+        labels = np.zeros(ct.shape[1:], dtype=np.uint8)
+    completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
+    mask = RestoreOrientationd("mask", "ct")({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
+    return np.asarray(mask[0]), mask.affine
+
+
+def _regrid(spacing: Sequence[float] | None, mode: str) -> Callable[[Any], Any]:
+    if spacing is None:
+        return Compose([])
+    mm = np.asarray(spacing, dtype=object)
+    if mm.shape != (3,) or not all(isinstance(n, (int, float)) and 0 < n < np.inf for n in mm):
+        raise InputError(
+            f"spacing is {spacing!r}; allowed are three positive numbers, mm along x, y, z: [2.0, 2.0, 2.5]"
+        )
+    return Spacing(pixdim=tuple(map(float, mm)), mode=mode)

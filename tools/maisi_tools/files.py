@@ -1,0 +1,147 @@
+"""Files that appear complete or not at all, tables, and fingerprints.
+
+A fingerprint is a short hash of content, by which a file that was made from something tells whether that changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LENGTH = 32
+"""Hexadecimal digits of a fingerprint: 128 bits of the SHA-256, so that two contents never share one by chance."""
+
+CHUNK = 1 << 20  # bytes
+
+
+@contextmanager
+def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path to write to; on success it is renamed to `path`, on an error it is removed.
+
+    The temporary file lies beside the target, because a rename is atomic only within one file system, and keeps its
+    suffixes, because nibabel and matplotlib choose the format by them; its name has the process id and the thread's, so
+    that no two write into one. Missing folders are created.
+
+    Args:
+        path: the target.
+        durable: wait until file, name and folder are on the disk, so that a power cut after this undoes none of them.
+
+    Raises:
+        OSError: the folder or file cannot be created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}-{threading.get_native_id()}-{path.name}")
+    try:
+        yield part
+        if durable:
+            sync(part)
+        part.replace(path)
+        if durable:
+            sync(path.parent)
+            sync(path.parent.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file has the name of a temporary one of :func:`replacing`, as a killed process leaves them."""
+    return re.match(r"\.\d+-\d+-", path.name) is not None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | os.PathLike, content: Any, durable: bool = False) -> None:
+    """Write JSON, complete or not at all; see :func:`replacing`."""
+    with replacing(path, durable) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write a table, complete or not at all; see :func:`replacing`.
+
+    Args:
+        path: the target.
+        rows: each column -> value; what a row lacks stays empty.
+        columns: their names, in order; by default those of all rows, as they come.
+    """
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else list(columns)
+    with replacing(path) as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, all 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    _update(digest, Path(path))
+    return digest.hexdigest()
+
+
+def fingerprint_file(path: str | os.PathLike) -> str:
+    """Fingerprint of a file's bytes, or of the names and bytes of all files in a folder (a DICOM series)."""
+    path, digest = Path(path), hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(file.name.encode() + b"\0")
+        _update(digest, file)
+    return digest.hexdigest()[:LENGTH]
+
+
+def fingerprint_text(text: str) -> str:
+    """Fingerprint of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Fingerprint of named tensors, whatever their order.
+
+    Floating-point values count as float32: weights that are stored as fp16 have the fingerprint of the network they
+    were loaded into.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:LENGTH]
+
+
+def canonical_json(settings: Any) -> str:
+    """JSON settings as one line, the same for settings that mean the same: keys sorted, nulls left out, 2 as 2.0."""
+    return json.dumps(_canonical(settings), sort_keys=True)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(entry) for entry in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _update(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)

@@ -1,0 +1,81 @@
+"""Whether a segmentation network sees in a CT what its mask says, so that a CT can be drawn again or left out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import VOCABULARY, label_id
+from maisi_tools.metrics.overlap import dice
+from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
+from maisi_tools.volumes.writing import write_volume
+
+
+class Judge:
+    """Whether a segmentation network finds a mask's organs in a CT that was made from it.
+
+    Args:
+        segmenter: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
+        min_dice: an organ with a lower Dice is not shown: a number for all, or organ -> number for these alone. What
+            the segmenter does not know is not asked for.
+
+    Raises:
+        InputError: no such organ, one that the segmenter does not know, or a number outside 0 to 1.
+    """
+
+    def __init__(self, segmenter: Segmenter, min_dice: float | Mapping[str, float]) -> None:
+        if segmenter.segment is None:
+            raise InputError(f"{segmenter.name} finds no organs of its own; give a segmentation bundle's folder")
+        self.segmenter = segmenter
+        known = sorted(set(segmenter.label_map.values()) - {0})
+        wanted = min_dice if isinstance(min_dice, Mapping) else dict.fromkeys(known, min_dice)
+        self.min_dice = {name if isinstance(name, int) else label_id(name): value for name, value in wanted.items()}
+        for label, value in self.min_dice.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise InputError(f"min_dice is {value!r}; allowed is a number from 0 to 1")
+            if label not in known:
+                raise InputError(
+                    f"min_dice names {VOCABULARY[label].name}, which {segmenter.name} does not segment; allowed are "
+                    f"{', '.join(VOCABULARY[one].name for one in known) or 'no organs'}"
+                )
+
+    def __call__(self, hu: np.ndarray, mask: Tensor) -> dict[str, Any]:
+        """``dice`` of each organ by its name, and the names that are ``not_shown``.
+
+        Args:
+            hu: CT (X, Y, Z).
+            mask: (1, X, Y, Z), in the vocabulary, with the affine of both.
+        """
+        affine = mask.affine.cpu() if isinstance(mask, MetaTensor) else torch.eye(4)
+        labels = np.asarray(mask[0].cpu()).round().astype(int)
+        with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
+            path = write_volume(Path(scratch) / "ct.nii.gz", hu, affine.numpy(), np.int16)
+            found = self.segmenter(path, MetaTensor(hu[None], affine=affine), may_be_empty=True)
+        present = [label for label in self.min_dice if (labels == label).any()]
+        dices = {label: round(dice(found == label, labels == label), 4) for label in present}
+        return {
+            "dice": {VOCABULARY[label].name: value for label, value in dices.items()},
+            "not_shown": [VOCABULARY[label].name for label, value in dices.items() if value < self.min_dice[label]],
+        }
+
+
+def open_judge(
+    segmenter: str | None, label_map: str | None, min_dice: Any, device: str | torch.device = "cpu"
+) -> Judge | None:
+    """What ``judge`` of the config means: a :class:`Judge` by the segmenter of that name, or None.
+
+    Args:
+        segmenter, label_map: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
+
+    Raises:
+        InputError: see there and :class:`Judge`.
+    """
+    return None if segmenter is None else Judge(open_segmenter(segmenter, label_map, str(device)), min_dice)
