@@ -1,0 +1,105 @@
+"""Opening a bundle: a tiny one, whose network adds noise of a seed to its input and whose postprocessing writes it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from maisi_tools.bundles.stage import Stage
+from maisi_tools.errors import InputError
+
+SCRIPT = """
+from pathlib import Path
+
+import torch
+
+LOADED = []
+
+
+def network():
+    LOADED.append(1)
+    return torch.nn.Identity()
+
+
+class AddNoise:
+    def __init__(self, seed, scale):
+        self.seed, self.scale = seed, scale
+
+    def __call__(self, inputs, network):
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(self.seed))
+        return network(inputs) + self.scale * noise
+
+
+class Write:
+    def __init__(self, output_dir):
+        self.output_dir = Path(output_dir)
+
+    def __call__(self, data):
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        torch.save(torch.as_tensor(data["pred"]), self.output_dir / f"{data['name']}.pt")
+        return data
+"""
+CONFIG = {
+    "imports": ["$from maisi_tools.bundles.scripts import bundle_script"],
+    "bundle_root": ".",
+    "output_dir": "out",
+    "device": "cpu",
+    "seed": 0,
+    "scale": 1.0,
+    "progress": True,
+    "parts": "$bundle_script(@bundle_root, 'parts')",
+    "network": "$@parts.network()",
+    "preprocessing": {"_target_": "Identityd", "keys": "image"},
+    "inferer": "$@parts.AddNoise(@seed, @scale)",
+    "postprocessing": "$@parts.Write(@output_dir)",
+    "items": [],
+    "run": ["$[@postprocessing({**x, 'pred': @inferer(torch.as_tensor(x['image']), @network)}) for x in @items]"],
+}
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    root = tmp_path / "tiny"
+    (root / "configs").mkdir(parents=True)
+    (root / "scripts").mkdir()
+    (root / "scripts" / "parts.py").write_text(SCRIPT)
+    (root / "configs" / "inference.json").write_text(json.dumps(CONFIG))
+    (root / "configs" / "louder.json").write_text('{"scale": 10.0}')
+    (root / "configs" / "metadata.json").write_text("{}")
+    return root
+
+
+def test_a_stage_loads_once_and_draws_by_its_seed(bundle, tmp_path):
+    stage = Stage(bundle, device="cpu", output_dir=str(tmp_path / "out"))
+    item = {"image": torch.zeros(1, 4), "name": "a"}
+    drawn = [torch.as_tensor(stage(item, seed)["pred"]) for seed in (3, 4, 3)]
+    assert torch.equal(drawn[0], torch.randn(1, 1, 4, generator=torch.Generator().manual_seed(3))[0])
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.as_tensor(stage(item)["pred"]), drawn[2])  # the seed stays
+    assert stage.parser.get_parsed_content("parts").LOADED == [1]
+
+
+def test_run_is_the_whole_config(bundle, tmp_path):
+    items = [{"image": [[0.0, 0.0]], "name": "a"}]
+    Stage(bundle, ["inference.json", "louder.json"], output_dir=str(tmp_path / "out"), seed=3, items=items).run()
+    expected = 10 * torch.randn(1, 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.load(tmp_path / "out" / "a.pt"), expected)
+
+
+def test_settings_from_a_file_are_values_of_the_configs_keys(bundle):
+    assert Stage(bundle, settings={"scale": 2.0}).inferer.scale == 2.0
+    assert Stage(bundle, scale="$1 + 1").inferer.scale == 2  # the caller's own are evaluated
+    for settings, words in (
+        ({"scale": "$1 + 1"}, "scale"),
+        ({"sale": 2.0}, "did you mean scale"),
+        ({"seed": 1}, "seed"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Stage(bundle, settings=settings, seed=0)
+
+
+def test_a_config_that_is_not_there_is_named(bundle):
+    with pytest.raises(FileNotFoundError, match="nothing.json"):
+        Stage(bundle, "nothing.json")
