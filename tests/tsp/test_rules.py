@@ -15,6 +15,9 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent))
 from bounds import check
 
+from maisi_tools.tsp.errors import TSPError
+from maisi_tools.tsp.inferer import TSPInferer
+
 
 class Function(nn.Module):
     """A function as a network in evaluation mode, with a 4 -> 4 convolution before it, so that it reads slabs."""
@@ -56,8 +59,11 @@ def functions():
         "max pool, dilated": nn.MaxPool3d(2, stride=1, dilation=2),
         "average pool": nn.AvgPool3d(2),
         "average pool, padded": nn.AvgPool3d(3, stride=2, padding=1),
+        "average pool without the border": nn.AvgPool3d(3, stride=2, padding=1, count_include_pad=False),
+        "average pool by a divisor": nn.AvgPool3d(3, stride=2, padding=1, divisor_override=5),
         "adaptive pool": nn.AdaptiveAvgPool3d(1),
         "prelu": nn.PReLU(4),
+        "rrelu": nn.RReLU(0.1, 0.7),
         "in-place relu": nn.ReLU(inplace=True),
         "dropout": nn.Dropout3d(0.5, inplace=True),
         "silu after norm": nn.Sequential(nn.GroupNorm(4, 4), nn.SiLU(inplace=True), nn.Conv3d(4, 4, 3, padding=1)),
@@ -92,6 +98,7 @@ def functions():
         "rolled": lambda self, x: torch.roll(x, shifts=(2, -1, 3), dims=(2, 3, 4)),
         "stacked": lambda self, x: torch.stack([x, -x], dim=2).amax(dim=2),
         "sums of channels": lambda self, x: x.softmax(dim=1).mean(dim=1, keepdim=True) + x.std(1, keepdim=True),
+        "statistics of the batch": lambda self, x: functional.batch_norm(x, None, None, training=True),
         "broadcast along rows": lambda self, x: x * torch.arange(x.shape[2]).to(x).view(-1, 1, 1) + x[:, :, :1],
         "squeeze and excitation": lambda self, x: x * functional.adaptive_avg_pool3d(x, 1).sigmoid(),
         "conditions": lambda self, x: torch.where(x > 0, x, x.exp()).masked_fill(x < -1, 0.0),
@@ -102,6 +109,15 @@ def functions():
         "no rule at all": lambda self, x: torch.fft.fftn(x, dim=(2, 3, 4)).real,
         "values asked for": lambda self, x: x * 2 if x.mean() > 1e9 else x / (1 + x.abs().max().item()),
         "attention": lambda self, x: _attention(x, functional.scaled_dot_product_attention),
+        "attention to the past": lambda self, x: _attention(
+            x, lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        ),
+        "attention with a scale": lambda self, x: _attention(
+            x, lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, scale=3.0)
+        ),
+        "attention with a mask": lambda self, x: _attention(
+            x, lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, torch.arange(k.shape[1]) % 3 > 0)
+        ),
         "attention by einsum": lambda self, x: _attention(
             x, lambda q, k, v: torch.einsum("bxy,byd->bxd", torch.einsum("bxd,byd->bxy", q, k).softmax(-1), v)
         ),
@@ -136,6 +152,11 @@ def _attention(x, product):
 FUNCTIONS = functions()
 GATHERED = {
     "adaptive pool": {"adaptive_avg_pool3d"},
+    "average pool without the border": {"avg_pool3d"},
+    "average pool by a divisor": {"avg_pool3d"},
+    "statistics of the batch": {"batch_norm"},
+    "attention to the past": {"scaled_dot_product_attention"},
+    "attention with a mask": {"scaled_dot_product_attention"},
     "squeeze and excitation": {"adaptive_avg_pool3d"},
     "in place by operator": {"setitem"},
     "no rule at all": {"fft_fftn", "real"},
@@ -156,6 +177,18 @@ def test_rows_of_the_result_are_those_of_the_whole(name, data):
     assert inferer.report is not None
     tokens = {"flatten", "reshape"} if "attention" in name or name in ("tokens", "shuffled voxels") else set()
     assert inferer.report.gathered.keys() <= GATHERED.get(name, set()) | tokens | {"getitem"}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: functional.rrelu(x, training=True), "rrelu is random in training mode"),
+        (lambda x: functional.batch_norm(x, torch.zeros(2), torch.ones(2), training=True), "batch norm is in training"),
+    ],
+)
+def test_what_only_training_does_is_refused(function, message):
+    with pytest.raises(TSPError, match=message):
+        TSPInferer(splits=2)(torch.randn(1, 2, 6, 5, 4), function)
 
 
 @pytest.mark.parametrize("splits", [1, 3, 8])
