@@ -42,7 +42,7 @@ ELSEWHERE = {
     r"torchrun ": "several processes; tests/bundles/test_{slabs,training,cache}.py run these configs",
     r"maisi demo": "ten steps at the demo's size; tests/test_cli.py runs it",
     r"maisi weights": "a download; tests/test_weights.py runs it against a server of its own",
-    r".*full_rflow\.json'": "needs the released weights; tests/test_networks.py holds its networks to MONAI's classes",
+    r".*full_rflow(_mr)?\.json'": "needs the released weights; tests/test_networks.py holds the networks to MONAI's",
     r".*mask_inference\.json": "20 s a mask; tests/bundles/test_mask_generator.py runs it",
     r".*train_mask\.json|.*encode_mask\.json": "minutes; tests/training/test_mask_generator.py runs it",
     r"maisi realism .*RadImageNet": "needs RadImageNet's weights; the line without them runs",
@@ -251,6 +251,7 @@ def given(tmp_path_factory) -> Path:
             numbering[ours] = theirs
         return numbering[labels]
 
+    volume(folder / "my_mr" / "one.nii.gz", np.where(labels > 0, 300.0 + labels, 0).astype(np.int16))
     volume(folder / "total.nii.gz", numbered("totalsegmentator"))
     volume(folder / "scan.nii.gz", hu)
     volume(folder / "labels.nii.gz", numbered("openkbp"))

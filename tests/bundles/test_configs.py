@@ -10,6 +10,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
+from maisi_tools.diffusion.conditions import check_conditions
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
@@ -188,6 +189,8 @@ def test_every_network_is_run_in_slabs_as_the_top_level_keys_say(bundles, bundle
         ("maisi_vae", "inference.json", "full.json", "AutoencoderKlMaisi"),
         ("maisi_vae", "train.json", "full_train.json", "AutoencoderKlMaisi"),
         ("maisi_ldm", "inference.json", "full_rflow.json", "DiffusionModelUNetMaisi"),
+        ("maisi_ldm", "inference.json", "full_rflow_mr.json", "DiffusionModelUNetMaisi"),
+        ("maisi_ldm", "inference.json", "full_rflow_mr_brain.json", "DiffusionModelUNetMaisi"),
         ("maisi_ldm", "inference.json", "full_ddpm.json", "DiffusionModelUNetMaisi"),
         ("maisi_ldm", "train.json", "full_rflow_train.json", "DiffusionModelUNetMaisi"),
         ("maisi_controlnet", "inference.json", "full_rflow.json", "ControlNetMaisi"),
@@ -244,6 +247,37 @@ def test_full_size_networks_have_the_released_keys(bundles, bundle, config, over
     ours = (network.controlnet if expected == "ControlNetMaisi" else network).state_dict()
     theirs = released.state_dict()
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("overlay", "files", "size", "spacing", "guidance"),
+    [
+        ("full_rflow.json", ["diff_unet_3d_rflow-ct.pt", "autoencoder_v1.pt"], [512, 512, 128], [0.78, 0.78, 2.98], 0),
+        ("full_rflow_mr.json", ["diff_unet_3d_rflow-mr.pt", "autoencoder_v2.pt"], [128, 256, 256], [1.25, 1, 1], 15),
+        (
+            "full_rflow_mr_brain.json",
+            ["diff_unet_3d_rflow-mr-brain_v1.pt", "autoencoder_v1.pt"],
+            [256, 256, 128],
+            [0.94, 0.94, 1.36],
+            2,
+        ),
+    ],
+)
+def test_released_generators_have_their_files_and_defaults(bundles, overlay, files, size, spacing, guidance):
+    """As REFERENCE section 6 lists them; the autoencoder has the keys of the released one, and conditions pass."""
+    parser = parser_of(bundles, "maisi_ldm", "inference.json", overlay)
+    assert [path.rsplit("/", 1)[1] for path in parser.get_parsed_content("weights")] == files
+    conditions = parser.get_parsed_content("conditions")
+    assert (list(conditions.size), list(conditions.spacing)) == (size, spacing)
+    assert parser.get_parsed_content("guidance_scale") == guidance
+    limits = [
+        parser[key] for key in ("spacing_range", "smallest_field_of_view", "trained_regions", "trained_modalities")
+    ]
+    check_conditions(conditions, parser.get_parsed_content("size_multiple"), *limits)
+    ct = parser_of(bundles, "maisi_vae", "inference.json", "full.json")
+    with torch.device("meta"):
+        ours, theirs = parser.get_parsed_content("autoencoder_def"), ct.get_parsed_content("network_def")
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 def test_full_size_mask_networks_have_the_released_keys(bundles):

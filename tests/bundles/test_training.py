@@ -292,3 +292,26 @@ def test_two_ranks_with_half_the_batch_equal_one_process(run_bundle, tiny_overri
         figures.append([event.value for event in logged.Scalars("L1")])
         assert len(list((tmp_path / folder).glob("events.*"))) == 2  # the trainer's and the evaluator's: rank 0's alone
     assert figures[0] == pytest.approx(figures[1], rel=1e-4) and len(figures[0]) == 2
+
+
+def test_the_controlnet_trains_on_mr(run_bundle, cases, phantom_labels, tiny_overrides, tmp_path):
+    """From an MR's latents, with its contrast as the condition."""
+    brightness = np.array([0, *range(255)])[phantom_labels] * 40.0
+    affine = nib.load(cases / "p1_ct.nii.gz").affine
+    items = []
+    for i, name in enumerate(NAMES):
+        crop = (slice(i, i + 32), slice(4, 36), slice(8, 40))
+        (tmp_path / "mr").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(brightness[crop].astype(np.int16), affine), tmp_path / "mr" / f"{name}_ct.nii.gz")
+        items.append({"image": str(tmp_path / "mr" / f"{name}_ct.nii.gz"), "modality": "mri_t2"})
+    latents = tmp_path / "latents"
+    run_bundle("maisi_vae", ["encode.json", "mr.json"], input=items, output_dir=str(latents), multiple=16)
+    sidecars = [json.loads(path.read_text()) for path in latents.glob("*_latent.json")]
+    assert [one["modality"] for one in sidecars] == ["mri_t2"] * 3
+    assert all(one["intensity"][0] == 0 and one["intensity"][1] > 2000 for one in sidecars)
+    settings = tiny_overrides("maisi_controlnet", tmp_path / "out", max_epochs=1, dataset_dir=str(latents))
+    workflow = run_bundle("maisi_controlnet", "train.json", **settings)
+    batch = next(iter(workflow.parser.get_parsed_content("train#dataloader")))
+    assert batch["class_labels"].tolist() == [10] * len(batch["class_labels"])
+    trained = read(tmp_path / "out")
+    assert trained["trainer"]["iteration"] > 0 and (tmp_path / "out" / "model.pt").is_file()

@@ -32,7 +32,13 @@ def test_unknown_region_is_zero_and_order_does_not_matter():
 
 def test_modalities_are_the_releases_codes():
     codes = {name: Conditions(**OK, modality=name).tensors(1)["class_labels"].item() for name in MODALITIES}
-    assert codes == {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
+    contrasts = ("t1", "t2", "flair", "pd", "dwi", "adc", "ssfp", "mra", "t1c")
+    stripped = ("t1", "t2", "flair", "swi", "mra")
+    assert codes == {
+        **{"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8, "mri_swi": 20},
+        **{f"mri_{name}": 9 + number for number, name in enumerate(contrasts)},
+        **{f"mri_{name}_skull_stripped": 29 + number for number, name in enumerate(stripped)},
+    }
     assert Conditions(**OK, modality="MRI").tensors(1)["class_labels"].item() == 8
     assert Conditions(**OK, modality=127).tensors(1)["class_labels"].item() == 127
 

@@ -94,6 +94,7 @@ def test_item_holds_what_goes_into_the_sidecar():
         "orientation": "RAS",
         "region": ["head", "chest"],
         "modality": "ct",
+        "intensity": [-1000, 1000],
         "factor": 4,
         "scale_factor": 0.75,
     }
@@ -101,6 +102,11 @@ def test_item_holds_what_goes_into_the_sidecar():
     assert {key: item[key] for key in SIDECAR} == expected == item["noise"].meta["sidecar"]
     assert item["name"] == item["noise"].meta["filename_or_obj"] == "first"
     json.dumps(expected)
+
+
+def test_an_mr_stands_for_0_to_1000():
+    conditions = Conditions(size=(64, 48, 32), spacing=(1.5, 2.0, 3.0), modality="mri_flair")
+    assert DrawNoised("noise", conditions, 1.0, 4)({"name": "a", "seed": 3})["intensity"] == [0, 1000]
 
 
 def test_sampled_pair_is_split_and_placed():

@@ -61,7 +61,7 @@ def test_sidecar_describes_the_image_in_ras():
     assert item["size"] == [volume.shape[3], volume.shape[1], volume.shape[2]] == [8, 10, 13]
     np.testing.assert_allclose(item["spacing"], [10 / 3, 0.7, 0.9], atol=1e-6)
     assert (item["region"], item["modality"], item["scale_factor"]) == (["head"], "ct", 1.0)
-    assert item["latent"].meta["filename_or_obj"] == "in/case.nii.gz"
+    assert item["latent"].meta["filename_or_obj"] == "in/case.nii.gz" and item["intensity"] == [-1000, 1000]
     assert described("PIR")[0]["region"] == described("PIR", region=None)[0]["region"] == []
 
 

@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.normalise import NormaliseByModalityd
+from maisi_tools.volumes.normalise import NormaliseByModalityd, RestoreIntensityd, ScaleMRd
 
 
 def item(values, **extra):
@@ -38,3 +38,29 @@ def test_wrong_items_are_refused():
         NormaliseByModalityd("image")(item(mr))
     with pytest.raises(InputError, match="modality 'pet'"):
         NormaliseByModalityd("image")(item(mr, modality="pet"))
+
+
+def test_an_mr_keeps_what_it_was_scaled_by():
+    """As training sees it; what goes back has the MR's values, and is cut off below alone."""
+    values = np.random.default_rng(0).gamma(2.0, 100.0, (20, 20, 20)) - 30
+    scaled = ScaleMRd("image")(item(values))["image"]
+    trained = NormaliseByModalityd("image")(item(values, modality="mri"))["image"]
+    np.testing.assert_allclose(scaled.numpy(), trained.numpy(), atol=1e-6)
+    low, high = values.min(), np.percentile(values, 99.5)
+    np.testing.assert_allclose(scaled.meta["intensity"], [low, high], rtol=1e-6)
+    made = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5]).reshape(1, 5, 1, 1)
+    back = RestoreIntensityd("pred", "image")({"image": scaled, "pred": made})["pred"].flatten()
+    np.testing.assert_allclose(back, low + (high - low) * np.array([0, 0, 0.25, 1, 1.5]), rtol=1e-5)
+
+
+def test_a_ct_is_clipped_at_both_ends():
+    made = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5]).reshape(1, 5, 1, 1)
+    back = RestoreIntensityd(["pred", "image"], "image")({**item(np.full((1, 1, 1), 0.5)), "pred": made})
+    assert back["pred"].flatten().tolist() == [-1000, -1000, -500, 1000, 1000] and back["image"].item() == 0
+
+
+def test_an_mr_of_air_is_refused():
+    values = np.zeros((10, 10, 10))
+    values[0, 0, :3] = 7
+    with pytest.raises(InputError, match="v has the value 0 in more than 99.5 %"):
+        ScaleMRd("image")(item(values))

@@ -12,12 +12,38 @@ from torch import Tensor
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
 from maisi_tools.volumes.checks import LATENT_CHANNELS, check_output_size, check_spacing, warn_field_of_view
+from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE
+from maisi_tools.volumes.presets import warn_far
 
 REGIONS = tuple(INDICATORS)
 """Body regions from top to bottom; "head" is head and neck, "lower" is pelvis and legs (paper section 3.2)."""
 
-MODALITIES = {"unknown": 0, "ct": 1, "ct_wo_contrast": 2, "ct_contrast": 3, "mri": 8}
-"""Class codes of the v2 release's modality table that our bundles use by name; any code 0..127 is also accepted."""
+MODALITIES = {
+    "unknown": 0,
+    "ct": 1,
+    "ct_wo_contrast": 2,
+    "ct_contrast": 3,
+    "mri": 8,
+    "mri_t1": 9,
+    "mri_t2": 10,
+    "mri_flair": 11,
+    "mri_pd": 12,
+    "mri_dwi": 13,
+    "mri_adc": 14,
+    "mri_ssfp": 15,
+    "mri_mra": 16,
+    "mri_t1c": 17,
+    "mri_swi": 20,
+    "mri_t1_skull_stripped": 29,
+    "mri_t2_skull_stripped": 30,
+    "mri_flair_skull_stripped": 31,
+    "mri_swi_skull_stripped": 32,
+    "mri_mra_skull_stripped": 33,
+}
+"""Class codes of the modality table of NV-Generate-CTMR (v2); any code 0..127 is also accepted."""
+
+MR_CODES = range(8, 34)
+"""Codes of MR in that table, those without a name included."""
 
 
 CONDITIONS = ("top_region_index_tensor", "bottom_region_index_tensor", "spacing_tensor", "class_labels")
@@ -39,6 +65,15 @@ def modality_code(modality: str | int) -> int:
     elif 0 <= modality < 128:
         return int(modality)
     raise InputError(f"modality is {modality!r}; allowed are {', '.join(MODALITIES)} or a class code 0..127")
+
+
+def is_mr(modality: str | int) -> bool:
+    """Whether a modality name or code is one of MR.
+
+    Raises:
+        InputError: see :func:`modality_code`.
+    """
+    return modality_code(modality) in MR_CODES
 
 
 def check_modality(modality: str | int, trained: Sequence[str | int]) -> None:
@@ -103,6 +138,11 @@ class Conditions:
         if len(self.spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in self.spacing):
             raise InputError(f"spacing is {self.spacing}; give three positive numbers in mm, x, y, z")
         modality_code(self.modality)
+
+    @property
+    def intensity(self) -> tuple[float, float]:
+        """What 0 and 1 of the volume stand for: HU of a CT, of an MR numbers without a unit."""
+        return MR_RANGE if is_mr(self.modality) else HU_RANGE
 
     def noise(self, factor: int) -> Tensor:
         """The initial noise (4, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""
@@ -172,6 +212,7 @@ def check_conditions(
     smallest_field_of_view: Sequence[float],
     trained_regions: Sequence[str],
     trained_modalities: Sequence[str | int],
+    presets: str | None = None,
 ) -> None:
     """Refuse conditions that particular weights cannot serve (their limits stand in the bundle's config).
 
@@ -181,6 +222,8 @@ def check_conditions(
         smallest_field_of_view: mm along x, y, z of the smallest volume trained on; below it there is only a warning.
         trained_regions: names of the regions the weights were trained on.
         trained_modalities: names or codes of the modalities likewise.
+        presets: whose weights' fields of view are known, see :data:`~maisi_tools.volumes.presets.PRESETS`; far from
+            them all there is only a warning.
 
     Raises:
         InputError: a size, spacing, region or modality outside the limits.
@@ -189,6 +232,8 @@ def check_conditions(
     check_output_size(conditions.size, size_multiple)
     check_spacing(conditions.spacing, spacing_range, "spacing")
     warn_field_of_view(conditions.size, conditions.spacing, smallest_field_of_view)
+    if presets is not None:
+        warn_far(conditions.size, conditions.spacing, presets)
     if untrained := [name for name in conditions.region if name not in trained_regions]:
         raise InputError(
             f"region {', '.join(untrained)} was not in these weights' training data; allowed are "

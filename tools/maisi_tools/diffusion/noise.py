@@ -100,6 +100,7 @@ class DrawNoised(MapTransform):
             "orientation": "RAS",
             "region": list(conditions.region),
             "modality": conditions.modality,
+            "intensity": list(conditions.intensity),
             "factor": self.factor,
             "scale_factor": self.scale_factor,
         }

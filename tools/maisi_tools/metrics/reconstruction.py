@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from monai.transforms import Transform
+from monai.transforms import ScaleIntensityRange, Transform
 from monai.utils import convert_to_numpy
 from scipy.ndimage import gaussian_filter
 
 from maisi_tools.masks.body import body_envelope
-from maisi_tools.volumes.normalise import HU_RANGE
+from maisi_tools.volumes.normalise import HU_RANGE, intensity_of
 
 WINDOW, SIGMA = 11, 1.5
 """SSIM's Gaussian window and its standard deviation, in voxels (Wang et al. 2004, section III.B)."""
@@ -82,8 +82,7 @@ def reconstruction_metrics(
             "equal ones (X, Y, Z)"
         )
     body = np.asarray(body_envelope(image_hu, spacing), dtype=bool)
-    border = WINDOW // 2
-    interior = tuple(slice(border, n - border) if n >= WINDOW else slice(None) for n in image_hu.shape)
+    interior = _interior(image_hu.shape)
     similarity = ssim_map(image_hu, reconstruction_hu)[interior]
     similarity_body = similarity[body[interior]]
     return {
@@ -94,11 +93,25 @@ def reconstruction_metrics(
     }
 
 
+def whole_metrics(image_hu: np.ndarray, reconstruction_hu: np.ndarray) -> dict[str, float]:
+    """ "psnr" and "ssim" alone, as :func:`reconstruction_metrics` has them."""
+    similarity = ssim_map(image_hu, reconstruction_hu)[_interior(image_hu.shape)]
+    return {"psnr": psnr(image_hu, reconstruction_hu), "ssim": float(similarity.mean(dtype=np.float64))}
+
+
+def _interior(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where SSIM's window fits; all of an axis that is shorter than it."""
+    border = WINDOW // 2
+    return tuple(slice(border, n - border) if n >= WINDOW else slice(None) for n in shape)
+
+
 class ReconstructionMetricsd(Transform):
     """MONAI dict transform: :func:`reconstruction_metrics` of two entries, rounded to 4 decimals.
 
+    Of an MR, whose body no threshold tells, PSNR and SSIM of the whole volume alone, over what its 0 and 1 stand for.
+
     Args:
-        image_key: the original, MetaTensor (1, X, Y, Z) in HU.
+        image_key: the original, MetaTensor (1, X, Y, Z) in HU, or an MR with ``meta["intensity"]``.
         pred_key: the reconstruction, the same shape.
         output_key: where the dict of metrics goes.
     """
@@ -109,7 +122,16 @@ class ReconstructionMetricsd(Transform):
     def __call__(self, data: Mapping[Any, Any]) -> dict:
         """The item with the metrics added."""
         image, prediction = data[self.image_key], data[self.pred_key]
+        low, high = intensity_of(image)
+        if (low, high) != HU_RANGE:
+            as_hu = ScaleIntensityRange(low, high, *HU_RANGE)
+            one, other = (convert_to_numpy(as_hu(volume))[0] for volume in (image, prediction))
+            return {**data, self.output_key: _rounded(whole_metrics(one, other))}
         found = reconstruction_metrics(
             convert_to_numpy(image)[0], convert_to_numpy(prediction)[0], [float(mm) for mm in image.pixdim]
         )
-        return {**data, self.output_key: {name: round(value, 4) for name, value in found.items()}}
+        return {**data, self.output_key: _rounded(found)}
+
+
+def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in metrics.items()}

@@ -71,7 +71,8 @@ def latents_to_encode(
     A latent whose region or modality alone is to change has its sidecar rewritten here; it is not encoded again.
 
     Args:
-        items: CTs under ``image``, with their body ``region`` and their ``modality`` (a kind of CT) where it is known.
+        items: volumes under ``image``, with their body ``region`` and ``modality`` (all CT, or all MR) where it is
+            known.
         output_dir: the cache.
         autoencoder: the network with its weights.
         views: see :func:`maisi_tools.training.views.make_views`.
@@ -85,7 +86,7 @@ def latents_to_encode(
         the latent's file name begins with) and :data:`CACHED`.
 
     Raises:
-        InputError: bad views, two latents of one name, an item that says it is an MR, or a rank that is none.
+        InputError: bad views, two latents of one name, an MR among CTs or the reverse, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
@@ -102,10 +103,12 @@ def latents_to_encode(
     for item in items:
         case = stem_of(item["image"])
         own = item.get("modality") or modality
-        if own != modality and not str(own).lower().startswith("ct"):
+        kind = "mr" if str(modality).lower().startswith("mr") else "ct"
+        if own != modality and not str(own).lower().startswith(kind):
+            scales = "mr.json scales MR" if kind == "mr" else "encode.json without mr.json scales HU"
             raise InputError(
-                f"{item['image']} has the modality {own!r} in its datalist; encode.json scales HU, so allowed are 'ct' "
-                "and names that begin so: leave it out of the input"
+                f"{item['image']} has the modality {own!r} in its datalist; {scales}, so allowed are {kind!r} and "
+                "names that begin so: leave it out of the input"
             )
         for view in seen:
             stem = f"{case}_{view['view']}" if view["view"] else case

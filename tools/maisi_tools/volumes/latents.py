@@ -16,10 +16,12 @@ from numpy.typing import ArrayLike
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, check_latent_size, checked_scale_factor
 from maisi_tools.volumes.grid import crop_to, image_affine, latent_affine
+from maisi_tools.volumes.normalise import HU_RANGE, intensity_of
 
-SIDECAR = ("size", "spacing", "orientation", "region", "modality", "factor", "scale_factor")
+SIDECAR = ("size", "spacing", "orientation", "region", "modality", "intensity", "factor", "scale_factor")
 """What the sidecar holds: voxels and mm of the image the latent stands for (RAS), the orientation to write it in, the
-conditions, image voxels per latent voxel along each axis, and what the latent is divided by before decoding."""
+conditions, the values that 0 and 1 of the image stand for, image voxels per latent voxel along each axis, and what the
+latent is divided by before decoding."""
 
 
 NEEDED = ("size", "spacing", "scale_factor")
@@ -64,6 +66,13 @@ def checked_sidecar(sidecar: Mapping[str, Any], latent: Sequence[int], affine: A
     region = sidecar.get("region", [])
     if not isinstance(region, (list, tuple)) or not all(isinstance(one, str) for one in region):
         raise InputError(f"the sidecar of {name} has the region {region!r}; allowed is a list of names")
+    ends = sidecar.get("intensity", HU_RANGE)
+    finite = isinstance(ends, (list, tuple)) and all(type(end) in (int, float) and np.isfinite(end) for end in ends)
+    if not finite or len(ends) != 2 or ends[0] >= ends[1]:
+        raise InputError(
+            f"the sidecar of {name} has the intensity {ends!r}; allowed are two finite numbers, the values of the "
+            "image that 0 and 1 stand for, the lower one first: encode it again"
+        )
     return {**sidecar, "factor": factor}
 
 
@@ -104,6 +113,7 @@ class DescribeLatentd(MapTransform):
             "orientation": "".join(nib.aff2axcodes(np.asarray(image.meta["original_affine"], dtype=float))),
             "region": list(data.get("region") or []),
             "modality": data.get("modality", self.modality),
+            "intensity": list(intensity_of(image)),
             "factor": self.factor,
             "scale_factor": 1.0,
         }

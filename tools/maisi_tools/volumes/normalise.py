@@ -6,8 +6,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRangePercentiles
+from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import check_ct_intensities
@@ -15,12 +17,86 @@ from maisi_tools.volumes.checks import check_ct_intensities
 HU_RANGE = (-1000.0, 1000.0)
 """The window in HU that the networks see, and that figures of CTs are computed in (paper section 3.1)."""
 
+MR_PERCENTILES = (0.0, 99.5)
+"""An MR has no unit: these percentiles of each volume become 0 and 1 (paper section 3.1)."""
+
+MR_RANGE = (0.0, 1000.0)
+"""What 0 and 1 become in a generated MR (NV-Generate-CTMR)."""
+
+INTENSITY = "intensity"
+"""Entry of a volume's ``meta``, and of a latent's sidecar: the values [lowest, highest] that 0 and 1 stand for."""
+
+
+def intensity_of(volume: Any) -> tuple[float, float]:
+    """The values that 0 and 1 of a volume, or of what a latent decodes to, stand for; without record those of HU."""
+    meta = volume.meta
+    found = meta.get(INTENSITY, meta.get("sidecar", {}).get(INTENSITY))
+    return HU_RANGE if found is None else (float(found[0]), float(found[1]))
+
+
+def window_of(scale: Any) -> list[float]:
+    """What a config's scaling of intensities depends on, as latents record it."""
+    if isinstance(scale, ScaleMRd):
+        return list(MR_PERCENTILES)
+    scaler = scale.scaler
+    return [scaler.a_min, scaler.a_max, scaler.b_min, scaler.b_max]
+
+
+class ScaleMRd(MapTransform):
+    """Maps an MR's :data:`MR_PERCENTILES` to [0, 1], clipped, and keeps their values in ``meta["intensity"]``.
+
+    Args:
+        keys: volumes (1, X, Y, Z), `MetaTensor`.
+
+    Raises:
+        InputError: the percentiles are one value, so that there is nothing to see.
+    """
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        for key in self.key_iterator(items):
+            volume = items[key]
+            low, high = (float(percentile(volume.as_tensor(), q)) for q in MR_PERCENTILES)
+            if low == high:
+                name = volume.meta.get("filename_or_obj", key)
+                raise InputError(
+                    f"{name} has the value {low:g} in more than {MR_PERCENTILES[1]:g} % of its voxels; allowed is an "
+                    "MR of a body: crop the air away"
+                )
+            scaled: Any = ScaleIntensityRange(a_min=low, a_max=high, b_min=0, b_max=1, clip=True)(volume)
+            scaled.meta[INTENSITY] = torch.tensor([low, high], dtype=torch.float64)
+            items[key] = scaled
+        return items
+
+
+class RestoreIntensityd(MapTransform):
+    """Undoes the scaling to [0, 1]: a CT is clipped to :data:`HU_RANGE`, an MR, which has no upper end, below only.
+
+    Args:
+        keys: volumes (1, X, Y, Z) that a network made, or that went into it.
+        reference_key: of the image, noise or latent they were made from, see :func:`intensity_of`.
+    """
+
+    def __init__(self, keys: KeysCollection, reference_key: str) -> None:
+        super().__init__(keys)
+        self.reference_key = reference_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        low, high = intensity_of(data[self.reference_key])
+        is_ct = (low, high) == HU_RANGE
+        restore = ScaleIntensityRange(a_min=0, a_max=1, b_min=low, b_max=high, clip=is_ct)
+        restored: dict[Hashable, Any] = {key: restore(data[key]) for key in self.key_iterator(dict(data))}
+        return {**data, **(restored if is_ct else {key: one.clamp(min=low) for key, one in restored.items()})}
+
 
 class NormaliseByModalityd(MapTransform):
     """Maps a volume's intensities to [0, 1] as its item's modality asks (paper section 3.1), clipped.
 
-    CT ("ct", "ct_contrast", ...): :data:`HU_RANGE`. MR ("mri", "mri_t1", ...): from the lowest value to the 99.5th
-    percentile, because MR has no unit. An item without modality is a CT.
+    CT ("ct", "ct_contrast", ...): :data:`HU_RANGE`. MR ("mri", "mri_t1", ...): by
+    :data:`MR_PERCENTILES`. An item without modality is a CT.
 
     Args:
         keys: volumes (1, D, H, W), read without a check of their intensities; CTs are checked here.
@@ -34,7 +110,8 @@ class NormaliseByModalityd(MapTransform):
         super().__init__(keys)
         self.modality_key = modality_key
         self.ct = ScaleIntensityRange(a_min=HU_RANGE[0], a_max=HU_RANGE[1], b_min=0, b_max=1, clip=True)
-        self.mr = ScaleIntensityRangePercentiles(lower=0, upper=99.5, b_min=0, b_max=1, clip=True)
+        lower, upper = MR_PERCENTILES
+        self.mr = ScaleIntensityRangePercentiles(lower=lower, upper=upper, b_min=0, b_max=1, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)

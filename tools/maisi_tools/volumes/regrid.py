@@ -13,6 +13,7 @@ from monai.transforms import MapTransform, SpatialResample
 from maisi_tools.volumes.checks import check_output_size, check_spacing, nearest_spacing, warn_field_of_view
 from maisi_tools.volumes.grid import regrid_mask
 from maisi_tools.volumes.normalise import HU_RANGE
+from maisi_tools.volumes.presets import Preset, warn_far
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class RegridMaskd(MapTransform):
         multiple: what has to divide `size`.
         spacing_range: (lowest, highest) mm for x, y, z that the weights know; None leaves every spacing as it is.
         own_key: of the item.
+        preset: whose spacing and size are taken in place of the others.
 
     Raises:
         InputError: ``size`` is not divisible by ``multiple``, or the mask's spacing is further from the range than by
@@ -48,8 +50,11 @@ class RegridMaskd(MapTransform):
         multiple: int = 1,
         spacing_range: Sequence[Sequence[float]] | None = None,
         own_key: str = "own_mask",
+        preset: Preset | None = None,
     ) -> None:
         super().__init__(keys)
+        if preset is not None:
+            spacing, size = preset.spacing, preset.size
         self.spacing = spacing
         self.size = check_output_size(size, multiple) if size is not None else None
         self.spacing_range, self.own_key = spacing_range, own_key
@@ -117,20 +122,26 @@ def _mm(spacing: torch.Tensor) -> str:
 
 
 class CheckGridd(MapTransform):
-    """Refuses a spacing the weights were not trained for, and warns of a field of view smaller than any trained on.
+    """Refuses a spacing the weights were not trained for, and warns of a field of view that they do not know.
 
     Args:
         spacing_range: (lowest, highest) mm for x, y, z.
         smallest_field_of_view: mm along x, y, z.
+        presets: whose weights' fields of view are known, see :data:`~maisi_tools.volumes.presets.PRESETS`.
 
     Raises:
         InputError: spacing outside the range.
     """
 
     def __init__(
-        self, keys: str, spacing_range: Sequence[Sequence[float]], smallest_field_of_view: Sequence[float]
+        self,
+        keys: str,
+        spacing_range: Sequence[Sequence[float]],
+        smallest_field_of_view: Sequence[float],
+        presets: str | None = None,
     ) -> None:
         super().__init__(keys)
+        self.presets = presets
         self.spacing_range = spacing_range
         self.smallest_field_of_view = smallest_field_of_view
 
@@ -139,4 +150,6 @@ class CheckGridd(MapTransform):
             spacing = [float(mm) for mm in data[key].pixdim]
             check_spacing(spacing, self.spacing_range, f"the spacing of {data[key].meta.get('filename_or_obj', key)}")
             warn_field_of_view(data[key].shape[1:], spacing, self.smallest_field_of_view)
+            if self.presets is not None:
+                warn_far(data[key].shape[1:], spacing, self.presets)
         return dict(data)
