@@ -198,8 +198,8 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
 
 def _downstream(figures: Mapping[str, Any]) -> str:
     text = (
-        f"Dice on {figures['kept_out']} kept-out patients of N real cases alone, and the difference that M synthetic ones "
-        f"make (95 % interval over the patients). Seeds: {figures['rows'][0]['seeds']}. Patients to validate with: "
+        f"Dice on {figures['kept_out']} kept-out patients of N real cases alone, and the difference that M synthetic "
+        f"ones make (95 % interval). Seeds: {figures['rows'][0]['seeds']}. Patients to validate with: "
         f"{figures['validation']}."
     )
     return "\n".join([text, "", *figures["table"]]) + "\n"
