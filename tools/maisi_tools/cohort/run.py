@@ -25,7 +25,7 @@ from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.diffusion.mask_source import OWN_KEYS
 from maisi_tools.errors import InputError
 from maisi_tools.fingerprints import sha256
-from maisi_tools.stage_settings import check_settings
+from maisi_tools.stage_settings import check_stage_settings
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +151,10 @@ def _on_ray(
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
     """Refuse settings that the stages do not declare, and scans of another form, before any network is loaded."""
-    check_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
+    check_stage_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         config = _config(bundles, "maisi_ldm", "mask_inference.json")
-        check_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+        check_stage_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
     if spec.masks.source == "real" and spec.format == "dicom":
         for scan in find_scans(spec.masks.path, None):
             if not is_series(scan["image"]):

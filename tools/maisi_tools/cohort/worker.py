@@ -32,7 +32,7 @@ from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
-from maisi_tools.stage_settings import check_settings
+from maisi_tools.stage_settings import check_stage_settings
 from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
@@ -66,7 +66,7 @@ class Stage:
         own: further keys, with values of the caller's own.
 
     Raises:
-        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
+        InputError: see :func:`~maisi_tools.stage_settings.check_stage_settings`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Stage:
         self.parser.read_meta(str(bundle / "configs" / "metadata.json"))
         known: Any = self.parser.config
         own |= {"bundle_root": str(bundle), "device": f"$torch.device({device!r})"}
-        given = check_settings(known, settings, f"settings of {bundle.name}", fixed=own)
+        given = check_stage_settings(known, settings, f"settings of {bundle.name}", fixed=own)
         for key, value in {"progress": False, **given, **own}.items():
             self.parser[key] = value
         self.network = self.parser.get_parsed_content("network")

@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.sources import FileSource, SourcedMask
-from maisi_tools.stage_settings import check_plain, check_settings
+from maisi_tools.stage_settings import check_plain, check_stage_settings
 
 OWN_KEYS = ("bundle_root", "input", "dataset_dir", "output_dir", "organ_sizes", "seed", "num_samples", "device", "data")
 """Keys of the config that the source sets itself."""
@@ -30,7 +30,7 @@ class GeneratorSource:
         own: further keys, with values of the caller's own.
 
     Raises:
-        InputError: see :func:`~maisi_tools.stage_settings.check_settings`.
+        InputError: see :func:`~maisi_tools.stage_settings.check_stage_settings`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GeneratorSource:
         config = ConfigParser.load_config_file(self.config)
         check_plain(organ_sizes or {}, "organ_sizes")
         self.organ_sizes = dict(organ_sizes or {})
-        given = check_settings(config, settings or {}, "settings of the mask generator", OWN_KEYS)
+        given = check_stage_settings(config, settings or {}, "settings of the mask generator", OWN_KEYS)
         self.settings = {"progress": False, **given, **own, "device": f"$torch.device({device!r})"}
 
     def masks(self, request: MaskRequest, count: int, seed: int = 0) -> list[SourcedMask]:
