@@ -182,15 +182,12 @@ class Experiment:
         write_json(folder / ARM, {"settings": settings})
         for name, section in (("datalist", self.validation), ("kept_out", self.kept_out)):
             write_json(folder / f"{name}.json", {"training": settings["training"], "validation": section})
-        common = {
-            "bundle_root": str(self.root),
-            "meta_file": str(configs / "metadata.json"),
-            "seed": arm.seed,
-        }
+        common = {"bundle_root": str(self.root), "meta_file": str(configs / "metadata.json")}
         run(
             config_file=[str(configs / "train.json"), str(configs / "converge.json")],
             datalist=str(folder / "datalist.json"),
             ckpt_dir=str(folder),
+            seed=arm.seed,
             resume=True,
             init_ckpt=str(self.folder / arm.first.name / "model_best.pt") if arm.first else None,
             **common,

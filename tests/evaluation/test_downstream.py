@@ -100,19 +100,19 @@ def test_every_arm_trains_and_finished_ones_are_kept(experiment, assert_same, tm
 
 def test_real_cases_come_second_from_the_weights_of_synthetic_ones(experiment, tmp_path):
     """The first half's weights are replaced by others; with a rate of nearly nothing the second half keeps those."""
-    experiment(orders=("then_real",), settings={"learning_rate": 1e-12, "max_epochs": 1})
+    experiment(orders=("then_real",), settings={"learning_rate": 1e-12, "max_epochs": 1}, seeds=2)
     first, second = (tmp_path / "out" / Arm(*arm).name for arm in ((0, 2, "synthetic", 0), (2, 2, "then_real", 0)))
     marked = {name: value + 0.5 for name, value in read_weights(first / "model_best.pt").items()}
     save_weights(first / "model_best.pt", marked)
     shutil.rmtree(second)
-    experiment(orders=("then_real",), settings={"learning_rate": 1e-12, "max_epochs": 1})
+    experiment(orders=("then_real",), settings={"learning_rate": 1e-12, "max_epochs": 1}, seeds=2)
     found = read_weights(second / "model_best.pt")
     for name, value in marked.items():
         torch.testing.assert_close(found[name], value, atol=1e-2, rtol=0)
 
 
 def test_an_interrupted_training_goes_on(experiment, assert_same, tmp_path, monkeypatch):
-    """Stopped after the first arm's second epoch; all figures and weights are those of a run that was not."""
+    """Stopped after the first arm's second epoch, and before it is measured: all is as in a run that was not."""
 
     def weights() -> dict:
         found = (tmp_path / "out").glob("*/model*.pt")
@@ -129,8 +129,12 @@ def test_an_interrupted_training_goes_on(experiment, assert_same, tmp_path, monk
     monkeypatch.setattr(Checkpointer, "save", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         experiment()
+    with monkeypatch.context() as stopped:
+        stopped.setattr("downstream._dice", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiment()
     rows = experiment()
-    assert epochs[:3] == [1, 2, 3]
+    assert epochs[:4] == [1, 2, 3, 1]  # the last one the next arm's
     resumed = weights()
     shutil.rmtree(tmp_path / "out")
     assert experiment() == rows and len(resumed) == 4
@@ -237,6 +241,8 @@ def test_a_run_ends_when_its_validation_stops_improving():
     trainer.add_event_handler(epoch, lambda engine: rates.append(optimizer.param_groups[0]["lr"]))
     trainer.run([0], max_epochs=len(metrics))
     assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01])
+    trainer.run([0], max_epochs=len(metrics))  # as when it is resumed after its end
+    assert len(rates) == trainer.state.iteration == 7
 
 
 def test_the_command_prints_its_table(lists, tmp_path, capsys):

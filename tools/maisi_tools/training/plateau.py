@@ -25,11 +25,15 @@ class StopAtPlateau:
         self.least_rate = float(least_rate)
 
     def attach(self, engine: Engine) -> None:
-        """Look at the end of each epoch."""
+        """Look at the end of each epoch; a run that is resumed after its end does not go on."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._end_when_least)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
         state = self.evaluator.state
         self.scheduler.step(float(state.metrics[state.key_metric_name]))  # type: ignore[attr-defined]
+        self._end_when_least(engine)
+
+    def _end_when_least(self, engine: Engine) -> None:
         if self.scheduler.optimizer.param_groups[0]["lr"] < self.least_rate:
             engine.terminate()
