@@ -43,6 +43,7 @@ def run(repo_root: Path, data: Path, out: Path, *more: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.timeout(1200)
 def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tmp_path):
     made = run(repo_root, data, tmp_path, "--quick")
     assert made.returncode == 0, made.stderr[-2000:]
@@ -52,13 +53,18 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
     }
     assert names["training"] == ["pt_1_ct.nii.gz", "pt_2_ct.nii.gz"] and names["validation"] == ["pt_3_ct.nii.gz"]
     kept_out = {str(path.relative_to(tmp_path)).split("/")[0] for path in tmp_path.rglob("*pt_4*")}
-    assert kept_out == {"evaluation"}
+    assert kept_out == {"evaluation", "downstream"}
+    trained = json.loads((tmp_path / "downstream" / "arms" / "mixed_1_2_seed0" / "datalist.json").read_text())
+    assert not any("pt_4" in case["image"] for cases in trained.values() for case in cases)
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
     files = [tmp_path / "autoencoder" / "model.pt", *(tmp_path / "whole" / f"{n}.pt" for n in ("model", "unet"))]
     figures = json.loads((tmp_path / "measured.json").read_text())
     assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
     assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
+    rows = json.loads((tmp_path / "downstream" / "arms" / "downstream.json").read_text())["table"]
+    assert {(row["real"], row["synthetic"]) for row in rows} == {(1, 2)}
+    assert len(list((tmp_path / "downstream" / "cts").glob("*_ct.nii.gz"))) == 2
     weights = [torch.load(path, weights_only=True) for path in files]
     assert [each.get("factor") for each in weights[1:]] == [2, 2]
     whole, unet = weights[1]["model"], weights[2]["model"]
@@ -101,7 +107,8 @@ def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
 
 def test_cards_say_what_was_measured(repo_root, tmp_path):
     names = [f"bundles/{bundle}/docs/README.md" for bundle in ("maisi_vae", "maisi_controlnet")]
-    for name in [*names, "docs/measured.json"]:
+    names.append("docs/how-to/quality.md")
+    for name in [*names, "docs/measured.json", "docs/downstream.json"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(repo_root / name, tmp_path / name)
     code = f"import sys, pathlib; sys.path.insert(0, {str(repo_root / 'recipes' / 'small')!r}); import measured; "

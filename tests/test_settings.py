@@ -9,7 +9,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from maisi_tools.errors import InputError
-from maisi_tools.settings import check_plain, check_settings
+from maisi_tools.settings import check_plain, check_stage_settings
 
 CONFIG = {
     "imports": ["$import os"],
@@ -44,7 +44,7 @@ ACTIVE = [
 @pytest.mark.parametrize("key", ["steps", "solver", "spacing", "merge", "progress"])
 def test_nothing_of_a_value_is_run(tmp_path, key, number):
     with pytest.raises(InputError, match=key):
-        check_settings(CONFIG, {key: ACTIVE[number](tmp_path / "ran")}, "ct")
+        check_stage_settings(CONFIG, {key: ACTIVE[number](tmp_path / "ran")}, "ct")
     assert not (tmp_path / "ran").exists()
 
 
@@ -84,7 +84,7 @@ def test_the_parser_would_have_run_it(tmp_path):
 )
 def test_what_is_refused(settings, words):
     with pytest.raises(InputError, match=words):
-        check_settings(CONFIG, settings, "ct", fixed=("seed",))
+        check_stage_settings(CONFIG, settings, "ct", fixed=("seed",))
 
 
 def test_values_come_through():
@@ -95,7 +95,7 @@ def test_values_come_through():
         "merge": {"bone": 7, "lung": 8},
         "progress": False,
     }
-    assert check_settings(CONFIG, settings, "ct") == settings
+    assert check_stage_settings(CONFIG, settings, "ct") == settings
     parser = ConfigParser(json.loads(json.dumps(CONFIG)))
     for key, value in settings.items():
         parser[key] = value

@@ -111,6 +111,8 @@ def publish(runs: Path, root: Path) -> None:
     with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
         shutil.copyfile(files["judge"], part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
+    if (runs / "downstream" / "arms" / "downstream.json").is_file():
+        write_json(root / "docs" / "downstream.json", gather_downstream(runs / "downstream" / "arms"))
     write_licences(root)
     write_cards(root)
 
@@ -125,11 +127,30 @@ TARGETS = {
 """Where the bundles have the weights."""
 
 
+def gather_downstream(arms: Path) -> dict[str, Any]:
+    """What docs/downstream.json has of the folder of an experiment: its tables, without anybody's paths.
+
+    Returns:
+        `settings` of the segmentation network, `table` (lines) and `rows`.
+    """
+    found = json.loads((arms / "downstream.json").read_text())
+    settings = next(iter(found["arms"].values()))["settings"]
+    return {
+        "settings": settings["overrides"],
+        "validation": len(settings["validation"]),
+        "kept_out": len(settings["kept_out"]),
+        "table": (arms / "table.md").read_text().strip().splitlines(),
+        "rows": found["table"],
+    }
+
+
 def write_cards(root: Path) -> None:
-    """Write the figures of docs/measured.json into the model cards."""
-    figures = json.loads((root / "docs" / "measured.json").read_text())
-    for bundle, render in CARDS.items():
-        path = root / "bundles" / bundle / "docs" / "README.md"
+    """Write the figures of docs/measured.json and docs/downstream.json into the pages that show them."""
+    docs = root / "docs"
+    pages = {root / "bundles" / bundle / "docs" / "README.md": (render, "measured") for bundle, render in CARDS.items()}
+    pages[docs / "how-to" / "quality.md"] = _downstream, "downstream"
+    for path, (render, name) in pages.items():
+        figures = json.loads((docs / f"{name}.json").read_text())
         before, rest = path.read_text().split(BEGIN)
         _, after = rest.split(END)
         with replacing(path) as part:
@@ -173,6 +194,15 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
     ]
     lines[-1] += f"{ratio['max']:.2f})."
     return "\n".join(lines) + "\n"
+
+
+def _downstream(figures: Mapping[str, Any]) -> str:
+    text = (
+        f"Dice on {figures['kept_out']} kept-out patients of N real cases alone, and the difference that M synthetic "
+        f"ones make (95 % interval). Seeds: {figures['rows'][0]['seeds']}. Patients to validate with: "
+        f"{figures['validation']}."
+    )
+    return "\n".join([text, "", *figures["table"]]) + "\n"
 
 
 CARDS: dict[str, Callable[[Mapping[str, Any]], str]] = {

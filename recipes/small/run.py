@@ -10,6 +10,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     whole        whole latents: the same weights go on, at what they will see
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
+    downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
 `RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
@@ -19,7 +20,7 @@ measured into the model cards.
 On a borrowed GPU, to which the data travel as one file:
 
     python recipes/small/run.py DATA --out RUNS --stages prepare,masks --pack data.npz
-    python recipes/small/run.py data.npz --out AWAY --gpu --minutes 3       # there: all stages but evaluate
+    python recipes/small/run.py data.npz --out AWAY --gpu --minutes 3       # there: the trainings
 
 Then the folders of AWAY go into RUNS, and `run.py DATA --out RUNS --stages evaluate` measures them.
 """
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,16 +41,22 @@ from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import write_json
+from maisi_tools.volumes.inputs import stem_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
-STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge", "evaluate")
+STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge", "evaluate", "downstream")
 
-AT_HOME = ("masks", "evaluate")
+AT_HOME = ("masks", "evaluate", "downstream")
 """Stages for which a packed file has not all that they need."""
+
+
+def run_script(path: str, *arguments: object) -> None:
+    """Run a script of this repository."""
+    subprocess.run([sys.executable, str(ROOT / path), *map(str, arguments)], check=True)
 
 
 def run_maisi(*arguments: object) -> None:
@@ -165,6 +173,40 @@ class Run:
         figures = gather(folder, kept_out)
         write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
 
+    def downstream(self) -> None:
+        """Make CTs of masks of training patients, and measure what they are worth to a segmentation network."""
+        files, folder = files_of(self.out), self.out / "downstream"
+        plan = json.loads((HERE / "downstream.json").read_text()) | self.changes.get("downstream", {})
+        patients = json.loads((self.out / "datalist.json").read_text())["training"]
+        drawn = random.Random(plan["seed"]).sample(patients, plan["count"])
+        masks = [self.out / "masks" / f"{stem_of(case['image'])}_mask.nii.gz" for case in drawn]
+        cts = [folder / "cts" / f"{stem_of(mask)}_ct.nii.gz" for mask in masks]
+        left = [
+            {"image": str(mask), "seed": 1000 + number}
+            for number, (mask, ct) in enumerate(zip(masks, cts, strict=True))
+            if not ct.is_file()
+        ]
+        if left:
+            write_json(folder / "left.json", {"training": left})
+            settings = {
+                "input": folder / "left.json",
+                "output_dir": folder / "cts",
+                "ckpt_path": files["controlnet"],
+                "autoencoder_ckpt_path": files["autoencoder"],
+            }
+            run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json", [], settings | plan["inference"])
+        pairs = [{"image": str(ct), "label": case["label"]} for ct, case in zip(cts, drawn, strict=True)]
+        write_json(folder / "synthetic.json", {"training": pairs})
+        options = {
+            "datalist": self.out / "datalist.json",
+            "kept_out": self.out / "kept_out.json",
+            "synthetic": folder / "synthetic.json",
+            "output_dir": folder / "arms",
+            **{name: plan[name] for name in ("real", "synthetic_counts", "orders", "seeds")},
+            "settings": json.dumps(plan["settings"]),
+        }
+        run_script("evaluation/downstream.py", *(f"--{name}={value}" for name, value in options.items()))
+
     def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:
         settings |= {
             "dataset_dir": self.out / "latents",
@@ -191,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
-    parser.add_argument("--stages", help=f"in any choice (default: {','.join(STAGES)}; of a packed file not evaluate)")
+    parser.add_argument("--stages", help=f"in any choice (default: {','.join(STAGES)}; of a packed file the trainings)")
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
     parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -133,6 +134,9 @@ def test_dicom_in_dicom_out(hu, tmp_path, repo_root, monkeypatch):
         study = tmp_path / name / "SERIES_dicom"
         assert {path.name for path in study.iterdir()} == {"CT", "SEG.dcm", "RTSTRUCT.dcm"}
         made = pydicom.dcmread(study / "CT" / "0001.dcm")
+        if keep:  # a study that is gone is made again
+            shutil.rmtree(study)
+            assert twin(series, "--output_dir", tmp_path / name, "--keep_patient", keep) == 0 and study.is_dir()
         assert (made.PatientID == given.PatientID) == keep == (made.StudyInstanceUID == given.StudyInstanceUID)
         assert made.SeriesInstanceUID != given.SeriesInstanceUID
         assert made.DerivationDescription.startswith("Synthetic") and "thresholds" in made.DerivationDescription

@@ -2,7 +2,7 @@
 
 usage: rank_program.py OUTPUT_DIR NETWORK:AXIS:SPLITS:OPTIONS ..., with the environment torchrun gives. OPTIONS are
 "first" (only rank 0 has the input), "shards" (results are not gathered), "write" (shards are written into one file),
-"die" (the last rank is killed in mid-run).
+"die" (the last rank is killed in mid-run). Before that, what the ranks agree on as the least of three limits is saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from monai.networks.nets import SegResNet
 from torch import distributed, nn
 
 from maisi_tools.networks import Autoencoder, DiffusionUNet
-from maisi_tools.tsp.ranks import Shard
+from maisi_tools.tsp.ranks import Ranks, Shard
 from maisi_tools.tsp.run import Call, Settings
 from maisi_tools.volumes.writing import write_shard
 
@@ -96,6 +96,9 @@ def run(name: str, axis: str, splits: str, options: str, path: Path) -> None:
 def main(output_dir: str, *cases: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    ranks, own = Ranks(), distributed.get_rank()
+    limits = [ranks.least(limit, torch.device("cpu")) for limit in (100 + own, None if own == 0 else 50 + own, None)]
+    torch.save(limits, Path(output_dir, f"limits_{own}.pt"))
     for number, text in enumerate(cases):
         run(*text.split(":"), Path(output_dir, f"{number}_{distributed.get_rank()}.pt"))
     distributed.barrier()

@@ -119,7 +119,9 @@ def check_plain(value: Any, where: str, depth: int = 0) -> None:
         raise InputError(f"{where} is a {type(value).__name__}; allowed are numbers, text, booleans and lists of these")
 
 
-def check_settings(config: Mapping[str, Any], settings: Any, where: str, fixed: Collection[str] = ()) -> dict[str, Any]:
+def check_stage_settings(
+    config: Mapping[str, Any], settings: Any, where: str, fixed: Collection[str] = ()
+) -> dict[str, Any]:
     """Settings from data for a stage's config, as a dict that can be set without being parsed.
 
     A key can be set where the config itself has a plain value, or one of its ``displayable_configs``. What the config

@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import decollate_batch, list_data_collate
 
-from maisi_tools.settings import check_settings
+from maisi_tools.settings import check_stage_settings
 
 
 class Stage:
@@ -33,7 +33,7 @@ class Stage:
         workflow: MONAI's, with the config.
 
     Raises:
-        InputError: see :func:`~maisi_tools.settings.check_settings`.
+        InputError: see :func:`~maisi_tools.settings.check_stage_settings`.
         FileNotFoundError: there is no such config.
     """
 
@@ -54,7 +54,7 @@ class Stage:
         given = {}
         if settings:
             known = ConfigParser.load_config_files(files)
-            given = check_settings(known, settings, f"settings of {root.name}", fixed=own)
+            given = check_stage_settings(known, settings, f"settings of {root.name}", fixed=own)
         self.workflow = ConfigWorkflow(
             config_file=files,
             meta_file=str(Path(files[0]).with_name("metadata.json")),

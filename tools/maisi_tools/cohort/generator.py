@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.sources import FileSource, SourcedMask
-from maisi_tools.settings import check_plain, check_settings
+from maisi_tools.settings import check_plain, check_stage_settings
 
 CONFIG = "mask_inference.json"
 
@@ -33,7 +33,7 @@ class GeneratorSource:
         own: further keys, with values of the caller's own.
 
     Raises:
-        InputError: see :func:`~maisi_tools.settings.check_settings`; or the config refuses a value.
+        InputError: see :func:`~maisi_tools.settings.check_stage_settings`; or the config refuses a value.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class GeneratorSource:
         **own: Any,
     ) -> None:
         (config,) = config_files(bundle, CONFIG)
-        given = check_settings(
+        given = check_stage_settings(
             ConfigParser.load_config_file(config), settings or {}, "settings of the mask generator", OWN_KEYS
         )
         self.folder = tempfile.TemporaryDirectory()

@@ -25,7 +25,7 @@ from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
 from maisi_tools.files import sha256, write_csv, write_json
 from maisi_tools.metrics.segmenters import open_segmenter
-from maisi_tools.settings import check_plain, check_settings
+from maisi_tools.settings import check_plain, check_stage_settings
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,10 @@ def _on_ray(
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
     """Refuse settings that the stages do not declare, and scans of another form, before any network is loaded."""
-    check_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
+    check_stage_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         config = _config(bundles, "maisi_ldm", "mask_inference.json")
-        check_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+        check_stage_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
     if spec.masks.source == "real" and spec.format == "dicom":
         for scan in find_scans(spec.masks.path, None):
             if not is_series(scan["image"]):

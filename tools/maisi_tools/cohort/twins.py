@@ -159,9 +159,11 @@ def _twin(
         drawn = Path(scratch) / f"{name}.nii.gz"
         write_volume(drawn, placed[0].numpy(), placed.affine.numpy(), np.uint8)
         stage({"image": str(drawn)})
+    files = [f"{name}_{what}.nii.gz" for what in ("ct", "mask")]
     if is_series(ct):
         _write_study(ct, folder, name, how)
-    return {"labels": [VOCABULARY[int(id)].name for id in np.unique(mask) if id], "ml": ml}
+        files.append(f"{name}_dicom")
+    return {"files": files, "labels": [VOCABULARY[int(id)].name for id in np.unique(mask) if id], "ml": ml}
 
 
 def _write_study(ct: str, folder: Path, name: str, how: Mapping[str, Any]) -> None:
@@ -193,9 +195,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_done(path: Path, input: str) -> bool:
     record = _read(path)
-    name = path.name.removesuffix(RECORD)
-    whole = all((path.parent / f"{name}_{what}.nii.gz").is_file() for what in ("ct", "mask"))
-    return whole and record.get("status") == "done" and record.get("input") == input
+    if record.get("status") != "done" or record.get("input") != input:
+        return False
+    files = record.get("files", ())
+    return bool(files) and all((path.parent / str(name)).exists() for name in files)
 
 
 def _check_earlier(items: Sequence[Mapping[str, str]], folder: Path, how: Mapping[str, Any]) -> None:

@@ -234,13 +234,13 @@ def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
 
 def _settings_of(path: Path, sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """The settings a latent was encoded with, which its sidecar has as one line of JSON."""
+    given = sidecar.get("settings", "{}")
     try:
-        settings = json.loads(sidecar.get("settings", "{}"))
-        settings.keys  # noqa: B018 - a mapping
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"the sidecar of {path} has settings that are no JSON object ({error}); encode it again"
-        ) from None
+        settings = json.loads(given)
+    except (TypeError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f"the sidecar of {path} has settings that are no JSON object: {given!r:.80}; encode it again")
     return settings
 
 
