@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.apps.generation.maisi.networks.controlnet_maisi import ControlNetMaisi
+from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
@@ -25,6 +28,7 @@ from maisi_tools.diffusion.conditions import Conditions, batch_tensors
 from maisi_tools.masks.bits import label_bits
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import merge_labels, region_of
+from maisi_tools.networks import SHARED, autoencoder_settings, controlnet_settings, unet_settings
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.weights import read_weights, save_weights
 
@@ -115,8 +119,9 @@ def _narrower(configs: Sequence[Path], by: int) -> dict[str, Any]:
         for key in ("num_channels", "conditioning_embedding_num_channels"):
             if (channels := parser[part].get(key)) is not None:
                 changes[f"{part}#{key}"] = [n // by for n in channels]
-        groups = min(parser[part]["norm_num_groups"], *changes[f"{part}#num_channels"])
-        changes[f"{part}#norm_num_groups"] = groups
+        if "norm_num_groups" in parser[part]:  # the ControlNet has those of the U-Net
+            groups = min(parser[part]["norm_num_groups"], *changes[f"{part}#num_channels"])
+            changes[f"{part}#norm_num_groups"] = groups
     return changes
 
 
@@ -124,17 +129,19 @@ def _networks(parser: ConfigParser, **arguments: Any) -> tuple[Any, Any, Any]:
     """Return MONAI's own autoencoder, U-Net and ControlNet with the config's arguments, freshly started.
 
     Args:
-        parser: its targets are overwritten.
+        parser: with the config.
         arguments: of the autoencoder, in place of the config's.
     """
-    maisi = "monai.apps.generation.maisi.networks"
-    parser["autoencoder_def#_target_"] = f"{maisi}.autoencoderkl_maisi.AutoencoderKlMaisi"
-    parser["network_def#unet#_target_"] = f"{maisi}.diffusion_model_unet_maisi.DiffusionModelUNetMaisi"
-    parser["network_def#controlnet#_target_"] = f"{maisi}.controlnet_maisi.ControlNetMaisi"
-    for key, value in arguments.items():
-        parser[f"autoencoder_def#{key}"] = value
-    ids = ("autoencoder_def", "network_def#unet", "network_def#controlnet")
-    return tuple(parser.get_parsed_content(id) for id in ids)  # type: ignore[return-value]
+    autoencoder, unet, controlnet = (
+        {key: value for key, value in parser.get(id).items() if key != "_target_"}
+        for id in ("autoencoder_def", "network_def#unet", "network_def#controlnet")
+    )
+    shared = {key: value for key, value in unet.items() if key in SHARED}
+    return (
+        AutoencoderKlMaisi(**autoencoder_settings(**{**autoencoder, **arguments})),
+        DiffusionModelUNetMaisi(**unet_settings(**unet)),
+        ControlNetMaisi(**controlnet_settings(**{**shared, **controlnet})),
+    )
 
 
 def monais(

@@ -26,6 +26,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
 from maisi_tools.files import replacing
+from maisi_tools.networks import autoencoder_settings
 from maisi_tools.tsp.inferer import TSPInferer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
         for key, value in json.loads((configs / "full.json").read_text()).items():
             if key.startswith(prefix):
                 found[key.removeprefix(prefix)] = value
-    return found | changes
+    return autoencoder_settings(**{**found, **changes})
 
 
 def released_settings(device: str) -> dict[str, Any]:

@@ -436,7 +436,16 @@ def test_every_setting_has_its_row(heading):
         for name in names:
             path = ROOT / "bundles" / bundle / "configs" / f"{name}.json"
             content = json.loads(path.read_text()) if path.is_file() else {}
-            for key in content.keys() - {"imports", "initialize", "run", "weights"}:
+            for key in content.keys() - {
+                "imports",
+                "start",
+                "door",
+                "check",
+                "recorded",
+                "initialize",
+                "run",
+                "weights",
+            }:
                 if is_setting(content[key]):
                     found.setdefault(key, [set(), set(), set()])[column].add("x" if name == "train" else name)
     listed = {row[0].strip("`"): [set(re.findall(r"\w+", cell)) for cell in row[1:4]] for row in rows_under(heading)}

@@ -238,3 +238,30 @@ def test_residuals_are_added_as_monais_network_adds_them(tiny_settings, tiny_une
         )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found - plain).abs().max() > 0.1
+
+
+def test_a_controlnet_takes_what_is_not_given_from_its_unet(tiny_settings):
+    settings = {**tiny_settings["unet"], "resblock_updown": True}
+    unet = DiffusionUNet(**settings)
+    embedding = {"conditioning_embedding_num_channels": [8, 8, 8]}
+    network = ControlledUNet(unet, embedding)
+    by_hand = ControlNet(**{**tiny_settings["controlnet"], **embedding, "resblock_updown": True})
+    shapes = {name: value.shape for name, value in network.controlnet.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in by_hand.state_dict().items()}
+    other = ControlledUNet(unet, {**embedding, "norm_num_groups": 8}).controlnet
+    assert {m.num_groups for m in other.modules() if isinstance(m, torch.nn.GroupNorm)} == {8}
+
+
+def test_networks_of_what_never_varies_are_those_with_all_of_it(tiny_settings):
+    """The shapes of networks built from the arguments that vary are those of MONAI's from all of them."""
+    vae = tiny_settings["vae"]
+    short = Autoencoder(**{key: vae[key] for key in ("num_channels", "num_res_blocks", "norm_num_groups")})
+    assert {k: v.shape for k, v in short.state_dict().items()} == {
+        k: v.shape for k, v in AutoencoderKlMaisi(**vae).state_dict().items()
+    }
+    common = {"spatial_dims", "in_channels", "out_channels"}
+    unet = tiny_settings["unet"]
+    short_unet = DiffusionUNet(**{key: value for key, value in unet.items() if key not in common})
+    assert {k: v.shape for k, v in short_unet.state_dict().items()} == {
+        k: v.shape for k, v in DiffusionModelUNetMaisi(**unet).state_dict().items()
+    }

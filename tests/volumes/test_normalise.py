@@ -6,7 +6,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.normalise import NormaliseByModalityd, RestoreIntensityd, ScaleMRd
+from maisi_tools.volumes.normalise import FromHUd, NormaliseByModalityd, RestoreIntensityd, ScaleMRd, ToHUd
 
 
 def item(values, **extra):
@@ -64,3 +64,12 @@ def test_an_mr_of_air_is_refused():
     values[0, 0, :3] = 7
     with pytest.raises(InputError, match="v has the value 0 in more than 99.5 %"):
         ScaleMRd("image")(item(values))
+
+
+def test_hu_and_what_networks_see_are_each_others_inverse_within_the_window():
+    values = np.array([-3000, -1000, -500, 0, 250, 1000, 2500.0]).reshape(7, 1, 1)
+    seen = FromHUd("image")(item(values))["image"]
+    assert seen.flatten().tolist() == [0, 0, 0.25, 0.5, 0.625, 1, 1]
+    back = ToHUd("image")({"image": seen})["image"]
+    assert back.flatten().tolist() == [-1000, -1000, -500, 0, 250, 1000, 1000]
+    assert ToHUd("image")(item(np.array([-0.5, 1.5]).reshape(2, 1, 1)))["image"].flatten().tolist() == [-1000, 1000]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,16 +115,54 @@ def _recomputed(kind: type[nn.Module], block: nn.Module, *args: Any, **kwargs: A
     return checkpoint(partial(kind.forward, block), *args, use_reentrant=False, **kwargs)
 
 
+SHARED = (
+    *("spatial_dims", "in_channels", "num_channels", "attention_levels", "num_head_channels", "num_res_blocks"),
+    *("norm_num_groups", "resblock_updown", "include_fc", "num_class_embeds", "use_flash_attention"),
+)
+"""Settings that a U-Net and the ControlNet beside it have in common, since residuals are added level by level."""
+
+
+def autoencoder_settings(num_channels: Sequence[int], **given: Any) -> dict[str, Any]:
+    """All arguments of MONAI's autoencoder, where those that are not given are as in all of MAISI's."""
+    return {
+        **{"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "norm_eps": 1e-6},
+        **{"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False},
+        "attention_levels": [False] * len(num_channels),
+        **{"use_checkpointing": False, "use_convtranspose": False, "norm_float16": False},
+        **{"num_splits": 1, "dim_split": 1, "save_mem": False},
+        "num_channels": num_channels,
+        **given,
+    }
+
+
+def unet_settings(**given: Any) -> dict[str, Any]:
+    """The same for MONAI's U-Net on latents."""
+    flash = torch.cuda.is_available()
+    return {"spatial_dims": 3, "in_channels": 4, "out_channels": 4, "use_flash_attention": flash, **given}
+
+
+def controlnet_settings(**given: Any) -> dict[str, Any]:
+    """The same for MONAI's ControlNet."""
+    common = {"spatial_dims": 3, "in_channels": 4, "use_flash_attention": torch.cuda.is_available()}
+    return {**common, "conditioning_embedding_in_channels": 8, "use_checkpointing": False, **given}
+
+
 class Autoencoder(AutoencoderKlMaisi):
     """MAISI's KL-autoencoder (paper section 3.1): CT (B, 1, D, H, W) in [0, 1] <-> latent (B, 4, d, h, w).
 
     In training mode ``forward`` returns ``(reconstruction, mean, sigma)`` with the latent drawn from the posterior, by
     ``noise`` (B, 4, d, h, w) from a unit normal where it is given; in evaluation mode it returns the
     reconstruction from the posterior's mean, so the result does not depend on chance.
+
+    Args:
+        num_channels: of each level.
+        num_res_blocks: of each level.
+        kwargs: of MONAI's network; what is left out is as in all autoencoders of MAISI: one channel in and out, four in
+            the latent, no attention (``attention_levels`` of all False), nothing split.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, num_channels: Sequence[int], num_res_blocks: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(**autoencoder_settings(num_channels=num_channels, num_res_blocks=num_res_blocks, **kwargs))
         use_plain_layers(self)
 
     @property
@@ -148,10 +186,19 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
     A condition that is left out enters as its null value (zeros), the value it is replaced with when conditions are
     dropped in training; conditions this network was not built for are ignored, so that one set of conditions serves
     the networks of both MAISI versions (v1 has region inputs, v2 a modality class).
+
+    Args:
+        kwargs: of MONAI's network; what is left out is as in all U-Nets of MAISI: four channels in and out, and flash
+            attention where there is a GPU.
+
+    Attributes:
+        levels: of these arguments those that a :class:`ControlNet` beside it shares.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        settings = unet_settings(**kwargs)
+        super().__init__(**settings)
+        self.levels = {name: value for name, value in settings.items() if name in SHARED}
         use_plain_layers(self)
 
     def forward(  # type: ignore[override]
@@ -202,7 +249,15 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
 
 
 class ControlNet(ControlNetMaisi):
-    """MAISI's ControlNet, whose mask embedding can be computed apart, once for all steps of a sampler."""
+    """MAISI's ControlNet, whose mask embedding can be computed apart, once for all steps of a sampler.
+
+    Args:
+        kwargs: of MONAI's network; what is left out is as in all of MAISI's: eight bit planes of a mask, and as in
+            :class:`DiffusionUNet`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**controlnet_settings(**kwargs))
 
     @property
     def factor(self) -> int:
@@ -245,12 +300,18 @@ class ControlledUNet(nn.Module):
     when left out. The mask enters the ControlNet as the 8 bits of its label values. A sampler computes :meth:`embed`
     once and calls :meth:`denoise` at each step.
 
+    Args:
+        unet: generates.
+        controlnet: steers; or only its settings, of which those that are left out are the U-Net's.
+
     Raises:
         InputError: `controlnet` is MONAI's class, which embeds the mask at each step.
     """
 
-    def __init__(self, unet: DiffusionUNet, controlnet: ControlNet) -> None:
+    def __init__(self, unet: DiffusionUNet, controlnet: ControlNet | Mapping[str, Any]) -> None:
         super().__init__()
+        if isinstance(controlnet, Mapping):
+            controlnet = ControlNet(**{**unet.levels, **controlnet})
         if not isinstance(controlnet, ControlNet):
             raise InputError(
                 f"controlnet is a {type(controlnet).__name__}; allowed is maisi_tools.networks.ControlNet, which has "

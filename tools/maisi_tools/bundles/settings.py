@@ -10,8 +10,9 @@ from types import FrameType
 from typing import Any
 
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.utils import set_determinism
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.settings import check_device
 
 DISPLAYABLE = "displayable_configs"
@@ -27,8 +28,19 @@ _PATHS = {"input", "dataset_dir", "datalist", "label_map", "bundle_root"}
 _PATH_ENDINGS = ("_dir", "_path", "_ckpt", "_config", "_file")
 
 
+def begin(seed: int) -> None:
+    """What every config begins with: errors of one line, its settings checked, and the global random state seeded.
+
+    Raises:
+        InputError: see :func:`check_settings`.
+    """
+    report_input_errors()
+    check_settings()
+    set_determinism(seed, use_deterministic_algorithms=False)
+
+
 def check_settings() -> None:
-    """Check the settings of the config that is being run; its ``initialize`` calls this first.
+    """Check the settings of the config that is being run; its ``initialize`` calls this first, in :func:`begin`.
 
     A path that python-fire made a number of, as of ``--input 20260101`` or ``--output_dir 1_000``, becomes the text
     that was typed.
@@ -36,7 +48,7 @@ def check_settings() -> None:
     Raises:
         InputError: a key that nothing in the config refers to, which a misspelt one is; or a device that is not there.
     """
-    workflow = _running()
+    workflow = running()
     if workflow is None:
         return
     parser = workflow.parser
@@ -133,7 +145,7 @@ def _references(config: Any) -> Iterator[str]:
             yield from _references(part)
 
 
-def _running() -> ConfigWorkflow | None:
+def running() -> ConfigWorkflow | None:
     """The workflow that is evaluating the expression which called; MONAI gives expressions no other way to it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

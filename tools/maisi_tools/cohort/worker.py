@@ -26,13 +26,13 @@ from maisi_tools.cohort.spec import CohortSpec, draw
 from maisi_tools.diffusion.editing import find_scans
 from maisi_tools.errors import find_input_error
 from maisi_tools.files import sha256, write_json
-from maisi_tools.masks.class_folder import is_class_folder, read_mask
+from maisi_tools.masks.class_folder import find_masks, read_mask
 from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import label_id
-from maisi_tools.volumes.inputs import find_inputs, stem_of
+from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
 
@@ -294,7 +294,7 @@ def _pool(spec: CohortSpec) -> list[Path]:
     masks = spec.masks
     if masks.source == "files":
         label_map = read_label_map(masks.label_map)
-        found = find_inputs(masks.path, "image", lambda folder: is_class_folder(folder, label_map))
+        found = find_masks(masks.path, label_map)
         return [Path(item["image"]) for item in found]
     if masks.source == "library":
         label_map = read_label_map(masks.label_map)

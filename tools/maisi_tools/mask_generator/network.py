@@ -29,14 +29,14 @@ class MaskUNet(DiffusionModelUNet):
         prior_until: above this share of noise the prior's velocity is taken and the U-Net is not asked. For rectified
             flow, whose timesteps are thousandths of noise.
         latent_size: (d, h, w) of the latents, all on one canvas; needed for a prior.
-        kwargs: of MONAI's network.
+        kwargs: of MONAI's network; flash attention is on where there is a GPU.
     """
 
     def __init__(
         self,
         *,
         cross_attention_dim: int,
-        in_channels: int,
+        in_channels: int = 4,
         embed_sizes: bool = False,
         prior_components: int = 0,
         prior_until: float = 0.9,
@@ -49,7 +49,7 @@ class MaskUNet(DiffusionModelUNet):
             cross_attention_dim=organs,
             num_class_embeds=organs if embed_sizes else None,
             in_channels=in_channels * 2 if prior_components else in_channels,
-            **kwargs,
+            **{"spatial_dims": 3, "out_channels": 4, "use_flash_attention": torch.cuda.is_available(), **kwargs},
         )
         use_plain_layers(self)
         self.organs = organs

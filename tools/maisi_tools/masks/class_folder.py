@@ -17,7 +17,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
 from maisi_tools.masks.slicer import is_segmentation, read_segmentation
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import is_volume, stem_of
+from maisi_tools.volumes.inputs import find_inputs, is_volume, stem_of
 from maisi_tools.volumes.reading import read_volume
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,11 @@ def is_class_folder(path: str | os.PathLike, label_map: LabelMap) -> bool:
     folder = Path(path)
     names = [stem_of(file) for file in _volumes(folder)] if folder.is_dir() else []
     return 2 * sum(label_map.label_of(name) is not None for name in names) > len(names)
+
+
+def find_masks(input: Any, label_map: LabelMap) -> list[dict[str, str]]:
+    """The masks that an input names, files and class folders, as :func:`~maisi_tools.volumes.inputs.find_inputs`."""
+    return find_inputs(input, "image", lambda folder: is_class_folder(folder, label_map))
 
 
 def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:

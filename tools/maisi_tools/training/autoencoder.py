@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from ignite.metrics import Average
 from torch import Tensor
 
 from maisi_tools.training.loaders import sample_numbers
@@ -46,3 +47,15 @@ def posterior_noise(draws: Iterable[Any], size: Sequence[int], seed: int, device
         with sample_numbers(seed, int(draw), device):
             noise.append(torch.randn([LATENT_CHANNELS, *(n // factor for n in size)], device=device))
     return torch.stack(noise)
+
+
+def image_as_label(
+    batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """``prepare_batch`` of the autoencoder's validation: the image, and itself, with its meta data, as the label."""
+    return batch["image"].as_tensor().to(device), batch["image"]
+
+
+def case_mean(name: str) -> Average:
+    """The mean over the cases of one of the ``metrics`` that a validation's postprocessing leaves."""
+    return Average(lambda output: output[0]["metrics"][name])

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from monai.handlers import MeanAbsoluteError
 from monai.networks.schedulers import RFlowScheduler
 from monai.networks.schedulers.ddpm import DDPMPredictionType
 from monai.networks.schedulers.scheduler import Scheduler
@@ -245,3 +246,8 @@ def body_scale_factor(samples: Iterable[Mapping[str, Any]]) -> float:
     if not values.shape[1]:
         raise InputError("no cell of the latents lies in a body; give masks of the CTs that were encoded")
     return float(1 / values.var(1, correction=0).mean().sqrt())
+
+
+def velocity_error() -> MeanAbsoluteError:
+    """The mean absolute error of what a U-Net says of a noisy latent, for a validation."""
+    return MeanAbsoluteError(output_transform=lambda output: (output["pred"].float(), output["label"]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
-from monai.engines import IterationEvents
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.handlers import LrScheduleHandler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,6 +38,23 @@ def whole_steps(iterations: int, accumulation_steps: int) -> int:
 def is_optimizer_step(engine: Engine) -> bool:
     """Whether this iteration ends with an optimizer step, given an epoch of :func:`whole_steps`."""
     return engine.state.iteration % getattr(engine, "accumulation_steps", 1) == 0
+
+
+class Trainer(SupervisedTrainer):
+    """MONAI's trainer in mixed precision, without decollating what it has trained on.
+
+    Args:
+        device: to train on.
+        amp_dtype: see :class:`~maisi_tools.autocast.AutocastInferer`, which computes in it; float16 on a GPU also needs
+            the gradient scaler that is put in here.
+        kwargs: of MONAI's trainer.
+    """
+
+    def __init__(self, device: torch.device | str, amp_dtype: str = "float32", **kwargs: Any) -> None:
+        device = torch.device(device)
+        scaled = amp_dtype == "float16" and device.type == "cuda"
+        settings = {"amp": scaled, "amp_kwargs": {"dtype": torch.float16}, "decollate": False, **kwargs}
+        super().__init__(device=device, **settings)
 
 
 class LrPerStep(LrScheduleHandler):

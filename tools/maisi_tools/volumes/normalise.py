@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRangePercentiles
+from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRanged, ScaleIntensityRangePercentiles
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 from maisi_tools.errors import InputError
@@ -90,6 +90,20 @@ class RestoreIntensityd(MapTransform):
         restore = ScaleIntensityRange(a_min=0, a_max=1, b_min=low, b_max=high, clip=is_ct)
         restored: dict[Hashable, Any] = {key: restore(data[key]) for key in self.key_iterator(dict(data))}
         return {**data, **(restored if is_ct else {key: one.clamp(min=low) for key, one in restored.items()})}
+
+
+class FromHUd(ScaleIntensityRanged):
+    """Maps a CT in HU to [0, 1], clipped to :data:`HU_RANGE`."""
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, *HU_RANGE, b_min=0, b_max=1, clip=True)
+
+
+class ToHUd(ScaleIntensityRanged):
+    """Maps what a network makes of a CT, [0, 1], to HU, clipped to :data:`HU_RANGE`."""
+
+    def __init__(self, keys: KeysCollection) -> None:
+        super().__init__(keys, 0, 1, *HU_RANGE, clip=True)
 
 
 class NormaliseByModalityd(MapTransform):

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maisi_tools.training.budget import Budget, by_budget
+from maisi_tools.training.schedules import cosine, one_cycle, warm_up
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+
+
+def rates(made, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(made.optimizer.param_groups[0]["lr"])
+        made.optimizer.step()
+        made.step()
+    return found
+
+
+def test_warm_up_multiplies_the_first_epochs():
+    made = warm_up(optimizer(), 0.5, 12, [[2, 0.01], [4, 0.1]], epoch_steps=2)
+    assert rates(made, 12) == pytest.approx([0.005] * 4 + [0.05] * 4 + [0.5] * 4)
+    assert rates(warm_up(optimizer(), 0.5, 3, [], epoch_steps=2), 3) == [0.5] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 100])
+def test_one_cycle_reaches_its_rate_and_ends_near_zero(steps):
+    found = rates(one_cycle(optimizer(), 0.5, steps), steps)
+    assert max(found) == pytest.approx(0.5, rel=0.05) or steps < 20
+    assert steps == 1 or found[-1] < 0.01 * 0.5
+
+
+def test_the_cosine_is_that_of_the_budget():
+    budget = Budget(None)
+    made = cosine(optimizer(), 0.5, 10, budget)
+    expected = by_budget(optimizer(), budget, "cosine")
+    for progress in (0.0, 0.01, 0.03, 0.5, 1.0):
+        budget._progress.fill_(progress)
+        assert made.lr_lambdas[0](0) == expected.lr_lambdas[0](0)
+    assert made.lr_lambdas[0](0) == pytest.approx(0, abs=1e-6)

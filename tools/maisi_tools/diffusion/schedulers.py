@@ -1,0 +1,38 @@
+"""The noise schedules of MAISI's networks, with the constants that all of them share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+
+STEPS = 1000
+"""Timesteps of training."""
+
+BETAS = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0195}
+"""Of the release's DDPM networks (``config_maisi3d-ddpm.json``)."""
+
+
+def rectified_flow(base_img_size_numel: int, use_timestep_transform: bool = False, **settings: Any) -> RFlowScheduler:
+    """Rectified flow with continuous timesteps.
+
+    Args:
+        base_img_size_numel: latent voxels for which the timestep transform changes nothing.
+        use_timestep_transform: more noise for larger latents.
+        settings: others of MONAI's scheduler.
+    """
+    return RFlowScheduler(
+        **{"num_train_timesteps": STEPS, "use_discrete_timesteps": False, "sample_method": "uniform", **settings},
+        use_timestep_transform=use_timestep_transform,
+        base_img_size_numel=base_img_size_numel,
+    )
+
+
+def ddpm(**settings: Any) -> DDPMScheduler:
+    """DDPM as the release has it; `settings` are others of MONAI's scheduler."""
+    return DDPMScheduler(**{"num_train_timesteps": STEPS, **BETAS, "clip_sample": False, **settings})
+
+
+def ddim(**settings: Any) -> DDIMScheduler:
+    """The same for DDIM, which goes in fewer steps."""
+    return DDIMScheduler(**{"num_train_timesteps": STEPS, **BETAS, "clip_sample": False, **settings})
