@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.bundle import run
+from monai.bundle import ConfigParser, run
 from scipy.stats import bootstrap
 
 from maisi_tools.datasets.datalist import read_datalist
@@ -40,7 +40,8 @@ ARM = "arm.json"
 """Settings of an arm, written when it starts, and its figures, added when it is finished."""
 
 ORDERS = ("mixed", "then_real")
-"""How synthetic cases are used: half of all steps see them, or they come first and the real ones after them."""
+"""How synthetic cases are used: beside real ones, each of which is repeated M / N times (rounded), so that half of the
+steps see either kind; or first, and the real ones after them."""
 
 RESAMPLES = 9999
 """Of the kept-out cases, for a difference's interval."""
@@ -193,7 +194,6 @@ class Experiment:
             **common,
             **self.overrides,
         )
-        network = {key: value for key, value in self.overrides.items() if key.startswith(("network_def", "device"))}
         if arm.real:
             run(
                 config_file=[str(configs / "inference.json"), str(configs / "evaluate.json")],
@@ -201,14 +201,26 @@ class Experiment:
                 ckpt_path=str(folder / "model_best.pt"),
                 output_dir=str(folder / "kept_out"),
                 **common,
-                **network,
+                **self._of_inference(),
             )
         last = folder / checkpoint.NAME
         steps = int(torch.load(last, weights_only=True)["trainer"]["iteration"])
+        if steps >= self._most_steps():
+            logger.warning("%s was still improving after %d steps, the most that are allowed", arm.name, steps)
         record = {"settings": settings, "steps": steps, "figures": _dice(folder / "kept_out" / "metrics.csv")}
         write_json(folder / ARM, record)
         last.unlink()
         return record
+
+    def _most_steps(self) -> int:
+        found = ConfigParser.load_config_files([str(self.root / "configs" / "converge.json")]) | self.overrides
+        return int(found["max_epochs"]) * int(found["epoch_length"])
+
+    def _of_inference(self) -> dict[str, Any]:
+        """The overrides that inference has a key for: what a network was trained with, it is measured with."""
+        names = [str(self.root / "configs" / name) for name in ("inference.json", "evaluate.json")]
+        known = ConfigParser.load_config_files(names)
+        return {key: value for key, value in self.overrides.items() if key.split("#")[0] in known}
 
     def _settings(self, arm: Arm) -> dict[str, Any]:
         given = {
@@ -216,6 +228,7 @@ class Experiment:
             "first": arm.first.draw(self.real, self.synthetic) if arm.first else None,
             "validation": self.validation,
             "kept_out": self.kept_out,
+            "segmentation": str(self.root.resolve()),
             "overrides": self.overrides,
         }
         return json.loads(json.dumps(given, default=str))
@@ -307,7 +320,7 @@ def _interval(differences: np.ndarray) -> tuple[Any, Any]:
     if np.ptp(differences) == 0:
         return round(differences[0], 4), round(differences[0], 4)
     found = bootstrap(
-        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+        (differences,), np.mean, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0)
     ).confidence_interval
     return round(found.low, 4), round(found.high, 4)
 
@@ -329,7 +342,7 @@ def table(rows: Sequence[Mapping[str, Any]], steps: Mapping[Arm, int]) -> list[s
     of_kind: dict[tuple[int, int, str], list[int]] = {}
     for arm, count in steps.items():
         of_kind.setdefault((arm.real, arm.synthetic, arm.order), []).append(count)
-    lines += ["", "Steps until validation stopped improving (median over seeds):"]
+    lines += ["", "Steps until validation stopped improving (median over seeds; then real: after those of synthetic):"]
     lines += [
         f"- N = {n}, M = {m}, {order.replace('_', ' ')}: {statistics.median(counts):,.0f}"
         for (n, m, order), counts in sorted(of_kind.items())
@@ -380,10 +393,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.synthetic,
         given.output_dir,
         given.segmentation,
-        json.loads(given.settings),
+        _settings(given.settings),
     )
     experiment.run(_counts(given.real), _counts(given.synthetic_counts), given.orders.split(","), given.seeds)
     print((Path(given.output_dir) / "table.md").read_text())
+
+
+def _settings(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f'settings {text!r} is no JSON ({error}); give for instance {{"patience": 3}}') from None
+    if not isinstance(found, dict):
+        raise InputError(f'settings is {text!r}; give a mapping of keys, for instance {{"patience": 3}}')
+    return found
 
 
 def _counts(text: str) -> list[int]:

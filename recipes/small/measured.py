@@ -95,6 +95,22 @@ def hashes(runs: Path) -> dict[str, str]:
     return {name: sha256(path) for name, path in files_of(runs).items()}
 
 
+def check_weights(runs: Path) -> None:
+    """Refuse a downstream folder whose CTs other weights made; a new one is marked with these.
+
+    Raises:
+        InputError: other weights.
+    """
+    path, these = runs / "downstream" / "weights.json", hashes(runs)
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, these)
+    elif json.loads(path.read_text()) != these:
+        raise InputError(
+            f"{path.parent} was made by other weights than {runs} has now; delete it, or give another --out"
+        )
+
+
 def publish(runs: Path, root: Path) -> None:
     """Put a run's weights and figures where the bundles, the judge and the docs have them.
 
@@ -112,6 +128,7 @@ def publish(runs: Path, root: Path) -> None:
         shutil.copyfile(files["judge"], part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
     if (runs / "downstream" / "arms" / "downstream.json").is_file():
+        check_weights(runs)
         write_json(root / "docs" / "downstream.json", gather_downstream(runs / "downstream" / "arms"))
     write_licences(root)
     write_cards(root)
@@ -134,6 +151,8 @@ def gather_downstream(arms: Path) -> dict[str, Any]:
         `settings` of the segmentation network, `table` (lines) and `rows`.
     """
     found = json.loads((arms / "downstream.json").read_text())
+    if not found["table"]:
+        raise InputError(f"{arms} has no arm with synthetic cases yet; run stage downstream to its end")
     settings = next(iter(found["arms"].values()))["settings"]
     return {
         "settings": settings["overrides"],
@@ -197,9 +216,10 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
 
 
 def _downstream(figures: Mapping[str, Any]) -> str:
+    seeds = sorted({row["seeds"] for row in figures["rows"]})
     text = (
         f"Dice on {figures['kept_out']} kept-out patients of N real cases alone, and the difference that M synthetic "
-        f"ones make (95 % interval). Seeds: {figures['rows'][0]['seeds']}. Patients to validate with: "
+        f"ones make (95 % interval). Seeds: {' to '.join(map(str, seeds))}. Patients to validate with: "
         f"{figures['validation']}."
     )
     return "\n".join([text, "", *figures["table"]]) + "\n"

@@ -10,7 +10,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     whole        whole latents: the same weights go on, at what they will see
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
-    downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream
+    downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
 `RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
@@ -36,7 +36,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import files_of, gather, hashes, is_measured, publish
+from measured import check_weights, files_of, gather, hashes, is_measured, publish
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -177,15 +177,16 @@ class Run:
         """Make CTs of masks of training patients, and measure what they are worth to a segmentation network."""
         files, folder = files_of(self.out), self.out / "downstream"
         plan = json.loads((HERE / "downstream.json").read_text()) | self.changes.get("downstream", {})
+        check_weights(self.out)
         patients = json.loads((self.out / "datalist.json").read_text())["training"]
+        if len(patients) < plan["count"]:
+            raise InputError(
+                f"there are {len(patients)} patients to train on, and downstream.json asks for {plan['count']}"
+            )
         drawn = random.Random(plan["seed"]).sample(patients, plan["count"])
         masks = [self.out / "masks" / f"{stem_of(case['image'])}_mask.nii.gz" for case in drawn]
         cts = [folder / "cts" / f"{stem_of(mask)}_ct.nii.gz" for mask in masks]
-        left = [
-            {"image": str(mask), "seed": 1000 + number}
-            for number, (mask, ct) in enumerate(zip(masks, cts, strict=True))
-            if not ct.is_file()
-        ]
+        left = [{"image": str(mask)} for mask, ct in zip(masks, cts, strict=True) if not ct.is_file()]
         if left:
             write_json(folder / "left.json", {"training": left})
             settings = {
@@ -233,7 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
-    parser.add_argument("--stages", help=f"in any choice (default: {','.join(STAGES)}; of a packed file the trainings)")
+    parser.add_argument(
+        "--stages", help=f"of {','.join(STAGES)} (default: all but the last; of a packed file the trainings)"
+    )
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
     parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")
@@ -246,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--minutes is {given.minutes:g}; allowed are {least:g} and more, which see all data")
     packed = given.data.is_file()
     here = [stage for stage in STAGES if not (packed and stage in AT_HOME)]
-    stages = given.stages.split(",") if given.stages else here
+    stages = given.stages.split(",") if given.stages else [one for one in here if given.quick or one != "downstream"]
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"--stages names {', '.join(sorted(unknown))}; allowed are {', '.join(STAGES)}")
     if away := set(stages) - set(here):

@@ -102,8 +102,13 @@ class Stage:
         Args:
             item: what the preprocessing takes, such as ``{"image": path}``.
             seed: of what is drawn for it; None leaves the inferer's.
+
+        Raises:
+            TypeError: a seed for an inferer that draws nothing.
         """
         if seed is not None:
+            if not hasattr(self.inferer, "seed"):
+                raise TypeError(f"{type(self.inferer).__name__} has no seed; leave it out")
             self.inferer.seed = seed
         batch = list_data_collate([self.preprocessing(item)])
         pred = self.inferer(batch["image"].to(self.device), self.network)

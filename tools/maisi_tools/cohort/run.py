@@ -24,7 +24,7 @@ from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, 
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
 from maisi_tools.files import sha256, write_csv, write_json
-from maisi_tools.metrics.segmenters import open_segmenter
+from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain, check_stage_settings
 
 logger = logging.getLogger(__name__)
@@ -75,18 +75,20 @@ def make_cohort(
         raise InputError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     folder, bundles = Path(folder).expanduser().resolve(), Path(bundles).resolve()
     _check_settings(spec, bundles)
-    chosen: dict[str, str | None] = {}
+    chosen: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     if judge is not None:
         if spec.masks.source == "real":
             raise InputError("a judge is given with masks.source real; it looks at whole CTs: leave it out")
         check_plain(judge, "judge")
-        path = Path(judge).expanduser()  # a worker may run elsewhere
-        chosen = {"judge": str(path.resolve()) if path.exists() else judge, "judge_label_map": judge_label_map}
-        open_segmenter(str(chosen["judge"]), judge_label_map)  # which refuses what cannot be used
+        chosen = {"judge": _absolute(judge, "configs"), "judge_label_map": _absolute(judge_label_map)}
+        opened = open_judge(chosen["judge"], chosen["judge_label_map"], spec.ct.get("min_dice"))
+        assert opened is not None
+        seen = {**chosen, "weights": opened.segmenter.fingerprint, "ids": opened.segmenter.label_map.ids}
     rank, ranks = idist.get_rank(), idist.get_world_size()
     with _alone(folder) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
-            _claim(spec, folder, bundles, chosen)
+            _claim(spec, folder, bundles, seen)
         idist.barrier()
         open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
         share = open_ones[rank::ranks]
@@ -158,6 +160,12 @@ def _on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _absolute(path: str | None, needs: str = "") -> str | None:
+    """A path as it is from everywhere, since a worker may run elsewhere; a name stays as it is."""
+    known = path is not None and (Path(path).expanduser() / needs).exists()
+    return str(Path(path).expanduser().resolve()) if path is not None and known else path
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:

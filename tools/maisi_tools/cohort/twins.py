@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 RECORD = "_twin.json"
 """End of the name of a twin's record. It is written last: what has one that says "done" is whole."""
 
-OWN_KEYS = ("input", "output_dir", "seed", "label_map", "placeholders", "output_labels")
-"""Keys of stage 3 that are set here."""
-
 
 def make_twins(
     cts: Any,
@@ -75,15 +72,23 @@ def make_twins(
     check_targets(items, folder)
     labeller = open_segmenter(segmenter, label_map, device)
     configs = ["inference.json", *overlays]
-    stage = Stage(bundle, configs, device, settings, output_dir=str(folder), seed=seed, label_map="maisi")
+    own = {"output_dir": str(folder), "seed": seed, "label_map": "maisi", "placeholders": None}
+    settings = {"progress": False, **(settings or {})}
+    stage = Stage(bundle, configs, device, settings, output_labels="vocabulary", **own)
     how = {
         "segmenter": segmenter,
-        "label_map": label_map,
+        "label_map": dict(labeller.label_map.ids),
         "configs": configs,
         "seed": seed,
-        "settings": dict(settings or {}),
+        "settings": settings,
         "keep_patient": keep_patient,
-        "weights": [labeller.fingerprint, fingerprint_tensors(stage.network.state_dict())],
+        "weights": [
+            labeller.fingerprint,
+            *(
+                fingerprint_tensors(stage.parser.get_parsed_content(key).state_dict())
+                for key in ("network", "autoencoder")
+            ),
+        ],
     }
     how = json.loads(json.dumps(how))
     _check_earlier(items, folder, how)

@@ -60,6 +60,15 @@ class CheckedCT(Inferer):
         drawn = [self._checked(mask, draw) for mask, draw in zip(inputs.split(1), draws, strict=True)]
         return {"ct": torch.cat([ct for ct, _ in drawn]), "draws": [json.dumps(record) for _, record in drawn]}
 
+    @property
+    def seed(self) -> int:
+        """Of a mask's first draw."""
+        return self.inferer.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.inferer.seed = int(seed)
+
     def _checked(self, mask: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
         labels = np.asarray(mask[0, 0].cpu()).round().astype(int)
         tried: list[dict[str, Any]] = []

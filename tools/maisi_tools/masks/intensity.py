@@ -70,7 +70,7 @@ def hu_ranges(changed: Mapping[str | int, Sequence[float] | None] | None = None)
     if not isinstance(changed or {}, Mapping):
         raise InputError(f"hu_ranges is {changed!r}; allowed is label -> [lowest, highest]: {{'liver': [-22, 250]}}")
     for name, limits in (changed or {}).items():
-        label = _label_of(name)
+        label = label_of(name)
         if limits is None:
             ranges.pop(label, None)
             continue
@@ -104,10 +104,15 @@ def implausible_organs(
     return found
 
 
-def _label_of(name: str | int) -> int:
+def label_of(name: str | int) -> int:
+    """The label of an organ that is given by its number, its name, or the name of what its placeholder stands for.
+
+    Raises:
+        InputError: there is none.
+    """
     if str(name).isdigit():
         if int(name) in VOCABULARY:
             return int(name)
-        raise InputError(f"hu_ranges has the label {name}; {ALLOWED}")
+        raise InputError(f"{name} is no label; {ALLOWED}")
     by_name = {display_name(label): label for label in VOCABULARY}
     return by_name[str(name)] if str(name) in by_name else label_id(str(name))

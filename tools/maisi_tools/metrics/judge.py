@@ -13,7 +13,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import VOCABULARY, label_id
+from maisi_tools.masks.intensity import display_name, label_of
+from maisi_tools.masks.vocabulary import VOCABULARY
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
 from maisi_tools.volumes.writing import write_volume
@@ -24,27 +25,30 @@ class Judge:
 
     Args:
         segmenter: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
-        min_dice: an organ with a lower Dice is not shown: a number for all, or organ -> number for these alone. What
-            the segmenter does not know is not asked for.
+        min_dice: an organ with a lower Dice is not shown: a number for all but bones, or organ -> number for these
+            alone. (A mask may have all bone under one label, of which a segmenter knows a part.)
 
     Raises:
         InputError: no such organ, one that the segmenter does not know, or a number outside 0 to 1.
     """
 
-    def __init__(self, segmenter: Segmenter, min_dice: float | Mapping[str, float]) -> None:
+    def __init__(self, segmenter: Segmenter, min_dice: float | Mapping[str, float] = 0.5) -> None:
         if segmenter.segment is None:
             raise InputError(f"{segmenter.name} finds no organs of its own; give a segmentation bundle's folder")
         self.segmenter = segmenter
         known = sorted(set(segmenter.label_map.values()) - {0})
-        wanted = min_dice if isinstance(min_dice, Mapping) else dict.fromkeys(known, min_dice)
-        self.min_dice = {name if isinstance(name, int) else label_id(name): value for name, value in wanted.items()}
+        soft = [label for label in known if VOCABULARY[label].group != "bone"]
+        wanted = min_dice if isinstance(min_dice, Mapping) else dict.fromkeys(soft, min_dice)
+        self.min_dice = {label_of(name): value for name, value in wanted.items()}
+        if not self.min_dice:
+            raise InputError(f"{segmenter.name} segments bones alone; name those to look for: min_dice {{skull: 0.5}}")
         for label, value in self.min_dice.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise InputError(f"min_dice is {value!r}; allowed is a number from 0 to 1")
             if label not in known:
                 raise InputError(
-                    f"min_dice names {VOCABULARY[label].name}, which {segmenter.name} does not segment; allowed are "
-                    f"{', '.join(VOCABULARY[one].name for one in known) or 'no organs'}"
+                    f"min_dice names {display_name(label)}, which {segmenter.name} does not segment; allowed are "
+                    f"{', '.join(map(display_name, known)) or 'no organs'}"
                 )
 
     def __call__(self, hu: np.ndarray, mask: Tensor) -> dict[str, Any]:
@@ -62,8 +66,8 @@ class Judge:
         present = [label for label in self.min_dice if (labels == label).any()]
         dices = {label: round(dice(found == label, labels == label), 4) for label in present}
         return {
-            "dice": {VOCABULARY[label].name: value for label, value in dices.items()},
-            "not_shown": [VOCABULARY[label].name for label, value in dices.items() if value < self.min_dice[label]],
+            "dice": {display_name(label): value for label, value in dices.items()},
+            "not_shown": [display_name(label) for label, value in dices.items() if value < self.min_dice[label]],
         }
 
 
@@ -74,8 +78,11 @@ def open_judge(
 
     Args:
         segmenter, label_map: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
+        min_dice: see :class:`Judge`; None for 0.5.
 
     Raises:
         InputError: see there and :class:`Judge`.
     """
-    return None if segmenter is None else Judge(open_segmenter(segmenter, label_map, str(device)), min_dice)
+    if segmenter is None:
+        return None
+    return Judge(open_segmenter(segmenter, label_map, str(device)), 0.5 if min_dice is None else min_dice)
