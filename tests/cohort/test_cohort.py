@@ -96,7 +96,7 @@ def test_two_ranks_make_the_same(write_spec, bundles, files_of, tmp_path):
 
 def test_what_a_judge_does_not_see_is_left_out(write_spec, bundles, bundle, tmp_path):
     """The judge sees bone by threshold. What its Dice was stands in the manifest; a stricter limit leaves all out."""
-    ct = "{num_inference_steps: 1, min_dice: %s}"
+    ct = "{num_inference_steps: 1, min_dice: {skull: %s}}"
     loose, strict = tmp_path / "loose", tmp_path / "strict"
     found = make_cohort(read_spec(write_spec(count="2", ct=ct % 0.01)), loose, bundles, judge=str(bundle))
     dices = [float(row["judge_skull"]) for row in rows_of(loose)]
@@ -111,6 +111,17 @@ def test_what_a_judge_does_not_see_is_left_out(write_spec, bundles, bundle, tmp_
     assert make_cohort(spec, strict, bundles, judge=str(bundle))["made"] == 0
     with pytest.raises(InputError, match="made with other judge"):
         make_cohort(spec, strict, bundles)
+
+
+def test_samples_of_one_mask_differ(write_spec, bundles, tmp_path):
+    """Each has the seed that follows from its number."""
+    mask = tmp_path / "mask.nii.gz"
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5.0, 3.4, 1.0])), mask)
+    masks = f"{{source: files, path: {mask}, label_map: maisi}}"
+    rows = rows_of(made(write_spec, bundles, tmp_path / "out", masks=masks, count="2", flip="0"))
+    assert len({row["seed"] for row in rows}) == len({row["ct_sha256"] for row in rows}) == 2
+    assert rows[0]["mask_sha256"] == rows[1]["mask_sha256"]
 
 
 def test_a_file_names_no_judge(write_spec, bundles, bundle, tmp_path):

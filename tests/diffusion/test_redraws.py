@@ -9,7 +9,7 @@ from monai.data import MetaTensor, decollate_batch
 from maisi_tools.diffusion.noise import STRIDE
 from maisi_tools.diffusion.redraws import CheckedCT, SplitCheckedd
 from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import LabelMap
+from maisi_tools.masks.label_maps import LabelMap, read_label_map
 from maisi_tools.metrics.judge import Judge, open_judge
 from maisi_tools.metrics.segmenters import Segmenter
 
@@ -97,7 +97,7 @@ def test_it_is_drawn_again_until_a_judge_sees_the_organ(mask):
     """Skull at 150 HU is plausible, but no bone to the judge; with the cord at 300 as well, half of what it sees is."""
     mask.affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0]))
     hu = {5: (150, 30), 5 + STRIDE: (400, 300), 5 + 2 * STRIDE: (400, 30)}
-    everything = {"redraws": 2, "judge": Judge(SEGMENTER, 0.9)}
+    everything = {"redraws": 2, "judge": Judge(SEGMENTER, {"skull": 0.9})}
     data, asked = draw(mask, hu, **everything)
     assert asked == [5, 5 + STRIDE, 5 + 2 * STRIDE] and data["draws"]["seed"] == asked[-1]
     found = [(one["dice"], one["not_shown"], list(one["implausible"])) for one in data["draws"]["tried"]]
@@ -113,16 +113,35 @@ def test_it_is_drawn_again_until_a_judge_sees_the_organ(mask):
 
 
 def test_a_judge_is_not_asked_for_organs_that_are_not_there(mask):
-    data, asked = draw(torch.where(mask == SKULL, 0, mask), {5: (0, 30)}, redraws=1, judge=Judge(SEGMENTER, 0.9))
+    data, asked = draw(
+        torch.where(mask == SKULL, 0, mask), {5: (0, 30)}, redraws=1, judge=Judge(SEGMENTER, {"skull": 0.9})
+    )
     assert asked == [5] and data["draws"]["tried"][0]["not_shown"] == []
+
+
+def test_a_limit_for_all_leaves_bones_out_and_knows_placeholders():
+    """OpenKBP's mandible reads as skull, of which a mask may have all; its larynx has a placeholder's number."""
+    openkbp = Segmenter("judge", bone_finder, read_label_map("openkbp"))
+    limits = Judge(openkbp, 0.4).min_dice
+    assert SKULL not in limits and limits[CORD] == 0.4 and len(limits) == 6
+    assert sorted(Judge(openkbp, {"larynx": 0.3, "skull": 0.2}).min_dice.values()) == [0.2, 0.3]
+
+
+def test_a_seed_that_is_set_is_that_of_the_draw(mask):
+    drawn = Drawn({5: (400, 30), 7: (400, 30)})
+    checked = CheckedCT(drawn)
+    checked.seed = 7
+    checked(mask, None)
+    assert (checked.seed, drawn.asked) == (7, [7])
 
 
 @pytest.mark.parametrize(
     ("min_dice", "words"),
     [
-        (1.5, "min_dice is 1.5; allowed is a number from 0 to 1"),
-        ("high", "min_dice is 'high'"),
-        (True, "min_dice is True"),
+        ({"skull": 1.5}, "min_dice is 1.5; allowed is a number from 0 to 1"),
+        ({"skull": "high"}, "min_dice is 'high'"),
+        ({120: True}, "min_dice is True"),
+        (0.5, "bones segments bones alone; name those to look for"),
         ({"liver": 0.5}, "min_dice names liver, which bones does not segment; allowed are skull"),
         ({"livver": 0.5}, "livver"),
     ],

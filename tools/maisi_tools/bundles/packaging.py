@@ -15,7 +15,7 @@ import maisi_tools
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 
-PARTS = ("configs", "docs", "models", "LICENSE", "large_files.yml")
+PARTS = ("configs", "docs", "models", "scripts", "LICENSE", "large_files.yml")
 """What of a bundle's folder is shipped; runs and outputs in it are not."""
 
 EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -72,7 +72,7 @@ def make_twins(
     check_targets(items, folder)
     labeller = open_segmenter(segmenter, label_map, device)
     configs = ["inference.json", *overlays]
-    own = {"output_dir": str(folder), "seed": seed, "label_map": "maisi", "placeholders": None}
+    own: dict[str, Any] = {"output_dir": str(folder), "seed": seed, "label_map": "maisi", "placeholders": None}
     settings = {"progress": False, **(settings or {})}
     stage = Stage(bundle, configs, device, settings, output_labels="vocabulary", **own)
     how = {

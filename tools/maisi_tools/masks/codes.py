@@ -50,7 +50,7 @@ class LabelCode:
 # snomed.csv: id of the vocabulary -> code. The first row of an id is written, further ones are understood as well.
 # Sources: DICOM PS3.16 (the context groups in pydicom.sr.codedict) and, for the ribs, S1, the muscles, and the portal
 # with the splenic vein, the SNOMED mapping that TotalSegmentator publishes. The placeholder ids 2, 16, 18 and 20 are
-# the brainstem, the larynx and the parotid glands, as in maisi_tools.masks.label_maps.OPENKBP.
+# the brainstem, the larynx and the parotid glands, as in the label map "openkbp".
 def _read() -> tuple[dict[int, LabelCode], dict[tuple[str, str, str], int]]:
     written: dict[int, LabelCode] = {}
     understood: dict[tuple[str, str, str], int] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,11 +52,38 @@ def _forgotten(slabs: list[Tensor], a: int, b: int, **_: Any) -> Any:
 class Constants:
     """Parameters and other plain tensors, copied once to each device and type they are used with.
 
-    One object serves one call of the network, so a weight that changes between calls is read anew.
+    One object serves one call of the network, so a weight that changes between calls is read anew. Within a call a
+    tensor is held as it is when it is recorded: what is written into later is copied first.
     """
 
     def __init__(self) -> None:
         self._copies: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._held: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` as it is now: another tensor on the same memory, until that is written into.
+
+        Raises:
+            TypeError: it is a subclass with memory of its own kind.
+        """
+        known, alias = (found() for found in self._held.get(id(tensor), (_nothing, _nothing)))
+        if known is tensor and alias is not None and place_of(alias) == place_of(tensor):
+            return alias
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(f"a {type(tensor).__name__} cannot be held")
+        alias = Tensor._make_subclass(Tensor, tensor)
+        self._held[id(tensor)] = weakref.ref(tensor), weakref.ref(alias)
+        return alias
+
+    def written(self, tensor: Tensor) -> None:
+        """Give what is held on the memory of a tensor, which is about to be written into, memory of its own."""
+        for key, (_, found) in list(self._held.items()):
+            alias = found()
+            if alias is None:
+                del self._held[key]
+            elif alias.layout == torch.strided and storage_of(alias) == storage_of(tensor):
+                alias.set_(alias.clone())  # type: ignore[call-overload]
+                del self._held[key]
 
     def get(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``tensor`` on ``device`` and, where given, as ``dtype``."""
@@ -66,6 +94,22 @@ class Constants:
         if key not in self._copies:  # the original is kept too, so that its id stays its own
             self._copies[key] = (tensor, arranged(tensor.detach().to(device, dtype)))
         return self._copies[key][1]
+
+
+def _nothing() -> None:
+    return None
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return what tells the memory of one tensor from another's, as long as it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def place_of(tensor: Tensor) -> Any:
+    """Return where a tensor's values are."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class Node:

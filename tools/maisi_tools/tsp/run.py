@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+import copy
+import operator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
-from maisi_tools.tsp.nodes import Node, given
-from maisi_tools.tsp.plan import Plan, format_bytes, make_plan
+from maisi_tools.tsp.nodes import Node, given, place_of, storage_of
+from maisi_tools.tsp.plan import Plan, format_bytes, make_plan, order_of
 from maisi_tools.tsp.plans import Plans
 from maisi_tools.tsp.ranks import Ranks, Shard
+from maisi_tools.tsp.shadow import Memory, Shadow
 from maisi_tools.tsp.volume import Recorder, Volume
 from maisi_tools.tsp.whole import Whole, run_whole, whole_of
 
@@ -83,6 +86,7 @@ class Call:
 
     Args:
         plans: those of earlier calls, which are used again.
+        known: that it does not run whole is known already.
 
     Raises:
         TSPError: the call cannot be split: no volume among the inputs, training mode, or gradients wanted.
@@ -96,6 +100,7 @@ class Call:
         kwargs: Any,
         dry: bool = False,
         plans: Plans | None = None,
+        known: bool = False,
     ) -> None:
         self.settings = settings
         self.dry = dry
@@ -130,8 +135,6 @@ class Call:
         # Tensors on "meta" stand for those of a real device: the one named, or the one there is.
         there = "cuda" if torch.cuda.is_available() else "cpu"
         self.kind = self.devices[0].type if self.devices[0].type != "meta" else there
-        if self.dtype is None and torch.is_autocast_enabled(self.kind):
-            self.dtype = torch.get_autocast_dtype(self.kind)
         self.result_dtype = first.dtype if first.dtype.is_floating_point else torch.get_default_dtype()
         self.attempts: list[str] = []
         self.plan: Plan | None = None
@@ -141,20 +144,66 @@ class Call:
         self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
-        wrapped = [
-            Volume(self._source(leaf, axis + 2), self.recorder)
-            if isinstance(leaf, (Tensor, _Elsewhere)) and len(leaf.shape) == len(first.shape)
-            else leaf
-            for leaf in leaves
-        ]
+        self.inputs: dict[int, tuple[Any, Volume, Node]] = {}
+        """Volumes among the arguments, by identity: tensor, handle, and the node that stands for its own values."""
+        for leaf in leaves:
+            if isinstance(leaf, (Tensor, _Elsewhere)) and len(leaf.shape) == len(first.shape):
+                if id(leaf) not in self.inputs:
+                    node = self._source(leaf, axis + 2)
+                    self.inputs[id(leaf)] = leaf, self.recorder.handle(node, self._shadow(leaf)), node
+        wrapped = [self.inputs[id(leaf)][1] if id(leaf) in self.inputs else leaf for leaf in leaves]
         arguments, keywords = tree_unflatten(wrapped, spec)
         # What has no volume in it is computed right here, by layers whose weights are still in the network's own type.
         half = self.dtype in (torch.float16, torch.bfloat16)
         here = self.kind if self.kind == there else "cpu"
-        with torch.autocast(here, self.dtype, enabled=half) if self.dtype else contextlib.nullcontext():
-            results, self.form = tree_flatten(network(*arguments, **keywords))
-        self.results = results
-        self.outputs = [leaf.node for leaf in results if isinstance(leaf, Volume)]
+        before = None if known else _State(network)
+        cast = torch.autocast(here, self.dtype, enabled=half) if self.dtype else contextlib.nullcontext()
+        with cast, self.recorder.watch:
+            self.result = network(*arguments, **keywords)
+        results: list[Volume] = []
+        self._mapped(lambda leaf: results.append(leaf) if isinstance(leaf, Volume) else leaf, self.result)
+        # What the network wrote into its arguments is written into the caller's.
+        self.changed = [(tensor, handle) for tensor, handle, node in self.inputs.values() if handle.node is not node]
+        self.outputs = [handle.node for handle in (*results, *(handle for _, handle in self.changed))]
+        reached = set(order_of(self.outputs)) if self.recorder.doubtful else set()
+        for node in reversed(self.recorder.doubtful):
+            if node not in reached and node.value is None:
+                self.outputs.append(node)
+                reached.update(order_of([node]))
+        self.recorder.close()
+        watch = self.recorder.watch
+        self.touched = before is None or watch.drew or watch.wrote or before.changed()
+
+    def _shadow(self, leaf: Tensor | _Elsewhere) -> Shadow:
+        shadows = self.recorder.shadows
+        if isinstance(leaf, Tensor) and (self.dtype in (None, leaf.dtype) or not leaf.is_floating_point()):
+            with contextlib.suppress(TypeError):
+                return shadows.of(leaf)
+        return shadows.empty(leaf.shape, self.recorder.kept(leaf.dtype, leaf.dtype))
+
+    def _mapped(self, function: Callable[[Any], Any], value: Any) -> Any:
+        """The network's result with every leaf replaced; dataclasses are opened.
+
+        Raises:
+            TSPError: handles are where they cannot be replaced.
+        """
+
+        def replaced(leaf: Any) -> Any:
+            if is_dataclass(leaf) and not isinstance(leaf, type):
+                opened = copy.copy(leaf)
+                for part in fields(leaf):
+                    object.__setattr__(opened, part.name, self._mapped(function, getattr(leaf, part.name)))
+                return opened
+            inside = list(leaf) if isinstance(leaf, (set, frozenset)) else list(getattr(leaf, "__dict__", {}).values())
+            if isinstance(leaf, Iterator) or any(isinstance(part, Volume) for part in tree_leaves(inside)):
+                if not isinstance(leaf, (Tensor, nn.Module)):
+                    raise TSPError(
+                        f"the network returns tensors inside a {type(leaf).__name__}; return them in tuples, lists, "
+                        "dictionaries or dataclasses"
+                    )
+            return function(leaf)
+
+        return tree_map(replaced, value)
 
     def _source(self, leaf: Tensor | _Elsewhere, axis: int) -> Node:
         if isinstance(leaf, Tensor):
@@ -174,6 +223,8 @@ class Call:
         alone = self.ranks is None and len(self.devices) == 1 and self.device in (self.devices[0], torch.device("meta"))
         if not alone or self.settings.splits is not None or self.plan is not None:
             return None
+        if self.touched:
+            return None  # to call the network again would draw, or write, a second time
         if self.settings.dtype is not None and self.floating - {torch.float32, self.settings.dtype}:
             return None  # autocast leaves double precision as it is
         if self.settings.dtype not in (None, torch.float16, torch.bfloat16) and self.floating != {self.settings.dtype}:
@@ -188,13 +239,28 @@ class Call:
             self.plans.plan(self.outputs, self._key, limit, lambda: self._make_plan(self.outputs, limit)) as planned,
         ):
             values = iter(self._run(*planned, tick, self.settings.gather))
-        leaves = []
-        for leaf in self.results:
-            if isinstance(leaf, Volume):
-                value = next(values)
-                leaf = self._returned(value)
-            leaves.append(leaf)
-        return tree_unflatten(leaves, self.form)
+        own = {id(handle): tensor for tensor, handle, node in self.inputs.values() if handle.node is node}
+        returned: dict[int, Memory] = {}  # storage of what was returned -> what it was returned for
+
+        def computed(leaf: Any) -> Any:
+            if not isinstance(leaf, Volume):
+                return leaf
+            value = next(values)
+            if self.settings.dtype is None and isinstance(own.get(id(leaf)), Tensor):
+                return own[id(leaf)]  # an argument itself
+            value = self._returned(value)
+            if isinstance(value, Tensor):
+                memory = leaf.shadow.memory
+                if leaf.node.inputs == () or returned.setdefault(storage_of(value), memory) is not memory:
+                    value = value.clone()  # torch would have made a copy
+            return value
+
+        result = self._mapped(computed, self.result)
+        with torch.no_grad():
+            for (tensor, _), value in zip(self.changed, values, strict=False):
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(value)
+        return result
 
     def _returned(self, value: Any) -> Any:
         tensor = value.tensor if isinstance(value, Shard) else value
@@ -227,7 +293,8 @@ class Call:
             try:
                 lean = self.settings.memory_limit is not None
                 execution = Execution(plan, self.devices, self.ranks, self.given, gather, lean)
-                return execution.run(nodes, tick)
+                with torch.autocast(self.devices[0].type, enabled=False):  # nodes know what they were recorded under
+                    return execution.run(nodes, tick)
             except torch.cuda.OutOfMemoryError as error:
                 if self.ranks is not None:
                     raise TSPError("a rank ran out of memory; start more ranks, or give a memory_limit") from error
@@ -306,8 +373,13 @@ class Runner:
             except torch.cuda.OutOfMemoryError:
                 self._known[form] = None
                 attempts.append("the device ran out of memory with the whole network at once; it was run in slabs")
+            except NotImplementedError as error:
+                if self.settings.dtype is None:
+                    raise
+                self._known[form] = None
+                attempts.append(f"with the whole network at once {error}; it was run in slabs, that step in float32")
             torch.cuda.empty_cache()
-        call = call or Call(self.settings, network, args, kwargs, plans=self.plans)
+        call = call or Call(self.settings, network, args, kwargs, plans=self.plans, known=True)
         result = call.run(tick)
         self.report = call.report()
         self.report.attempts[:0] = attempts
@@ -376,6 +448,25 @@ def modules_of(network: Callable[..., Any]) -> list[nn.Module]:
     owner = getattr(network, "__self__", None)
     cells = [cell.cell_contents for cell in getattr(network, "__closure__", None) or ()]
     return [value for value in [owner, *cells] if isinstance(value, nn.Module)]
+
+
+class _State:
+    """What a network remembers in its modules, to tell whether a call changed it."""
+
+    def __init__(self, network: Callable[..., Any]) -> None:
+        modules = [part for outer in modules_of(network) for part in outer.modules()]
+        kept = [vars(module) for module in modules]
+        kept += [part[name] for part in list(kept) for name in ("_parameters", "_buffers", "_modules")]
+        self._kept = [(attributes, dict(attributes)) for attributes in kept]
+        tensors = [value for attributes in kept for value in attributes.values() if isinstance(value, Tensor)]
+        self._places = [(tensor, place_of(tensor)) for tensor in tensors]
+
+    def changed(self) -> bool:
+        """Whether an attribute is another object than before, or a tensor's values are elsewhere."""
+        return any(
+            now.keys() != before.keys() or any(map(operator.is_not, now.values(), before.values()))
+            for now, before in self._kept
+        ) or any(place_of(tensor) != place for tensor, place in self._places)
 
 
 def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:

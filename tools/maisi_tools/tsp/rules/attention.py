@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.nodes import Node, Rows, split
 from maisi_tools.tsp.rules.table import bind, rule
 
@@ -60,9 +61,8 @@ def _product(
         return product(*values)
 
     shape = [sizes[own] for own in out]
-    dtype = recorder.kept(torch.promote_types(*(operand.dtype for operand in operands)), inputs[0].dtype)
     cost = 2.0 * math.prod(sizes[own] for own in set("".join(terms)) - set(out))
-    return Node(name, inputs, shape, dtype, axis, compute, need, cost)
+    return Node(name, inputs, shape, recorder.expected.dtype, axis, compute, need, cost)
 
 
 @rule("einsum", mixed=True)
@@ -108,7 +108,9 @@ def attention(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     }
     given = bind(names, args, kwargs)
     parts = [given.pop(name) for name in ("query", "key", "value")]
-    if given["attn_mask"] is not None or given["is_causal"] or given["enable_gqa"] or given["dropout_p"]:
+    if given["dropout_p"]:
+        raise TSPError("attention drops out at random; call the network's eval() first, or give dropout_p=0")
+    if given["attn_mask"] is not None or given["is_causal"] or given["enable_gqa"]:
         return None
     if not all(recorder.is_volume(part) for part in parts):
         return None
@@ -134,4 +136,4 @@ def attention(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
 
     shape = (*query.shape[:-1], others[1].shape[-1])
     cost = 4.0 * others[0].shape[-2] * query.shape[-1] / others[1].shape[-1]
-    return Node("attention", nodes, shape, query.dtype, query.axis, compute, need, cost)
+    return Node("attention", nodes, shape, recorder.expected.dtype, query.axis, compute, need, cost)

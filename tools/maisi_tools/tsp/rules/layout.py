@@ -56,12 +56,7 @@ def same(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node:
 @rule("to", "type", "float", "half", "bfloat16", "double", "bool", "int", "long", "type_as", "cuda", "cpu")
 def cast(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Another type; between floating types nothing happens when the inferer was given its own ``dtype``."""
-    node = args[0].node
-    other = [value for value in args[1:] if isinstance(value, Tensor)]
-    plain = [value for value in args[1:] if not isinstance(value, (str, torch.device, Tensor))]
-    options = {key: value for key, value in kwargs.items() if key not in ("memory_format", "device")}
-    wanted = other[0].dtype if other else recorder.infer(func, (args[0], *plain), options).dtype
-    dtype = recorder.kept(wanted, node.dtype)
+    node, dtype = args[0].node, recorder.expected.dtype
     if dtype == node.dtype:
         return node
     if node.axis is None:
@@ -89,7 +84,7 @@ def _index(recorder: Any, node: Node, index: Sequence[Any]) -> Node | None:
     for i in index:
         full += [slice(None)] * (ndim - taken) if i is Ellipsis else [i]
     full += [slice(None)] * (ndim - sum(i is not None for i in full))
-    meta = recorder.infer_shape(node, lambda t: t[tuple(full)])
+    meta = torch.empty(node.shape, device="meta")[tuple(full)]
     dim, out = 0, 0
     place, axis = None, None
     for position, i in enumerate(full):
@@ -150,7 +145,8 @@ def pieces(recorder: Any, func: Any, args: Any, kwargs: Any) -> tuple[Node, ...]
     if _plain_name(func) == "unbind":
         made = [_index(recorder, node, [*before, i]) for i in range(node.shape[dim])]
     else:
-        sizes = [part.shape[dim] for part in recorder.infer(func, args, kwargs)]
+        parts = recorder.expected if isinstance(recorder.expected, list) else [recorder.expected]
+        sizes = [part.shape[dim] for part in parts]
         starts = np.cumsum([0, *sizes])
         made = [
             _index(recorder, node, [*before, slice(int(s), int(s) + n)]) for s, n in zip(starts, sizes, strict=False)
@@ -170,8 +166,8 @@ def permute(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         return None
     probe = torch.empty([0 if d == node.axis else 1 for d in range(len(node.shape))], device="meta")
     axis = list(func(probe, *args[1:], **kwargs).shape).index(0)
-    meta = recorder.infer_shape(node, lambda t: func(t, *args[1:], **kwargs))
-    return _local("permutation", node, meta.shape, axis, lambda slab, _: func(slab, *args[1:], **kwargs))
+    shape = recorder.expected.shape
+    return _local("permutation", node, shape, axis, lambda slab, _: func(slab, *args[1:], **kwargs))
 
 
 @rule("unsqueeze")
@@ -192,7 +188,7 @@ def reshape(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     node = args[0].node
     if node.axis is None or any(isinstance(a, torch.dtype) for a in args[1:]):
         return None
-    shape = list(recorder.infer(func, args, kwargs).shape)
+    shape = list(recorder.expected.shape)
     before, rows = math.prod(node.shape[: node.axis]), node.rows
     rest = math.prod(node.shape[node.axis + 1 :])
     places = [j for j in range(len(shape)) if math.prod(shape[:j]) == before and shape[j] > 0]
@@ -244,7 +240,7 @@ def expand(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     node = args[0].node
     if node.axis is None:
         return None
-    shape = list(recorder.infer(func, args, kwargs).shape)
+    shape = list(recorder.expected.shape)
     axis = len(shape) - (len(node.shape) - node.axis)
     if shape[axis] != node.rows:
         return None
@@ -307,7 +303,7 @@ def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     axis = axes.pop() if len(axes) == 1 else max(parts[0].ndim - recorder.back, 0)
     dim = given["dim"] % parts[0].ndim
     nodes = [along(part.node, axis) if recorder.is_volume(part) else recorder.source(part, axis) for part in parts]
-    meta = recorder.infer(torch.cat, (parts, dim), {})
+    meta = recorder.expected
     if dim != axis:
 
         def joined(slabs: list[Tensor], a: int, b: int) -> Tensor:
@@ -326,7 +322,7 @@ def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
             lo, hi = max(a, starts[k]), min(b, starts[k + 1])
             if lo < hi:
                 taken.append(slab.narrow(axis, lo - starts[k] - need(k, a, b)[0], hi - lo))
-        return torch.cat(taken, axis) if len(taken) > 1 else taken[0]
+        return torch.cat(taken, axis) if len(taken) > 1 else taken[0].to(meta.dtype)
 
     return Node("concatenation", nodes, meta.shape, meta.dtype, axis, stacked, need)
 
@@ -341,7 +337,7 @@ def stack(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     axis = parts[0].node.axis
     if axis is None:
         return None
-    meta = recorder.infer(torch.stack, (parts, given["dim"]), {})
+    meta = recorder.expected
     dim = given["dim"] % meta.ndim
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
@@ -407,13 +403,16 @@ def linear(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     if node is None or node.axis == len(node.shape) - 1:
         return None
 
+    kind = recorder.cast(node, weight, bias)
+
     def function(slab: Tensor, n: int) -> Tensor:
-        w = recorder.constants.get(weight, slab.device, slab.dtype)
-        c = None if bias is None else recorder.constants.get(bias, slab.device, slab.dtype)
-        return functional.linear(slab, w, c)
+        w = recorder.constant(weight, slab.device, kind)
+        c = None if bias is None else recorder.constant(bias, slab.device, kind)
+        return functional.linear(slab.to(dtype=kind), w, c)
 
     shape = (*node.shape[:-1], weight.shape[0])
-    return _local("linear", node, shape, node.axis, function, cost=2.0 * weight.shape[1])
+    dtype = recorder.expected.dtype
+    return _local("linear", node, shape, node.axis, function, cost=2.0 * weight.shape[1], dtype=dtype)
 
 
 @rule("softmax", "log_softmax", "softmin")
@@ -423,8 +422,7 @@ def softmax(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if node.axis is None or not isinstance(dim, int) or dim % len(node.shape) == node.axis:
         return None
-    meta = recorder.infer(func, args, kwargs)
-    dtype = recorder.kept(meta.dtype, node.dtype)
+    dtype = recorder.expected.dtype
     return _local(
         "softmax", node, node.shape, node.axis, lambda slab, _: func(slab, *args[1:], **kwargs).to(dtype), dtype=dtype
     )
@@ -441,10 +439,13 @@ def reduction(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     dims = {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}
     if node.axis in dims or not dims:
         return None
-    meta = recorder.infer(func, args, kwargs)
-    if not isinstance(meta, Tensor):
-        return None
+    meta = recorder.expected
     axis = node.axis if meta.ndim == ndim else node.axis - sum(d < node.axis for d in dims)
     return _local(
-        _plain_name(func), node, meta.shape, axis, lambda slab, _: func(slab, *args[1:], **kwargs), dtype=meta.dtype
+        _plain_name(func),
+        node,
+        meta.shape,
+        axis,
+        lambda slab, _: func(slab, *args[1:], **kwargs).to(meta.dtype),
+        dtype=meta.dtype,
     )

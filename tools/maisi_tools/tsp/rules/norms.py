@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,13 +14,16 @@ from maisi_tools.tsp.nodes import Node
 from maisi_tools.tsp.rules.table import bind, rule
 
 
-def _apply(recorder: Any, name: str, node: Node, groups: int, weight: Any, bias: Any, eps: float) -> Node:
+def _apply(recorder: Any, name: str, node: Node, groups: int, weight: Any, bias: Any, eps: float) -> Node | None:
     """Normalise over each of ``groups`` groups of channels and all positions, by the moments of the whole volume."""
+    if not _alike(recorder, node, weight, bias):
+        return None
     batch, channels = node.shape[:2]
+    dtype = recorder.expected.dtype
     found: dict[Any, tuple[Moments, Tensor, Tensor, Any, Any]] = {}
 
     def compute(slabs: list[Tensor], a: int, b: int, moments: Moments) -> Tensor:
-        slab = slabs[0]
+        slab = slabs[0].to(dtype)
         if slab.device not in found or found[slab.device][0] is not moments:
             kind = statistics_type(slab.dtype)
             mean, variance = (part.reshape(-1).to(slab.device, kind) for part in moments.of_groups(groups))
@@ -33,7 +37,17 @@ def _apply(recorder: Any, name: str, node: Node, groups: int, weight: Any, bias:
         flat = slab.reshape(1, batch * channels, *slab.shape[2:])
         return functional.batch_norm(flat, mean, variance, w, c, False, 0.0, eps).reshape(slab.shape)
 
-    return Node(name, (node,), node.shape, node.dtype, node.axis, compute, elementwise=True, moments_of=node)
+    return Node(name, (node,), node.shape, dtype, node.axis, compute, elementwise=True, moments_of=node)
+
+
+def _alike(recorder: Any, node: Node, *parts: Tensor | None) -> bool:
+    """Whether the parameters are of the volume's type, or float32 beside half precision: what torch takes."""
+    if recorder.dtype is not None:
+        return True
+    half = node.dtype in (torch.float16, torch.bfloat16)
+    return node.dtype.is_floating_point and all(
+        part is None or part.dtype == node.dtype or (half and part.dtype == torch.float32) for part in parts
+    )
 
 
 @rule("group_norm")
@@ -101,12 +115,12 @@ def _running(recorder: Any, name: str, node: Node, given: dict[str, Any]) -> Nod
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         slab = slabs[0]
         mean, variance, weight, bias = (
-            None if given[part] is None else recorder.constants.get(given[part], slab.device)
+            None if given[part] is None else recorder.constant(given[part], slab.device)
             for part in ("running_mean", "running_var", "weight", "bias")
         )
         return functional.batch_norm(slab, mean, variance, weight, bias, False, 0.0, given["eps"])
 
-    return Node(name, (node,), node.shape, node.dtype, node.axis, compute, elementwise=True)
+    return Node(name, (node,), node.shape, recorder.expected.dtype, node.axis, compute, elementwise=True)
 
 
 @rule("layer_norm")
@@ -128,9 +142,8 @@ def layer_norm(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         slab = slabs[0]
         weight, bias = (
-            None if given[part] is None else recorder.constants.get(given[part], slab.device, slab.dtype)
-            for part in ("weight", "bias")
+            None if given[part] is None else recorder.constant(given[part], slab.device) for part in ("weight", "bias")
         )
         return functional.layer_norm(slab, given["normalized_shape"], weight, bias, given["eps"])
 
-    return Node("layer norm", (node,), node.shape, node.dtype, node.axis, compute)
+    return Node("layer norm", (node,), node.shape, recorder.expected.dtype, node.axis, compute)

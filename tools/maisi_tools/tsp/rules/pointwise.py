@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.nodes import Node, Rows, along, gather
@@ -28,15 +28,12 @@ _POINTWISE = """
 def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     """Rows of the result from the same rows of the inputs; what is broadcast along the rows is used whole."""
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
-    if kwargs.get("out") is not None:
-        return None
     leaves, spec = tree_flatten((args, kwargs))
     nodes = {i: leaf.node for i, leaf in enumerate(leaves) if recorder.is_volume(leaf)}
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    shape = torch.broadcast_shapes(*(leaf.shape for leaf in tensors))
-    # The type is that of the operation on single elements; the meta device would import torch's whole compiler for it.
-    probe = func(*tree_map(_element, tuple(args)), **tree_map(_element, kwargs))
-    if not isinstance(probe, Tensor):
+    shape, dtype = recorder.expected.shape, recorder.expected.dtype
+    shapes = {leaf.shape for leaf in tensors} - {shape}
+    if shapes and torch.broadcast_shapes(shape, *shapes) != shape:
         return None
     ndim = len(shape)
     # Broadcasting aligns the last dimensions, so the axis is counted from the end.
@@ -79,24 +76,19 @@ def pointwise(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
                 if leaf.ndim >= back and leaf.shape[-back] == rows and rows > 1:
                     values[i] = leaf.narrow(leaf.ndim - back, a, b - a)
         arguments, keywords = tree_unflatten(values, spec)
-        return func(*arguments, **keywords)
+        return func(*arguments, **keywords).to(dtype)
 
     same = all(node.shape == shape for node in inputs)
     return Node(
         _name(func),
         inputs,
         shape,
-        recorder.kept(probe.dtype, inputs[0].dtype),
+        dtype,
         axis,
         compute,
         need,
         elementwise=same,
     )
-
-
-def _element(value: Any) -> Any:
-    """One element of a tensor's type; a tensor without dimensions stays one, for type promotion treats it apart."""
-    return torch.ones([1] * value.ndim, dtype=value.dtype) if isinstance(value, Tensor) else value
 
 
 def _name(func: Any) -> str:
@@ -112,7 +104,7 @@ def prelu(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         return None
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
-        return torch.prelu(slabs[0], recorder.constants.get(given["weight"], slabs[0].device, slabs[0].dtype))
+        return torch.prelu(slabs[0], recorder.constant(given["weight"], slabs[0].device))
 
     return Node("prelu", (node,), node.shape, node.dtype, node.axis, compute, elementwise=True)
 

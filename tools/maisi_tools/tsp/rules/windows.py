@@ -46,7 +46,7 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
     padding = [0 if uneven or d == split else before[d] for d in range(dims)]
     widths = [w for d in reversed(range(dims)) for w in ((0, 0) if d == split else (before[d], after[d]))]
     step, reach, lead = stride[split], dilation[split] * (kernel[split] - 1) + 1, before[split]
-    convolve = conv3d if dims == 3 else func
+    convolve, kind = conv3d if dims == 3 else func, recorder.cast(node, weight, bias)
 
     def want(a: int, b: int) -> tuple[int, int]:
         return a * step - lead, (b - 1) * step - lead + reach
@@ -55,12 +55,12 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
         return clamp(*want(a, b), rows)
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
-        slab = fit(slabs[0], need(0, a, b), want(a, b), axis)
+        slab = fit(slabs[0].to(dtype=kind), need(0, a, b), want(a, b), axis)
         slabs.clear()
         if uneven:
             slab = functional.pad(slab, widths)
-        w = recorder.constants.get(weight, slab.device, slab.dtype)
-        c = None if bias is None else recorder.constants.get(bias, slab.device, slab.dtype)
+        w = recorder.constant(weight, slab.device, kind)
+        c = None if bias is None else recorder.constant(bias, slab.device, kind)
         return convolve(slab, w, c, stride, padding, dilation, given["groups"])
 
     sizes = [
@@ -69,7 +69,7 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
     ]
     shape = (node.shape[0], weight.shape[0], *sizes)
     cost = 2.0 * weight.shape[1:].numel()
-    return Node("convolution", (node,), shape, node.dtype, axis, compute, need, cost)
+    return Node("convolution", (node,), shape, recorder.expected.dtype, axis, compute, need, cost)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -87,6 +87,7 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
         per_axis(given[name], dims) for name in ("stride", "padding", "output_padding", "dilation")
     )
     step, lead, reach = stride[split], padding[split], dilation[split] * (kernel[split] - 1) + 1
+    kind = recorder.cast(node, weight, bias)
     inner_padding = [0 if d == split else padding[d] for d in range(dims)]
     inner_extra = [0 if d == split else extra[d] for d in range(dims)]
 
@@ -99,9 +100,9 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         lo, hi = want(a, b)
-        slab = fit(slabs[0], need(0, a, b), (lo, hi), axis)
-        w = recorder.constants.get(weight, slab.device, slab.dtype)
-        c = None if bias is None else recorder.constants.get(bias, slab.device, slab.dtype)
+        slab = fit(slabs[0].to(dtype=kind), need(0, a, b), (lo, hi), axis)
+        w = recorder.constant(weight, slab.device, kind)
+        c = None if bias is None else recorder.constant(bias, slab.device, kind)
         out = func(slab, w, c, stride, inner_padding, inner_extra, given["groups"], dilation)
         first = lo * step - lead
         short = b - first - out.shape[axis]
@@ -118,7 +119,7 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
     for k, s in zip(kernel, stride, strict=True):
         taps *= k / s
     cost = 2.0 * node.shape[1] / given["groups"] * taps
-    return Node("transposed convolution", (node,), shape, node.dtype, axis, compute, need, cost)
+    return Node("transposed convolution", (node,), shape, recorder.expected.dtype, axis, compute, need, cost)
 
 
 _MAX_POOL = {
@@ -151,7 +152,7 @@ def _pool(recorder: Any, func: Any, given: dict[str, Any], dims: int, fill: floa
     padding, dilation = per_axis(given["padding"], dims), per_axis(given.get("dilation", 1), dims)
     step, reach, lead = stride[split], dilation[split] * (kernel[split] - 1) + 1, padding[split]
     keywords = {k: v for k, v in given.items() if k not in ("input", "kernel_size", "stride", "padding")}
-    inner = [0 if d == split else padding[d] for d in range(dims)]
+    inner, dtype = [0 if d == split else padding[d] for d in range(dims)], recorder.expected.dtype
 
     def want(a: int, b: int) -> tuple[int, int]:
         return a * step - lead, (b - 1) * step - lead + reach
@@ -161,14 +162,15 @@ def _pool(recorder: Any, func: Any, given: dict[str, Any], dims: int, fill: floa
 
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         slab = fit(slabs[0], need(0, a, b), want(a, b), axis, fill)
-        return func(slab, kernel, stride, inner, **keywords)
+        return recorder.widened(func, (slab, kernel, stride, inner), keywords).to(dtype)
 
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, p, d, k, s in zip(node.shape[2:], padding, dilation, kernel, stride, strict=True)
     ]
     shape = (*node.shape[:2], *sizes)
-    return Node("pooling", (node,), shape, node.dtype, axis, compute, need, float(torch.Size(kernel).numel()))
+    cost = float(torch.Size(kernel).numel())
+    return Node("pooling", (node,), shape, dtype, axis, compute, need, cost)
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d")
@@ -177,7 +179,9 @@ def max_pool(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     given = bind(_MAX_POOL, args, kwargs)
     if given["return_indices"]:
         return None
-    return _pool(recorder, func, given, int(func.__name__[-2]), float("-inf"))
+    dtype = given["input"].dtype
+    lowest = float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return _pool(recorder, func, given, int(func.__name__[-2]), lowest)
 
 
 @rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
