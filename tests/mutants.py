@@ -64,7 +64,7 @@ MUTANTS = [
     ),
     Mutant("volumes/grid.py", "scale_extent=True", "scale_extent=False"),
     Mutant("volumes/grid.py", "if shift < 0.1 * min(spacing[:2]):", "if shift < 1.0 * min(spacing[:2]):"),
-    Mutant("volumes/normalise.py", "upper=99.5", "upper=100"),
+    Mutant("volumes/normalise.py", "MR_PERCENTILES = (0.0, 99.5)", "MR_PERCENTILES = (0.0, 100.0)"),
     Mutant("volumes/series.py", "MAX_GAP_DEVIATION = 0.01", "MAX_GAP_DEVIATION = 0.12", ("volumes/test_series.py",)),
     Mutant("volumes/series.py", "THINNEST_HU, MAX_THINNER_SHARE = -1300.0", "THINNEST_HU, MAX_THINNER_SHARE = -2500.0"),
     Mutant("volumes/series.py", "& (values > values.min())", "& (values >= values.min())"),
@@ -84,7 +84,7 @@ MUTANTS = [
         "diffusion/conditions.py", "bottom[REGIONS.index(self.region[-1])]", "bottom[REGIONS.index(self.region[0])]"
     ),
     Mutant("diffusion/conditions.py", "torch.tensor(self.spacing) * scale", "torch.tensor(self.spacing)"),
-    Mutant("diffusion/conditions.py", '"ct_contrast": 3, "mri": 8}', '"ct_contrast": 3, "mri": 9}'),
+    Mutant("diffusion/conditions.py", '"mri": 8,', '"mri": 9,'),
     Mutant(
         "diffusion/conditions.py", "torch.zeros_like(value) if name in names", "torch.ones_like(value) if name in names"
     ),
@@ -105,7 +105,7 @@ MUTANTS = [
         "next_alpha = scheduler.alphas_cumprod[0] if",
     ),
     Mutant("diffusion/inferers.py", 'self.multiple, "replicate")', 'self.multiple, "constant")'),
-    Mutant("diffusion/inferers.py", "embedding, t, self.control_scale, **without)", "embedding, t, 0.0, **without)"),
+    Mutant("diffusion/inferers.py", "other, t, self.control_scale, **without)", "other, t, 0.0, **without)"),
     Mutant("diffusion/inferers.py", "embedding, t, self.control_scale, **tensors)", "embedding, t, 1.0, **tensors)"),
     Mutant("diffusion/inferers.py", "region_of(condition.unique()", "region_of(padded.unique()"),
     Mutant("diffusion/inferers.py", "torch.where(labels == 0, torch.zeros_like(ct), ct)", "ct"),
@@ -155,7 +155,11 @@ MUTANTS = [
     Mutant("training/losses.py", "variance = sigma.pow(2)", "variance = sigma"),
     Mutant("training/losses.py", "max_pool3d(region, 3, stride=1, padding=1)", "max_pool3d(region, 1, stride=1)"),
     Mutant("training/losses.py", "inside.clamp_max(limit)", "inside"),
-    Mutant("training/steps.py", "mean.lerp_(now, self.momentum)", "mean.lerp_(now, 1 - self.momentum)"),
+    Mutant(
+        "training/steps.py",
+        "_foreach_lerp_(means, trained, self.momentum)",
+        "_foreach_lerp_(means, trained, 1 - self.momentum)",
+    ),
     Mutant("training/steps.py", "-(-iterations // accumulation_steps)", "(iterations // accumulation_steps)"),
     Mutant(
         "training/budget.py",
@@ -216,7 +220,7 @@ MUTANTS = [
     Mutant("cohort/spec.py", "default_rng([self.seed, index])", "default_rng([self.seed + index])"),
     Mutant("settings.py", '_ACTIVE = ("$", "@", "%")', '_ACTIVE = ("$", "@")'),
     Mutant("settings.py", 'name.startswith("_") or', "False or"),
-    Mutant("service/jobs.py", "AND due<=? ", "AND due>=? "),
+    Mutant("service/jobs.py", "self._due.get(row[0], 0.0) <= now", "self._due.get(row[0], 0.0) >= now"),
 ]
 
 

@@ -115,7 +115,8 @@ def test_untrained_control_changes_nothing_and_trained_control_does(tiny_control
         torch.testing.assert_close(network(mask, x, t, conditioning_scale=0.0, spacing_tensor=spacing), base)
 
 
-def test_a_mask_embedded_apart_steers_as_monais_control_net_to_the_bit(tiny_settings, tiny_controlled):
+def test_a_mask_embedded_apart_steers_as_monais_control_net(tiny_settings, tiny_controlled):
+    """Apart or not is the same to the bit; MONAI's is so to rounding, since a CPU may choose another kernel for it."""
     network, theirs = tiny_controlled, ControlNetMaisi(**tiny_settings["controlnet"]).eval()
     for parameter in network.controlnet.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -133,9 +134,10 @@ def test_a_mask_embedded_apart_steers_as_monais_control_net_to_the_bit(tiny_sett
             **given,
         )
         embedding = network.embed(mask)
-        assert torch.equal(network.denoise(x, embedding, t, 1.3, classes, **given), expected)
-        assert torch.equal(network(mask, x, t, 1.3, classes, **given), expected)
-        assert not torch.equal(network.denoise(x, embedding * 0, t, 1.3, classes, **given), expected)
+        apart = network.denoise(x, embedding, t, 1.3, classes, **given)
+        assert torch.equal(network(mask, x, t, 1.3, classes, **given), apart)
+        torch.testing.assert_close(apart, expected, atol=1e-4, rtol=1e-5)
+        assert (network.denoise(x, embedding * 0, t, 1.3, classes, **given) - expected).abs().max() > 0.01
 
 
 def test_monais_control_net_is_refused_with_what_to_name(tiny_settings, tiny_unet):
