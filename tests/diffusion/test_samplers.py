@@ -10,6 +10,7 @@ from monai.bundle import ConfigParser
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
 from maisi_tools.diffusion.samplers import check_interval, guided, known_outside, sample, signal_and_noise
+from maisi_tools.diffusion.schedulers import ddim
 from maisi_tools.errors import InputError
 
 MEAN, SPREAD = 0.7, 0.4
@@ -137,8 +138,8 @@ def test_solvers_call_the_network_as_often_as_they_say(solver, calls):
 def test_ddim_on_a_gaussian_is_the_closed_form(repo_root, steps, kind, to_one):
     """With the exact network a step multiplies the deviation from the mean by a number; here all of them in numpy."""
     settings = json.loads((repo_root / "bundles/maisi_ldm/configs/full_ddpm.json").read_text())["ddim"]
-    settings.pop("_target_")
-    scheduler = DDIMScheduler(**settings, prediction_type=kind, set_alpha_to_one=to_one)
+    assert settings.pop("_target_") == "maisi_tools.diffusion.schedulers.ddim"
+    scheduler = ddim(**settings, prediction_type=kind, set_alpha_to_one=to_one)
     noise = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = sample(prediction_of_gaussian(scheduler, kind), noise, scheduler, steps, progress=False)
 
