@@ -81,7 +81,7 @@ def make_cohort(
         if spec.masks.source == "real":
             raise InputError("a judge is given with masks.source real; it looks at whole CTs: leave it out")
         check_plain(judge, "judge")
-        chosen = {"judge": _absolute(judge, "configs"), "judge_label_map": _absolute(judge_label_map)}
+        chosen = {"judge": _absolute(judge), "judge_label_map": _absolute(judge_label_map)}
         opened = open_judge(chosen["judge"], chosen["judge_label_map"], spec.ct.get("min_dice"))
         assert opened is not None
         seen = {**chosen, "weights": opened.segmenter.fingerprint, "ids": opened.segmenter.label_map.ids}
@@ -162,10 +162,12 @@ def _on_ray(
             ray.shutdown()
 
 
-def _absolute(path: str | None, needs: str = "") -> str | None:
-    """A path as it is from everywhere, since a worker may run elsewhere; a name stays as it is."""
-    known = path is not None and (Path(path).expanduser() / needs).exists()
-    return str(Path(path).expanduser().resolve()) if path is not None and known else path
+def _absolute(given: str | None) -> str | None:
+    """The path of a file or of a bundle as it is from everywhere, since a worker may run elsewhere; a name as it is."""
+    if given is None:
+        return None
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.is_file() or (path / "configs").is_dir() else given
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
