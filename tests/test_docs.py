@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 import maisi_tools.cli
+from maisi_tools.bundles.packaging import PARTS
 from maisi_tools.cli import main
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import read_label_map
@@ -295,7 +296,7 @@ def workplace(given, tmp_path) -> Path:
     for room in ("bundles/maisi_vae", "bundles/maisi_ldm", "bundles/maisi_controlnet", "evaluation/segmentation"):
         (tmp_path / room).mkdir(parents=True)
         for inside in (ROOT / room).iterdir():
-            if inside.name in ("configs", "models", "docs", "LICENSE", "large_files.yml"):
+            if inside.name in PARTS:
                 (tmp_path / room / inside.name).symlink_to(inside)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path
