@@ -32,7 +32,7 @@ def check(network: nn.Module, args: tuple, call: Callable = lambda network: netw
             continue
         own = (whole - wanted).abs().max().item()
         # Where the unsplit network happens to be off by less than a rounding step of its largest value, any other
-        # order of the same sums may be further off; eight steps are allowed for.
-        floor = 8 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        # order of the same sums may be further off; sixteen steps are allowed for (13.6 seen on an AMD EPYC).
+        floor = 16 * torch.finfo(torch.float32).eps * wanted.abs().max().item()
         assert (found - wanted).abs().max().item() <= max(2 * own, floor)
     return inferer
