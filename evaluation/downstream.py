@@ -213,7 +213,7 @@ class Experiment:
         return record
 
     def _most_steps(self) -> int:
-        found = ConfigParser.load_config_files([str(self.root / "configs" / "converge.json")]) | self.overrides
+        found = json.loads((self.root / "configs" / "converge.json").read_text()) | self.overrides
         return int(found["max_epochs"]) * int(found["epoch_length"])
 
     def _of_inference(self) -> dict[str, Any]:
