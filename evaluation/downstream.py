@@ -28,7 +28,7 @@ from scipy.stats import bootstrap
 
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import replacing, write_json
+from maisi_tools.files import write_csv, write_json
 from maisi_tools.training import checkpoint
 from maisi_tools.volumes.inputs import check_output_dir
 
@@ -154,11 +154,12 @@ class Experiment:
         for arm in arms:  # all doors before the first training
             self._finished(arm)
         found: dict[Arm, dict[str, Any]] = {}
+        rows: list[dict[str, Any]] = []
         for number, arm in enumerate(arms, start=1):
             logger.info("arm %d of %d: %s", number, len(arms), arm.name)
             found[arm] = self._finished(arm) or self._make(arm)
-            self._write(found)
-        return self._write(found)
+            rows = self._write(found)
+        return rows
 
     def _write(self, found: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Write what is known so far: ``downstream.json``, ``downstream.csv`` and ``table.md``."""
@@ -166,10 +167,7 @@ class Experiment:
         arms = {arm.name: dict(record) for arm, record in found.items()}
         write_json(self.folder / "downstream.json", {"arms": arms, "table": rows})
         if rows:
-            with replacing(self.folder / "downstream.csv") as part, open(part, "w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(self.folder / "downstream.csv", rows)
         steps = {arm: record["steps"] for arm, record in found.items()}
         (self.folder / "table.md").write_text("\n".join(table(rows, steps)) + "\n")
         return rows
@@ -393,13 +391,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.synthetic,
         given.output_dir,
         given.segmentation,
-        _settings(given.settings),
+        _mapping(given.settings),
     )
     experiment.run(_counts(given.real), _counts(given.synthetic_counts), given.orders.split(","), given.seeds)
     print((Path(given.output_dir) / "table.md").read_text())
 
 
-def _settings(text: str) -> dict[str, Any]:
+def _mapping(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from scipy import ndimage
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d, interpolate, max_pool3d
 
 from maisi_tools.diffusion.autoencoder import LatentEncoder
-from maisi_tools.diffusion.inferers import MaskToCT
+from maisi_tools.diffusion.inferers import MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import check_start, known_outside, sample, step_generator
 from maisi_tools.errors import InputError
@@ -332,7 +331,7 @@ def check_same_grid(
         )
 
 
-class EditedCT(Inferer):
+class EditedCT(SeedOfInferer):
     """Stage 3 inside a scan: (B, 3, X, Y, Z) as :class:`CropEditd` gives it -> HU of the edited scan, (B, 1, X, Y, Z).
 
     Each region, with its window, is resampled to a spacing the weights know and encoded; the latents it reaches are
@@ -372,15 +371,6 @@ class EditedCT(Inferer):
         spacings = self.inferer.spacings(inputs)
         scans = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
         return torch.stack([self._one(scan, mm, network) for scan, mm in zip(scans, spacings, strict=True)])
-
-    @property
-    def seed(self) -> int:
-        """Of the first window's noise."""
-        return self.inferer.seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self.inferer.seed = int(seed)
 
     def _one(self, scan: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Tensor:
         hu, labels, weight = scan[0].clone(), scan[1], scan[2]

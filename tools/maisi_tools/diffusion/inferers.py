@@ -47,6 +47,21 @@ Draw = Callable[[int], Tensor]
 __getattr__ = partial(refuse_moved, __name__)
 
 
+class SeedOfInferer(Inferer):
+    """An inferer around another one, ``inferer``, which draws: the seed of the first draw is that one's."""
+
+    inferer: Any
+
+    @property
+    def seed(self) -> int:
+        """Of the first draw; setting it sets that of the inferer within."""
+        return self.inferer.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.inferer.seed = int(seed)
+
+
 class LatentSampler(Inferer):
     """Stage 2: noise (B, 4, d, h, w) -> CT (B, 1, 4d, 4h, 4w) in [0, 1].
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.inferers import Inferer
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from maisi_tools.diffusion.inferers import Draw, MaskToCT
+from maisi_tools.diffusion.inferers import Draw, MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.masks.intensity import hu_ranges, implausible_organs
 from maisi_tools.networks import ControlledUNet
@@ -22,7 +21,7 @@ from maisi_tools.volumes.normalise import HU_RANGE
 logger = logging.getLogger(__name__)
 
 
-class CheckedCT(Inferer):
+class CheckedCT(SeedOfInferer):
     """Stage 3 with the intensity check of the MAISI release: label mask (B, 1, D, H, W) -> CT of the same size.
 
     Args:
@@ -59,15 +58,6 @@ class CheckedCT(Inferer):
         draws = self.inferer.draws(inputs, network)
         drawn = [self._checked(mask, draw) for mask, draw in zip(inputs.split(1), draws, strict=True)]
         return {"ct": torch.cat([ct for ct, _ in drawn]), "draws": [json.dumps(record) for _, record in drawn]}
-
-    @property
-    def seed(self) -> int:
-        """Of a mask's first draw."""
-        return self.inferer.seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self.inferer.seed = int(seed)
 
     def _checked(self, mask: Tensor, draw: Draw) -> tuple[Tensor, dict[str, Any]]:
         labels = np.asarray(mask[0, 0].cpu()).round().astype(int)

@@ -78,11 +78,12 @@ def open_judge(
 
     Args:
         segmenter, label_map: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
-        min_dice: see :class:`Judge`; None for 0.5.
+        min_dice: see :class:`Judge`; None for its default.
 
     Raises:
         InputError: see there and :class:`Judge`.
     """
     if segmenter is None:
         return None
-    return Judge(open_segmenter(segmenter, label_map, str(device)), 0.5 if min_dice is None else min_dice)
+    opened = open_segmenter(segmenter, label_map, str(device))
+    return Judge(opened) if min_dice is None else Judge(opened, min_dice)
