@@ -88,8 +88,11 @@ def test_what_changed_is_encoded_again_and_nothing_else(encode, cases, bundles, 
     assert encode(views=drawn, seed=1) == ["p1_ct_drawn", "p2_ct_drawn"]
 
     # padding, HU window
-    assert encode(views=VIEWS[:1], multiple=8) == ["p1_ct", "p2_ct"]
-    assert encode(views=VIEWS[:1], multiple=8, **{"scale#a_min": -900}) == ["p1_ct", "p2_ct"]
+    window = {"a_min": -900, "a_max": 1000, "b_min": 0, "b_max": 1, "clip": True}
+    settings = {"views": VIEWS[:1], "multiple": 8}
+    assert encode(**settings) == ["p1_ct", "p2_ct"]
+    settings["scale"] = {"_target_": "ScaleIntensityRanged", "keys": "image", **window}
+    assert encode(**settings) == ["p1_ct", "p2_ct"]
 
     # another decoder leaves latents valid, another encoder does not
     weights = torch.load(bundles / "maisi_vae" / "models" / "model.pt", weights_only=True)
@@ -97,8 +100,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(encode, cases, bundles, 
         name = next(key for key in weights["model"] if key.startswith(part))
         weights["model"][name] += 0.125
         torch.save(weights, tmp_path / "vae.pt")
-        changed = {"views": VIEWS[:1], "multiple": 8, "scale#a_min": -900, "ckpt_path": str(tmp_path / "vae.pt")}
-        assert encode(**changed) == expected
+        assert encode(**settings, ckpt_path=str(tmp_path / "vae.pt")) == expected
     sidecar = json.loads((out / "p1_ct_latent.json").read_text())
     assert sidecar["autoencoder"] == encoder_fingerprint(tmp_path / "vae.pt")
 

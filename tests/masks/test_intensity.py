@@ -63,7 +63,7 @@ def test_ranges_of_the_vocabulary_and_changed_ones():
         ({"liver": [3, 1]}, r"liver: \[3, 1\]; allowed are .lowest, highest. in HU"),
         ({"liver": [1, 1]}, r"liver: \[1, 1\]"),
         ({"liver": 3}, "liver: 3; allowed are"),
-        ({"999": [0, 1]}, "the label 999"),
+        ({"999": [0, 1]}, "999 is no label"),
         ([1], r"hu_ranges is \[1\]; allowed is label"),
     ],
 )

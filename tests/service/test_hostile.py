@@ -91,7 +91,7 @@ def encoded(ds, meta=False) -> bytes:
     buffer = io.BytesIO()
     dcmwrite(buffer, ds, enforce_file_format=True)
     content = buffer.getvalue()
-    return content if meta else content[144 + ds.file_meta.FileMetaInformationGroupLength :]
+    return content if meta else content[144 + int.from_bytes(content[140:144], "little") :]  # as written, not as read
 
 
 def mutate(chance: random.Random, objects: list[pydicom.Dataset], kind: str) -> list[bytes]:
