@@ -73,15 +73,23 @@ def files_of(runs: Path) -> dict[str, Path]:
     Raises:
         InputError: one is missing.
     """
-    last = runs / ("whole" if (runs / "whole" / "model.pt").is_file() else "controlnet")
     files = {
         "autoencoder": runs / "autoencoder" / "model.pt",
-        "controlnet": last / "model.pt",
+        "controlnet": _last(runs) / "model.pt",
         "judge": runs / "judge" / "model.pt",
     }
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise InputError(f"there is no {', '.join(missing)}; run the stages that make them first")
     return files
+
+
+def unet_of(runs: Path) -> Path:
+    """The U-Net that was trained with the ControlNet, of the last stage there is."""
+    return _last(runs) / "unet.pt"
+
+
+def _last(runs: Path) -> Path:
+    return runs / ("whole" if (runs / "whole" / "model.pt").is_file() else "controlnet")
 
 
 def is_measured(runs: Path) -> bool:

@@ -8,6 +8,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     latents      CTs -> latents
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
+    ldm          latents without masks: that U-Net goes on alone
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
@@ -36,7 +37,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import check_weights, files_of, gather, hashes, is_measured, publish
+from measured import check_weights, files_of, gather, hashes, is_measured, publish, unet_of
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -48,7 +49,7 @@ ROOT = HERE.parent.parent
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
-STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "judge", "evaluate", "downstream")
+STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "ldm", "judge", "evaluate", "downstream")
 
 AT_HOME = ("masks", "evaluate", "downstream")
 """Stages for which a packed file has not all that they need."""
@@ -132,12 +133,16 @@ class Run:
 
     def controlnet(self) -> None:
         """Train U-Net and ControlNet on crops."""
-        self._train_diffusion("controlnet", ["controlnet.json"])
+        self._train_diffusion("controlnet", "maisi_controlnet", ["controlnet.json"], masks_dir=self.out / "masks")
 
     def whole(self) -> None:
         """Train them on whole latents."""
-        start = self.out / "controlnet" / "model.pt"
-        self._train_diffusion("whole", ["controlnet.json", "whole.json"], init_ckpt=start)
+        settings = {"masks_dir": self.out / "masks", "init_ckpt": self.out / "controlnet" / "model.pt"}
+        self._train_diffusion("whole", "maisi_controlnet", ["controlnet.json", "whole.json"], **settings)
+
+    def ldm(self) -> None:
+        """Train the U-Net without masks: with them, the loss had weights that lead a U-Net alone to too much body."""
+        self._train_diffusion("ldm", "maisi_ldm", ["ldm.json"], init_ckpt=unet_of(self.out))
 
     def judge(self) -> None:
         """Train the segmentation network."""
@@ -208,14 +213,13 @@ class Run:
         }
         run_script("evaluation/downstream.py", *(f"--{name}={value}" for name, value in options.items()))
 
-    def _train_diffusion(self, stage: str, overlays: list[str], **settings: Any) -> None:
+    def _train_diffusion(self, stage: str, bundle: str, overlays: list[str], **settings: Any) -> None:
         settings |= {
             "dataset_dir": self.out / "latents",
             "held_out": self.out / "validation.json",
-            "masks_dir": self.out / "masks",
             "autoencoder_ckpt_path": self.out / "autoencoder" / "model.pt",
         }
-        self._train(stage, "bundles/maisi_controlnet", overlays, **settings)
+        self._train(stage, f"bundles/{bundle}", overlays, **settings)
 
     def _train(self, stage: str, bundle: str, overlays: list[str], **settings: Any) -> None:
         folder = self.out / stage

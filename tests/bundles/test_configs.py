@@ -359,6 +359,24 @@ def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):
     assert "maisi weights maisi_vae" in str(cause(raised.value))
 
 
+@pytest.mark.parametrize(
+    ("bundle", "config", "names"),
+    [
+        ("maisi_vae", "inference.json", ["a", "a_recon"]),
+        ("maisi_vae", "encode.json", ["a", "a_latent"]),
+        ("maisi_vae", "decode.json", ["a_latent", "a_latent_ct"]),
+        ("maisi_controlnet", "inference.json", ["a", "a_mask"]),
+    ],
+)
+def test_no_stage_writes_over_an_input(open_bundle, cause, save, phantom_ct, bundle, config, names):
+    files = [save(phantom_ct, f"{name}.nii.gz") for name in names]
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(Exception) as error:
+        open_bundle(bundle, config, input=str(files[0].parent), output_dir=str(files[0].parent))
+    assert f"{files[1]} would be written over" in str(cause(error.value))
+    assert [path.read_bytes() for path in files] == before
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_command_line_error_is_one_line_and_fails(bundles, tmp_path, elsewhere):
     root = bundles / "maisi_vae"

@@ -124,6 +124,14 @@ def test_a_run_that_stopped_goes_on(cases, tmp_path):
     assert all(path.is_file() for path in complete_masks(order, tmp_path / "out", tmp_path / "map.json"))
 
 
+def test_no_label_is_written_over(cases, tmp_path):
+    label = Path(cases[0]["label"]).rename(Path(cases[0]["image"]).parent / "p1_ct_mask.nii.gz")
+    before = label.read_bytes()
+    with pytest.raises(InputError, match="p1_ct_mask.nii.gz would be written over"):
+        complete_masks([cases[0] | {"label": str(label)}], label.parent, tmp_path / "map.json")
+    assert label.read_bytes() == before
+
+
 def test_mask_on_another_grid_is_refused(cases, tmp_path):
     shifted = AFFINE.copy()
     shifted[0, 3] += 5

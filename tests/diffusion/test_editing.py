@@ -373,10 +373,10 @@ def test_a_segmentation_of_slicer_gets_the_numbering_of_the_label_map(stage, tin
 @pytest.mark.parametrize(
     ("change", "edits", "words"),
     [
-        ({"size": 1}, {"redraw": "liver"}, ["another grid", "size (25, 30, 22) and (26, 30, 22)"]),
-        ({"spacing": (2.0, 2.0, 2.5)}, {"redraw": "liver"}, ["spacing 2 x 2 x 2.5 mm and 2 x 2 x 2 mm"]),
-        ({"origin": 3.0}, {"redraw": "liver"}, ["first voxel at 3 x 0 x 0 mm and 0 x 0 x 0 mm"]),
-        ({"turned": 0.02}, {"redraw": "liver"}, ["axes [[0.9998, 0.02, 0.0]"]),
+        ({"size": 1}, {"redraw": "liver"}, ["another grid", "25 x 30 x 22 and 26 x 30 x 22 voxels"]),
+        ({"spacing": (2.0, 2.0, 2.5)}, {"redraw": "liver"}, ["spacing [2.0, 2.0, 2.5] and [2.0, 2.0, 2.0] mm"]),
+        ({"origin": 3.0}, {"redraw": "liver"}, ["origin [3.0, 0.0, 0.0] and [0.0, 0.0, 0.0] mm"]),
+        ({"turned": 0.02}, {"redraw": "liver"}, ["axes [[1.0, 0.02, 0.0]"]),
         ({}, {"insert": {"pancreatic tumor": 5}}, ["grows in pancreas", "none"]),
         ({}, {"insert": {"lung tumor": 5}}, ["grows in left lung upper lobe or", "none of them"]),
         ({}, {"remove": "hepatic tumor"}, ["hepatic tumor is not in the mask"]),
@@ -465,12 +465,12 @@ def test_no_input_of_another_scan_or_of_a_class_folder_is_written_over(tmp_path)
     listed = tmp_path / "list.json"
     entries = [{"image": "a.nii.gz", "label": "b_mask.nii.gz"}, {"image": "b.nii.gz", "label": "b_seg.nii.gz"}]
     listed.write_text(json.dumps(entries))
-    with pytest.raises(InputError, match=r"b_mask.nii.gz, which is the input .*b_mask.nii.gz"):
+    with pytest.raises(InputError, match=r"b_mask.nii.gz would be written over, which is the input .*b_mask.nii.gz"):
         find_scans(str(listed), None, output_dir=tmp_path)
     classes = tmp_path / "classes"
     save(classes / "liver.nii.gz", (labels == LIVER).astype(np.uint8), np.eye(4))
     save(classes / "a_mask.nii.gz", labels, np.eye(4))
-    with pytest.raises(InputError, match="a_mask.nii.gz, which is"):
+    with pytest.raises(InputError, match="a_mask.nii.gz would be written over, which is"):
         find_scans(str(tmp_path / "a.nii.gz"), str(classes), output_dir=classes)
 
 

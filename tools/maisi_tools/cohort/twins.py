@@ -17,7 +17,7 @@ from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
 from maisi_tools.bundles.stage import Stage
-from maisi_tools.diffusion.editing import check_targets, is_series, tissues
+from maisi_tools.diffusion.editing import check_edited, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.files import fingerprint_file, fingerprint_tensors, write_json
 from maisi_tools.masks.body import body_envelope, without_couch
@@ -69,7 +69,7 @@ def make_twins(
     """
     items = find_inputs(cts, "image")
     folder = check_output_dir(output_dir)
-    check_targets(items, folder)
+    check_edited(items, folder)
     labeller = open_segmenter(segmenter, label_map, device)
     configs = ["inference.json", *overlays]
     own: dict[str, Any] = {"output_dir": str(folder), "seed": seed, "label_map": "maisi", "placeholders": None}

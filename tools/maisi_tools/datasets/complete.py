@@ -24,7 +24,7 @@ from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
-SUFFIX = "_mask.nii.gz"
+MASK = "_mask"
 """What a mask's file name has after the CT's stem."""
 
 CASES = "cases.json"
@@ -58,7 +58,7 @@ def complete_masks(
         InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
             two CTs of one stem; a spacing that is not three positive numbers.
     """
-    folder = check_output_dir(output_dir)
+    folder = check_output_dir(output_dir, items, [MASK])
     _regrid(spacing, "nearest")  # a bad one is refused before any work
     mapping = read_label_map(label_map)
     stems = [stem_of(item["image"]) for item in items]
@@ -71,12 +71,12 @@ def complete_masks(
         for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)
-    return [folder / f"{stem}{SUFFIX}" for stem in stems]
+    return [folder / f"{stem}{MASK}.nii.gz" for stem in stems]
 
 
 def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:
     """Write the mask of one case unless it is up to date, and return the case's regions."""
-    path = folder / f"{stem_of(item['image'])}{SUFFIX}"
+    path = folder / f"{stem_of(item['image'])}{MASK}.nii.gz"
     settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
     files = [item[key] for key in ("image", "label") if key in item]
     sources = [fingerprint_file(file) for file in files if Path(file).exists()]  # reading refuses the others

@@ -31,8 +31,8 @@ from maisi_tools.masks.label_maps import LabelMap, apply_label_map
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.networks import ControlledUNet
-from maisi_tools.volumes.grid import crop_to, pad_to_multiple
-from maisi_tools.volumes.inputs import SUFFIXES, find_inputs, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
+from maisi_tools.volumes.inputs import SUFFIXES, check_targets, find_inputs, holds_dicom, is_zip, stem_of
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.patching import Stored, ras_affine, read_stored, to_ras, write_stored
 from maisi_tools.volumes.reading import read_volume
@@ -49,9 +49,6 @@ TISSUES_MM = 3.0
 
 LEAST_TISSUE = 0.01
 """Share of a crop that is denser than :data:`~maisi_tools.masks.body.SKIN_HU`, where there is a body."""
-
-SAME_SHARE = 0.1
-"""The corners of a CT and its mask may lie apart by so much of a voxel, as rounded headers put them."""
 
 
 def find_scans(
@@ -73,7 +70,7 @@ def find_scans(
 
     Raises:
         InputError: several CTs with one mask, no mask, what :func:`find_inputs` refuses, or an input that would be
-            written over, see :func:`check_targets`.
+            written over, see :func:`check_edited`.
     """
 
     def is_one(folder: Path) -> bool:
@@ -96,7 +93,7 @@ def find_scans(
             raise InputError(f"new_mask is {new_mask!r} for {len(items)} CTs; allowed is true: new_label in a datalist")
         items[0]["new_mask"] = str(new_mask)
     if output_dir is not None:
-        check_targets(items, output_dir)
+        check_edited(items, output_dir)
     return items
 
 
@@ -107,28 +104,19 @@ def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str
     return {**files, "sidecar": folder / f"{name}_ct.json", "dicom": folder / f"{name}_dicom"}
 
 
-def check_targets(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:
-    """Refuse to write over an input, whichever scan it belongs to and by whatever path it is named.
+def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:
+    """Refuse to write an edited scan over an input, whichever scan that belongs to.
 
     Args:
         scans: see :func:`find_scans`.
         output_dir: where they go.
 
     Raises:
-        InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
+        InputError: see :func:`~maisi_tools.volumes.inputs.check_targets`.
     """
     inputs = [Path(scan[key]).expanduser() for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
-    targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values() if path.exists()]
-    for given in inputs:
-        parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
-        known = {(status.st_dev, status.st_ino) for status in (part.stat() for part in parts if part.exists())}
-        for target in targets:
-            if (target.stat().st_dev, target.stat().st_ino) in known:
-                raise InputError(
-                    f"the edited scan would be written over {target}, which is the input {given}, or a part of it or "
-                    f"the folder it lies in; output_dir is {output_dir}; allowed is another folder than that of the "
-                    "inputs: give another output_dir"
-                )
+    targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values()]
+    check_targets(inputs, targets, output_dir)
 
 
 def _has_labels(scans: Sequence[Mapping[str, str]]) -> bool:
@@ -272,12 +260,16 @@ def _labels(path: str, label_map: LabelMap, shape: tuple[int, ...], grid: np.nda
     """A mask in the vocabulary, RAS, on the CT's grid."""
     mask: Any = ReadMaskd("mask", label_map)({"mask": path})["mask"]
     own = np.asarray(mask.affine, dtype=float)
-    check_same_grid(ras_affine(own, mask.shape[1:]), to_ras(mask[0].numpy(), own).shape, grid, shape, path, ct)
     try:
-        labels = apply_label_map(mask[0].numpy().astype(np.uint16), label_map)
+        labels = to_ras(apply_label_map(mask[0].numpy().astype(np.uint16), label_map), own)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return to_ras(labels, own)
+    if difference := difference_of_grids(ras_affine(own, mask.shape[1:]), labels.shape, grid, shape):
+        raise InputError(
+            f"{path} lies on another grid than {ct}: {difference}; allowed is one grid for both: resample the mask to "
+            "the CT with nearest neighbour"
+        )
+    return labels
 
 
 def _alike(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -299,36 +291,6 @@ def tissues(hu: np.ndarray, labels: np.ndarray, spacing: np.ndarray, body: np.nd
     for axis, step in enumerate(steps):
         found = found.repeat(step, axis)
     return found[tuple(slice(length) for length in hu.shape)]
-
-
-def check_same_grid(
-    own: np.ndarray, size: Sequence[int], other: np.ndarray, other_size: Sequence[int], name: Any, other_name: Any
-) -> None:
-    """Refuse two volumes, RAS, whose voxels do not lie in the same places.
-
-    Raises:
-        InputError: with what differs: size, spacing, axes or position.
-    """
-    differ = []
-    if tuple(size) != tuple(other_size):
-        differ.append(f"size {tuple(map(int, size))} and {tuple(map(int, other_size))} voxels")
-    lengths, other_lengths = (np.linalg.norm(affine[:3, :3], axis=0) for affine in (own, other))
-    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*np.subtract(other_size, 1), 1]
-    apart = np.linalg.norm((own - other) @ corners.T, axis=0).max()
-    if apart > SAME_SHARE * other_lengths.min():
-        if not np.allclose(lengths, other_lengths, rtol=1e-4):
-            differ.append(f"spacing {_mm(lengths)} and {_mm(other_lengths)}")
-        axes, other_axes = np.round(own[:3, :3] / lengths, 4), np.round(other[:3, :3] / other_lengths, 4)
-        if (axes != other_axes).any():
-            differ.append(f"axes {axes.T.tolist()} and {other_axes.T.tolist()}")
-        if (own[:3, 3] != other[:3, 3]).any():
-            differ.append(f"first voxel at {_mm(own[:3, 3])} and {_mm(other[:3, 3])}")
-        differ = differ or [f"corners {apart:.3g} mm apart"]
-    if differ:
-        raise InputError(
-            f"{name} lies on another grid than {other_name}: {'; '.join(differ)}; allowed is one grid for both: "
-            "resample the mask to the CT with nearest neighbour"
-        )
 
 
 class EditedCT(SeedOfInferer):
@@ -459,7 +421,7 @@ class WriteEditd(MapTransform):
         conditions: to be recorded.
 
     Raises:
-        InputError: a file would be written over an input, see :func:`check_targets`.
+        InputError: a file would be written over an input, see :func:`check_edited`.
     """
 
     def __init__(
@@ -481,7 +443,7 @@ class WriteEditd(MapTransform):
         after, changed = _array(data["edited"]).astype(np.uint8)
         box = tuple(slice(first, first + size) for first, size in zip(plan["start"], drawn.shape, strict=True))
         given = {key: plan[key] for key in ("mask", "new_mask") if key in plan}
-        check_targets([{"image": plan["ct"], **given}], self.output_dir)
+        check_edited([{"image": plan["ct"], **given}], self.output_dir)
         files = targets_of(plan["ct"], self.output_dir)
         for what in ("ct", "mask", "weight"):  # where a file is, its sidecar is about it
             files[what].unlink(missing_ok=True)
@@ -639,7 +601,3 @@ def _corners(box: Box, affine: Any) -> list[list[float]]:
     """Centres of the first and of the last voxel of a box, RAS in mm."""
     ends = np.array([[side.start for side in box] + [1], [side.stop - 1 for side in box] + [1]], dtype=float)
     return np.round((np.asarray(affine, dtype=float) @ ends.T)[:3].T, 2).tolist()
-
-
-def _mm(values: np.ndarray) -> str:
-    return " x ".join(f"{value:.4g}" for value in values) + " mm"

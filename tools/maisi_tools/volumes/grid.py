@@ -107,14 +107,27 @@ def _latent_to_image(factor: int | Sequence[int]) -> np.ndarray:
 def grid_difference(one: MetaTensor, other: MetaTensor) -> str | None:
     """What differs between the grids of two volumes (C, X, Y, Z), in words; None where they have the same voxels.
 
+    See :func:`difference_of_grids`.
+    """
+    first, second = (np.asarray(volume.affine, dtype=float) for volume in (one, other))
+    return difference_of_grids(first, tuple(one.shape[1:]), second, tuple(other.shape[1:]))
+
+
+def difference_of_grids(
+    first: np.ndarray, ours: Sequence[int], second: np.ndarray, theirs: Sequence[int]
+) -> str | None:
+    """What differs between two grids, in words; None where they have the same voxels.
+
     They are the same where there are as many and no voxel is further from its counterpart than
     :data:`~maisi_tools.volumes.checks.AGREES`.
+
+    Args:
+        first, second: affines (4, 4), from voxels to mm.
+        ours, theirs: (X, Y, Z), numbers of their voxels.
     """
-    ours, theirs = tuple(one.shape[1:]), tuple(other.shape[1:])
-    if ours != theirs:
+    if tuple(ours) != tuple(theirs):
         return f"{_voxels(ours)} and {_voxels(theirs)} voxels"
-    first, second = (np.asarray(volume.affine, dtype=float) for volume in (one, other))
-    if (apart := distance_in_voxels(first, second, ours)) <= AGREES:
+    if (apart := distance_in_voxels(first, second, tuple(ours))) <= AGREES:
         return None
     parts = [f"{_voxels(ours)} voxels each, up to {apart:.3g} voxels apart"]
     for what, a, b in (

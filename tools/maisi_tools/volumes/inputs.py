@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,18 @@ def find_inputs(
     return items
 
 
-def check_output_dir(path: str | os.PathLike) -> Path:
+def check_output_dir(
+    path: str | os.PathLike, items: Sequence[Mapping[str, Any]] = (), suffixes: Sequence[str] = ()
+) -> Path:
     """Create the output folder if it is missing and prove that it can be written, by writing and removing a file.
 
+    Args:
+        path: the folder.
+        items: inputs, see :func:`find_inputs`; the first entry of an item, or its ``stem``, gives the outputs' name.
+        suffixes: of the outputs of each, such as "_ct".
+
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be made or written, or an output would be written over an input.
     """
     folder = Path(path).expanduser()
     try:
@@ -104,7 +111,34 @@ def check_output_dir(path: str | os.PathLike) -> Path:
             f"output_dir {folder} cannot be written ({error.strerror or error}); allowed is a folder that this user "
             "may create and write: give another output_dir, or change its permissions"
         ) from error
+    stems = [stem_of(item.get("stem") or next(iter(item.values()))) for item in items]
+    targets = [folder / f"{stem}{suffix}.nii.gz" for stem in stems for suffix in suffixes]
+    given = [value for item in items for value in item.values() if isinstance(value, (str, os.PathLike))]
+    check_targets([Path(value).expanduser() for value in given if os.path.exists(value)], targets, folder)
     return folder
+
+
+def check_targets(inputs: Iterable[Path], targets: Iterable[Path], output_dir: str | os.PathLike) -> None:
+    """Refuse to write over an input, by whatever path it is named.
+
+    Args:
+        inputs: files and folders that are read.
+        targets: files and folders that will be written.
+        output_dir: where they go.
+
+    Raises:
+        InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
+    """
+    there = {(status.st_dev, status.st_ino): path for path in targets if path.exists() for status in [path.stat()]}
+    for given in inputs if there else ():
+        parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
+        for status in (part.stat() for part in parts if part.exists()):
+            if (target := there.get((status.st_dev, status.st_ino))) is not None:
+                raise InputError(
+                    f"{target} would be written over, which is the input {given}, or a part of it or the folder it "
+                    f"lies in; output_dir is {output_dir}; allowed is another folder than that of the inputs: give "
+                    "another output_dir"
+                )
 
 
 def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
