@@ -53,14 +53,15 @@ part() { # NAME SECONDS COMMAND...: run a part within its time
 ways="TSP;TSP 16GiB;TSP 8GiB;MONAI, 2 splits;MONAI, 8 splits;windows"
 tsp=(--sizes 256x256x256,512x512x512,512x512x768 --budget 290)
 sampling=(--budget 170)
+tests=(tests/diffusion/test_devices.py tests/tsp/test_devices.py tests/bundles/test_training.py)
 if [ -n "$quick" ]; then
     tsp=(--sizes 24x96x24,24x96x32 --channels small --repeats 1 --threads 1)
     sampling=(--quick --threads 1)
+    tests=(tests/diffusion/test_devices.py)
 fi
 
 part tests 180 "$python" -m pytest -v --durations=5 -p no:cacheprovider --continue-on-collection-errors \
-    -k device -m "$marked" \
-    tests/tsp/test_devices.py tests/diffusion/test_devices.py tests/bundles/test_training.py
+    -k device -m "$marked" "${tests[@]}"
 part tsp 310 "$python" benchmarks/tsp_cuda.py --device "$device" --directions decode --variants "$ways" \
     --out "$out" "${tsp[@]}"
 part sampling 200 "$python" benchmarks/sampling_cuda.py --device "$device" --out "$out" "${sampling[@]}"

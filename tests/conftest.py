@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 
 from maisi_tools.networks import Autoencoder, ControlledUNet, ControlNet, DiffusionUNet
 
+from .preloaded import start
+
 # On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute.
 torch.set_num_threads(1)
 
@@ -20,6 +24,36 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[str]:
+    """The path of a Python that starts with MONAI imported, see preloaded.py; as is everything it starts itself."""
+    with tempfile.TemporaryDirectory(prefix="maisi-") as folder:  # a socket's path has to be short
+        program, process = start(Path(folder))
+        yield str(program)
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def torchrun(python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``torchrun("monai.bundle", "run", ..., cwd=folder)`` runs a module on two ranks, which have to succeed."""
+
+    def run(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done
+
+    return run
 
 
 @pytest.fixture

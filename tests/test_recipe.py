@@ -36,16 +36,21 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def run(repo_root: Path, data: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(repo_root / "recipes" / "small" / "run.py"), str(data), "--out", str(out)]
-    return subprocess.run(
-        [*command, "--split", str(data / "split.json"), *more], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run(python, repo_root, data):
+    """``run(out, "--quick", given=data)`` runs the recipe; every stage's process is forked, see preloaded.py."""
+
+    def run(out: Path, *more: str, given: Path = data) -> subprocess.CompletedProcess[str]:
+        command = [python, str(repo_root / "recipes" / "small" / "run.py"), str(given), "--out", str(out)]
+        split = () if "--split" in more else ("--split", str(data / "split.json"))
+        return subprocess.run([*command, *split, *more], capture_output=True, text=True, check=False)
+
+    return run
 
 
 @pytest.mark.timeout(1200)
-def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tmp_path):
-    made = run(repo_root, data, tmp_path, "--quick")
+def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
+    made = run(tmp_path, "--quick")
     assert made.returncode == 0, made.stderr[-2000:]
     lists = json.loads((tmp_path / "datalist.json").read_text())
     names = {
@@ -58,7 +63,7 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
     assert not any("pt_4" in case["image"] for cases in trained.values() for case in cases)
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
-    files = [tmp_path / "autoencoder" / "model.pt", *(tmp_path / "whole" / f"{n}.pt" for n in ("model", "unet"))]
+    files = [tmp_path / name for name in ("autoencoder/model.pt", "whole/model.pt", "whole/unet.pt", "ldm/model.pt")]
     figures = json.loads((tmp_path / "measured.json").read_text())
     assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
     assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
@@ -66,29 +71,21 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(repo_root, data, tm
     assert {(row["real"], row["synthetic"]) for row in rows} == {(1, 2)}
     assert len(list((tmp_path / "downstream" / "cts").glob("*_ct.nii.gz"))) == 2
     weights = [torch.load(path, weights_only=True) for path in files]
-    assert [each.get("factor") for each in weights[1:]] == [2, 2]
-    whole, unet = weights[1]["model"], weights[2]["model"]
+    assert [each.get("factor") for each in weights[1:]] == [2, 2, 2]
+    assert len({each["scale_factor"] for each in weights[1:]}) == 1
+    whole, unet, ldm = (each["model"] for each in weights[1:])
     assert unet and all(torch.equal(whole[f"unet.{name}"], value) for name, value in unet.items())
+    assert ldm.keys() == unet.keys() and not all(torch.equal(ldm[name], value) for name, value in unet.items())
     times = [path.stat().st_mtime_ns for path in files]
-    assert run(repo_root, data, tmp_path, "--quick").returncode == 0
+    assert run(tmp_path, "--quick").returncode == 0
     assert [path.stat().st_mtime_ns for path in files] == times
 
 
-def test_packed_data_come_back_within_a_step(repo_root, data, tmp_path):
-    recipe = repo_root / "recipes" / "small"
-    made = run(repo_root, data, tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.npz"))
+def test_packed_data_come_back_within_a_step(run, data, tmp_path):
+    made = run(tmp_path / "runs", "--stages", "prepare,masks", "--pack", str(tmp_path / "data.npz"))
     assert made.returncode == 0, made.stderr[-2000:]
     out = tmp_path / "away"
-    command = [
-        sys.executable,
-        str(recipe / "run.py"),
-        str(tmp_path / "data.npz"),
-        "--out",
-        str(out),
-        "--stages",
-        "prepare",
-    ]
-    assert subprocess.run(command, check=False).returncode == 0
+    assert run(out, "--stages", "prepare", given=tmp_path / "data.npz").returncode == 0
     lists = json.loads((out / "datalist.json").read_text())
     assert [len(lists[section]) for section in ("training", "validation")] == [2, 1]
     assert json.loads((out / "validation.json").read_text()) == {"held_out": ["pt_3_ct"]}
@@ -121,9 +118,9 @@ def test_cards_say_what_was_measured(repo_root, tmp_path):
     assert f"| PSNR inside the body, dB | {figures['vae']['psnr_body']['mean']:.2f} |" in card
 
 
-def test_what_cannot_work_is_refused_at_once(repo_root, data, tmp_path):
-    short = run(repo_root, data, tmp_path, "--minutes", "1")
+def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
+    short = run(tmp_path, "--minutes", "1")
     assert short.returncode == 1 and "--minutes is 1; allowed are 5 and more" in short.stderr
     (data / "few.json").write_text(json.dumps({"held_out": ["pt_1", "pt_2"], "validation": ["pt_3"]}))
-    few = run(repo_root, data, tmp_path, "--split", str(data / "few.json"))
+    few = run(tmp_path, "--split", str(data / "few.json"))
     assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 2 kept out" in few.stderr

@@ -6,20 +6,29 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from monai.networks.nets import UNet
 
+Run = Callable[..., str]
+Gpu = Callable[..., subprocess.CompletedProcess[str]]
 
-def run(repo_root: Path, script: str, *options: str) -> str:
-    """Return what the script prints."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(repo_root / "benchmarks" / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+
+@pytest.fixture
+def run(python: str, repo_root: Path) -> Run:
+    """``run("tsp_cpu.py", "--quick")`` returns what a script prints."""
+
+    def run(script: str, *options: str) -> str:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [python, str(repo_root / "benchmarks" / script), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 def rows(text: str) -> list[list[str]]:
@@ -30,8 +39,8 @@ def rows(text: str) -> list[list[str]]:
     ]
 
 
-def test_the_cpu_comparison_has_all_rows_and_equal_results(repo_root: Path) -> None:
-    found = rows(run(repo_root, "tsp_cpu.py", "--quick", "--threads", "1"))
+def test_the_cpu_comparison_has_all_rows_and_equal_results(run: Run) -> None:
+    found = rows(run("tsp_cpu.py", "--quick", "--threads", "1"))
     names = [
         "MONAI, 1 split",
         "MONAI, 4 splits",
@@ -57,20 +66,18 @@ def test_the_cpu_comparison_has_all_rows_and_equal_results(repo_root: Path) -> N
             assert float(difference) <= largest[name], name
 
 
-def test_a_volume_of_ones_has_no_seams(repo_root: Path) -> None:
-    found = dict(
-        row for row in rows(run(repo_root, "tsp_cpu.py", "--quick", "--ones", "--threads", "1")) if len(row) == 2
-    )
+def test_a_volume_of_ones_has_no_seams(run: Run) -> None:
+    found = dict(row for row in rows(run("tsp_cpu.py", "--quick", "--ones", "--threads", "1")) if len(row) == 2)
     rounding = float(found["one rounding of the largest value"])
     assert int(found["slab boundaries looked at"]) > 0
     for step in ("largest step across a boundary", "largest step elsewhere"):
         assert float(found[step]) <= 8 * rounding
 
 
-def test_the_gpu_comparison_runs_on_a_cpu_too(repo_root: Path, tmp_path: Path) -> None:
+def test_the_gpu_comparison_runs_on_a_cpu_too(run: Run, tmp_path: Path) -> None:
     options = ["--device", "cpu", "--sizes", "24x24x24", "--channels", "small", "--directions", "decode"]
     options += ["--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
-    found = rows(run(repo_root, "tsp_cuda.py", *options, "--variants", "TSP;MONAI, 2 splits;windows"))
+    found = rows(run("tsp_cuda.py", *options, "--variants", "TSP;MONAI, 2 splits;windows"))
     assert [row[:3] for row in found] == [
         ["decode", "24x24x24", name] for name in ("TSP", "MONAI, 2 splits", "windows")
     ]
@@ -79,17 +86,17 @@ def test_the_gpu_comparison_runs_on_a_cpu_too(repo_root: Path, tmp_path: Path) -
     assert {path.name for path in tmp_path.iterdir()} == {"tsp-cuda.json", "tsp-cuda.md"}
 
 
-def test_without_a_gpu_it_says_so(repo_root: Path) -> None:
+def test_without_a_gpu_it_says_so(run: Run, gpu: Gpu) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert run(repo_root, "tsp_cuda.py", "--sizes", "24x24x24").startswith("skipped: ")
-    assert run(repo_root, "sampling_cuda.py", "--quick").startswith("skipped: ")
-    done = gpu(repo_root, {})
+    assert run("tsp_cuda.py", "--sizes", "24x24x24").startswith("skipped: ")
+    assert run("sampling_cuda.py", "--quick").startswith("skipped: ")
+    done = gpu({})
     assert done.returncode == 2 and "there is no CUDA device" in done.stderr and not done.stdout
 
 
-def test_a_mask_becomes_the_same_ct_by_monais_loop_and_by_the_bundle(repo_root: Path) -> None:
-    found = rows(run(repo_root, "sampling_cpu.py", "--quick", "--threads", "1"))
+def test_a_mask_becomes_the_same_ct_by_monais_loop_and_by_the_bundle(run: Run) -> None:
+    found = rows(run("sampling_cpu.py", "--quick", "--threads", "1"))
     ways = ["MONAI, euler 3", "MONAI, euler 3, windows", None, "bundle, euler 3", "bundle, euler 3, limit"]
     assert len(found) == 2 * len(ways)  # small weights, half width
     for row, way in zip(found, ways * 2, strict=True):
@@ -103,15 +110,20 @@ def test_a_mask_becomes_the_same_ct_by_monais_loop_and_by_the_bundle(repo_root: 
             assert float(greatest) > 100, row
 
 
-def gpu(repo_root: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    """Run gpu.sh with this interpreter."""
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
-    command = ["bash", str(repo_root / "benchmarks" / "gpu.sh"), *options]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+@pytest.fixture
+def gpu(python: str, repo_root: Path) -> Gpu:
+    """``gpu({"OUT": folder}, "--quick")`` runs gpu.sh with an environment."""
+
+    def run(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(repo_root / "benchmarks" / "gpu.sh"), *options]
+        environment = os.environ | {"PYTHON": python, "OMP_NUM_THREADS": "1"} | environment
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    return run
 
 
-def test_all_that_wants_a_gpu_runs_without_one(repo_root: Path, tmp_path: Path) -> None:
-    done = gpu(repo_root, {"OUT": str(tmp_path)}, "--quick", "--device", "cpu")
+def test_all_that_wants_a_gpu_runs_without_one(gpu: Gpu, tmp_path: Path) -> None:
+    done = gpu({"OUT": str(tmp_path)}, "--quick", "--device", "cpu")
     assert done.returncode == 0, done.stdout[-3000:]
     summary = (tmp_path / "summary.txt").read_text().splitlines()
     assert [line.split(",")[0] for line in summary] == ["tests: done", "tsp: done", "sampling: done"]
@@ -128,8 +140,8 @@ def test_all_that_wants_a_gpu_runs_without_one(repo_root: Path, tmp_path: Path) 
     assert {path.name for path in tmp_path.iterdir()} == names | {"sampling-cuda.json", "sampling-cuda.md"}
 
 
-def test_a_part_that_fails_or_runs_out_of_time_does_not_stop_the_next(repo_root: Path, tmp_path: Path) -> None:
-    done = gpu(repo_root, {"OUT": str(tmp_path / "a"), "PYTHON": "false"}, "--quick", "--device", "cpu")
+def test_a_part_that_fails_or_runs_out_of_time_does_not_stop_the_next(gpu: Gpu, tmp_path: Path) -> None:
+    done = gpu({"OUT": str(tmp_path / "a"), "PYTHON": "false"}, "--quick", "--device", "cpu")
     failed = "tests: FAILED: exit status 1, tsp: FAILED: exit status 1, sampling: FAILED: exit status 1"
     assert done.returncode == 3
     assert ", ".join(re.sub(r", \d+ s", "", (tmp_path / "a" / "summary.txt").read_text()).splitlines()) == failed
@@ -137,7 +149,7 @@ def test_a_part_that_fails_or_runs_out_of_time_does_not_stop_the_next(repo_root:
     late.write_text("#!/bin/sh\nexit 124\n")
     late.chmod(0o755)
     environment = {"OUT": str(tmp_path / "b"), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    assert gpu(repo_root, environment, "--quick", "--device", "cpu").returncode == 3
+    assert gpu(environment, "--quick", "--device", "cpu").returncode == 3
     assert (tmp_path / "b" / "summary.txt").read_text().count("FAILED: out of time") == 3
 
 
@@ -148,13 +160,13 @@ def test_a_part_that_fails_or_runs_out_of_time_does_not_stop_the_next(repo_root:
         (["--fast"], "--fast is unknown; give --quick, --device cuda or --device cpu"),
     ],
 )
-def test_options_of_the_gpu_script(repo_root: Path, options: list[str], message: str) -> None:
-    done = gpu(repo_root, {}, *options)
+def test_options_of_the_gpu_script(gpu: Gpu, options: list[str], message: str) -> None:
+    done = gpu({}, *options)
     assert done.returncode == 2 and message in done.stderr
 
 
-def test_the_training_of_each_stage_is_timed(repo_root: Path) -> None:
-    found = rows(run(repo_root, "training.py", "--quick", "--device", "cpu", "--threads", "1"))
+def test_the_training_of_each_stage_is_timed(run: Run) -> None:
+    found = rows(run("training.py", "--quick", "--device", "cpu", "--threads", "1"))
     assert [row[0] for row in found] == ["VAE", "LDM", "ControlNet"]
     for _, steps, voxels, waiting, size in found:
         a_step = int(size.replace(",", ""))
@@ -162,24 +174,24 @@ def test_the_training_of_each_stage_is_timed(repo_root: Path) -> None:
     assert [row[4] for row in found[1:]] == ["32,768"] * 2  # 32^3 image voxels; the patches of the VAE vary
 
 
-def test_two_checkouts_train_in_turns(repo_root: Path) -> None:
+def test_two_checkouts_train_in_turns(run: Run, python: str, repo_root: Path) -> None:
     options = ["--quick", "--device", "cpu", "--threads", "1", "--stages", "maisi_ldm", "--rounds", "2"]
-    found = rows(run(repo_root, "training.py", *options, "--against", str(repo_root)))
+    found = rows(run("training.py", *options, "--against", str(repo_root)))
     assert [row[0] for row in found] == ["LDM"]
     before, now, _, _, ratio = map(float, [*found[0][1:4], found[0][4][:-2], found[0][5]])
     low, high = map(float, found[0][6].split(" - "))
     assert before > 0 and now > 0 and low <= ratio <= high
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, str(repo_root / "benchmarks" / "training.py"), "--against", str(repo_root / "docs")]
+    command = [python, str(repo_root / "benchmarks" / "training.py"), "--against", str(repo_root / "docs")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "allowed is a checkout" in done.stderr
 
 
-def test_solvers_are_compared_with_many_steps(repo_root: Path, tmp_path: Path) -> None:
+def test_solvers_are_compared_with_many_steps(run: Run, tmp_path: Path) -> None:
     network = UNet(3, 1, 8, channels=[32, 64, 96, 96], strides=[2, 2, 2], num_res_units=2)  # that of evaluation/
     torch.save(network.state_dict(), tmp_path / "untrained.pt")
     options = ["--quick", "--threads", "1", "--segmentation", str(tmp_path / "untrained.pt")]
-    found = {row[0]: row[1:] for row in rows(run(repo_root, "solvers.py", *options))}
+    found = {row[0]: row[1:] for row in rows(run("solvers.py", *options))}
     calls = {name: int(row[0]) for name, row in found.items()}
     assert calls == {"euler 2": 2, "euler 6": 6, "heun 3": 5, "ab2 6": 6, "heun 8 (reference)": 15}
     error = {name: float(row[1]) for name, row in found.items()}
@@ -189,14 +201,14 @@ def test_solvers_are_compared_with_many_steps(repo_root: Path, tmp_path: Path) -
         assert float(body) > 0.5 and all(0 <= float(dice) <= 1 for dice in (bone, airway, structures))
 
 
-def test_solvers_need_masks(repo_root: Path, tmp_path: Path) -> None:
+def test_solvers_need_masks(python: str, repo_root: Path, tmp_path: Path) -> None:
     for options, words in (([], "--masks is missing"), (["--masks", str(tmp_path / "none")], "none")):
-        command = [sys.executable, str(repo_root / "benchmarks" / "solvers.py"), *options]
+        command = [python, str(repo_root / "benchmarks" / "solvers.py"), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_edit_has_both_scans_and_one_size_of_crop(repo_root: Path) -> None:
-    found = rows(run(repo_root, "editing.py", "--quick"))
+def test_the_edit_has_both_scans_and_one_size_of_crop(run: Run) -> None:
+    found = rows(run("editing.py", "--quick"))
     assert [row[0] for row in found] == ["128x128x64", "128x128x256"]
     assert all(float(figure) >= 0 for row in found for figure in row[1:])

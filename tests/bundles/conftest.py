@@ -57,6 +57,18 @@ def run_bundle(open_bundle: Callable[..., ConfigWorkflow]) -> Callable[..., Conf
 
 
 @pytest.fixture(scope="session")
+def run_on_two_ranks(torchrun: Callable[..., Any], bundles: Path) -> Callable[..., None]:
+    """``run_on_two_ranks("maisi_ldm", ["train.json", ...], key=value, ...)`` runs configs under torchrun."""
+
+    def run(bundle: str, configs: list[str], **overrides: Any) -> None:
+        files = repr([f"configs/{name}" for name in configs])
+        given = [f"--{key}={value}" for key, value in overrides.items()]
+        torchrun("monai.bundle", "run", "--config_file", files, "--bundle_root", ".", *given, cwd=bundles / bundle)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def phantom_labels() -> np.ndarray:
     return make_phantom("head_neck", size=SIZE, spacing=SPACING, seed=3)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -185,21 +182,11 @@ def test_a_mirrored_view_is_the_latent_of_the_mirrored_volume(encode, cases, run
     assert agreement > 0.6 and agreement > other + 0.05
 
 
-def test_two_ranks_write_what_one_process_does(encode, cases, bundles, tmp_path):
+def test_two_ranks_write_what_one_process_does(run_on_two_ranks, encode, cases, tmp_path):
     encode()
     one = tmp_path / "latents"
-    files = "['configs/encode.json','configs/multi_gpu_encode.json']"
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + ["-m", "monai.bundle", "run", "--config_file", files, "--bundle_root", ".", "--multiple", "4"]
-        + ["--input", str(cases / "datalist.json"), "--output_dir", str(tmp_path / "two"), "--views", str(VIEWS)],
-        cwd=bundles / "maisi_vae",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    given = {"input": cases / "datalist.json", "output_dir": tmp_path / "two", "views": VIEWS, "multiple": 4}
+    run_on_two_ranks("maisi_vae", ["encode.json", "multi_gpu_encode.json"], **given)
     assert set(times(one)) == set(times(tmp_path / "two"))
     for path in one.glob("*"):
         other = tmp_path / "two" / path.name

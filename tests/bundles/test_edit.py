@@ -224,7 +224,7 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_page(repo_root, scan, series, tmp_path):
+def test_the_commands_of_the_page(python, repo_root, scan, series, tmp_path):
     """As they stand in docs/editing.md, in a folder that has the files they name."""
     work = tmp_path / "work"
     work.mkdir()
@@ -235,7 +235,7 @@ def test_the_commands_of_the_page(repo_root, scan, series, tmp_path):
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, what in (("python", ""), ("maisi", " -m maisi_tools.cli")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{what} "$@"\n')
+        (programs / name).write_text(f'#!/bin/sh\nexec "{python}"{what} "$@"\n')
         (programs / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",

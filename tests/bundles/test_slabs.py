@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -72,22 +68,11 @@ def test_a_memory_limit_that_cannot_be_met_ends_the_run_before_it_computes(run_b
 
 
 @pytest.mark.parametrize("bundle", ["maisi_vae", "maisi_controlnet"])
-def test_two_ranks_write_the_volume_of_one_process(run_bundle, jobs, bundles, bundle, tmp_path):
+def test_two_ranks_write_the_volume_of_one_process(run_on_two_ranks, run_bundle, jobs, bundle, tmp_path):
     run_bundle(bundle, "inference.json", output_dir=str(tmp_path / "one"), **jobs[bundle])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    files = "['configs/inference.json','configs/multi_gpu_inference.json']"
     settings = {key: value for key, value in jobs[bundle].items() if key != "progress"}
-    arguments = [f"--{key}={value}" for key, value in settings.items()]
-    run = subprocess.run(
-        [*launcher, "-m", "monai.bundle", "run", "--config_file", files, "--bundle_root", ".", *arguments]
-        + [f"--output_dir={tmp_path / 'two'}"],
-        cwd=bundles / bundle,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    configs = ["inference.json", "multi_gpu_inference.json"]
+    run_on_two_ranks(bundle, configs, **settings, output_dir=tmp_path / "two")
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and names
     for name in names:

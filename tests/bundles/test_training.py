@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -252,30 +249,16 @@ def run_free_network(stage: str, bundles: Path, weights: Path) -> torch.nn.Modul
     return parser.get_parsed_content("network")
 
 
-def torchrun(bundles: Path, stage: str, settings: dict) -> None:
-    """Run a stage's train.json on two ranks."""
-    files = "['configs/train.json','configs/multi_gpu_train.json']"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run(
-        [*launch, "-m", "monai.bundle", "run", "--config_file", files, "--bundle_root", "."]
-        + [f"--{key}={value}" for key, value in settings.items()],
-        cwd=bundles / stage,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-
-
 @pytest.mark.parametrize("stage", ["maisi_ldm", "maisi_controlnet"])
-def test_two_ranks_with_half_the_batch_equal_one_process(run_bundle, tiny_overrides, bundles, stage, tmp_path):
+def test_two_ranks_with_half_the_batch_equal_one_process(run_on_two_ranks, run_bundle, tiny_overrides, stage, tmp_path):
     """The weights, and the validation's figure, for which each rank sees one of the two kept-out cases.
 
     With plain gradient descent, because Adam makes steps of rounding errors where a gradient is zero.
     """
     more = {"optimizer#_target_": "torch.optim.SGD", "learning_rate": 0.05, "epoch_length": 4, "clip_norm": 100.0}
     more |= {"held_out": ["p2", "p3"], "tensorboard": True}
-    torchrun(bundles, stage, tiny_overrides(stage, tmp_path / "ranks", **more, batch_size=1))
+    settings = tiny_overrides(stage, tmp_path / "ranks", **more, batch_size=1)
+    run_on_two_ranks(stage, ["train.json", "multi_gpu_train.json"], **settings)
     run_bundle(stage, "train.json", **tiny_overrides(stage, tmp_path / "one", **more, batch_size=2))
     ranks, one = read(tmp_path / "ranks"), read(tmp_path / "one")
     assert ranks["trainer"] == one["trainer"] and ranks["data"] == one["data"]

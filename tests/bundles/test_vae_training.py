@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -112,7 +109,7 @@ def test_recipe_and_resume(start, assert_same, tmp_path):
     assert "discriminator_optimizer" in checkpoint
 
 
-def test_two_ranks_with_half_the_batch_equal_one_process(bundles, start, data, tmp_path):
+def test_two_ranks_with_half_the_batch_equal_one_process(run_on_two_ranks, start, data, tmp_path):
     """With plain gradient descent: Adam makes steps of rounding errors where a gradient is zero.
 
     Without the perceptual term, which draws its slices from the whole batch.
@@ -121,17 +118,7 @@ def test_two_ranks_with_half_the_batch_equal_one_process(bundles, start, data, t
     rates = {"learning_rate": 0.01, "discriminator_learning_rate": 0.01, "schedule": "@warm_up", "warm_up_factors": []}
     more = {**descent, **rates, "clip_norm": 100.0, "perceptual_weight": 0, "epoch_length": 2, "val_interval": 2}
     settings = {**data, **more, "adversarial_weight": 1.0, "ckpt_dir": str(tmp_path / "ranks")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle"]
-    files = "['configs/train.json','configs/multi_gpu_train.json']"
-    run = subprocess.run(
-        [*launch, "run", "--config_file", files, "--bundle_root", "."]
-        + [f"--{key}={value}" for key, value in settings.items()],
-        cwd=bundles / "maisi_vae",
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    run_on_two_ranks("maisi_vae", ["train.json", "multi_gpu_train.json"], **settings)
     start(tmp_path / "one", **more, adversarial_weight=1.0, batch_size=2).run()
     ranks, one = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("ranks", "one"))
     assert ranks["trainer"] == one["trainer"] and ranks["data"] == one["data"]

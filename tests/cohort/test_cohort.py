@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -84,12 +83,10 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of
     assert samples(files_of(parts)) == samples(files_of(whole))
 
 
-def test_two_ranks_make_the_same(write_spec, bundles, files_of, tmp_path):
+def test_two_ranks_make_the_same(torchrun, write_spec, bundles, files_of, tmp_path):
     one = made(write_spec, bundles, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "maisi_tools.cli", "cohort", str(write_spec()), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run([*command, "--bundles", str(bundles)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = ["--output_dir", tmp_path / "two", "--bundles", bundles]
+    done = torchrun("maisi_tools.cli", "cohort", write_spec(), *given)
     assert done.stdout.count("3 of 3 samples") == 1
     assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
 
@@ -222,10 +219,10 @@ with _alone(Path(sys.argv[1])):
 """
 
 
-def test_one_folder_has_one_writer(write_spec, bundles, tmp_path):
+def test_one_folder_has_one_writer(python, write_spec, bundles, tmp_path):
     """A lock that a killed process does not hold."""
     folder = tmp_path / "out"
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([python, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another run makes the cohort in .*out"):

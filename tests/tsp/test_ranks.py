@@ -24,7 +24,7 @@ from maisi_tools.tsp.run import Call, Settings
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
 
-def start(ranks: int, folder: Path, *cases: str) -> list[subprocess.Popen]:
+def start(python: str, ranks: int, folder: Path, *cases: str) -> list[subprocess.Popen]:
     """Start the ranks without a launcher, which would end the others when one dies."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def start(ranks: int, folder: Path, *cases: str) -> list[subprocess.Popen]:
         "WORLD_SIZE": str(ranks),
         "OMP_NUM_THREADS": "1",
     }
-    program = [sys.executable, str(Path(__file__).with_name("rank_program.py")), str(folder), *cases]
+    program = [python, str(Path(__file__).with_name("rank_program.py")), str(folder), *cases]
     return [
         subprocess.Popen(program, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(ranks)
@@ -55,9 +55,9 @@ def finish(processes: list[subprocess.Popen], seconds: float = 120) -> list[tupl
     return ended
 
 
-def results(folder: Path, ranks: int, *cases: str) -> list[list]:
+def results(python: str, folder: Path, ranks: int, *cases: str) -> list[list]:
     """What each case gave on each rank."""
-    for code, errors in finish(start(ranks, folder, *cases)):
+    for code, errors in finish(start(python, ranks, folder, *cases)):
         assert code == 0, errors[-3000:]
     return [
         [torch.load(folder / f"{number}_{rank}.pt", weights_only=False) for rank in range(ranks)]
@@ -84,8 +84,8 @@ def bound(name: str) -> tuple[torch.Tensor, float]:
         (4, ["decoder:2:0:first", "thin decoder:0:1:first", "unet:0:2:-", "encoder:1:2:-"]),
     ],
 )
-def test_ranks_equal_the_unsplit_network_and_one_another(tmp_path, ranks, cases):
-    computed = results(tmp_path, ranks, *cases)
+def test_ranks_equal_the_unsplit_network_and_one_another(python, tmp_path, ranks, cases):
+    computed = results(python, tmp_path, ranks, *cases)
     # of 100, 101, ...; of none, 51, 52, ...; of none anywhere
     assert all(torch.load(tmp_path / f"limits_{rank}.pt") == [100, 51, None] for rank in range(ranks))
     for text, found in zip(cases, computed, strict=True):
@@ -106,9 +106,9 @@ def test_ranks_equal_the_unsplit_network_and_one_another(tmp_path, ranks, cases)
             assert (result - exact).abs().max().item() <= allowed
 
 
-def test_a_killed_rank_ends_the_others_with_an_error(tmp_path):
+def test_a_killed_rank_ends_the_others_with_an_error(python, tmp_path):
     began = time.monotonic()
-    ended = finish(start(3, tmp_path, "decoder:2:2:die"))
+    ended = finish(start(python, 3, tmp_path, "decoder:2:2:die"))
     assert time.monotonic() - began < 60
     assert ended[2][0] == -9
     for code, errors in ended[:2]:

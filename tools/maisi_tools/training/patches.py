@@ -177,7 +177,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
     of those. A latent that is smaller than the crop along some axis is padded there by its edge, as its mask is.
 
     Args:
-        keys: the latent (4, d, h, w) and, where there is one, its mask (1, factor d, factor h, factor w), in this order.
+        keys: the latent (4, d, h, w) and, where it has one, its mask (1, factor d, factor h, factor w), in this order.
         factor: of the autoencoder.
         min_size: smallest crop in voxels of the latent.
         max_size: largest crop.
