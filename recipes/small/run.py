@@ -8,7 +8,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     latents      CTs -> latents
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
-    ldm          latents without masks: that U-Net goes on alone
+    ldm          whole latents without masks: that U-Net goes on alone
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
@@ -141,7 +141,7 @@ class Run:
         self._train_diffusion("whole", "maisi_controlnet", ["controlnet.json", "whole.json"], **settings)
 
     def ldm(self) -> None:
-        """Train the U-Net without masks: with them, the loss had weights that lead a U-Net alone to too much body."""
+        """Train the U-Net alone: without masks, the labels' weights of its loss lead to too much body and bone."""
         self._train_diffusion("ldm", "maisi_ldm", ["ldm.json"], init_ckpt=unet_of(self.out))
 
     def judge(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform, SpatialResample
 from monai.transforms.utils import create_rotate
 
@@ -177,7 +176,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
     of those. A latent that is smaller than the crop along some axis is padded there by its edge, as its mask is.
 
     Args:
-        keys: the latent (4, d, h, w) and, where it has one, its mask (1, factor d, factor h, factor w), in this order.
+        keys: the latent (4, d, h, w) and its mask (1, factor d, factor h, factor w), in this order.
         factor: of the autoencoder.
         min_size: smallest crop in voxels of the latent.
         max_size: largest crop.
@@ -188,7 +187,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
 
     def __init__(
         self,
-        keys: KeysCollection,
+        keys: Sequence[str],
         factor: int,
         min_size: Sequence[int],
         max_size: Sequence[int],
@@ -205,19 +204,19 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
         self.foreground = foreground
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        latent, *masks = (data[key] for key in self.keys)
+        latent, mask = (data[key] for key in self.keys)
         size = self.R.randint(self.min_size // self.multiple, self.max_size // self.multiple + 1) * self.multiple
         take_all, in_body = self.R.random_sample(2) < (self.whole, self.foreground)
         room = np.asarray(latent.shape[1:])
         for _ in range(PLACES_TRIED):
             middle = self.R.randint(0, room)
-            if not in_body or all(mask[(0, *(middle * self.factor))] for mask in masks):
+            if not in_body or mask[(0, *(middle * self.factor))]:
                 break
         if take_all:
             return dict(data)
         start = np.clip(middle - size // 2, 0, np.maximum(room - size, 0))
         cut = {}
-        for key, times in zip(self.keys, (1, self.factor), strict=False):
+        for key, times in zip(self.keys, (1, self.factor), strict=True):
             span = [slice(a * times, (a + n) * times) for a, n in zip(start, size, strict=True)]
             cut[key] = _padded(data[key][(slice(None), *span)], size * times)
         return {**data, **cut}
