@@ -179,7 +179,7 @@ def monais(
         bits, latent, given = _inputs(parser, mask)
         scheduler.set_timesteps(steps, latent.device, latent[0, 0].numel())
         times = [*scheduler.timesteps.float(), torch.zeros((), device=latent.device)]
-        with torch.autocast(latent.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(latent.device.type, dtype, enabled=dtype not in (None, torch.float32)):
             for time, following in pairwise(times):
                 down, middle = controlnet(
                     latent, time[None], bits, conditioning_scale=control_scale, class_labels=given["class_labels"]

@@ -25,6 +25,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
+from maisi_tools.autocast import fastest_dtype
 from maisi_tools.files import replacing
 from maisi_tools.networks import autoencoder_settings
 from maisi_tools.tsp.inferer import TSPInferer
@@ -66,9 +67,9 @@ def released_settings(device: str) -> dict[str, Any]:
     return {"norm_float16": device == "cuda", "num_splits": 2, "dim_split": 1, "save_mem": True}
 
 
-def half_precision(device: str) -> str:
-    """Return what is computed in where nothing is said: many CPUs have no float16, and take minutes for seconds."""
-    return "float16" if device == "cuda" else "bfloat16"
+def default_dtype(device: str) -> str:
+    """Return what is computed in where nothing is said: of a CPU's types all but one can take minutes for seconds."""
+    return "float16" if device == "cuda" else fastest_dtype(device)
 
 
 def autoencoder(arguments: dict[str, Any], device: str = "cpu") -> AutoencoderKlMaisi:

@@ -149,7 +149,9 @@ def as_table(rows: list[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="default float16; on a CPU bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="default float16; on a CPU its fastest"
+    )
     parser.add_argument("--threads", type=int, help="computing threads of the CPU (default: all cores)")
     parser.add_argument("--budget", type=float, default=180, help="seconds after which rows are not run (default 180)")
     parser.add_argument("--quick", action="store_true", help="a tiny mask and networks: shows that everything works")
@@ -158,7 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help="write the dated page in benchmarks/results")
     options = parser.parse_args()
-    options.dtype = options.dtype or parts.half_precision(options.device)
+    options.dtype = options.dtype or parts.default_dtype(options.device)
     about = parts.circumstances(options.threads)
     try:
         device = parts.in_own_process(parts.device_name, options.device, fresh=False)
