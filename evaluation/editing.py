@@ -30,9 +30,10 @@ from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import resize_organ
 from maisi_tools.masks.label_maps import LabelMap, read_label_map
-from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.volumes.reading import read_ras
@@ -94,16 +95,14 @@ def seam_ratio(
 ) -> float:
     """Mean absolute difference of neighbours across the blended margin, over that of the untouched scan there.
 
-    Pairs of neighbours inside the body whose labels stay and of which one at least was blended; the border of the
-    region, beyond which nothing changes, is among them.
+    Pairs of neighbours inside the body whose labels stay and which are blended by different shares; the border of the
+    margin, beyond which nothing changes, is among them, and the surface of what was edited is not.
     """
     sums = np.zeros(2)
     for axis in range(3):
         pair = [np.moveaxis(array, axis, 0) for array in (before, after, weight, changed, body)]
         old, new, blended, anew, inside = ((array[:-1], array[1:]) for array in pair)
-        across = ((blended[0] != blended[1]) & ((blended[0] > 0) | (blended[1] > 0)) & ~(anew[0] & anew[1])) & (
-            inside[0] & inside[1]
-        )
+        across = (blended[0] != blended[1]) & ~(anew[0] | anew[1]) & inside[0] & inside[1]
         sums += [np.abs(values[1] - values[0])[across].sum() for values in (old, new)]
     return float(sums[1] / sums[0]) if sums[0] else float("nan")
 
@@ -114,7 +113,7 @@ class Editor:
     Args:
         folder: for files.
         settings: keys of edit.json.
-        segmenter: with the names of its classes; None for none.
+        segmenter: numbered as the data set; None for none.
         label_map: of the data set, whose numbering the segmenter has.
     """
 
@@ -159,11 +158,14 @@ class Editor:
         }
 
     def dices(self, scan: Scan, edited: Path, organ: int) -> tuple[float, float]:
-        """Dice of an organ as the network finds it in the edited and in the untouched scan, against the mask."""
-        names = {self.label_map[number]: name for number, name in self.label_map.classes.items()}
-        if self.segmenter is None or names.get(organ) not in self.segmenter.classes:
+        """Dice of an organ as the network finds it in the edited and in the untouched scan, against the mask.
+
+        Not of bone, which completed masks have of the whole scan under one label.
+        """
+        numbers = {label: number for number, label in self.label_map.items() if label != BONE}
+        if self.segmenter is None or numbers.get(organ) not in self.segmenter.classes.values():
             return float("nan"), float("nan")
-        number = self.segmenter.classes[names[organ]]
+        number = numbers[organ]
         untouched = self.folder / "in" / f"{scan.name}.nii.gz"
         if scan.name not in self.found:
             self.found = {scan.name: np.asarray(self.segmenter(untouched).cpu())[0]}
@@ -184,9 +186,8 @@ def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[
                 if not scan.organs:
                     raise InputError("no organ is large enough")
                 organ = scan.organs[int(random.integers(len(scan.organs)))]
-                name = editor_name(organ)
                 if kind == "redraw":
-                    made = editor(scan, scan.labels, {"redraw": name}, number)
+                    made = editor(scan, scan.labels, {"redraw": VOCABULARY[organ].name}, number)
                     row["dice"], row["dice_untouched"] = editor.dices(scan, made["path"], organ)
                 else:
                     factor = FACTORS[int(random.integers(2))]
@@ -196,7 +197,7 @@ def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[
                 # What a shrinking organ leaves is body.
                 place = made["changed"]
                 wanted = soft if row.get("factor", 1) < 1 else float(np.median(scan.hu[scan.labels == organ]))
-                row["organ"] = name
+                row["organ"] = display_name(organ)
             elif kind == "bone out":
                 if inserted is None:
                     raise InputError("no sphere went in before")
@@ -217,13 +218,6 @@ def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[
         row["hu"] = float(np.median(made["hu"][place])) if place.any() else float("nan")
         row |= {"wanted_hu": wanted, "soft_hu": soft}
         yield row | {key: made[key] for key in ("outside", "seam", "seconds")}
-
-
-def editor_name(organ: int) -> str:
-    """The name by which an edit knows a label."""
-    from maisi_tools.masks.vocabulary import VOCABULARY
-
-    return VOCABULARY[organ].name
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,56 @@
+"""What edits are measured by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from editing import AIR, BONE, Editor, Scan, seam_ratio, with_sphere
+from maisi_tools.masks.label_maps import read_label_map
+from maisi_tools.masks.vocabulary import BODY, label_id
+
+
+def test_a_seam_is_what_the_margin_adds_and_not_the_surface_of_what_was_edited():
+    weight = np.array([0, 0, 0.3, 0.6, 1, 1, 1, 0.6, 0.3, 0, 0, 0]).reshape(12, 1, 1)
+    before = np.arange(12.0).reshape(12, 1, 1)
+    changed, body = weight == 1, np.ones(weight.shape, bool)
+    after = np.where(changed, before - 900, before)  # air in soft tissue
+    assert seam_ratio(before, after, weight, changed, body) == 1
+    after[2] += 3  # neighbours in the margin: differences 1, 1, 1, 1 become 4, 2, 1, 1
+    assert seam_ratio(before, after, weight, changed, body) == 2
+    body[:3] = False
+    assert seam_ratio(before, after, weight, changed, body) == 1
+    assert np.isnan(seam_ratio(before, after, np.zeros(weight.shape), changed, body))
+
+
+def test_a_sphere_lies_in_soft_tissue():
+    labels = np.zeros((40, 40, 30), np.uint8)
+    labels[4:36, 4:36, 2:28] = BODY
+    labels[:20] = np.where(labels[:20] > 0, label_id("liver"), 0)
+    scan = Scan("a", np.zeros(labels.shape, np.float32), labels, np.diag([2.0, 2.0, 3.0, 1.0]), [])
+    new = with_sphere(scan, AIR, np.random.default_rng(0))
+    assert (scan.labels[new != labels] == BODY).all()
+    assert (new == AIR).sum() * 12 == pytest.approx(4 / 3 * np.pi * 10**3, rel=0.1)
+
+
+def test_an_organ_is_compared_by_its_number_in_the_data_set(tmp_path):
+    """Bone is not: a completed mask has all of it under one label, and the data set the mandible alone."""
+    label_map = read_label_map("openkbp")
+    parotid = label_map[6]
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[2:6, 2:6, 2:6], labels[7] = parotid, BONE
+    found = {"edited": np.where(labels == parotid, 6, 0), "in": np.zeros(labels.shape)}
+    found["edited"][2] = 0
+
+    class Segmenter:
+        classes = {"mandible": 5, "left parotid": 6}
+
+        def __call__(self, path):
+            return torch.from_numpy(found["in" if path.parent.name == "in" else "edited"])[None]
+
+    editor = Editor.__new__(Editor)
+    editor.folder, editor.segmenter, editor.label_map, editor.found = tmp_path, Segmenter(), label_map, {}
+    scan = Scan("a", labels.astype(np.float32), labels, np.eye(4), [])
+    dices = editor.dices(scan, tmp_path / "out" / "a_ct.nii.gz", parotid)
+    assert dices == pytest.approx((2 * 48 / (48 + 64), 0))
+    assert np.isnan(editor.dices(scan, tmp_path / "out" / "a_ct.nii.gz", BONE)).all()
