@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from editing import AIR, BONE, Editor, Scan, seam_ratio, with_sphere
 from maisi_tools.masks.label_maps import read_label_map
