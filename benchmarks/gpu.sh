@@ -2,7 +2,7 @@
 # All that wants a GPU, in at most 12 minutes on one H100; see README.md.
 #
 #   bash benchmarks/gpu.sh                           # OUT=folder for the output, PYTHON=interpreter
-#   bash benchmarks/gpu.sh --quick --device cpu      # the same lines at sizes that mean nothing, without a GPU
+#   bash benchmarks/gpu.sh --quick --device cpu      # the same at sizes that mean nothing and one file of tests, without a GPU
 #
 # What a part prints stands in $OUT/PART.txt as it comes. A part that fails or runs out of time does not stop the next;
 # the exit status is the number of those that did.

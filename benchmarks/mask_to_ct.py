@@ -159,7 +159,7 @@ def monais(
 
     Args:
         steps: of Euler.
-        dtype: of autocast; None for none.
+        dtype: of autocast; None or float32 for none.
         windows: latent -> the inferer that decodes it; None decodes it whole.
         arguments: of the autoencoder, in place of the config's.
     """

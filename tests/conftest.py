@@ -28,7 +28,7 @@ def repo_root() -> Path:
 
 @pytest.fixture(scope="session")
 def python() -> Iterator[str]:
-    """The path of a Python that starts with MONAI imported, see preloaded.py; as is everything it starts itself."""
+    """The path of a Python that starts with MONAI imported, see preloaded.py."""
     with tempfile.TemporaryDirectory(prefix="maisi-") as folder:  # a socket's path has to be short
         program, process = start(Path(folder))
         yield str(program)

@@ -2,8 +2,10 @@
 
 :func:`start` makes a program that takes the arguments of ``python`` (``-m MODULE``, ``-c CODE`` or a script), its
 environment, folder and standard streams, and ends as the program does. Programs that this one starts by
-``sys.executable``, such as the ranks of ``torch.distributed.run``, are forked, too. What needs a start from nothing, or
-other versions of what is imported here, takes the real one.
+``sys.executable``, such as the ranks of ``torch.distributed.run``, are forked, too; those of ``multiprocessing`` start
+anew. Variables that an interpreter reads at its start (``PYTHONWARNINGS``, ``PYTHONHASHSEED``) do nothing. What needs a
+start from nothing, or other versions of what is imported here, takes the real one. A killed program ends a little
+later than the process that stands for it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
+import types
 from pathlib import Path
 
 IMPORTED = (
@@ -43,7 +47,8 @@ def start(folder: Path) -> tuple[Path, subprocess.Popen]:
         file.write(f"import preloaded\npreloaded.ask({str(address)!r}, {sys.executable!r})\n")
     program.chmod(0o755)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    process = subprocess.Popen([sys.executable, __file__, str(address), str(program)], env=environment)
+    command = [sys.executable, __file__, str(address), str(program), str(os.getpid())]
+    process = subprocess.Popen(command, env=environment)
     return program, process
 
 
@@ -86,8 +91,8 @@ def _receive(connection: socket.socket, count: int) -> bytes:
     return content
 
 
-def serve(address: str, program: str) -> None:
-    """Import, then fork for each request."""
+def serve(address: str, program: str, parent: str) -> None:
+    """Import, then fork for each request, until the process that started this one has gone."""
     import importlib
 
     for name in IMPORTED:
@@ -97,8 +102,7 @@ def serve(address: str, program: str) -> None:
         listening.bind(address)
         listening.listen(64)
         listening.settimeout(5)
-        parent = os.getppid()
-        while os.getppid() == parent:  # until the tests are over, however they ended
+        while os.getppid() == int(parent):
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
@@ -147,8 +151,9 @@ def _become(request: dict, streams: list[int], program: str) -> None:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-m", "-c")):
         os.execve(request["real"], [request["real"], *argv], request["env"])
     sys.executable = program
-    first = [part for part in request["env"].get("PYTHONPATH", "").split(os.pathsep) if part]
-    sys.path[:0] = first if argv[0].startswith("-") else [str(Path(argv[0]).resolve().parent), *first]
+    given = [part for part in request["env"].get("PYTHONPATH", "").split(os.pathsep) if part]
+    sys.path[0] = request["cwd"] if argv[0].startswith("-") else str(Path(argv[0]).resolve().parent)
+    sys.path[1:1] = given
     import torch
 
     torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -159,14 +164,15 @@ def _become(request: dict, streams: list[int], program: str) -> None:
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         elif argv[0] == "-c":
             sys.argv = ["-c", *argv[2:]]
-            exec(compile(argv[1], "<string>", "exec"), {"__name__": "__main__"})
+            sys.modules["__main__"] = main = types.ModuleType("__main__")
+            exec(compile(argv[1], "<string>", "exec"), main.__dict__)
         else:
             sys.argv = argv
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
@@ -179,6 +185,7 @@ def _finish(code: int) -> None:
     import atexit
 
     try:
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -230,7 +230,13 @@ def _downstream(figures: Mapping[str, Any]) -> str:
         f"ones make (95 % interval). Seeds: {' to '.join(map(str, seeds))}. Patients to validate with: "
         f"{figures['validation']}."
     )
-    return "\n".join([text, "", *figures["table"]]) + "\n"
+    apart = [
+        f"- N = {row['real']}, M = {row['synthetic']}, {row['order']}: {row['lowest']:+.3f} to {row['highest']:+.3f}"
+        for row in figures["rows"]
+        if row["figure"] == "dice_mean"
+    ]
+    lines = [text, "", *figures["table"], "", "Difference of the mean, by seed:", *apart]
+    return "\n".join(lines) + "\n"
 
 
 CARDS: dict[str, Callable[[Mapping[str, Any]], str]] = {

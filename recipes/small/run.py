@@ -8,15 +8,15 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     latents      CTs -> latents
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
-    ldm          whole latents without masks: that U-Net goes on alone
+    ldm          whole latents without masks: that U-Net goes on alone (by --stages: its weights are not shipped yet)
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
 `RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
-copies them (but `unet.pt`: the LDM has its own) into the bundles and `evaluation/segmentation`, and writes what was
-measured into the model cards.
+copies them (but `unet.pt`, which makes no bodies without a mask) into the bundles and `evaluation/segmentation`, and
+writes what was measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
 
@@ -50,6 +50,9 @@ LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
 STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "ldm", "judge", "evaluate", "downstream")
+
+BY_NAME = ("ldm", "downstream")
+"""Stages that run where --stages names them, and with --quick."""
 
 AT_HOME = ("masks", "evaluate", "downstream")
 """Stages for which a packed file has not all that they need."""
@@ -239,7 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
     parser.add_argument(
-        "--stages", help=f"of {','.join(STAGES)} (default: all but the last; of a packed file the trainings)"
+        "--stages",
+        help=f"of {','.join(STAGES)} (default: all but {' and '.join(BY_NAME)}; of a packed file the trainings)",
     )
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
@@ -253,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError(f"--minutes is {given.minutes:g}; allowed are {least:g} and more, which see all data")
     packed = given.data.is_file()
     here = [stage for stage in STAGES if not (packed and stage in AT_HOME)]
-    stages = given.stages.split(",") if given.stages else [one for one in here if given.quick or one != "downstream"]
+    stages = given.stages.split(",") if given.stages else [one for one in here if given.quick or one not in BY_NAME]
     if unknown := set(stages) - set(STAGES):
         raise InputError(f"--stages names {', '.join(sorted(unknown))}; allowed are {', '.join(STAGES)}")
     if away := set(stages) - set(here):

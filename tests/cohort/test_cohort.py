@@ -210,11 +210,11 @@ def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
 
 
 HOLDER = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from maisi_tools.cohort.run import _alone
 with _alone(Path(sys.argv[1])):
-    print("held", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
@@ -224,12 +224,12 @@ def test_one_folder_has_one_writer(python, write_spec, bundles, tmp_path):
     folder = tmp_path / "out"
     other = subprocess.Popen([python, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
-        assert other.stdout.readline() == "held\n"
+        holder = int(other.stdout.readline())
         with pytest.raises(InputError, match="another run makes the cohort in .*out"):
             made(write_spec, bundles, folder, count="1")
         assert [path.name for path in folder.iterdir()] == [".lock"]
     finally:
-        other.kill()
+        os.kill(holder, signal.SIGKILL)
         other.wait()
         other.stdout.close()
     assert [row["status"] for row in rows_of(made(write_spec, bundles, folder, count="1"))] == ["done"]

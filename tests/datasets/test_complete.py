@@ -125,11 +125,14 @@ def test_a_run_that_stopped_goes_on(cases, tmp_path):
 
 
 def test_no_label_is_written_over(cases, tmp_path):
-    label = Path(cases[0]["label"]).rename(Path(cases[0]["image"]).parent / "p1_ct_mask.nii.gz")
-    before = label.read_bytes()
+    """A mask that was completed here is made anew where it has to be; one of the user's own stays as it is."""
+    made, _ = complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+    again = [cases[0] | {"label": str(made)}]
     with pytest.raises(InputError, match="p1_ct_mask.nii.gz would be written over"):
-        complete_masks([cases[0] | {"label": str(label)}], label.parent, tmp_path / "map.json")
-    assert label.read_bytes() == before
+        complete_masks(again, tmp_path / "out", tmp_path / "map.json")
+    made.with_name("p1_ct_mask.json").unlink()
+    before = made.read_bytes()
+    assert complete_masks(again, tmp_path / "out", tmp_path / "map.json") == [made] and made.read_bytes() == before
 
 
 def test_mask_on_another_grid_is_refused(cases, tmp_path):

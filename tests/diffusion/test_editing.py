@@ -373,7 +373,11 @@ def test_a_segmentation_of_slicer_gets_the_numbering_of_the_label_map(stage, tin
 @pytest.mark.parametrize(
     ("change", "edits", "words"),
     [
-        ({"size": 1}, {"redraw": "liver"}, ["another grid", "25 x 30 x 22 and 26 x 30 x 22 voxels"]),
+        (
+            {"size": 1},
+            {"redraw": "liver"},
+            ["another grid", "25 x 30 x 22 voxels of [2.0, 2.0, 2.0] mm and 26 x 30 x 22 voxels of"],
+        ),
         ({"spacing": (2.0, 2.0, 2.5)}, {"redraw": "liver"}, ["spacing [2.0, 2.0, 2.5] and [2.0, 2.0, 2.0] mm"]),
         ({"origin": 3.0}, {"redraw": "liver"}, ["origin [3.0, 0.0, 0.0] and [0.0, 0.0, 0.0] mm"]),
         ({"turned": 0.02}, {"redraw": "liver"}, ["axes [[1.0, 0.02, 0.0]"]),

@@ -173,7 +173,9 @@ def test_grids_are_compared_in_fractions_of_a_voxel():
         "10 x 12 x 14 voxels each, up to 0.25 voxels apart, spacing [0.7, 0.7, 2.5] and [0.72, 0.7, 2.5] mm"
     )
     assert "axes" in grid_difference(volume_on(affine), volume_on(np.diag([-0.7, 0.7, 2.5, 1])))
-    assert grid_difference(volume_on(affine), volume_on(affine, (10, 12, 13))) == "10 x 12 x 14 and 10 x 12 x 13 voxels"
+    assert grid_difference(volume_on(affine), volume_on(affine, (10, 12, 13))) == (
+        "10 x 12 x 14 voxels of [0.7, 0.7, 2.5] mm and 10 x 12 x 13 voxels of [0.7, 0.7, 2.5] mm"
+    )
 
 
 def test_what_a_larger_field_of_view_adds_is_background():

@@ -130,7 +130,7 @@ def test_output_dir_is_made_and_left_empty(tmp_path):
 
 
 def test_no_output_is_written_over_an_input(tmp_path):
-    """Whatever entry of an item names it, and by whatever path; what is no input may be made anew."""
+    """By whatever path it is named; what is no input may be made anew."""
     for name in ("a.nii.gz", "a_ct.nii.gz", "a_mask.nii.gz", "b.nii.gz"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path)
@@ -138,15 +138,15 @@ def test_no_output_is_written_over_an_input(tmp_path):
     refused = [
         ([{"image": a}, {"image": str(tmp_path / "a_ct.nii.gz")}], ["_mask", "_ct"]),
         ([{"image": str(tmp_path / "link" / "a_ct.nii.gz")}, {"image": a}], ["_ct"]),
-        ([{"image": a, "label": str(tmp_path / "a_mask.nii.gz")}], ["_mask"]),
-        ([{"image": a}], [""]),
-        ([{"image": str(tmp_path / "elsewhere.nii.gz"), "stem": "b", "label": b}], [""]),
+        ([{"fold": 0, "label": None, "image": a}], [""]),
     ]
     for items, suffixes in refused:
         with pytest.raises(InputError, match="would be written over, .* give another output_dir"):
             check_output_dir(tmp_path, items, suffixes)
         assert check_output_dir(tmp_path / "out", items, suffixes) == tmp_path / "out"
-    assert check_output_dir(tmp_path, [{"image": a}, {"image": b, "region": "x" * 5000}], ["_ct", "_mask"]) == tmp_path
+    items = [{"image": a, "patient": str(tmp_path)}, {"image": b, "region": "x" * 5000}]
+    assert check_output_dir(tmp_path, items, ["_ct", "_mask"]) == tmp_path
+    assert check_output_dir(tmp_path, [{"latent": a}], ["_ct"], key="latent") == tmp_path
 
 
 def test_output_dir_below_a_file_or_read_only_is_refused(tmp_path):

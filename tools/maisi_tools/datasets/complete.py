@@ -19,7 +19,7 @@ from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, check_targets, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
@@ -58,12 +58,15 @@ def complete_masks(
         InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
             two CTs of one stem; a spacing that is not three positive numbers.
     """
-    folder = check_output_dir(output_dir, items, [MASK])
+    folder = check_output_dir(output_dir)
     _regrid(spacing, "nearest")  # a bad one is refused before any work
     mapping = read_label_map(label_map)
     stems = [stem_of(item["image"]) for item in items]
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"several CTs have the name {', '.join(twice)}; masks are named by it: rename one")
+    targets = [folder / f"{stem}{MASK}.nii.gz" for stem in stems]
+    ours = [path for path in targets if sidecar_path(path).is_file()]
+    check_targets([item[key] for item in items for key in ("image", "label") if key in item], ours, folder)
     complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
     regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
@@ -71,7 +74,7 @@ def complete_masks(
         for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)
-    return [folder / f"{stem}{MASK}.nii.gz" for stem in stems]
+    return targets
 
 
 def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:

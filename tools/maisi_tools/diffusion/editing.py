@@ -114,7 +114,7 @@ def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLi
     Raises:
         InputError: see :func:`~maisi_tools.volumes.inputs.check_targets`.
     """
-    inputs = [Path(scan[key]).expanduser() for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
+    inputs = [scan[key] for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
     targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values()]
     check_targets(inputs, targets, output_dir)
 

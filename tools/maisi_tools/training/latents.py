@@ -15,7 +15,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import check_targets, stem_of
 from maisi_tools.volumes.reading import read_sidecar, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar
 from maisi_tools.weights import read_factor, read_weights
@@ -86,7 +86,8 @@ def latents_to_encode(
         the latent's file name begins with) and :data:`CACHED`.
 
     Raises:
-        InputError: bad views, two latents of one name, an MR among CTs or the reverse, or a rank that is none.
+        InputError: bad views, two latents of one name, an MR among CTs or the reverse, a latent that would be written
+            over an input, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
@@ -120,6 +121,10 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(item["region"])} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
+    written = [
+        f"{stem}{end}" for stem in jobs for end in ((SUFFIX, SIGMA_SUFFIX) if settings.get("sigma") else (SUFFIX,))
+    ]
+    check_targets([job["image"] for job in jobs.values()], [Path(output_dir) / name for name in written], output_dir)
     share = list(jobs.values())[rank::ranks]
     sources: dict[str, str] = {}
     outdated = []

@@ -126,7 +126,11 @@ def difference_of_grids(
         ours, theirs: (X, Y, Z), numbers of their voxels.
     """
     if tuple(ours) != tuple(theirs):
-        return f"{_voxels(ours)} and {_voxels(theirs)} voxels"
+        spacings = (np.linalg.norm(affine[:3, :3], axis=0).round(3).tolist() for affine in (first, second))
+        of_mm = [
+            f"{_voxels(size)} voxels of {spacing} mm" for size, spacing in zip((ours, theirs), spacings, strict=True)
+        ]
+        return " and ".join(of_mm)
     if (apart := distance_in_voxels(first, second, tuple(ours))) <= AGREES:
         return None
     parts = [f"{_voxels(ours)} voxels each, up to {apart:.3g} voxels apart"]

@@ -89,14 +89,18 @@ def find_inputs(
 
 
 def check_output_dir(
-    path: str | os.PathLike, items: Sequence[Mapping[str, Any]] = (), suffixes: Sequence[str] = ()
+    path: str | os.PathLike,
+    items: Sequence[Mapping[str, Any]] = (),
+    suffixes: Sequence[str] = (),
+    key: str = "image",
 ) -> Path:
     """Create the output folder if it is missing and prove that it can be written, by writing and removing a file.
 
     Args:
         path: the folder.
-        items: inputs, see :func:`find_inputs`; the first entry of an item, or its ``stem``, gives the outputs' name.
+        items: inputs, see :func:`find_inputs`, whose outputs have their stems.
         suffixes: of the outputs of each, such as "_ct".
+        key: the entry of an item that holds the path.
 
     Raises:
         InputError: the folder cannot be made or written, or an output would be written over an input.
@@ -111,18 +115,16 @@ def check_output_dir(
             f"output_dir {folder} cannot be written ({error.strerror or error}); allowed is a folder that this user "
             "may create and write: give another output_dir, or change its permissions"
         ) from error
-    stems = [stem_of(item.get("stem") or next(iter(item.values()))) for item in items]
-    targets = [folder / f"{stem}{suffix}.nii.gz" for stem in stems for suffix in suffixes]
-    given = [value for item in items for value in item.values() if isinstance(value, (str, os.PathLike))]
-    check_targets([Path(value).expanduser() for value in given if os.path.exists(value)], targets, folder)
+    inputs = [item[key] for item in items]
+    check_targets(inputs, [folder / f"{stem_of(one)}{suffix}.nii.gz" for one in inputs for suffix in suffixes], folder)
     return folder
 
 
-def check_targets(inputs: Iterable[Path], targets: Iterable[Path], output_dir: str | os.PathLike) -> None:
+def check_targets(inputs: Iterable[str | os.PathLike], targets: Iterable[Path], output_dir: str | os.PathLike) -> None:
     """Refuse to write over an input, by whatever path it is named.
 
     Args:
-        inputs: files and folders that are read.
+        inputs: files and folders that are read; those that do not exist are passed over.
         targets: files and folders that will be written.
         output_dir: where they go.
 
@@ -130,7 +132,7 @@ def check_targets(inputs: Iterable[Path], targets: Iterable[Path], output_dir: s
         InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
     """
     there = {(status.st_dev, status.st_ino): path for path in targets if path.exists() for status in [path.stat()]}
-    for given in inputs if there else ():
+    for given in (Path(path).expanduser() for path in inputs) if there else ():
         parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
         for status in (part.stat() for part in parts if part.exists()):
             if (target := there.get((status.st_dev, status.st_ino))) is not None:
