@@ -112,7 +112,7 @@ class Editor:
 
     Args:
         folder: for files.
-        settings: keys of edit.json.
+        settings: keys of edit.json, the caller's own: MONAI's parser evaluates them.
         segmenter: numbered as the data set; None for none.
         label_map: of the data set, whose numbering the segmenter has.
     """
@@ -125,8 +125,7 @@ class Editor:
             BUNDLE,
             ["inference.json", "edit.json"],
             "cpu",
-            {"progress": False, **settings},
-            output_dir=str(folder / "out"),
+            **{"progress": False, **settings, "output_dir": str(folder / "out")},
         )
         self.found: dict[str, np.ndarray] = {}
 

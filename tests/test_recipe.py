@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -70,6 +69,7 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     rows = json.loads((tmp_path / "downstream" / "arms" / "downstream.json").read_text())["table"]
     assert {(row["real"], row["synthetic"]) for row in rows} == {(1, 2)}
     assert len(list((tmp_path / "downstream" / "cts").glob("*_ct.nii.gz"))) == 2
+    assert "| redraw | 1 |" in (tmp_path / "editing" / "table.md").read_text()
     weights = [torch.load(path, weights_only=True) for path in files]
     assert [each.get("factor") for each in weights[1:]] == [2, 2, 2]
     assert len({each["scale_factor"] for each in weights[1:]}) == 1
@@ -103,15 +103,16 @@ def test_packed_data_come_back_within_a_step(run, data, tmp_path):
             assert np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
 
 
-def test_cards_say_what_was_measured(repo_root, tmp_path):
+def test_cards_say_what_was_measured(python, repo_root, tmp_path):
     names = [f"bundles/{bundle}/docs/README.md" for bundle in ("maisi_vae", "maisi_controlnet")]
-    names.append("docs/how-to/quality.md")
-    for name in [*names, "docs/measured.json", "docs/downstream.json"]:
+    names += ["docs/how-to/quality.md", "docs/results.md"]
+    figures = ("measured", "downstream", "editing")
+    for name in [*names, *(f"docs/{name}.json" for name in figures)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(repo_root / name, tmp_path / name)
     code = f"import sys, pathlib; sys.path.insert(0, {str(repo_root / 'recipes' / 'small')!r}); import measured; "
     code += f"measured.write_cards(pathlib.Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([python, "-c", code], check=True)
     for name in names:
         assert (tmp_path / name).read_text() == (repo_root / name).read_text()
     figures = json.loads((repo_root / "docs" / "measured.json").read_text())

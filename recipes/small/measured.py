@@ -135,6 +135,8 @@ def publish(runs: Path, root: Path) -> None:
     with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
         shutil.copyfile(files["judge"], part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
+    if (runs / "editing" / "table.md").is_file():
+        write_json(root / "docs" / "editing.json", gather_editing(runs))
     if (runs / "downstream" / "arms" / "downstream.json").is_file():
         check_weights(runs)
         write_json(root / "docs" / "downstream.json", gather_downstream(runs / "downstream" / "arms"))
@@ -171,11 +173,26 @@ def gather_downstream(arms: Path) -> dict[str, Any]:
     }
 
 
+def gather_editing(runs: Path) -> dict[str, Any]:
+    """What docs/editing.json has of stage editing: its table (lines).
+
+    Raises:
+        InputError: other weights made it than the run has now.
+    """
+    folder = runs / "editing"
+    if json.loads((folder / "weights.json").read_text()) != hashes(runs):
+        raise InputError(
+            f"{folder} was made by other weights than {runs} has now; delete it and run stage editing again"
+        )
+    return {"table": (folder / "table.md").read_text().strip().splitlines()}
+
+
 def write_cards(root: Path) -> None:
-    """Write the figures of docs/measured.json and docs/downstream.json into the pages that show them."""
+    """Write the figures of docs/measured.json, downstream.json and editing.json into the pages that show them."""
     docs = root / "docs"
     pages = {root / "bundles" / bundle / "docs" / "README.md": (render, "measured") for bundle, render in CARDS.items()}
     pages[docs / "how-to" / "quality.md"] = _downstream, "downstream"
+    pages[docs / "results.md"] = _editing, "editing"
     for path, (render, name) in pages.items():
         figures = json.loads((docs / f"{name}.json").read_text())
         before, rest = path.read_text().split(BEGIN)
@@ -221,6 +238,10 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
     ]
     lines[-1] += f"{ratio['max']:.2f})."
     return "\n".join(lines) + "\n"
+
+
+def _editing(figures: Mapping[str, Any]) -> str:
+    return "\n".join(figures["table"]) + "\n"
 
 
 def _downstream(figures: Mapping[str, Any]) -> str:

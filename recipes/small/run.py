@@ -11,6 +11,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     ldm          whole latents without masks: that U-Net goes on alone (by --stages: its weights are not shipped yet)
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
+    editing      a hundred edits of the kept-out patients' CTs -> RUNS/editing (by --stages)
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
@@ -49,12 +50,24 @@ ROOT = HERE.parent.parent
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
-STAGES = ("prepare", "masks", "autoencoder", "latents", "controlnet", "whole", "ldm", "judge", "evaluate", "downstream")
+STAGES = (
+    "prepare",
+    "masks",
+    "autoencoder",
+    "latents",
+    "controlnet",
+    "whole",
+    "ldm",
+    "judge",
+    "evaluate",
+    "editing",
+    "downstream",
+)
 
-BY_NAME = ("ldm", "downstream")
+BY_NAME = ("ldm", "editing", "downstream")
 """Stages that run where --stages names them, and with --quick."""
 
-AT_HOME = ("masks", "evaluate", "downstream")
+AT_HOME = ("masks", "evaluate", "editing", "downstream")
 """Stages for which a packed file has not all that they need."""
 
 
@@ -181,6 +194,25 @@ class Run:
         figures = gather(folder, kept_out)
         write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
 
+    def editing(self) -> None:
+        """Edit the CTs of the kept-out patients, and measure what it did."""
+        files, folder = files_of(self.out), self.out / "editing"
+        if (folder / "table.md").is_file():
+            return
+        plan = {"count": 100, "settings": {}} | self.changes.get("editing", {})
+        weights = {"ckpt_path": str(files["controlnet"]), "autoencoder_ckpt_path": str(files["autoencoder"])}
+        options = {
+            "datalist": self.out / "kept_out.json",
+            "label_map": "openkbp",
+            "count": plan["count"],
+            "settings": json.dumps(plan["settings"] | weights),
+            "segmenter": ROOT / "evaluation/segmentation/configs/inference.json",
+            "ckpt": files["judge"],
+            "output_dir": folder,
+        }
+        run_script("evaluation/editing.py", *(f"--{name}={value}" for name, value in options.items()))
+        write_json(folder / "weights.json", hashes(self.out))
+
     def downstream(self) -> None:
         """Make CTs of masks of training patients, and measure what they are worth to a segmentation network."""
         files, folder = files_of(self.out), self.out / "downstream"
@@ -243,7 +275,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
     parser.add_argument(
         "--stages",
-        help=f"of {','.join(STAGES)} (default: all but {' and '.join(BY_NAME)}; of a packed file the trainings)",
+        help=f"of {','.join(STAGES)} (default: all but {', '.join(BY_NAME)}; of a packed file the trainings)",
     )
     parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")

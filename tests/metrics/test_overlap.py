@@ -68,7 +68,7 @@ def test_what_cannot_be_scored(tmp_path):
     label = save(tmp_path / "label.nii.gz", np.ones((5, 5, 5), np.uint8))
     with pytest.raises(InputError, match="no label in the datalist"):
         score_segmentations([{"image": "a_ct.nii.gz"}], tmp_path, CLASSES)
-    with pytest.raises(InputError, match="another grid .*5 x 5 x 4 and 5 x 5 x 5 voxels"):
+    with pytest.raises(InputError, match="another grid .*5 x 5 x 4 voxels of .* and 5 x 5 x 5 voxels"):
         score_segmentations([{"image": "a_ct.nii.gz", "label": str(label)}], tmp_path, CLASSES)
     with pytest.raises(InputError, match="b_ct_seg.nii.gz does not exist"):
         score_segmentations([{"image": "b_ct.nii.gz", "label": str(label)}], tmp_path, CLASSES)
