@@ -10,6 +10,8 @@ later than the process that stands for it.
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
 import os
 import runpy
@@ -19,6 +21,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 from pathlib import Path
@@ -54,8 +57,6 @@ def start(folder: Path) -> tuple[Path, subprocess.Popen]:
 
 def ask(address: str, real: str) -> None:
     """The program: hands everything over, waits, and ends as what was started ends."""
-    import time
-
     with socket.socket(socket.AF_UNIX) as connection:
         until = time.monotonic() + WAITS
         while True:
@@ -93,8 +94,6 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 def serve(address: str, program: str, parent: str) -> None:
     """Import, then fork for each request, until the process that started this one has gone."""
-    import importlib
-
     for name in IMPORTED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
@@ -182,8 +181,6 @@ def _become(request: dict, streams: list[int], program: str) -> None:
 
 def _finish(code: int) -> None:
     """End as an interpreter does: what was registered for the end, then what is still to be written."""
-    import atexit
-
     try:
         threading._shutdown()
         atexit._run_exitfuncs()

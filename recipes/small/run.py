@@ -123,11 +123,12 @@ class Run:
     Args:
         out: the folder.
         minutes: of training, for each stage that trains.
-        changes: settings of each stage beside its overlay's, by its name.
+        changes: settings of each stage beside its overlay's, by its name; of all that draw CTs by "inference".
     """
 
     def __init__(self, out: Path, minutes: float, changes: Mapping[str, Mapping[str, Any]]) -> None:
         self.out, self.minutes, self.changes = out, minutes, changes
+        self.inference = changes.get("inference", {})
 
     def masks(self) -> None:
         """Complete the masks."""
@@ -185,39 +186,34 @@ class Run:
             "segmenter_ckpt": files["judge"],
             "output_dir": folder / "controlnet",
         }
-        run_bundle(
-            ROOT / "bundles/maisi_controlnet",
-            "inference.json,evaluate.json",
-            [],
-            settings | self.changes.get("evaluate", {}),
-        )
+        run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json,evaluate.json", [], settings | self.inference)
         figures = gather(folder, kept_out)
         write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""
         files, folder = files_of(self.out), self.out / "editing"
+        check_weights(self.out, "editing")
         if (folder / "table.md").is_file():
             return
-        plan = {"count": 100, "settings": {}} | self.changes.get("editing", {})
+        plan = {"count": 100} | self.changes.get("editing", {})
         weights = {"ckpt_path": str(files["controlnet"]), "autoencoder_ckpt_path": str(files["autoencoder"])}
         options = {
             "datalist": self.out / "kept_out.json",
             "label_map": "openkbp",
             "count": plan["count"],
-            "settings": json.dumps(plan["settings"] | weights),
+            "settings": json.dumps(self.inference | weights),
             "segmenter": ROOT / "evaluation/segmentation/configs/inference.json",
             "ckpt": files["judge"],
             "output_dir": folder,
         }
         run_script("evaluation/editing.py", *(f"--{name}={value}" for name, value in options.items()))
-        write_json(folder / "weights.json", hashes(self.out))
 
     def downstream(self) -> None:
         """Make CTs of masks of training patients, and measure what they are worth to a segmentation network."""
         files, folder = files_of(self.out), self.out / "downstream"
         plan = json.loads((HERE / "downstream.json").read_text()) | self.changes.get("downstream", {})
-        check_weights(self.out)
+        check_weights(self.out, "downstream")
         patients = json.loads((self.out / "datalist.json").read_text())["training"]
         if len(patients) < plan["count"]:
             raise InputError(
@@ -235,7 +231,7 @@ class Run:
                 "ckpt_path": files["controlnet"],
                 "autoencoder_ckpt_path": files["autoencoder"],
             }
-            run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json", [], settings | plan["inference"])
+            run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json", [], settings | self.inference)
         pairs = [{"image": str(ct), "label": case["label"]} for ct, case in zip(cts, drawn, strict=True)]
         write_json(folder / "synthetic.json", {"training": pairs})
         options = {

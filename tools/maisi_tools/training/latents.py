@@ -121,10 +121,9 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(item["region"])} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
-    written = [
-        f"{stem}{end}" for stem in jobs for end in ((SUFFIX, SIGMA_SUFFIX) if settings.get("sigma") else (SUFFIX,))
-    ]
-    check_targets([job["image"] for job in jobs.values()], [Path(output_dir) / name for name in written], output_dir)
+    endings = (SUFFIX, SIGMA_SUFFIX) if settings.get("sigma") else (SUFFIX,)
+    targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
+    check_targets([job["image"] for job in jobs.values()], targets, output_dir)
     share = list(jobs.values())[rank::ranks]
     sources: dict[str, str] = {}
     outdated = []
