@@ -128,9 +128,9 @@ def measure(
         reference = np.empty(0)
         for run in runs:
             inferer.solver, inferer.num_inference_steps = run.solver, run.steps
-            start = time.perf_counter()
+            start = time.process_time()
             ct = inferer(mask, stage.network)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             hu = in_hu(ct)
             reference = hu if run is runs[0] else reference
             off = np.abs(hu - reference)[body]
@@ -203,7 +203,7 @@ def compare(options: argparse.Namespace) -> list[str]:
         *TISSUES,
         "body",
         "structures",
-        "seconds",
+        "CPU seconds",
     ]
     source = "phantoms" if options.quick and options.masks is None else "masks"
     return [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maisi_tools import convolution
-from maisi_tools.convolution import Conv3d, conv3d
+from maisi_tools.convolution import Conv3d, conv3d, conv_transpose3d
 from maisi_tools.mask_generator.network import MaskUNet
 from maisi_tools.networks import Autoencoder, ControlledUNet
 
@@ -94,7 +94,6 @@ def test_only_what_pytorch_runs_slowly_is_taken(by_onednn):
         arguments(kernel=(1, 4, 4)),
         arguments(dtype=torch.float64),
         arguments(dtype=torch.complex64),
-        arguments(dtype=torch.bfloat16),
     ):
         assert torch.equal(conv3d(*ordinary), functional.conv3d(*ordinary))
     x, w, b = arguments()
@@ -106,6 +105,40 @@ def test_only_what_pytorch_runs_slowly_is_taken(by_onednn):
     with torch.backends.mkldnn.flags(enabled=False):
         conv3d(x, w, b)
     assert not by_onednn
+
+
+@needs_onednn
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("ours", [conv3d, conv_transpose3d])
+def test_a_cpu_without_bfloat16_sums_in_float32(monkeypatch, ours, autocast):
+    """The values that go in and come out are rounded to bfloat16, what is between is not; gradients likewise."""
+    monkeypatch.setattr(convolution, "_BFLOAT16", False)
+    monkeypatch.setattr(functional, ours.__name__, _in_bfloat16_no_more(getattr(functional, ours.__name__)))
+    monkeypatch.setattr(convolution, "_AMX", False)
+    theirs = {"conv3d": torch.conv3d, "conv_transpose3d": torch.conv_transpose3d}[ours.__name__]
+    x, w, b = arguments(channels=6)
+    x, w, b = (t.bfloat16() for t in (x, w, b))
+    exact = [t.double().requires_grad_() for t in (x, w, b)]
+    given = [(t.float() if autocast else t).requires_grad_() for t in (x, w, b)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got = ours(*given, 2, 1)
+    wanted = theirs(*exact, 2, 1)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-8, atol=1e-6)
+    seed = torch.linspace(-1, 1, got.numel()).reshape(got.shape).bfloat16()
+    gradients = torch.autograd.grad(got, given, seed)
+    for one, other in zip(gradients, torch.autograd.grad(wanted, exact, seed.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2**-8, atol=1e-5 * float(other.abs().max()))
+
+
+def _in_bfloat16_no_more(convolve):
+    """The same, which fails where it is given bfloat16: what would take minutes there."""
+
+    def run(input, *args, **kwargs):
+        assert input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        return convolve(input, *args, **kwargs)
+
+    return run
 
 
 @needs_onednn
@@ -155,9 +188,9 @@ def test_what_watches_a_call_sees_an_ordinary_convolution(by_onednn):
     layer = Conv3d(8, 6, 3)
     graph = torch.export.export(layer, (x,)).graph
     assert any("conv3d" in str(node.target) for node in graph.nodes)
+    assert not by_onednn
     with torch.autocast("cpu", torch.bfloat16):
         assert conv3d(x, w, b).dtype == torch.bfloat16
-    assert not by_onednn
 
 
 @needs_onednn

@@ -52,7 +52,6 @@ def test_encoding_and_decoding_in_slabs(run_bundle, ct_file, tmp_path):
 
 @pytest.mark.parametrize("bundle", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
 def test_bfloat16_gives_nearly_the_same_volume(run_bundle, save, phantom_ct, phantom_labels, bundle, tmp_path):
-    """Of a small volume: a CPU without AVX512-BF16 takes ten times as long as in float32."""
     inner = (slice(8, 40),) * 3
     ct, mask = save(phantom_ct[inner], "head_ct.nii.gz"), save(phantom_labels[inner], "phantom.nii.gz")
     step = FAST | {"num_inference_steps": 1}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ SKULL, CORD = 120, 121
 class Drawn:
     """Stands for a stage that draws, from each seed, a CT whose skull and cord have the HU given for that seed."""
 
-    seed = 5
+    seed, modality = 5, "ct"
 
     def __init__(self, hu: dict[int, tuple[float, float]]) -> None:
         self.hu = hu
@@ -167,3 +169,12 @@ def test_wrong_redraws_are_refused(redraws):
 
 def test_a_plain_ct_passes(mask):
     assert torch.equal(SplitCheckedd("pred")({"pred": mask})["pred"], mask)
+
+
+def test_an_mr_has_no_hu_to_be_judged_by(mask):
+    drawn = Drawn({5: (0.0, 0.0)})
+    drawn.modality = "mri_t1"
+    record = CheckedCT(drawn, ranges={"spinal cord": [-50, 100], "skull": [300, 900]})(mask, None)["draws"][0]
+    assert json.loads(record) == {"seed": 5, "tried": [{"seed": 5, "implausible": {}}]}
+    with pytest.raises(InputError, match="a judge works in HU: allowed is CT"):
+        CheckedCT(drawn, judge=lambda hu, mask: {})

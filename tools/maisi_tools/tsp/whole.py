@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from maisi_tools.convolution import conv3d
+from maisi_tools.convolution import conv3d, conv_transpose3d
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
 from maisi_tools.tsp.moments import moments, statistics_type
 from maisi_tools.tsp.nodes import Node, arranged
@@ -139,6 +139,8 @@ class _ExactAndFast(TorchFunctionMode):
     ) -> Any:
         if func is functional.conv3d:
             return conv3d(*args, **(kwargs or {}))
+        if func is functional.conv_transpose3d:
+            return conv_transpose3d(*args, **(kwargs or {}))
         if func is functional.group_norm:
             return self._group_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maisi_tools.convolution import conv3d
+from maisi_tools.convolution import conv3d, conv_transpose3d
 from maisi_tools.tsp.nodes import Node, clamp
 from maisi_tools.tsp.rules.table import bind, fit, per_axis, rule
 
@@ -87,7 +87,7 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
         per_axis(given[name], dims) for name in ("stride", "padding", "output_padding", "dilation")
     )
     step, lead, reach = stride[split], padding[split], dilation[split] * (kernel[split] - 1) + 1
-    kind = recorder.cast(node, weight, bias)
+    convolve, kind = conv_transpose3d if dims == 3 else func, recorder.cast(node, weight, bias)
     inner_padding = [0 if d == split else padding[d] for d in range(dims)]
     inner_extra = [0 if d == split else extra[d] for d in range(dims)]
 
@@ -103,7 +103,7 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
         slab = fit(slabs[0].to(dtype=kind), need(0, a, b), (lo, hi), axis)
         w = recorder.constant(weight, slab.device, kind)
         c = None if bias is None else recorder.constant(bias, slab.device, kind)
-        out = func(slab, w, c, stride, inner_padding, inner_extra, given["groups"], dilation)
+        out = convolve(slab, w, c, stride, inner_padding, inner_extra, given["groups"], dilation)
         first = lo * step - lead
         short = b - first - out.shape[axis]
         if short > 0:  # a stride longer than the kernel leaves rows that no input row reaches: they hold the bias
