@@ -257,20 +257,31 @@ def weights(bundle: str, bundles: str | None = None) -> None:
         print(path)
 
 
-def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
+def package(
+    *names: str,
+    output_dir: str = "dist",
+    bundles: str | None = None,
+    overlay: str | None = None,
+    name: str | None = None,
+) -> None:
     """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
 
     Args:
         names: of bundles, or their folders; by default all.
         output_dir: folder for the zip files.
         bundles: folder with the bundles; by default the one of the checkout you are in.
+        overlay: configs of one bundle, such as edit.json,monailabel_edit.json, to be merged into its inference.json.
+        name: of the bundle that this makes.
     """
+    if (overlay, name) != (None, None) and len(names) != 1:
+        raise InputError(f"--overlay and --name are given with {len(names)} bundles; give the one that they are of.")
+
     from maisi_tools.bundles.packaging import package_bundle
     from maisi_tools.files import sha256
 
     chosen = names or sorted(config.parent.name for config in bundles_folder(bundles).glob("*/configs"))
-    for folder in [bundle_folder(name, bundles) for name in chosen]:
-        path = package_bundle(folder, str(output_dir))
+    for folder in [bundle_folder(one, bundles) for one in chosen]:
+        path = package_bundle(folder, str(output_dir), listed(overlay or ()), None if name is None else str(name))
         print(f"{sha256(path)}  {path}")
 
 
