@@ -257,21 +257,47 @@ def weights(bundle: str, bundles: str | None = None) -> None:
         print(path)
 
 
-def package(*names: str, output_dir: str = "dist", bundles: str | None = None) -> None:
-    """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
+def package(
+    *names: str,
+    output_dir: str = "dist",
+    bundles: str | None = None,
+    layout: str = "zip",
+    org: str | None = None,
+    pages: str | None = None,
+) -> None:
+    """Write bundles as downloads for `monai.bundle download`, each with the parts of maisi_tools it needs, and hashes.
+
+    The layout zip makes NAME_vVERSION.zip; hub makes the folder NAME, a repository of the Hugging Face Hub with a
+    model card. Each line printed is the SHA-256 and the path of a file, as `sha256sum -c` reads them.
 
     Args:
         names: of bundles, or their folders; by default all.
-        output_dir: folder for the zip files.
+        output_dir: folder for the zip files or the folders.
         bundles: folder with the bundles; by default the one of the checkout you are in.
+        layout: zip or hub.
+        org: for hub, the account there that the repositories will be of.
+        pages: for hub, the address of this repository's files, for the cards' links, such as .../blob/v0.1.0.
     """
+    if layout not in ("zip", "hub"):
+        raise InputError(f"layout {layout!r} is not known; give zip or hub.")
+    if layout == "hub" and org is None:
+        raise InputError("the layout hub needs the account's name on the Hub; give it with --org NAME.")
+    if layout == "zip" and (org, pages) != (None, None):
+        raise InputError("--org and --pages are for cards on the Hub; give them with --layout hub, or leave them out.")
+
+    from maisi_tools.bundles.hub import hub_folder
     from maisi_tools.bundles.packaging import package_bundle
     from maisi_tools.files import sha256
 
     chosen = names or sorted(config.parent.name for config in bundles_folder(bundles).glob("*/configs"))
     for folder in [bundle_folder(name, bundles) for name in chosen]:
-        path = package_bundle(folder, str(output_dir))
-        print(f"{sha256(path)}  {path}")
+        if org is None:
+            written = [package_bundle(folder, output_dir)]
+        else:
+            made = hub_folder(folder, output_dir, org, pages)
+            written = sorted(path for path in made.rglob("*") if path.is_file())
+        for path in written:
+            print(f"{sha256(path)}  {path}")
 
 
 def by_hand(bundle: Path) -> dict[str, Any]:
