@@ -9,6 +9,7 @@ import argparse
 import logging
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,10 +118,8 @@ def choose_limit(setup: SetUp) -> tuple[int, int]:
 
     free = peak(None)
     assert free is not None
-    for share in np.arange(LIMIT_OF_PEAK, 1, 0.05):
-        if peak(int(share * free)) is not None:
-            return free, int(share * free)
-    return free, free
+    limits = [int(share * free) for share in np.arange(LIMIT_OF_PEAK, 1, 0.05)] + [free]
+    return free, limits[bisect_left(limits[:-1], True, key=lambda limit: peak(limit) is not None)]
 
 
 def compare(options: argparse.Namespace) -> list[str]:

@@ -178,7 +178,7 @@ def test_the_training_of_each_stage_is_timed(run: Run) -> None:
 
 
 def test_two_checkouts_train_in_turns(run: Run, python: str, repo_root: Path) -> None:
-    options = ["--quick", "--device", "cpu", "--threads", "1", "--stages", "maisi_ldm", "--rounds", "2"]
+    options = ["--quick", "--device", "cpu", "--threads", "1", "--stages", "maisi_ldm", "--rounds", "1"]
     # A Python that has our package imported would not see that of the checkout.
     found = rows(run("training.py", *options, "--against", str(repo_root), python=sys.executable))
     assert [row[0] for row in found] == ["LDM"]

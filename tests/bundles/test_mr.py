@@ -10,6 +10,7 @@ import pytest
 
 AFFINE = np.array([[-4.9, 0.3, 0, 90], [0.3, -4.9, 0, 80.5], [0, 0, 3.4, -70.25], [0, 0, 0, 1]])
 MR = ["mr.json"]
+EDIT = ["inference.json", "edit.json"]
 
 
 @pytest.fixture
@@ -69,3 +70,27 @@ def test_a_generated_mr_is_clipped_below_alone(bundles, run_bundle, tmp_path):
     sample = np.asarray(nib.load(tmp_path / "sample_seed0.nii.gz").dataobj)
     np.testing.assert_array_equal(nib.load(tmp_path / "decoded" / "sample_seed0_latent_ct.nii.gz").dataobj, sample)
     assert sample.min() == 0 and sample.max() > 100
+
+
+def test_a_mask_becomes_an_mr(cause, run_bundle, mask_file, tmp_path):
+    """Of a ControlNet for MR, which the small weights stand for: no HU, no organs judged by them, no upper end."""
+    known = {"modality": "mri_t1", "trained_modalities": ["mri_t1"], "num_inference_steps": 1, "progress": False}
+    common = {"input": str(mask_file), **known}
+    run_bundle("maisi_controlnet", "inference.json", output_dir=str(tmp_path / "mr"), **common)
+    in_hu = {"_target_": "maisi_tools.volumes.normalise.ToHUd", "keys": "pred"}
+    as_ct = {"postprocessing#transforms#1": in_hu, "output_dir": str(tmp_path / "ct")}
+    run_bundle("maisi_controlnet", "inference.json", **common, **as_ct)
+    mr, ct = (np.asarray(nib.load(tmp_path / name / "phantom_ct.nii.gz").dataobj).astype(int) for name in ("mr", "ct"))
+    inside = (ct > -1000) & (ct < 1000)
+    assert inside.sum() > 1000 and np.abs(2 * mr[inside] - 1000 - ct[inside]).max() <= 2  # both are whole numbers
+    assert mr.min() == 0 and mr[ct == -1000].max() == 0 and mr[ct == 1000].min() >= 1000
+    sidecar = json.loads((tmp_path / "mr" / "phantom_ct.json").read_text())
+    assert {name.split("_")[0] for name in sidecar["metrics"]} == {"mr"} and sidecar["metrics"]["mr_outside"] == 0
+    assert sidecar["draws"]["tried"][0]["implausible"] == {}
+
+    judge = {"judge": "$lambda hu, mask: {}", "inferer#judge": "@judge"}
+    for config, further in ((["inference.json"], judge), (["inference.json", "dicom.json"], {}), (EDIT, {})):
+        with pytest.raises(Exception) as raised:
+            run_bundle("maisi_controlnet", config, output_dir=str(tmp_path / "no"), **common, **further)
+        assert "'mri_t1'" in str(cause(raised.value)) and "allowed is CT" in str(cause(raised.value))
+    assert not list(tmp_path.glob("no/*"))

@@ -45,16 +45,16 @@ def find_port() -> int:
 
 
 class Running:
-    """`maisi listen` in a process of its own."""
+    """`maisi listen` in a process of its own, started by the interpreter ``python``."""
 
-    def __init__(self, config: Path, settings: dict) -> None:
-        self.config, self.settings = config, settings
+    def __init__(self, config: Path, settings: dict, python: str) -> None:
+        self.config, self.settings, self.python = config, settings, python
         self.url = f"http://{settings['http']}"
         self.log = config.with_suffix(".log")
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "maisi_tools.cli", "listen", str(self.config)]
+        command = [self.python, "-m", "maisi_tools.cli", "listen", str(self.config)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MAISI_DICOMWEB_PASSWORD": "secret"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -64,6 +64,8 @@ class Running:
         """As a power cut would."""
         self.process.kill()
         self.process.wait()
+        while self.health():  # the program that the process stands for ends a little later
+            time.sleep(0.05)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -118,12 +120,12 @@ def write_settings(tmp_path, repo_root):
 
 
 @pytest.fixture
-def listen(write_settings):
-    """``listen(send_port, ...)`` starts a listener, which is stopped at the end."""
+def listen(write_settings, python):
+    """``listen(send_port, ...)`` starts a listener, which is stopped at the end; ``real`` starts it from nothing."""
     running: list[Running] = []
 
-    def start(send_port: int, **changes) -> Running:
-        running.append(Running(*write_settings(send_port, **changes)))
+    def start(send_port: int, real: bool = False, **changes) -> Running:
+        running.append(Running(*write_settings(send_port, **changes), sys.executable if real else python))
         return running[-1]
 
     yield start

@@ -198,7 +198,7 @@ def read_queue(path: Path) -> list[tuple[str, str, str]]:
 def test_mutants_stop_nothing(listen, archive, originals, copying_bundle, tmp_path, capsys):
     chance = random.Random(SEED)
     chains = [{"when": kind, "steps": [{"bundle": str(copying_bundle)}]} for kind in ("CT", "SEG", "RTSTRUCT")]
-    listener = listen(archive.port, chains=chains, attempts=2, retry_seconds=0.1)
+    listener = listen(archive.port, real=True, chains=chains, attempts=2, retry_seconds=0.1)  # its memory is read
     port = listener.settings["listen"]["port"]
     taken = dict.fromkeys(("CT", "SEG", "RTSTRUCT"), 0)
     memory, libraries = [gigabytes(listener, "RssAnon")], gigabytes(listener, "RssFile")

@@ -58,7 +58,7 @@ def store(files, port: int, title: str = "ARCHIVE", tls=None) -> bool:
 
 
 def test_a_segmentation_comes_back_as_a_ct(listen, archive, real_study, tmp_path):
-    listener = listen(archive.port)
+    listener = listen(archive.port, real=True)
     files = real_study(tmp_path / "study", 1)
     assert store(files, listener.settings["listen"]["port"])
     listener.wait(lambda: listener.health().get("done") == 1, 120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import io
 import json
 import random
 import shutil
@@ -12,8 +13,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
+from scipy import ndimage
+
+from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.masks.vocabulary import label_id
 
 pytestmark = [
     pytest.mark.orthanc,
@@ -50,11 +56,31 @@ class Orthanc:
                 time.sleep(0.2)
         raise AssertionError((folder / "orthanc.log").read_text())
 
-    def rest(self, path: str, body: bytes | None = None):
+    def ask(self, path: str, body: bytes | None = None) -> bytes:
         request = urllib.request.Request(f"http://127.0.0.1:{self.http}{path}", body)
         request.add_header("Authorization", "Basic " + base64.b64encode(b"me:secret").decode())
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
+            return answer.read()
+
+    def rest(self, path: str, body: bytes | None = None):
+        return json.loads(self.ask(path, body))
+
+    def send_all(self) -> list[str]:
+        """Store all instances in the listener; returns their names in Orthanc."""
+        instances = self.rest("/instances")
+        self.rest("/modalities/maisi/store", json.dumps(instances).encode())
+        return instances
+
+    def series(self) -> dict[tuple[str, str], list[pydicom.Dataset]]:
+        """(modality, Series Instance UID) -> its objects, slices from the feet up."""
+        found: dict[tuple[str, str], list[pydicom.Dataset]] = {}
+        for name in self.rest("/instances"):
+            ds = pydicom.dcmread(io.BytesIO(self.ask(f"/instances/{name}/file")))
+            found.setdefault((ds.Modality, ds.SeriesInstanceUID), []).append(ds)
+        return {
+            key: sorted(some, key=lambda ds: float(ds.get("ImagePositionPatient", [0, 0, 0])[2]))
+            for key, some in found.items()
+        }
 
     def studies(self) -> list[dict]:
         return [self.rest(f"/studies/{one}") for one in self.rest("/studies")]
@@ -99,10 +125,8 @@ def test_20_studies_in_20_results_back_though_the_listener_is_killed(setup, real
         (path,) = [path for path in real_study(tmp_path / f"s{seed}", seed) if path.name == "SEG.dcm"]
         sources.add(pydicom.dcmread(path, stop_before_pixels=True).StudyInstanceUID)
         orthanc.rest("/instances", path.read_bytes())
-    instances = orthanc.rest("/instances")
-    assert len(instances) == 20
     start = time.time()
-    orthanc.rest("/modalities/maisi/store", json.dumps(instances).encode())
+    assert len(orthanc.send_all()) == 20
     chance, kills = random.Random(1), 0
     while listener.health().get("done", 0) < 20:
         time.sleep(chance.uniform(3, 15))
@@ -170,3 +194,59 @@ def test_an_archive_is_asked_by_c_find_and_sends_by_c_move(setup, real_study, re
     assert {ds.Modality for ds in incoming if ds.StudyInstanceUID == source} == {"CT", "RTSTRUCT"}
     time.sleep(6)
     assert listener.health()["done"] == 1 and listener.health()["waiting"] == 0
+
+
+@pytest.mark.parametrize("kind", ["RTSTRUCT", "SEG"])
+def test_an_edited_scan_joins_its_study_and_is_not_edited_again(setup, real_study, repo_root, tmp_path, kind):
+    """As docs/editing.md has it: structures come, and the scan that they were drawn on goes back with a new cord."""
+    settings = {"input": "{series}", "mask": "{input}", "edits": {"redraw": "spinal cord"}, "margin_mm": 8.0}
+    step = {
+        "bundle": str(repo_root / "bundles" / "maisi_controlnet"),
+        "config": ["inference.json", "edit.json"],
+        "settings": {**settings, "num_inference_steps": 2, "progress": False},
+    }
+    orthanc, listener = setup(chains=[{"when": kind, "keep_patient": True, "steps": [step]}])
+    for path in real_study(tmp_path / "s", 3):
+        ds = pydicom.dcmread(path)
+        ds.PatientName, ds.PatientID = "Doe^Jane", "1234"
+        if ds.Modality == "CT":
+            ds.ImageType, ds.SeriesDescription = ["ORIGINAL", "PRIMARY", "AXIAL"], "Neck"
+        ds.save_as(path)
+        if ds.Modality in ("CT", kind):
+            orthanc.rest("/instances", path.read_bytes())
+    (scan,) = (some for (modality, _), some in orthanc.series().items() if modality == "CT")
+    sent = orthanc.send_all()
+    listener.wait(lambda: listener.health().get("done") == 1, 300)
+
+    (study,) = orthanc.studies()
+    assert study["PatientMainDicomTags"]["PatientID"] == "1234"
+    made = {key: some for key, some in orthanc.series().items() if some[0].get("SyntheticData") == "YES"}
+    found = sorted((modality, len(some)) for (modality, _), some in made.items())
+    assert found == [("CT", len(scan)), ("RTSTRUCT", 1), ("SEG", 1)]
+    (edited,) = (some for (modality, _), some in made.items() if modality == "CT")
+    for ds, was in zip(edited, scan, strict=True):
+        assert (ds.StudyInstanceUID, ds.FrameOfReferenceUID) == (was.StudyInstanceUID, was.FrameOfReferenceUID)
+        np.testing.assert_allclose(ds.ImagePositionPatient, was.ImagePositionPatient, atol=1e-5)
+        np.testing.assert_allclose(ds.PixelSpacing, was.PixelSpacing, atol=1e-5)
+        assert ds.PatientName == was.PatientName and ds.SeriesInstanceUID != was.SeriesInstanceUID
+        assert list(ds.ImageType) == ["DERIVED", "SECONDARY", "AXIAL", "PARTLY_SYNTHETIC"]
+        assert ds.SeriesDescription == "Partly synthetic CT, edited scan"
+        assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == was.SOPInstanceUID
+
+    # Rows of a slice run to the left and columns to the back, so (x, y, z) of RAS is [z, -y, -x] of the stack.
+    spacing = (5.0, 5.0, 3.4)
+    labels = make_phantom("head_neck", (48, 48, 48), spacing, 3)
+    cord = np.flip(labels.T == label_id("spinal cord"), (1, 2))
+    before, after = (np.stack([ds.pixel_array for ds in some]) for some in (scan, edited))
+    np.testing.assert_array_equal(before, np.flip(flat_ct(labels).T, (1, 2)))
+    distance = ndimage.distance_transform_edt(~cord, sampling=spacing[::-1])
+    np.testing.assert_array_equal(after[distance >= 8.0], before[distance >= 8.0])
+    assert (after != before)[cord].mean() > 0.5
+
+    everything = orthanc.send_all()  # the listener gets its own results, and what they were made of once more
+    assert len(everything) == len(sent) + len(scan) + 2
+    incoming = tmp_path / "spool" / "incoming"
+    listener.wait(lambda: len(list(incoming.glob("*/*.dcm"))) == len(everything), 60)
+    time.sleep(6)
+    assert listener.health() == {"status": "ok", "waiting": 0, "running": 0, "done": 1, "dead": 0}
+    assert sorted(orthanc.rest("/instances")) == sorted(everything)

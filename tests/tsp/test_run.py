@@ -78,6 +78,11 @@ def test_settings_are_checked_at_the_door(setting, message):
         TSPInferer(**setting)
 
 
+@pytest.mark.parametrize(("given", "splits"), [("", None), ("3", 3), (None, None), (2, 2)])
+def test_splits_of_a_form_are_text(given, splits):
+    assert TSPInferer(splits=given).settings.splits == splits
+
+
 @pytest.mark.parametrize(
     ("text", "count"), [("12GiB", 12 * 2**30), ("800 MB", 8 * 10**8), ("1.5k", 1500), (77, 77), (None, None)]
 )

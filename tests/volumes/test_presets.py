@@ -33,7 +33,7 @@ def test_presets_are_within_the_limits_of_their_weights(weights):
         limits = zip(preset.spacing, content["spacing_range"], strict=True)
         assert all(low <= mm <= high for mm, (low, high) in limits), name
         view = zip(preset.field_of_view, content["smallest_field_of_view"], strict=True)
-        assert weights == "ct" or all(mm >= low * 0.999 for mm, low in view), name
+        assert all(mm >= low * 0.999 for mm, low in view), name
         assert set(preset.region) <= set(content["trained_regions"])
         if preset.modality is not None:
             assert preset.modality in content["trained_modalities"] and modality_code(preset.modality) >= 8

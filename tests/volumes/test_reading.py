@@ -230,7 +230,7 @@ def test_dicom_refusals(write_series, tmp_path):
 
 
 def test_dicom_without_positions_or_with_unlike_slices(tmp_path):
-    with pytest.raises(InputError, match="2 DICOM files and no image slice.*allowed is one CT series"):
+    with pytest.raises(InputError, match="2 DICOM files and no image slice.*allowed is one series of CT,"):
         slice_order(tmp_path, [Header(), Header()])
     headers = []
     for k, rows in enumerate((5, 5, 6)):

@@ -342,3 +342,35 @@ def test_acquisitions_one_behind_the_other_are_one_volume(write_series, number_o
     folder = write_series(hu, step=2.0)
     edit(folder, lambda dataset, number: setattr(dataset, "AcquisitionNumber", number_of(number)))
     assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+
+
+def test_an_mr_needs_no_rescale(write_series, said):
+    """Where an MR is allowed; its slices may be acquired in turns, which of a CT would be two scans."""
+    stored = (np.arange(np.prod(SHAPE)).reshape(SHAPE) * 40) % 30_000
+
+    def as_mr(dataset, number):
+        del dataset.RescaleSlope, dataset.RescaleIntercept
+        dataset.AcquisitionNumber = 1 + number % 2
+
+    folder = write_series(stored.astype(np.int32) - 1024, modality="MR")
+    edit(folder, as_mr)
+    volume = read_volume(folder, "ct", intensity_check=False)
+    assert np.array_equal(volume.numpy()[0], stored) and not said.records
+    with pytest.raises(InputError, match="modality MR; allowed is CT: choose another"):
+        read_volume(folder, "ct")
+
+
+def test_two_echoes_are_two_volumes(write_series):
+    folder = write_series(ct_values(SHAPE), modality="MR")
+    edit(folder, lambda dataset, number: setattr(dataset, "EchoTime", 10 + 80 * (number % 2)))
+    with pytest.raises(InputError, match="slices of EchoTime 10.* among those of EchoTime 90"):
+        read_volume(folder, "ct", intensity_check=False)
+    with pytest.raises(InputError, match="modality PT; allowed is CT or MR"):
+        read_volume(write_series(ct_values(SHAPE), "pet", modality="PT"), "ct", intensity_check=False)
+
+
+def test_an_mr_with_half_a_rescale_is_refused(write_series):
+    folder = write_series(ct_values(SHAPE), modality="MR")
+    edit(folder, lambda dataset, number: delattr(dataset, "RescaleIntercept"))
+    with pytest.raises(InputError, match="allowed are a positive slope and an intercept: export"):
+        read_volume(folder, "ct", intensity_check=False)

@@ -6,7 +6,7 @@ import ast
 import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 PACKAGE = maisi_tools.__name__
 
+_NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
+
 _NAMED = re.compile(rf"\b{PACKAGE}(?:\.\w+)*")
 
 
-def package_bundle(bundle: str | Path, output_dir: str | Path) -> Path:
+def package_bundle(
+    bundle: str | Path, output_dir: str | Path, overlays: Sequence[str] = (), name: str | None = None
+) -> Path:
     """Write a bundle, with the modules of this package that it and the bundles beside it need, as one zip file.
 
     The zip holds the folder NAME. MONAI finds the modules in it when it is the working folder, MONAI Label always does.
@@ -37,24 +41,54 @@ def package_bundle(bundle: str | Path, output_dir: str | Path) -> Path:
     Args:
         bundle: its folder.
         output_dir: gets ``NAME_vVERSION.zip``.
+        overlays: configs of the bundle that its ``inference.json`` is to have over it, see :func:`merged_config`.
+        name: of the folder in the zip, by default the bundle's. One with overlays is another bundle, so it needs one.
 
     Returns:
         The zip file.
 
     Raises:
-        InputError: the folder is no bundle, or its weights are not there.
+        InputError: the folder is no bundle, its weights or an overlay are not there, or name and overlays do not fit.
     """
     root = Path(bundle).resolve()
+    title = root.name if name is None else name
+    if (title != root.name) != bool(overlays) or (overlays and not _NAME.fullmatch(title)):
+        raise InputError(
+            f"{root.name} is given the overlays {', '.join(overlays) or 'none'} and the name {title!r}; allowed is a "
+            "name of its own (letters, digits, _, -) with overlays, and none without: give both, such as --overlay "
+            "edit.json,monailabel_edit.json --name maisi_edit"
+        )
     files = shipped_files(root)
-    target = Path(output_dir).expanduser() / f"{root.name}_v{read_metadata(root)['version']}.zip"
+    made = {"configs/inference.json": merged_config(root, overlays)} if overlays else {}
+    target = Path(output_dir).expanduser() / f"{title}_v{read_metadata(root)['version']}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(f"{root.name}/{name}", EPOCH)
+        for path in sorted(files):
+            entry = zipfile.ZipInfo(f"{title}/{path}", EPOCH)
             entry.external_attr = 0o644 << 16
             entry.create_system = 3  # Unix, wherever it is made
-            archive.writestr(entry, files[name].read_bytes())
+            archive.writestr(entry, made.get(path) or files[path].read_bytes())
     return target
+
+
+def merged_config(root: Path, overlays: Sequence[str]) -> bytes:
+    """A bundle's ``inference.json`` with overlays over it, as MONAI merges them, for programs that open it alone.
+
+    Args:
+        root: the bundle's folder.
+        overlays: names of its configs, each over the ones before.
+
+    Raises:
+        InputError: there is no such config.
+    """
+    from monai.bundle import ConfigParser  # seconds, which a plain package does not wait for
+
+    files = [root / "configs" / name for name in ("inference.json", *overlays)]
+    if missing := [path.name for path in files if not path.is_file() or path.parent != root / "configs"]:
+        known = ", ".join(sorted(path.name for path in (root / "configs").glob("*.json")))
+        raise InputError(f"{root.name} has no config {', '.join(missing)}; allowed as overlay are {known}")
+    merged = ConfigParser.load_config_files([str(path) for path in files])
+    return (json.dumps(merged, indent=4) + "\n").encode()
 
 
 def read_metadata(root: Path) -> dict[str, Any]:

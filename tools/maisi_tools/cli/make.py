@@ -264,6 +264,8 @@ def package(
     layout: str = "zip",
     org: str | None = None,
     pages: str | None = None,
+    overlay: str | None = None,
+    name: str | None = None,
 ) -> None:
     """Write bundles as downloads for `monai.bundle download`, each with the parts of maisi_tools it needs, and hashes.
 
@@ -277,6 +279,8 @@ def package(
         layout: zip or hub.
         org: for hub, the account there that the repositories will be of.
         pages: for hub, the address of this repository's files, for the cards' links, such as .../blob/v0.1.0.
+        overlay: for zip, configs of one bundle, such as edit.json,monailabel_edit.json, merged into its inference.json.
+        name: of the bundle that this makes.
     """
     if layout not in ("zip", "hub"):
         raise InputError(f"layout {layout!r} is not known; give zip or hub.")
@@ -284,15 +288,21 @@ def package(
         raise InputError("the layout hub needs the account's name on the Hub; give it with --org NAME.")
     if layout == "zip" and (org, pages) != (None, None):
         raise InputError("--org and --pages are for cards on the Hub; give them with --layout hub, or leave them out.")
+    if (overlay, name) != (None, None) and (layout == "hub" or len(names) != 1):
+        raise InputError(
+            f"--overlay and --name are given with {len(names)} bundles and the layout {layout}; give the one bundle "
+            "that they are of, as zip."
+        )
 
     from maisi_tools.bundles.hub import hub_folder
     from maisi_tools.bundles.packaging import package_bundle
     from maisi_tools.files import sha256
 
     chosen = names or sorted(config.parent.name for config in bundles_folder(bundles).glob("*/configs"))
-    for folder in [bundle_folder(name, bundles) for name in chosen]:
+    own = (listed(overlay or ()), None if name is None else str(name))
+    for folder in [bundle_folder(one, bundles) for one in chosen]:
         if org is None:
-            written = [package_bundle(folder, output_dir)]
+            written = [package_bundle(folder, output_dir, *own)]
         else:
             made = hub_folder(folder, output_dir, org, pages)
             written = sorted(path for path in made.rglob("*") if path.is_file())

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
 from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
 from maisi_tools.volumes.checks import LATENT_CHANNELS, check_output_size, check_spacing, warn_field_of_view
-from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE
+from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE, restore_intensity
 from maisi_tools.volumes.presets import warn_far
 
 REGIONS = tuple(INDICATORS)
@@ -74,6 +77,47 @@ def is_mr(modality: str | int) -> bool:
         InputError: see :func:`modality_code`.
     """
     return modality_code(modality) in MR_CODES
+
+
+def unit_of(modality: str | int) -> str:
+    """What a volume of a modality is measured in, as names of figures begin: "hu", or "mr", which has no unit."""
+    return "mr" if is_mr(modality) else "hu"
+
+
+def check_is_ct(modality: str | int, what: str) -> None:
+    """Refuse MR where only a CT makes sense.
+
+    Args:
+        modality: see :func:`modality_code`.
+        what: needs a CT, for the message.
+
+    Raises:
+        InputError: it is MR.
+    """
+    if is_mr(modality):
+        raise InputError(f"modality is {modality!r}; {what} works in HU: allowed is CT. Leave {what} out for MR")
+
+
+def range_of(modality: str | int) -> tuple[float, float]:
+    """What 0 and 1 of a generated volume stand for: HU of a CT, of an MR numbers without a unit."""
+    return MR_RANGE if is_mr(modality) else HU_RANGE
+
+
+class ToIntensitiesd(MapTransform):
+    """Maps what was generated, [0, 1], to HU, clipped to both ends, or to an MR's numbers, which have no upper end.
+
+    Args:
+        keys: volumes (1, X, Y, Z).
+        modality: see :func:`modality_code`.
+    """
+
+    def __init__(self, keys: KeysCollection, modality: str | int = "ct") -> None:
+        super().__init__(keys)
+        self.range = range_of(modality)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        return {**items, **{key: restore_intensity(items[key], *self.range) for key in self.key_iterator(items)}}
 
 
 def check_modality(modality: str | int, trained: Sequence[str | int]) -> None:
@@ -141,8 +185,8 @@ class Conditions:
 
     @property
     def intensity(self) -> tuple[float, float]:
-        """What 0 and 1 of the volume stand for: HU of a CT, of an MR numbers without a unit."""
-        return MR_RANGE if is_mr(self.modality) else HU_RANGE
+        """See :func:`range_of`."""
+        return range_of(self.modality)
 
     def noise(self, factor: int) -> Tensor:
         """The initial noise (4, x / factor, y / factor, z / factor), drawn on the CPU from the seed alone."""

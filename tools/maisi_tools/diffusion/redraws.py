@@ -12,6 +12,7 @@ import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
+from maisi_tools.diffusion.conditions import check_is_ct, is_mr
 from maisi_tools.diffusion.inferers import Draw, MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.masks.intensity import hu_ranges, implausible_organs
@@ -29,7 +30,7 @@ class CheckedCT(SeedOfInferer):
         redraws: how often at most a CT is drawn again; the release has 2. The draw with the fewest organs that are
             implausible or not shown is kept, the first of them.
         ranges: label -> plausible median HU where it is not that of the vocabulary, see
-            :func:`~maisi_tools.masks.intensity.hu_ranges`.
+            :func:`~maisi_tools.masks.intensity.hu_ranges`. An MR has none.
         judge: tells which organs of the mask a CT does not show, see
             :class:`maisi_tools.metrics.judge.Judge`; None does not look.
 
@@ -37,6 +38,9 @@ class CheckedCT(SeedOfInferer):
         ``{"ct": CT in [0, 1], "draws": for each mask JSON with the ``seed`` that was kept and all that were ``tried``,
         each with its ``implausible`` organs and, with a ``judge``, the ``dice`` of all and the names ``not_shown``}``,
         for :class:`SplitCheckedd`.
+
+    Raises:
+        InputError: a judge, which looks at CTs, for MR.
     """
 
     def __init__(
@@ -49,8 +53,10 @@ class CheckedCT(SeedOfInferer):
         super().__init__()
         self.inferer = inferer
         self.redraws = check_redraws(redraws)
-        self.ranges = hu_ranges(ranges)
+        self.ranges = {} if is_mr(inferer.modality) else hu_ranges(ranges)
         self.judge = judge
+        if judge is not None:
+            check_is_ct(inferer.modality, "a judge")
 
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: ControlledUNet, *args: Any, **kwargs: Any

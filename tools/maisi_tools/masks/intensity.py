@@ -20,12 +20,13 @@ LEAST_VOXELS = 64
 """Organs with fewer voxels are not checked: partial volume decides their median."""
 
 
-def tissue_intensities(ct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Mean HU of a CT inside bone, airway, lung, soft tissue (organs, muscle, unlabelled body) and outside the body.
+def tissue_intensities(ct: np.ndarray, labels: np.ndarray, unit: str = "hu") -> dict[str, float]:
+    """Mean inside bone, airway, lung, soft tissue (organs, muscle, unlabelled body), and outside the body.
 
     Args:
-        ct: (D, H, W) in HU.
+        ct: (D, H, W) in HU, or an MR.
         labels: (D, H, W) in the MAISI vocabulary, with the body label.
+        unit: that the names of the figures begin with.
 
     Returns:
         ``hu_bone``, ``hu_airway``, ``hu_lung``, ``hu_soft_tissue``, ``hu_outside``; a tissue without voxels is left
@@ -33,27 +34,28 @@ def tissue_intensities(ct: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     excluded = {label for group in NOT_SOFT for label in labels_in_group(group)}
     tissues = {
-        "hu_bone": labels_in_group("bone"),
-        "hu_airway": labels_in_group("airway"),
-        "hu_lung": labels_in_group("lung"),
-        "hu_soft_tissue": tuple(label for label in VOCABULARY if label not in excluded),
-        "hu_outside": (0,),
+        "bone": labels_in_group("bone"),
+        "airway": labels_in_group("airway"),
+        "lung": labels_in_group("lung"),
+        "soft_tissue": tuple(label for label in VOCABULARY if label not in excluded),
+        "outside": (0,),
     }
     means = {name: ct[np.isin(labels, members)] for name, members in tissues.items()}
-    return {name: round(float(values.mean()), 2) for name, values in means.items() if values.size}
+    return {f"{unit}_{name}": round(float(values.mean()), 2) for name, values in means.items() if values.size}
 
 
 class TissueIntensitiesd(MapTransform):
-    """Adds :func:`tissue_intensities` of a CT (1, D, H, W) in HU as ``data[output_key]``."""
+    """Adds :func:`tissue_intensities` of a volume (1, D, H, W) as ``data[output_key]``."""
 
-    def __init__(self, keys: str, mask_key: str, output_key: str = "metrics") -> None:
+    def __init__(self, keys: str, mask_key: str, output_key: str = "metrics", unit: str = "hu") -> None:
         super().__init__(keys)
         self.mask_key = mask_key
         self.output_key = output_key
+        self.unit = unit
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         ct, mask = (np.asarray(data[key][0].cpu()) for key in (self.keys[0], self.mask_key))
-        return {**data, self.output_key: tissue_intensities(ct, mask.round().astype(int))}
+        return {**data, self.output_key: tissue_intensities(ct, mask.round().astype(int), self.unit)}
 
 
 def hu_ranges(changed: Mapping[str | int, Sequence[float] | None] | None = None) -> dict[int, tuple[float, float]]:

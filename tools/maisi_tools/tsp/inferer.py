@@ -29,7 +29,8 @@ class TSPInferer(Inferer):
 
     Args:
         splits: slabs for each step of the network; None runs it whole where that fits and is as fast, else plans
-            slabs, and where results are kept, from ``memory_limit``.
+            slabs, and where results are kept, from ``memory_limit``. Text is what it says, and an empty one None: a
+            row of a form, as MONAI Label's in 3D Slicer.
         axis: 0, 1 or 2, the axis of the volume that is split; None takes the longest.
         memory_limit: what inputs, weights, results and working memory may take together on the device, "12GiB" or
             bytes; None is what the device has free.
@@ -45,7 +46,7 @@ class TSPInferer(Inferer):
 
     def __init__(
         self,
-        splits: int | None = None,
+        splits: int | str | None = None,
         axis: int | None = None,
         memory_limit: str | int | None = None,
         offload: str = "auto",
@@ -54,6 +55,8 @@ class TSPInferer(Inferer):
         progress: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(splits, str):
+            splits = int(splits) if splits.isdigit() else splits or None
         settings = Settings(splits, axis, memory_limit, offload, dtype, devices)  # type: ignore[arg-type]
         self.runner = Runner(settings)
         self.progress = progress

@@ -72,8 +72,15 @@ class ScaleMRd(MapTransform):
         return items
 
 
+def restore_intensity(volume: Any, low: float, high: float) -> Any:
+    """Map [0, 1] to [low, high]; a CT is clipped to :data:`HU_RANGE`, an MR, which has no upper end, below only."""
+    is_ct = (low, high) == HU_RANGE
+    restored: Any = ScaleIntensityRange(a_min=0, a_max=1, b_min=low, b_max=high, clip=is_ct)(volume)
+    return restored if is_ct else restored.clamp(min=low)
+
+
 class RestoreIntensityd(MapTransform):
-    """Undoes the scaling to [0, 1]: a CT is clipped to :data:`HU_RANGE`, an MR, which has no upper end, below only.
+    """Undoes the scaling to [0, 1] by :func:`restore_intensity`.
 
     Args:
         keys: volumes (1, X, Y, Z) that a network made, or that went into it.
@@ -85,11 +92,8 @@ class RestoreIntensityd(MapTransform):
         self.reference_key = reference_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        low, high = intensity_of(data[self.reference_key])
-        is_ct = (low, high) == HU_RANGE
-        restore = ScaleIntensityRange(a_min=0, a_max=1, b_min=low, b_max=high, clip=is_ct)
-        restored: dict[Hashable, Any] = {key: restore(data[key]) for key in self.key_iterator(dict(data))}
-        return {**data, **(restored if is_ct else {key: one.clamp(min=low) for key, one in restored.items()})}
+        items, limits = dict(data), intensity_of(data[self.reference_key])
+        return {**items, **{key: restore_intensity(items[key], *limits) for key in self.key_iterator(items)}}
 
 
 class FromHUd(ScaleIntensityRanged):

@@ -41,6 +41,18 @@ class Stored:
         """The values with RAS axes; a view, so that what is written into it is written into the volume."""
         return to_ras(self.values, self.affine)
 
+    def meant(self) -> np.ndarray:
+        """What the values mean, in the first of int16, float32 and float64 that holds each of them exactly."""
+        meant = self.values
+        if (self.slope, self.intercept) != (1.0, 0.0):
+            meant = self.slope * meant.astype(np.float64) + self.intercept
+        for kind in (np.int16, np.float32):
+            with np.errstate(invalid="ignore", over="ignore"):  # what does not fit is not equal
+                cast = meant.astype(kind)
+            if (cast == meant).all():
+                return cast
+        return meant.astype(np.float64)
+
     def stored(self, meant: np.ndarray) -> np.ndarray:
         """Values as they are stored, from what they are to mean; integers are rounded and clipped to their range."""
         values = (np.asarray(meant, dtype=np.float64) - self.intercept) / self.slope

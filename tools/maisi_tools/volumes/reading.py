@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def read_volume(
     Args:
         path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder or zip file of one DICOM series.
         kind: "ct" (HU), "mask" (label values) or "latent" (four channels on the file's last axis).
-        intensity_check: whether values of a CT must look like HU.
+        intensity_check: whether it must be a CT, with values that look like HU; else it may be an MR.
         series_uid: Series Instance UID to take where a folder or zip file holds several.
 
     Returns:
@@ -61,7 +61,7 @@ def read_volume(
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     path = Path(path).expanduser()
-    values, affine = _read(path, kind, series_uid)
+    values, affine = _read(path, kind, series_uid, ("CT",) if intensity_check else ("CT", "MR"))
     check_shape(values.shape, kind, str(path))
     check_affine(affine, str(path))
     check_finite(values, str(path))
@@ -160,7 +160,7 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path, kind: str, series_uid: str | None) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, kind: str, series_uid: str | None, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Values (X, Y, Z), or (X, Y, Z, C) for a latent, float32, and the affine, of any format."""
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
     allowed += " or a folder or zip file of one DICOM series" if kind == "ct" else ""
@@ -172,7 +172,7 @@ def _read(path: Path, kind: str, series_uid: str | None) -> tuple[np.ndarray, np
             what = "folder" if path.is_dir() else "zip file"
             raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")
         with reading(path):  # which leaves what the disk or the memory lacks as it is: another try may succeed
-            return _series(path, series_uid)
+            return _series(SeriesReader(series_uid, modalities), path)
     if name.endswith((".nii", ".nii.gz")):
         return read_whole(path, lambda: read_nifti(path, kind))
     if name.endswith(".nrrd") and kind != "latent":
@@ -181,7 +181,6 @@ def _read(path: Path, kind: str, series_uid: str | None) -> tuple[np.ndarray, np
     raise InputError(f"{path} has an unsupported file type; allowed as {kind} is {allowed}: convert it to NIfTI")
 
 
-def _series(path: Path, series_uid: str | None) -> tuple[np.ndarray, np.ndarray]:
-    reader = SeriesReader(series_uid)
+def _series(reader: SeriesReader, path: Path) -> tuple[np.ndarray, np.ndarray]:
     values, meta = reader.get_data(reader.read(str(path)))
     return values.astype(np.float32), np.asarray(meta[MetaKeys.AFFINE], dtype=float)

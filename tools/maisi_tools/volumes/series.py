@@ -1,4 +1,4 @@
-"""A folder or a zip file with one CT series in DICOM, read by MONAI and checked where MONAI only warns."""
+"""A folder or a zip file with one CT or MR series in DICOM, read by MONAI and checked where MONAI only warns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ ACQUISITION_TAGS = (
     *("AcquisitionNumber", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase"),
     *("ConvolutionKernel", "FilterType", "KVP", "ReconstructionDiameter"),
 )
-"""What tells two scans, phases or reconstructions apart that share a Series Instance UID."""
+"""What tells two scans, phases or reconstructions of CT apart that share a Series Instance UID."""
+
+MR_TAGS = ("TemporalPositionIdentifier", "EchoNumbers", "EchoTime", "InversionTime", "DiffusionBValue")
+"""The same of MR, whose acquisitions may take turns slice by slice."""
 
 FRAME_TAGS = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 SCANNED_TAGS = (
@@ -57,45 +60,51 @@ SCANNED_TAGS = (
     *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
     *("LossyImageCompression", "BitsAllocated", "SamplesPerPixel"),
     *ACQUISITION_TAGS,
+    *MR_TAGS,
 )
 
 
 class SeriesReader(PydicomReader):
-    """MONAI's PydicomReader for a folder or a zip file that holds exactly one complete CT series.
+    """MONAI's PydicomReader for a folder or a zip file that holds exactly one complete series.
 
-    Slices, or the frames of an Enhanced CT, are put in the order of their position, whatever their numbers say; files
-    that are not image slices (reports, structure sets, DICOMDIR) are passed over. Values come out in HU (rescale slope
-    and intercept applied), the affine in RAS and mm; that of a tilted gantry is sheared.
+    Slices, or the frames of an Enhanced CT or MR, are put in the order of their position, whatever their numbers say;
+    files that are not image slices (reports, structure sets, DICOMDIR) are passed over. Rescale slope and intercept
+    are applied, which gives HU of a CT; the affine is in RAS and mm; that of a tilted gantry is sheared.
 
     Args:
         series: Series Instance UID to take where there are several.
+        modalities: that are allowed, of "CT" and "MR".
     """
 
-    def __init__(self, series: str | None = None) -> None:
+    def __init__(self, series: str | None = None, modalities: Sequence[str] = ("CT",)) -> None:
         super().__init__()
-        self.series = series
+        self.series, self.modalities = series, modalities
 
     def read(self, data: Any, **kwargs: Any) -> list:
         """Read the datasets of the folder or zip file `data`, in order of position.
 
         Raises:
-            InputError: it is not one complete CT series.
+            InputError: it is not one complete series of an allowed modality.
         """
-        slices = read_slices(data if isinstance(data, (str, Path)) else data[0], self.series)
+        path = data if isinstance(data, (str, Path)) else data[0]
+        slices = read_slices(path, self.series, modalities=self.modalities)
+        self.is_ct = modality_of(slices) == "CT"
         for number, dataset in enumerate(slices, start=1):
             dataset.InstanceNumber = number  # the reader stacks by InstanceNumber
         self.has_series = True
         self.filenames: list[Any] = [[f"slice {number}" for number in range(1, len(slices) + 1)]]
-        self.path = data if isinstance(data, (str, Path)) else data[0]
+        self.path = path
         return slices
 
     def get_data(self, data: Any) -> tuple[np.ndarray, dict]:
-        """Values (X, Y, Z) in HU, and the metadata.
+        """Values (X, Y, Z), HU of a CT, and the metadata.
 
         Raises:
-            InputError: much lies below air, as when the intercept was in the stored values already.
+            InputError: much of a CT lies below air, as when the intercept was in the stored values already.
         """
         values, meta = super().get_data(data)
+        if not self.is_ct:
+            return values, meta
         # The lowest value may be the scanner's padding outside of its field of view.
         thinner = np.count_nonzero((values < THINNEST_HU) & (values > values.min())) / values.size
         if thinner > MAX_THINNER_SHARE:
@@ -107,18 +116,23 @@ class SeriesReader(PydicomReader):
 
 
 def read_slices(
-    path: str | os.PathLike, series: str | None = None, pixels: bool = True, tags: Sequence[str] = ()
+    path: str | os.PathLike,
+    series: str | None = None,
+    pixels: bool = True,
+    tags: Sequence[str] = (),
+    modalities: Sequence[str] = ("CT",),
 ) -> list[Dataset]:
-    """The slices of the one CT series in a folder or zip file, ordered along the slice normal.
+    """The slices of the one series in a folder or zip file, ordered along the slice normal.
 
     Args:
         path: folder (searched deeper only where it holds no DICOM itself) or zip file.
         series: Series Instance UID to take where there are several.
         pixels: with their pixel data, decompressed; else only the headers (:data:`SCANNED_TAGS`).
         tags: further keywords to read of headers.
+        modalities: that are allowed, of "CT" and "MR".
 
     Returns:
-        One dataset a slice; each frame of an Enhanced CT becomes one, too.
+        One dataset a slice; each frame of an Enhanced CT or MR becomes one, too.
 
     Raises:
         InputError: see :func:`slice_order`; no usable rescale to HU; or a compression that cannot be undone here.
@@ -133,7 +147,7 @@ def read_slices(
         headers += frames
         origin += [(number, frame) for frame in range(len(frames))]
     with reading(path):
-        order = slice_order(path, headers, series)
+        order = slice_order(path, headers, series, modalities)
         _check_rescale(path, [headers[index] for index in order])
     for number in sorted({origin[index][0] for index in order}):
         files[number].check_claim(whole[number])
@@ -151,7 +165,14 @@ def read_slices(
     return [loaded[origin[index][0]][origin[index][1]] for index in order]
 
 
-def slice_order(path: Path, headers: Sequence[Any], series: str | None = None) -> list[int]:
+def modality_of(slices: Sequence[Any]) -> str:
+    """Of a series, "CT" where it does not say."""
+    return str(slices[0].get("Modality", "CT"))
+
+
+def slice_order(
+    path: Path, headers: Sequence[Any], series: str | None = None, modalities: Sequence[str] = ("CT",)
+) -> list[int]:
     """Indices of the image slices among `headers` (pydicom datasets), sorted along the slice normal.
 
     Localizers and second copies of a slice (same SOP Instance UID) are left out, with a warning in the log.
@@ -164,15 +185,18 @@ def slice_order(path: Path, headers: Sequence[Any], series: str | None = None) -
     found = [index for index, header in enumerate(headers) if "ImagePositionPatient" in header and "Rows" in header]
     if not found:
         raise InputError(
-            f"{path} holds {len(headers)} DICOM files and no image slice with a position; allowed is one CT series, "
-            "as one file per slice or as Enhanced CT: choose the folder of the images"
+            f"{path} holds {len(headers)} DICOM files and no image slice with a position; allowed is one series of "
+            f"{' or '.join(modalities)}, as one file per slice or Enhanced: choose the folder of the images"
         )
     found = _one_series(
         path, headers, _without_copies(path, headers, _without_localizers(path, headers, found)), series
     )
-    modality = headers[found[0]].get("Modality", "CT")
-    if modality != "CT":
-        raise InputError(f"{path} holds a DICOM series of modality {modality}; allowed is CT: choose another series")
+    modality = modality_of([headers[index] for index in found])
+    if modality not in modalities:
+        raise InputError(
+            f"{path} holds a DICOM series of modality {modality}; allowed is {' or '.join(modalities)}: choose another "
+            "series"
+        )
     for tag in GEOMETRY_TAGS:
         values = [headers[index].get(tag) for index in found]
         if any(value is None for value in values) or not all(
@@ -225,8 +249,8 @@ def slice_affine(slices: Sequence[Dataset]) -> np.ndarray:
 
 
 def _frames(dataset: Dataset) -> list[Dataset]:
-    """The frames of an Enhanced CT, each as the dataset of a slice; another dataset is its own only frame."""
-    if "PerFrameFunctionalGroupsSequence" not in dataset or dataset.get("Modality") != "CT":
+    """The frames of an Enhanced CT or MR, each as the dataset of a slice; another dataset is its own only frame."""
+    if "PerFrameFunctionalGroupsSequence" not in dataset or dataset.get("Modality") not in ("CT", "MR"):
         return [dataset]
     shared = dataset.SharedFunctionalGroupsSequence[0] if dataset.get("SharedFunctionalGroupsSequence") else Dataset()
     frames = []
@@ -238,7 +262,8 @@ def _frames(dataset: Dataset) -> list[Dataset]:
         for group in (shared, own):
             for sequence in (
                 *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
-                *("PixelValueTransformationSequence", "CTImageFrameTypeSequence"),
+                *("PixelValueTransformationSequence", "CTImageFrameTypeSequence", "MRImageFrameTypeSequence"),
+                *("MREchoSequence", "MRDiffusionSequence"),
             ):
                 for item in group.get(sequence) or ():
                     frame.update(copy.deepcopy(item))
@@ -321,22 +346,26 @@ def _one_series(path: Path, headers: Sequence[Any], found: list[int], chosen: st
 
 
 def _check_rescale(path: Path, slices: Sequence[Any]) -> None:
-    """Refuse slices whose stored values have no usable way to HU."""
+    """Refuse slices of a CT whose stored values have no usable way to HU; an MR has no unit, and needs no rescale."""
+    is_ct = modality_of(slices) == "CT"
     for header in slices:
         slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
+        if not is_ct and slope is None and intercept is None:
+            continue
         kind = str(header.get("RescaleType") or "HU").upper()
-        if kind not in ("HU", "US"):  # US is "unspecified"; the values then decide
+        if is_ct and kind not in ("HU", "US"):  # US is "unspecified"; the values then decide
             raise InputError(
                 f"{path} has values of the Rescale Type {kind}; allowed is HU: choose the series in Hounsfield units"
             )
         if slope is None and intercept is None and header.get("PixelRepresentation") == 1:
             continue
         if slope is None or intercept is None or not (np.isfinite([slope, intercept]).all() and slope > 0):
+            aim = " that lead to HU" if is_ct else ""
             raise InputError(
                 f"{path} holds slices with the rescale slope {slope} and the intercept {intercept}; allowed are a "
-                "positive slope and an intercept that lead to HU: export the series again from the scanner or PACS"
+                f"positive slope and an intercept{aim}: export the series again from the scanner or PACS"
             )
-    if slices[0].get("RescaleSlope") is None:
+    if is_ct and slices[0].get("RescaleSlope") is None:
         logger.warning("%s has no rescale slope and intercept; its signed values are taken for HU", path)
 
 
@@ -345,7 +374,7 @@ def _check_one_acquisition(path: Path, slices: Sequence[Any], positions: np.ndar
 
     Acquisitions that follow one another along the patient, down to one a slice, are one volume.
     """
-    for tag in ACQUISITION_TAGS:
+    for tag in ACQUISITION_TAGS if modality_of(slices) == "CT" else MR_TAGS:
         ranges: dict[str, list[float]] = {}
         for header, position in zip(slices, positions, strict=True):
             if tag in header and header.get(tag) not in (None, ""):
