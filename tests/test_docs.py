@@ -70,7 +70,7 @@ QUICK = {
     r"maisi compare": "--cases 1",
     r"maisi twin": "--settings {'num_inference_steps':1}",
     r"maisi complete_masks": "--workers 0",  # a worker imports MONAI
-    r"maisi package --output_dir": "maisi_vae",
+    r"maisi package --": "maisi_vae",
 }
 
 
