@@ -26,7 +26,12 @@ from maisi_tools.cli import main
 from maisi_tools.files import sha256
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 
-NAMES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
+BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
+TAG = "v" + json.loads((BUNDLES / "maisi_vae" / "configs" / "metadata.json").read_text())["version"]
+WANTED = {"maisi_vae": None, "maisi_ldm": None, "maisi_controlnet": TAG}
+"""Bundle -> version to ask MONAI for."""
+
+NAMES = tuple(WANTED)
 SIZE = (48, 48, 48)
 LARGE = ".pt"
 """Files that the server keeps in large file storage, as the Hub's does by its .gitattributes."""
@@ -35,7 +40,7 @@ LARGE = ".pt"
 class Hub(http.server.ThreadingHTTPServer):
     """What of the Hub's API `huggingface_hub` calls for a download: refs, a revision, its tree, its files.
 
-    Each repository has one commit, the branch main and the tag of its version. Large files are redirected, as to the
+    Each repository has one commit, the branch main and the tag TAG. Large files are redirected, as to the
     Hub's CDN, with their SHA-256 as ETag; small ones have git's.
     """
 
@@ -48,9 +53,6 @@ class Hub(http.server.ThreadingHTTPServer):
     def commit(self, repository: str) -> str:
         return hashlib.sha1(repository.encode()).hexdigest()
 
-    def tag(self, repository: str) -> str:
-        return "v" + json.loads((self.repositories[repository] / "configs" / "metadata.json").read_text())["version"]
-
 
 def blob(path: Path) -> str:
     """The id that git gives a file."""
@@ -61,6 +63,7 @@ def blob(path: Path) -> str:
 class HubCalls(http.server.BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -85,27 +88,27 @@ class HubCalls(http.server.BaseHTTPRequestHandler):
         repository, (what, *rest) = "/".join(parts[2:4] if api else parts[:2]), parts[4:] if api else parts[2:]
         if repository not in self.server.repositories:
             return self.refuse("RepoNotFound")
-        commit, tag = self.server.commit(repository), self.server.tag(repository)
+        commit = self.server.commit(repository)
         folder = self.server.repositories[repository]
-        if what != "refs" and rest[0] not in (commit, tag, "main"):
+        if what != "refs" and rest[0] not in (commit, TAG, "main"):
             return self.refuse("RevisionNotFound")
         if what == "resolve":
             return self.file(folder.joinpath(*rest[1:]), commit)
-        found = {"refs": self.refs, "revision": self.revision, "tree": self.tree}[what](repository, folder, commit, tag)
+        found = {"refs": self.refs, "revision": self.revision, "tree": self.tree}[what](repository, folder, commit)
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
     do_HEAD = do_GET
 
-    def refs(self, repository: str, folder: Path, commit: str, tag: str) -> dict:
-        tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": commit}]
+    def refs(self, repository: str, folder: Path, commit: str) -> dict:
+        tags = [{"name": TAG, "ref": f"refs/tags/{TAG}", "targetCommit": commit}]
         branches = [{"name": "main", "ref": "refs/heads/main", "targetCommit": commit}]
         return {"tags": tags, "branches": branches, "converts": []}
 
-    def revision(self, repository: str, folder: Path, commit: str, tag: str) -> dict:
+    def revision(self, repository: str, folder: Path, commit: str) -> dict:
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         return {"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
 
-    def tree(self, repository: str, folder: Path, commit: str, tag: str) -> list[dict]:
+    def tree(self, repository: str, folder: Path, commit: str) -> list[dict]:
         entries = []
         for path in sorted(folder.rglob("*")):
             entry = {"path": path.relative_to(folder).as_posix(), "type": "directory" if path.is_dir() else "file"}
@@ -150,10 +153,10 @@ def got(hub, bare_python, tmp_path_factory) -> tuple[Path, dict[str, str | None]
     folder = tmp_path_factory.mktemp("got")
     labels = make_phantom("head_neck", SIZE, (5.0, 5.0, 3.4), 0)
     nib.save(nib.Nifti1Image(flat_ct(labels), np.diag([5.0, 5.0, 3.4, 1.0])), folder / "ct.nii.gz")
-    wanted = [(f"somebody/{name}", version) for name in NAMES for version in (None, "v0.1.0")]
-    wanted += [("nobody/maisi_vae", "v0.1.0"), ("somebody/maisi_vae", "v9")]
+    wanted = [(f"somebody/{name}", version) for name, version in WANTED.items()]
+    wanted += [("nobody/maisi_vae", TAG), ("somebody/maisi_vae", "v9")]
     with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
+        for name in list(os.environ):
             if name.startswith(("HF_", "HUGGING")):
                 patch.delenv(name)
         for name, value in {"ENDPOINT": hub.url, "HOME": str(folder / "home"), "HUB_DISABLE_TELEMETRY": "1"}.items():
@@ -188,18 +191,17 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("version", [None, "v0.1.0"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "version"), WANTED.items())
 def test_monai_downloads_what_was_packaged(name, version, hub, folders, got):
     """Without a version MONAI asks for the tags, and takes the last of them."""
     folder, said = got
     assert said[f"somebody/{name} {version}"] is None
     there = content(folder / f"of somebody {version}" / name)
     assert {path: data for path, data in there.items() if not path.startswith(".cache/")} == content(folders / name)
-    assert hub.seen.count(f"GET api/models/somebody/{name}/refs") == 1
-    assert f"GET api/models/somebody/{name}/revision/v0.1.0" in hub.seen
-    for weights in (folders / name / "models").iterdir():  # by way of the CDN, both times
-        assert hub.seen.count(f"GET cdn{weights}") == 2
+    assert hub.seen.count(f"GET api/models/somebody/{name}/refs") == (version is None)
+    assert f"GET api/models/somebody/{name}/revision/{TAG}" in hub.seen
+    for weights in (folders / name / "models").iterdir():
+        assert hub.seen.count(f"GET cdn{weights}") == 1
 
 
 def test_a_downloaded_bundle_runs_by_itself(got):
@@ -211,7 +213,7 @@ def test_a_downloaded_bundle_runs_by_itself(got):
 
 def test_what_is_not_there_is_said(got):
     _, said = got
-    assert said["nobody/maisi_vae v0.1.0"].startswith("RepositoryNotFoundError")
+    assert said[f"nobody/maisi_vae {TAG}"].startswith("RepositoryNotFoundError")
     assert said["somebody/maisi_vae v9"].startswith("RevisionNotFoundError")
 
 
@@ -300,8 +302,8 @@ def test_a_segmentation_network_has_its_own_task(repo_root):
         (["--layout", "tar"], "give zip or hub"),
         (["--layout", "hub"], "--org NAME"),
         (["--org", "somebody"], "--layout hub"),
-        (["--layout", "hub", "--org", "some body"], "letters, digits and dashes"),
-        (["--layout", "hub", "--org", "a/b"], "letters, digits and dashes"),
+        (["--layout", "hub", "--org", "some body"], "letters and digits, with . _ - between"),
+        (["--layout", "hub", "--org", "a/b"], "letters and digits, with . _ - between"),
         (["--layout", "hub", "--org", "somebody", "--pages", "docs"], "https://"),
     ],
 )

@@ -27,8 +27,7 @@ NEEDED = (
 )
 """Keys of metadata.json that a model card says."""
 
-# A name of an account: letters, digits and single dashes.
-_ORG = re.compile(r"[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*")
+_ORG = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*", re.ASCII)
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 
@@ -55,7 +54,7 @@ def hub_folder(bundle: str | Path, output_dir: str | Path, org: str, pages: str 
     """
     root = Path(bundle).resolve()
     if not _ORG.fullmatch(str(org)):
-        raise InputError(f"org {org!r} is no account of the Hub; allowed are letters, digits and dashes between them")
+        raise InputError(f"org {org!r} is no account of the Hub; allowed are letters and digits, with . _ - between")
     if pages is not None and not re.match(r"https?://\S+$", str(pages)):
         raise InputError(f"pages {pages!r} is no address; give one that begins with https://")
     target = Path(output_dir).expanduser() / root.name
