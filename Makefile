@@ -3,10 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test test-browser test-cohort test-monailabel test-orthanc lint clean
+.PHONY: demo notebooks test test-browser test-cohort test-monailabel test-orthanc lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
+
+# The notebooks from top to bottom, with their outputs stored.
+notebooks: $(VENV)/.installed-all
+	$(BIN)/python docs/notebooks/run.py
 
 # A worker a core, up to four; each takes whole files, whose tests share what they have trained.
 test: $(VENV)/.installed-all

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,3 +118,20 @@ def cause() -> Callable[[BaseException], BaseException]:
         return found
 
     return cause
+
+
+@pytest.fixture(scope="session")
+def bare_python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``bare_python(folder, "-m", ...)`` runs Python in a folder, without what pip installed in editable mode.
+
+    A .pth file tells of that; `-S` leaves it unread.
+    """
+
+    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-S", *arguments]
+        return subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+
+    return run

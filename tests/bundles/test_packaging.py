@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import os
 import re
 import subprocess
 import sys
-import sysconfig
 import threading
 import zipfile
 
@@ -44,17 +42,8 @@ def url(dist):
         server.shutdown()
 
 
-def python(folder, *arguments):
-    """Runs Python in a folder without what pip installed in editable mode, which a .pth file tells."""
-    environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-S", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_downloaded_bundle_runs_by_itself(name, dist, url, repo_root, tmp_path):
+def test_downloaded_bundle_runs_by_itself(bare_python, name, dist, url, repo_root, tmp_path):
     (archive,) = dist.glob(f"{name}_v*.zip")
     download(name=name, bundle_dir=str(tmp_path), url=f"{url}/{archive.name}", progress=False)
     root = tmp_path / name
@@ -69,9 +58,9 @@ def test_downloaded_bundle_runs_by_itself(name, dist, url, repo_root, tmp_path):
     if name == "maisi_ldm":
         options += ["--output_size", "[48,48,64]"]
 
-    where = python(root, "-c", "import maisi_tools; print(maisi_tools.__file__)")
+    where = bare_python(root, "-c", "import maisi_tools; print(maisi_tools.__file__)")
     assert where.stdout.strip() == str(root / "maisi_tools" / "__init__.py"), where.stderr
-    done = python(root, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", *options)
+    done = bare_python(root, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json", *options)
     assert done.returncode == 0, done.stderr
     (written,) = [path for path in (root / "out").glob("*.nii.gz") if not path.name.endswith("_mask.nii.gz")]
     assert nib.load(written).shape == ((48, 48, 64) if name == "maisi_ldm" else labels.shape)

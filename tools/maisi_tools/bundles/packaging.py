@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,19 +58,9 @@ def package_bundle(
             "name of its own (letters, digits, _, -) with overlays, and none without: give both, such as --overlay "
             "edit.json,monailabel_edit.json --name maisi_edit"
         )
-    metadata = root / "configs" / "metadata.json"
-    if not metadata.is_file():
-        raise InputError(f"{metadata} does not exist; give a bundle's folder, such as bundles/maisi_vae")
-    version = json.loads(metadata.read_text())["version"]
-    files = {path.relative_to(root).as_posix(): path for path in _bundle_files(root)}
-    if not any(name.startswith("models/") for name in files):
-        raise InputError(f"{root / 'models'} holds no weights; a bundle is packaged with its own: put them there")
-    source = Path(maisi_tools.__file__).parent
-    # Of all bundles: MONAI Label loads several into one process, where the first one's package serves the others.
-    needed = needed_files(root.parent.glob("*/configs/*.json"))
-    files |= {f"{PACKAGE}/{path.relative_to(source).as_posix()}": path for path in needed}
+    files = shipped_files(root)
     made = {"configs/inference.json": merged_config(root, overlays)} if overlays else {}
-    target = Path(output_dir).expanduser() / f"{title}_v{version}.zip"
+    target = Path(output_dir).expanduser() / f"{title}_v{read_metadata(root)['version']}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(files):
@@ -98,6 +89,34 @@ def merged_config(root: Path, overlays: Sequence[str]) -> bytes:
         raise InputError(f"{root.name} has no config {', '.join(missing)}; allowed as overlay are {known}")
     merged = ConfigParser.load_config_files([str(path) for path in files])
     return (json.dumps(merged, indent=4) + "\n").encode()
+
+
+def read_metadata(root: Path) -> dict[str, Any]:
+    """What a bundle says of itself.
+
+    Raises:
+        InputError: the folder is no bundle.
+    """
+    metadata = root / "configs" / "metadata.json"
+    if not metadata.is_file():
+        raise InputError(f"{metadata} does not exist; give a bundle's folder, such as bundles/maisi_vae")
+    return json.loads(metadata.read_text())
+
+
+def shipped_files(root: Path) -> dict[str, Path]:
+    """What a download of a bundle holds, by the path in it: its own files, and the modules that it needs.
+
+    Raises:
+        InputError: the folder is no bundle, or its weights are not there.
+    """
+    read_metadata(root)
+    files = {path.relative_to(root).as_posix(): path for path in _bundle_files(root)}
+    if not any(name.startswith("models/") for name in files):
+        raise InputError(f"{root / 'models'} holds no weights; a bundle is packaged with its own: put them there")
+    source = Path(maisi_tools.__file__).parent
+    # Of all bundles: MONAI Label loads several into one process, where the first one's package serves the others.
+    needed = needed_files(root.parent.glob("*/configs/*.json"))
+    return files | {f"{PACKAGE}/{path.relative_to(source).as_posix()}": path for path in needed}
 
 
 def needed_files(configs: Iterable[Path]) -> set[Path]:

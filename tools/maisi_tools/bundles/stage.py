@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -49,6 +50,8 @@ class Stage:
         root = Path(bundle)
         files = config_files(root, config)
         own = {"bundle_root": str(root), **own}
+        if not logs:
+            logging.getLogger(ConfigWorkflow.__module__).addFilter(_is_news)
         if device is not None:
             own["device"] = f"$torch.device({device!r})"
         given = {}
@@ -119,6 +122,11 @@ class Stage:
         self.workflow.initialize()
         self.workflow.run()
         self.workflow.finalize()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of MONAI's log is more than that it was told not to log."""
+    return not record.getMessage().startswith("Logging file is set to False")
 
 
 def config_files(bundle: str | os.PathLike, config: str | Path | Sequence[str | Path]) -> list[str]:

@@ -261,28 +261,53 @@ def package(
     *names: str,
     output_dir: str = "dist",
     bundles: str | None = None,
+    layout: str = "zip",
+    org: str | None = None,
+    pages: str | None = None,
     overlay: str | None = None,
     name: str | None = None,
 ) -> None:
-    """Write bundles as NAME_vVERSION.zip, each with the parts of maisi_tools it needs, for `monai.bundle download`.
+    """Write bundles as downloads for `monai.bundle download`, each with the parts of maisi_tools it needs, and hashes.
+
+    The layout zip makes NAME_vVERSION.zip; hub makes the folder NAME, a repository of the Hugging Face Hub with a
+    model card. Each line printed is the SHA-256 and the path of a file, as `sha256sum -c` reads them.
 
     Args:
         names: of bundles, or their folders; by default all.
-        output_dir: folder for the zip files.
+        output_dir: folder for the zip files or the folders.
         bundles: folder with the bundles; by default the one of the checkout you are in.
-        overlay: configs of one bundle, such as edit.json,monailabel_edit.json, to be merged into its inference.json.
+        layout: zip or hub.
+        org: for hub, the account there that the repositories will be of.
+        pages: for hub, the address of this repository's files, for the cards' links, such as .../blob/v0.1.0.
+        overlay: for zip, configs of one bundle, such as edit.json,monailabel_edit.json, merged into its inference.json.
         name: of the bundle that this makes.
     """
-    if (overlay, name) != (None, None) and len(names) != 1:
-        raise InputError(f"--overlay and --name are given with {len(names)} bundles; give the one that they are of.")
+    if layout not in ("zip", "hub"):
+        raise InputError(f"layout {layout!r} is not known; give zip or hub.")
+    if layout == "hub" and org is None:
+        raise InputError("the layout hub needs the account's name on the Hub; give it with --org NAME.")
+    if layout == "zip" and (org, pages) != (None, None):
+        raise InputError("--org and --pages are for cards on the Hub; give them with --layout hub, or leave them out.")
+    if (overlay, name) != (None, None) and (layout == "hub" or len(names) != 1):
+        raise InputError(
+            f"--overlay and --name are given with {len(names)} bundles and the layout {layout}; give the one bundle "
+            "that they are of, as zip."
+        )
 
+    from maisi_tools.bundles.hub import hub_folder
     from maisi_tools.bundles.packaging import package_bundle
     from maisi_tools.files import sha256
 
     chosen = names or sorted(config.parent.name for config in bundles_folder(bundles).glob("*/configs"))
+    own = (listed(overlay or ()), None if name is None else str(name))
     for folder in [bundle_folder(one, bundles) for one in chosen]:
-        path = package_bundle(folder, str(output_dir), listed(overlay or ()), None if name is None else str(name))
-        print(f"{sha256(path)}  {path}")
+        if org is None:
+            written = [package_bundle(folder, output_dir, *own)]
+        else:
+            made = hub_folder(folder, output_dir, org, pages)
+            written = sorted(path for path in made.rglob("*") if path.is_file())
+        for path in written:
+            print(f"{sha256(path)}  {path}")
 
 
 def by_hand(bundle: Path) -> dict[str, Any]:
