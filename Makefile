@@ -3,10 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo test test-browser test-cohort test-monailabel test-orthanc lint clean
+.PHONY: demo studio test test-browser test-cohort test-monailabel test-orthanc lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
+
+# A page in the browser; its extra is small, so it goes into the same environment.
+studio: $(VENV)/.installed-studio
+	$(BIN)/maisi studio
 
 # A worker a core, up to four; each takes whole files, whose tests share what they have trained.
 test: $(VENV)/.installed-all
@@ -48,9 +52,13 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .
 	touch $@
 
+$(VENV)/.installed-studio: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[studio,dicom]'
+	touch $@ $(VENV)/.installed-core
+
 $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[test,lint]'
-	touch $@ $(VENV)/.installed-core
+	touch $@ $(VENV)/.installed-core $(VENV)/.installed-studio
 
 # A link to a Python that was since removed counts as absent, so what is left of such an environment is cleared.
 $(BIN)/python:
