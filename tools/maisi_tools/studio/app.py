@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import shutil
 import socket
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nibabel as nib
 import uvicorn
@@ -74,6 +76,7 @@ def serve(
     Raises:
         InputError: the certificate cannot be loaded.
     """
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # "logging file is set to False", to stdout
     app = make_app(folders, workers)
     guarded = Guard(app, host, token, certificate is not None)
     config = uvicorn.Config(guarded, log_level="warning", server_header=False, timeout_graceful_shutdown=2)
@@ -84,11 +87,12 @@ def serve(
         raise InputError(f"the certificate {certificate} cannot be loaded ({error}); give PEM files") from error
     place = f"[{host}]" if ":" in host else host
     address = f"{'https' if certificate else 'http'}://{place}:{listening.getsockname()[1]}/"
-    address += f"?token={token}" if token else ""
+    address += f"?token={quote(token)}" if token else ""
     print(f"MAISI Studio: {address}", flush=True)
     if browse:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    uvicorn.Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
@@ -326,7 +330,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
             for content in contents:
                 made.append(add(content))
             await jobs.finished(made)
-        except BaseException:  # the queue is full, or nobody waits any more
+        except BaseException:  # the queue is full, or the server ends
             for job in made:
                 if job.state not in FINAL:
                     jobs.cancel(job)

@@ -275,6 +275,8 @@ class Jobs:
 
     def _go_on(self) -> None:
         """Give a waiting job to every worker that is free."""
+        if self.closing:
+            return
         for worker in self.workers:
             queue = self._queue(worker.device)
             if worker.pid is not None and worker.job is None and queue:

@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import display_name
 from maisi_tools.settings import check_number, check_plain, checked_fields
 from maisi_tools.studio.catalogue import SMALL, Catalogue, structure
 
@@ -66,7 +65,7 @@ def read_body(content: Any, catalogue: Catalogue) -> tuple[Body, list[dict[str, 
     shown = set(catalogue.mask_labels)
     if unknown := [name for name in _names("anatomy_list", body.anatomy_list) if _label(name, catalogue) not in shown]:
         raise InputError(
-            f"anatomy_list has {', '.join(unknown)}; allowed are {', '.join(map(display_name, sorted(shown)))}, which "
+            f"anatomy_list has {', '.join(unknown)}; allowed are {', '.join(catalogue.organs.organs)}, which "
             "the masks have"
         )
     settings = _field_of_view(body, catalogue)
@@ -85,7 +84,7 @@ def info(catalogue: Catalogue) -> dict[str, Any]:
         "version": version("maisi-bundles"),
         "weights": list(catalogue.weights),
         "body_region": REGIONS,
-        "anatomy_list": [display_name(label) for label in sorted(catalogue.mask_labels)],
+        "anatomy_list": list(catalogue.organs.organs),
         "controllable_anatomy": list(catalogue.organs.organs),
         "presets": {
             name: {"output_size": preset.size, "spacing": preset.spacing}

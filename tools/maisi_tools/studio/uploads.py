@@ -14,6 +14,7 @@ from monai.transforms import Orientation
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_numbers
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import VOCABULARY
@@ -93,7 +94,7 @@ def readings(upload: dict[str, Any], label_map: LabelMap) -> list[dict[str, Any]
         {
             "value": entry["value"],
             "voxels": entry["voxels"],
-            "meaning": VOCABULARY[label].name if (label := label_map.get(entry["value"], 0)) else None,
+            "meaning": display_name(label) if (label := label_map.get(entry["value"], 0)) else None,
         }
         for entry in upload["labels"]
     ]
@@ -118,7 +119,10 @@ def checked_labels(labels: Any) -> dict[str, str | int]:
             raise InputError(f"labels has {value!r}; allowed are the numbers in the file, from 1 to 65535")
         if name is not None and not isinstance(name, str):
             raise InputError(f"label {value} is {name!r}; allowed is the name of a structure, or null to drop it")
-        checked[str(int(value))] = 0 if name is None else VOCABULARY[structure(name)].name
+        label = 0 if name is None else structure(name)
+        known = VOCABULARY[label].name if label else ""
+        # several labels of a file may be one structure, which its placeholder's name would not allow
+        checked[str(int(value))] = label if not label or known.startswith("placeholder") else known
     return checked
 
 

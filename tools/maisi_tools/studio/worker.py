@@ -23,6 +23,7 @@ import monai.engines  # noqa: F401  so that no fork has to import it
 import monai.handlers  # noqa: F401
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 import maisi_tools.networks  # noqa: F401
 from maisi_tools.bundles.record import RUN_RECORD
@@ -122,10 +123,11 @@ def organs_of(ct: Path, mask: Path, record: Path) -> list[dict[str, Any]]:
     values, labels = (np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj) for path in (ct, mask))
     ranges = hu_ranges(json.loads(record.read_text())["settings"].get("hu_ranges"))
     found = []
-    for label in np.unique(labels[labels > 0]).tolist():
-        low, high = ranges.get(label, (None, None))
-        hu = round(float(np.median(values[labels == label])), 1)
-        found.append({"name": display_name(int(label)), "hu": hu, "low": low, "high": high})
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None:
+            low, high = ranges.get(label, (None, None))
+            hu = round(float(np.median(values[box][labels[box] == label])), 1)
+            found.append({"name": display_name(label), "hu": hu, "low": low, "high": high})
     return found
 
 
