@@ -39,6 +39,7 @@ TINY = {
             "network_def::controlnet::conditioning_embedding_num_channels": [8, 8],
             "autoencoder_def::num_channels": [4, 8],
             "autoencoder_def::num_res_blocks": [1, 1],
+            "displayable_configs::num_inference_steps": 1,
         }
     },
     "maisi_ldm": {

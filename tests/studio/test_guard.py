@@ -12,7 +12,7 @@ from maisi_tools.studio.guard import COOKIE, Guard, check_access
 TOKEN = "a token of some length"
 
 
-def ask(method="GET", path="/v1/jobs", query="", host="127.0.0.1", token=None, secure=False, **headers):
+def ask(method="GET", path="/v1/jobs", query="", bound="127.0.0.1", token=None, secure=False, **headers):
     """Status and headers of the answer; 200 where the app itself was asked."""
     given = {"host": "127.0.0.1:8765", **{name.replace("_", "-"): value for name, value in headers.items()}}
     scope = {
@@ -30,7 +30,7 @@ def ask(method="GET", path="/v1/jobs", query="", host="127.0.0.1", token=None, s
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Guard(app, host, token, secure)(scope, None, send))
+    asyncio.run(Guard(app, bound, token, secure)(scope, None, send))
     return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}
 
 
@@ -60,7 +60,7 @@ def test_pages_of_other_sites_change_nothing(method):
 
 
 def test_no_answer_is_for_another_site():
-    for status, headers in (ask(), ask(host="10.0.0.5", token=TOKEN)):
+    for status, headers in (ask(), ask(bound="10.0.0.5", token=TOKEN)):
         assert headers["cross-origin-resource-policy"] == "same-origin", status
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
         assert "access-control-allow-origin" not in headers

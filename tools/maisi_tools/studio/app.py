@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import nibabel as nib
@@ -25,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
+from maisi_tools import report
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
@@ -134,11 +135,21 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         words = f"the studio's folder {folders.root} cannot be written or read ({error.strerror or error})"
         return JSONResponse({"detail": f"{words}; make room on its disk, or start with another --output_dir"}, 507)
 
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        words = f"the server has a fault ({type(error).__name__}: {error}); its terminal has the details"
+        return JSONResponse({"detail": words}, 500)
+
     # --- what there is ------------------------------------------------------------------------------------------------
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
         return FileResponse(page / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/static/viewer.{kind}", include_in_schema=False)
+    def viewer(kind: Literal["js", "css"]) -> Response:
+        """The report's viewer, which the page shows volumes with."""
+        return FileResponse(str(resources.files(report).joinpath(f"viewer.{kind}")))
 
     app.mount("/static", StaticFiles(directory=page, check_dir=False))
 

@@ -96,9 +96,9 @@ class Worker:
         """Have `told` called in the loop with this worker and each of its answers; None when it has ended."""
 
         def read(lines: Any) -> None:
-            for line in lines:
-                loop.call_soon_threadsafe(told, self, json.loads(line))
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop has closed, and with it the server
+                for line in lines:
+                    loop.call_soon_threadsafe(told, self, json.loads(line))
                 loop.call_soon_threadsafe(told, self, None)
 
         threading.Thread(target=read, args=(self.process.stdout,), daemon=True).start()

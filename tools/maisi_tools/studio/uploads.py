@@ -89,12 +89,17 @@ def describe_upload(folder: Path, file: str, name: str, kind: str) -> dict[str, 
 
 
 def readings(upload: dict[str, Any], label_map: LabelMap) -> list[dict[str, Any]]:
-    """The labels of an upload, each with what a label map takes it for: ``value``, ``voxels``, ``meaning`` or None."""
+    """The labels of an upload: ``value``, ``voxels``, ``meaning``, and whether the label map has it (``known``).
+
+    The meaning of one that it lacks or drops is None.
+    """
+    known = {*label_map, *label_map.classes}
     return [
         {
             "value": entry["value"],
             "voxels": entry["voxels"],
             "meaning": display_name(label) if (label := label_map.get(entry["value"], 0)) else None,
+            "known": entry["value"] in known,
         }
         for entry in upload["labels"]
     ]
