@@ -63,7 +63,7 @@ def test_no_answer_is_for_another_site():
     for status, headers in (ask(), ask(bound="10.0.0.5", token=TOKEN)):
         assert headers["cross-origin-resource-policy"] == "same-origin", status
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
-        assert "access-control-allow-origin" not in headers
+        assert "access-control-allow-origin" not in headers and headers["cache-control"] == "no-cache"
 
 
 def test_with_a_token_every_request_needs_it():

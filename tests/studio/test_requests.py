@@ -56,6 +56,13 @@ def test_what_a_request_leaves_open_is_filled_in(check, catalogue):
     assert preset["source"]["size"] == [128, 80, 128] and preset["settings"] == {"seed": 0, "device": "cpu"}
 
 
+def test_what_was_understood_is_understood_again(check):
+    edits = [{"insert": {"bone lesion": [20, 12]}}, {"resize": {"Left parotid gland": 2}, "remove": "lung tumor"}]
+    source = {"kind": "phantom", "preset": "head_neck"}
+    once = check(ct(source=source, edits=edits, settings={"memory_limit": "2GiB", "spacing": [3, 3, 3]}))
+    assert check(once) == once and once["source"]["preset"] == "head_neck"
+
+
 def test_names_in_edits_become_those_of_the_vocabulary(check):
     edits = [{"resize": {"Left Parotid Gland": 1.2, "kidney_left": 2}}, {"remove": "hepatic tumor", "seed": 7}]
     assert check(mask(edits=edits))["edits"] == [
@@ -92,7 +99,9 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(source={"kind": "phantom", "path": "/etc"}), "the source phantom has path"),
         (ct(source={"kind": "phantom", "preset": "chest"}), "preset is 'chest'; allowed are head_neck"),
         (ct(source={"kind": "phantom", "preset": "head_neck", "size": [9, 9, 9]}), "the one or the other"),
+        (ct(source={"kind": "phantom", "preset": "head_neck", "size": 5}), "the one or the other"),
         (ct(source={"kind": "phantom", "size": [96, 80]}), "size is"),
+        (ct(source={"kind": "phantom", "size": 0}), "size is 0"),
         (ct(source={"kind": "phantom", "size": [96, 80, 9.5]}), "whole number"),
         (ct(source={"kind": "phantom", "size": [4000, 4000, 4000]}), "MAISI_MAX_VOXELS"),
         (ct(source={"kind": "phantom", "spacing": [4, 4, 0]}), "spacing is 0"),

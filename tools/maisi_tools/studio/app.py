@@ -144,7 +144,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     def index() -> Response:
-        return FileResponse(page / "index.html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(page / "index.html")
 
     @app.get("/static/viewer.{kind}", include_in_schema=False)
     def viewer(kind: Literal["js", "css"]) -> Response:
@@ -283,7 +283,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
             async for changed in jobs.changes(job, KEEP_ALIVE):
                 yield f"event: job\ndata: {json.dumps(shown(job))}\n\n" if changed else ": still here\n\n"
 
-        return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(lines(), media_type="text/event-stream")
 
     @app.get("/v1/jobs/{id}/volumes/{what}")
     def volume(id: str, what: str) -> Response:

@@ -90,8 +90,8 @@ class Guard:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers[name] = value
+                headers.update(HEADERS)
+                headers.setdefault("Cache-Control", "no-cache")  # no newer page with an older script
             await send(message)
 
         answer = self._answer(Request(scope))

@@ -160,14 +160,16 @@ def _check_phantom(source: dict[str, Any], catalogue: Catalogue) -> tuple[str, d
     if source["body"] not in CENTERS:
         raise InputError(f"body is {source['body']!r}; allowed are {', '.join(CENTERS)}")
     name = source.pop("preset")
-    grid: Grid = source["size"] or PHANTOM[0], source["spacing"] or PHANTOM[1]
+    size, spacing = source["size"], source["spacing"]
+    grid: Grid = PHANTOM[0] if size is None else size, PHANTOM[1] if spacing is None else spacing
     if name is not None:
-        if source["size"] or source["spacing"]:
-            raise InputError("the source phantom has a preset and a size or spacing; give the one or the other")
         preset = catalogue.weights[SMALL].presets.get(name) if isinstance(name, str) else None
         if preset is None:
             raise InputError(f"preset is {name!r}; allowed are {', '.join(catalogue.weights[SMALL].presets)}")
-        grid = preset.size, preset.spacing
+        grid, given = (preset.size, preset.spacing), (size, spacing)
+        if any(own not in (None, list(its)) for own, its in zip(given, grid, strict=True)):
+            raise InputError("the source phantom has a preset and another size or spacing; give the one or the other")
+        source["preset"] = name
     check_triple("size", grid[0], 8, 4096, whole=True)
     check_triple("spacing", grid[1], 0.2, 20)
     check_limit("MAISI_MAX_VOXELS", math.prod(grid[0]), f"a phantom of {grid[0]} has {math.prod(grid[0])} voxels")
