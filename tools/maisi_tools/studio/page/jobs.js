@@ -53,6 +53,7 @@ export async function follow(id) {
   leave();
   const mine = (current = { id });
   $("#shown").replaceChildren();
+  delete $("#shown").dataset.job;
   $("#state").textContent = "Asking the server.";
   $("#trouble").textContent = "";
   while (current === mine) {
