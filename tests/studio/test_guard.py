@@ -126,3 +126,5 @@ def test_tls_and_token_of_a_real_server(start_studio, tmp_path, pem_files):
     request = urllib.request.Request(running.url + "/v1/health/live", headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(request, context=context) as answer:
         assert json.load(answer) == {"status": "live"}
+    with pytest.raises(AssertionError, match="cannot be loaded .*; give PEM files"):
+        start_studio(tmp_path / "other", "--tls_cert", pem_files["key"], "--tls_key", pem_files["key"])

@@ -202,6 +202,28 @@ def test_a_real_ct_is_edited_and_stays_what_it_was_elsewhere(studio, files, tmp_
     assert studio.ask(f"/v1/jobs/{job['id']}/dicom.zip").status == 404  # it shows a patient whom nothing names
 
 
+def test_an_edited_series_stays_with_its_patient(studio, files, tmp_path):
+    pydicom = pytest.importorskip("pydicom", minversion="3")
+    study = pytest.importorskip("maisi_tools.dicom.study", reason="needs the extra 'dicom'")
+    image = nib.load(files["ct"])
+    series = study.write_study(tmp_path / "study", np.asarray(image.dataobj), image.affine)
+    with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
+        for file in series:
+            ds = pydicom.dcmread(file)
+            ds.PatientID = "their-patient"
+            ds.save_as(file)
+            archive.write(file, file.name)
+    ct, mask = studio.upload(tmp_path / "series.zip", "ct").json, studio.upload(files["mask"], "mask").json
+    source = {"kind": "ct", "id": ct["id"], "mask_id": mask["id"]}
+    job = studio.make({"makes": "ct", "source": source, "edits": [{"redraw": "larynx"}], "settings": QUICK})
+    assert job["state"] == "done", job["error"]
+    assert np.array_equal(shown(studio.ask(f"/v1/jobs/{job['id']}/volumes/before"))[1], ras(files["ct"]))
+    content = studio.ask(f"/v1/jobs/{job['id']}/dicom.zip").content
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        ds = pydicom.dcmread(io.BytesIO(archive.read("CT/0001.dcm")))
+    assert ds.PatientID == "their-patient" and ds.SyntheticData == "YES"
+
+
 def test_dicom_says_that_it_is_synthetic(studio, made):
     pydicom = pytest.importorskip("pydicom", minversion="3")
     pytest.importorskip("highdicom")
@@ -295,7 +317,7 @@ def test_a_killed_server_goes_on_where_it_was(start_studio, tmp_path, waits):
     first = start_studio(tmp_path / "studio")
     first.wait_ready()
     done = first.make({"makes": "mask", "source": PHANTOM})
-    long = first.ask("/v1/jobs", {"makes": "ct", "source": PHANTOM, "settings": {"num_inference_steps": 40}}).json["id"]
+    long = first.ask("/v1/jobs", {"makes": "ct", "source": PHANTOM, "settings": {"num_inference_steps": 8}}).json["id"]
     later = first.ask("/v1/jobs", {"makes": "mask", "source": PHANTOM, "settings": {"seed": 9}}).json["id"]
     waits(lambda: first.ask(f"/v1/jobs/{long}").json["state"] == "running")
     (first.folder / "uploads" / "half").mkdir(parents=True)  # as an upload that was interrupted
