@@ -16,10 +16,10 @@ studio: $(VENV)/.installed-studio
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# The report in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
+# The report and the studio in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all
 	command -v chromium
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright axe-playwright-python
 	$(BIN)/python -m pytest -m browser
 
 # 200 samples by one process, and by Ray with workers killed at random; 10 minutes on two cores.
