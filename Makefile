@@ -3,10 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo notebooks test test-browser test-cohort test-monailabel test-orthanc lint clean
+.PHONY: demo notebooks studio test test-browser test-cohort test-monailabel test-orthanc lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
+
+# A page in the browser; its extra is small, so it goes into the same environment.
+studio: $(VENV)/.installed-studio
+	$(BIN)/maisi studio
 
 # The notebooks from top to bottom, with their outputs stored.
 notebooks: $(VENV)/.installed-all
@@ -16,10 +20,10 @@ notebooks: $(VENV)/.installed-all
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# The report in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
+# The report and the studio in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all
 	command -v chromium
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright axe-playwright-python
 	$(BIN)/python -m pytest -m browser
 
 # 200 samples by one process, and by Ray with workers killed at random; 10 minutes on two cores.
@@ -52,9 +56,13 @@ $(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) .
 	touch $@
 
+$(VENV)/.installed-studio: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[studio,dicom]'
+	touch $@ $(VENV)/.installed-core
+
 $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) '.[test,lint]'
-	touch $@ $(VENV)/.installed-core
+	touch $@ $(VENV)/.installed-core $(VENV)/.installed-studio
 
 # A link to a Python that was since removed counts as absent, so what is left of such an environment is cleared.
 $(BIN)/python:

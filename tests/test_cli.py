@@ -48,7 +48,7 @@ def test_help_names_every_command_once_in_its_group(arguments, capsys):
         "data": ["prepare", "complete_masks"],
         "quality": ["preview", "report", "compare", "realism", "stratify"],
         "DICOM": ["dicom_read", "dicom_write"],
-        "service": ["listen", "jobs"],
+        "service": ["studio", "listen", "jobs"],
     }
     assert all(len(line.split()) > 3 for _, *lines in groups for line in lines)  # each says what it does
 

@@ -23,7 +23,7 @@ ROOMS = (
     *("convolution", "tsp", "errors", "files", "settings", "autocast"),
     *("volumes", "masks", "dicom", "weights", "networks", "diffusion"),
     *("datasets", "training", "mask_generator"),
-    *("bundles", "metrics", "report", "cohort", "service", "cli"),
+    *("bundles", "metrics", "report", "cohort", "service", "studio", "cli"),
 )
 """From the ground up; docs/architecture.md says what is in each."""
 

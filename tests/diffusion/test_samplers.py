@@ -48,6 +48,22 @@ def flow(**settings) -> RFlowScheduler:
     return RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=False, **settings)
 
 
+@pytest.mark.parametrize("again", [0, 1])
+def test_progress_can_be_told_to_a_function(again):
+    told, called = [], []
+
+    def denoiser(x, t):
+        called.append(len(told))
+        return torch.zeros_like(x)
+
+    noise = torch.randn(1, 4, 8, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    sample(denoiser, noise, flow(), 3, generator, lambda *done: told.append(done), resample_steps=again)
+    steps = 3 * (1 + again)
+    assert told == [(number, steps) for number in range(steps + 1)]
+    assert called == list(range(1, steps + 1))  # each was told before it was taken
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7, 30])
 @pytest.mark.parametrize("transform", [False, True])
 def test_straight_flow_is_integrated_exactly(steps, transform):

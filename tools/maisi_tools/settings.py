@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import ipaddress
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -68,6 +69,25 @@ def checked_fields(kind: Any, content: Any, where: str) -> dict[str, Any]:
     if missing:
         raise InputError(f"{where} has no {', '.join(missing)}; add it")
     return dict(content)
+
+
+def check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    """Refuse what is no number from `low` to `high`.
+
+    Raises:
+        InputError: something else; the message calls it `name`.
+    """
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} to {high:g}")
+
+
+def on_this_machine(host: str) -> bool:
+    """Whether an address is one that nobody else reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_device(device: Any) -> torch.device:

@@ -30,7 +30,7 @@ GROUPS: dict[str, tuple[Callable[..., None], ...]] = {
         quality.stratify,
     ),
     "DICOM": (dicom.dicom_read, dicom.dicom_write),
-    "service": (service.listen, service.jobs),
+    "service": (service.studio, service.listen, service.jobs),
 }
 """The commands, as the help shows them."""
 

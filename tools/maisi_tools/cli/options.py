@@ -99,15 +99,18 @@ def bundle_folder(bundle: Any, bundles: str | None) -> Path:
     return folder
 
 
-def amounts(option: str, value: Any) -> dict[str, float]:
-    """Name -> number, of an option; Fire leaves names with a space in it as text."""
+def amounts(option: str, value: Any) -> dict[str, Any]:
+    """Name -> number, or numbers in brackets, of an option; Fire leaves names with a space in it as text."""
     if value is None:
         return {}
     if isinstance(value, str):
         pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
         value = {name.strip(" \"'"): amount for name, _, amount in pairs}
     try:
-        return {str(name): float(amount) for name, amount in value.items()}
+        return {
+            str(name): [float(one) for one in amount] if isinstance(amount, (list, tuple)) else float(amount)
+            for name, amount in value.items()
+        }
     except (AttributeError, ValueError, TypeError):
         raise InputError(f'{option} {value!r} is not usable; give a number for each name: "{{liver: 1.2}}".') from None
 

@@ -1,4 +1,4 @@
-"""Commands of the listener beside a PACS.
+"""Commands that serve: the listener beside a PACS, and the studio.
 
 Imports stay inside the commands, so that `maisi --help` does not wait for torch and MONAI.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from maisi_tools.cli.options import need_dicom
+from maisi_tools.cli.options import bundles_folder, listed, need_dicom
 from maisi_tools.errors import InputError
 
 
@@ -57,3 +57,56 @@ def jobs(settings: str, revive: str | None = None) -> None:
         raise InputError(f"there is no dead job {revive}; `maisi jobs {settings}` lists them")
     for state, job in queue.listed():
         print(f"{state:10} {job.kind:9} {job.received} {job.attempts} {job.key} {job.error}")
+
+
+def studio(
+    port: int = 8765,
+    host: str = "127.0.0.1",
+    output_dir: str = "studio",
+    device: str = "cpu",
+    token: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    open: bool = True,
+    bundles: str | None = None,
+) -> None:
+    """Serve a page, and an HTTP API, in which a patient is designed and a CT of it made (docs/how-to/studio.md).
+
+    Args:
+        port: to listen at; 0 takes a free one.
+        host: address to listen at; another one than 127.0.0.1 needs a token and TLS.
+        output_dir: folder of jobs, uploads and label maps; started again, the studio goes on.
+        device: cpu or cuda, or several: cuda:0,cuda:1. Each works on a job of its own.
+        token: that every request needs; by default that of the environment variable MAISI_STUDIO_TOKEN, if any.
+        tls_cert: PEM file of a certificate, for TLS.
+        tls_key: PEM file of its key.
+        open: whether to open the page in a browser.
+        bundles: folder with the bundles; by default the one of the checkout you are in.
+    """
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise InputError("this command needs the extra 'studio'; install it with: pip install 'maisi-bundles[studio]'.")
+
+    import os
+
+    from maisi_tools.settings import check_device, check_number
+    from maisi_tools.studio.folders import Folders
+    from maisi_tools.studio.guard import check_access, listen_at
+    from maisi_tools.studio.jobs import Worker
+
+    check_number("port", port, 0, 65535, whole=True)
+    token = token or os.environ.get("MAISI_STUDIO_TOKEN") or None
+    check_access(host, token, tls_cert, tls_key)
+    devices = listed(device)
+    for name in devices:
+        check_device(name)
+    folders = Folders(Path(output_dir).expanduser().resolve(), bundles_folder(bundles).resolve())
+    os.umask(0o077)
+    with folders.held(), listen_at(host, port) as listening:
+        workers = [Worker(folders, name) for name in devices]  # they import MONAI while this process does
+        try:
+            from maisi_tools.studio.app import serve
+
+            serve(folders, workers, listening, host, token, tls_cert, tls_key, bool(open))
+        finally:
+            for worker in workers:
+                worker.close()

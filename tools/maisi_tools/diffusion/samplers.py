@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
@@ -18,6 +19,12 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 Scheduler = RFlowScheduler | DDPMScheduler | DDIMScheduler
 """The schedulers of MONAI that :func:`sample` can follow."""
+
+Progress = bool | Callable[[int, int], None]
+"""Whether a bar is shown of the steps; or what is told, before each and after the last, how many of how many are
+done."""
+
+Step = TypeVar("Step")
 
 SOLVERS = ("euler", "heun", "ab2")
 """How rectified flow is integrated, see :func:`sample`."""
@@ -172,7 +179,7 @@ def sample(
     scheduler: Scheduler,
     num_inference_steps: int,
     generator: torch.Generator | None = None,
-    progress: bool = True,
+    progress: Progress = True,
     solver: str = "euler",
     data: Tensor | None = None,
     strength: float = 1.0,
@@ -226,7 +233,7 @@ def sample(
 
     before: tuple[Tensor, float] | None = None  # velocity and length of the step before
     taken = [(number, back) for number in range(len(lengths)) for back in (*[True] * resample_steps, False)]
-    for number, back in tqdm(taken, desc="sampling", disable=not progress):
+    for number, back in _told(taken, progress):
         timestep, next_timestep, length = timesteps[number], following[number], lengths[number]
         last = number + 1 == len(lengths)
         output = denoiser(latent, timestep.expand(len(latent)))
@@ -252,6 +259,16 @@ def sample(
             latent = kept * latent + math.sqrt(max(spread**2 - (kept * left) ** 2, 0.0)) * added
             before = None  # the slope of another path
     return latent
+
+
+def _told(steps: Sequence[Step], progress: Progress) -> Iterator[Step]:
+    if not callable(progress):
+        yield from tqdm(steps, desc="sampling", disable=not progress)
+        return
+    for number, step in enumerate(steps):
+        progress(number, len(steps))
+        yield step
+    progress(len(steps), len(steps))
 
 
 def _ddim_step(

@@ -17,6 +17,7 @@ from maisi_tools.diffusion.inferers import each_sample
 from maisi_tools.diffusion.noise import check_redraws, redraw_seeds
 from maisi_tools.diffusion.samplers import (
     ALWAYS,
+    Progress,
     Scheduler,
     check_interval,
     check_sampling,
@@ -62,7 +63,7 @@ class MaskSampler(Inferer):
         guidance_scale: float = 0.0,
         redraws: int = 0,
         seed: int = 0,
-        progress: bool = True,
+        progress: Progress = True,
         inferer: Inferer | None = None,
         solver: str = "euler",
         guidance_interval: Sequence[float] = ALWAYS,

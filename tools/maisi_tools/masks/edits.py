@@ -556,7 +556,7 @@ def edit_file(
     *,
     remove: Sequence[str] = (),
     resize: Mapping[str, float] | None = None,
-    insert: Mapping[str, float] | None = None,
+    insert: Mapping[str, float | Sequence[float]] | None = None,
     augment: Mapping[str, float] | None = None,
     shift_mm: float = 0.0,
     elastic_mm: float = 0.0,
@@ -576,7 +576,7 @@ def edit_file(
         label_map: how the labels are read.
         remove: lesions.
         resize: organ -> factor of its volume.
-        insert: lesion -> diameter in mm.
+        insert: lesion -> diameter in mm, or several.
         augment: lesion -> factor of its diameter.
         shift_mm: of :func:`augment_lesion`.
         elastic_mm: of :func:`augment_lesion`.

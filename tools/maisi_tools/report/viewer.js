@@ -1,6 +1,7 @@
 "use strict";
-// Three planes of each volume, drawn from the data that the page holds: int16 HU and uint8 labels, x fastest, RAS axes,
-// gzipped and in base64. Radiological display: the patient's right is on the left, anterior and superior are up.
+// Three planes of a volume, int16 HU or uint8 labels or both, x fastest, RAS axes. Radiological display: the patient's
+// right is on the left, anterior and superior are up. The report's page holds its volumes, gzipped and in base64; the
+// studio's page fetches them.
 
 async function unpack(id) {
   const text = document.getElementById(id).textContent;
@@ -16,43 +17,60 @@ const PLANES = {
   sagittal: { width: 1, height: 2, through: 0, voxel: (n, column, row, k) => [k, n[1] - 1 - column, n[2] - 1 - row] },
 };
 
+// Keys on a plane: which of its axes the point moves along, and which way.
+const STEPS = {
+  ArrowLeft: ["width", 1],
+  ArrowRight: ["width", -1],
+  ArrowUp: ["height", 1],
+  ArrowDown: ["height", -1],
+  PageUp: ["through", 1],
+  PageDown: ["through", -1],
+};
+
 class Viewer {
-  constructor(root) {
-    this.root = root;
-    Object.assign(this, JSON.parse(root.dataset.volume)); // size, spacing, labels
+  constructor(root, { size, spacing, labels, centre }) {
+    Object.assign(this, { root, size, spacing, labels, centre: centre ?? size.map((n) => Math.floor(n / 2)) });
     this.window = [-160, 240];
     this.opacity = 0.4;
+    this.hidden = new Set(); // labels that are not painted
   }
 
-  async open() {
-    if (this.hu) return;
-    this.hu = new Int16Array(await unpack(`${this.root.id}-ct`));
-    if (this.labels) this.mask = new Uint8Array(await unpack(`${this.root.id}-mask`));
-    const find = (selector) => this.root.querySelector(selector);
-    const [low, high] = [find(".low"), find(".high")];
-    const setWindow = () => {
-      this.window = [Number(low.value), Number(high.value)];
-      this.draw();
-    };
-    find(".preset").addEventListener("change", (event) => {
-      [low.value, high.value] = event.target.value.split(",");
-      setWindow();
-    });
-    low.addEventListener("input", setWindow);
-    high.addEventListener("input", setWindow);
-    find(".opacity")?.addEventListener("input", (event) => {
-      this.opacity = Number(event.target.value);
-      this.draw();
-    });
-    for (const name of Object.keys(PLANES)) this.connect(name);
+  // Shows HU, a mask or both; again for other volumes on the same grid.
+  show(hu, mask) {
+    const first = !this.root.dataset.ready;
+    Object.assign(this, { hu, mask });
+    if (first) this.connectAll();
     this.draw();
     this.root.dataset.ready = "true";
   }
 
+  find(selector) {
+    return this.root.querySelector(selector);
+  }
+
+  connectAll() {
+    const [low, high] = [this.find(".low"), this.find(".high")]; // a mask alone has no window
+    const setWindow = () => {
+      this.window = [Number(low.value), Number(high.value)];
+      this.draw();
+    };
+    this.find(".preset")?.addEventListener("change", (event) => {
+      [low.value, high.value] = event.target.value.split(",");
+      setWindow();
+    });
+    low?.addEventListener("input", setWindow);
+    high?.addEventListener("input", setWindow);
+    this.find(".opacity")?.addEventListener("input", (event) => {
+      this.opacity = Number(event.target.value);
+      this.draw();
+    });
+    for (const name of Object.keys(PLANES)) this.connect(name);
+  }
+
   connect(name) {
     const plane = PLANES[name];
-    const canvas = this.root.querySelector(`canvas.${name}`);
-    const slider = this.root.querySelector(`input.${name}`);
+    const canvas = this.find(`canvas.${name}`);
+    const slider = this.find(`input.${name}`);
     canvas.width = this.size[plane.width];
     canvas.height = this.size[plane.height];
     const mm = (axis) => this.size[axis] * this.spacing[axis];
@@ -65,22 +83,51 @@ class Viewer {
       slider.value = Number(slider.value) - Math.sign(event.deltaY);
       this.drawPlane(name);
     }, { passive: false });
-    canvas.addEventListener("mousemove", (event) => this.read(name, canvas, Number(slider.value), event));
+    canvas.addEventListener("mousemove", (event) => this.read(this.voxelAt(name, event)));
+    canvas.addEventListener("click", (event) => this.goTo(this.voxelAt(name, event)));
+    canvas.tabIndex = 0;
+    canvas.addEventListener("keydown", (event) => {
+      if (!STEPS[event.key]) return;
+      event.preventDefault();
+      const [edge, by] = STEPS[event.key];
+      const voxel = this.point();
+      voxel[plane[edge]] = Math.min(this.size[plane[edge]] - 1, Math.max(0, voxel[plane[edge]] + by));
+      this.goTo(voxel);
+    });
+  }
+
+  // The voxel where the three planes meet.
+  point() {
+    return ["sagittal", "coronal", "axial"].map((name) => Number(this.find(`input.${name}`).value));
   }
 
   index([x, y, z]) {
     return x + this.size[0] * (y + this.size[1] * z);
   }
 
-  read(name, canvas, slice, event) {
+  // The voxel under the pointer.
+  voxelAt(name, event) {
+    const canvas = this.find(`canvas.${name}`);
     const box = canvas.getBoundingClientRect();
     const column = Math.min(canvas.width - 1, Math.floor(((event.clientX - box.left) / box.width) * canvas.width));
     const row = Math.min(canvas.height - 1, Math.floor(((event.clientY - box.top) / box.height) * canvas.height));
-    const voxel = PLANES[name].voxel(this.size, Math.max(0, column), Math.max(0, row), slice);
+    const slice = Number(this.find(`input.${name}`).value);
+    return PLANES[name].voxel(this.size, Math.max(0, column), Math.max(0, row), slice);
+  }
+
+  // Turns all three planes to a voxel.
+  goTo(voxel) {
+    for (const [name, plane] of Object.entries(PLANES)) this.find(`input.${name}`).value = voxel[plane.through];
+    this.draw();
+    this.read(voxel);
+  }
+
+  read(voxel) {
     const at = this.index(voxel);
     const label = this.mask ? this.mask[at] : 0;
-    const organ = label ? `, ${this.labels[label] ? this.labels[label][1] : `label ${label}`}` : "";
-    this.root.querySelector(".read").textContent = `voxel ${voxel.join(", ")}: ${this.hu[at]} HU${organ}`;
+    const organ = label ? [this.labels[label] ? this.labels[label][1] : `label ${label}`] : [];
+    const value = this.hu ? [`${Math.round(10 * this.hu[at]) / 10} HU`] : [];
+    this.find(".read").textContent = `voxel ${voxel.join(", ")}: ${[...value, ...organ].join(", ") || "nothing"}`;
   }
 
   draw() {
@@ -89,9 +136,9 @@ class Viewer {
 
   drawPlane(name) {
     const plane = PLANES[name];
-    const canvas = this.root.querySelector(`canvas.${name}`);
-    const slice = Number(this.root.querySelector(`input.${name}`).value);
-    this.root.querySelector(`output.${name}`).textContent = slice;
+    const canvas = this.find(`canvas.${name}`);
+    const slice = Number(this.find(`input.${name}`).value);
+    this.find(`output.${name}`).textContent = slice;
     const context = canvas.getContext("2d");
     const image = context.createImageData(canvas.width, canvas.height);
     const [low, high] = this.window;
@@ -100,8 +147,10 @@ class Viewer {
     for (let row = 0; row < canvas.height; row++) {
       for (let column = 0; column < canvas.width; column++) {
         const at = this.index(plane.voxel(this.size, column, row, slice));
-        const grey = Math.min(255, Math.max(0, (this.hu[at] - low) * scale));
-        const colour = this.mask && this.labels[this.mask[at]]?.[0];
+        const label = this.mask ? this.mask[at] : 0;
+        // Without a CT the mask lies on a plain grey where the body is.
+        const grey = this.hu ? Math.min(255, Math.max(0, (this.hu[at] - low) * scale)) : label ? 60 : 0;
+        const colour = label && !this.hidden.has(label) && this.labels[label]?.[0];
         const share = colour ? this.opacity : 0;
         for (let channel = 0; channel < 3; channel++) {
           image.data[to++] = grey * (1 - share) + (colour ? colour[channel] * share : 0);
@@ -110,19 +159,35 @@ class Viewer {
       }
     }
     context.putImageData(image, 0, 0);
+    this.cross();
+  }
+
+  // Says to the style sheet where the planes meet, as shares of each picture; the picture itself stays as it is.
+  cross() {
+    const point = this.point();
+    for (const [name, plane] of Object.entries(PLANES)) {
+      const style = this.find(`canvas.${name}`).parentElement.style;
+      for (const edge of ["width", "height"]) {
+        style.setProperty(`--${edge}`, 1 - (point[plane[edge]] + 0.5) / this.size[plane[edge]]);
+      }
+    }
   }
 }
 
 for (const details of document.querySelectorAll("details.case")) {
   const root = details.querySelector(".viewer");
   if (!root) continue;
-  const viewer = new Viewer(root);
-  const open = () => {
-    if (details.open) {
-      viewer.open().catch((error) => {
-        root.querySelector(".read").textContent = `The volume cannot be shown: ${error}`;
-        console.error(error);
-      });
+  const viewer = new Viewer(root, JSON.parse(root.dataset.volume));
+  let opened = false;
+  const open = async () => {
+    if (!details.open || opened) return;
+    opened = true;
+    try {
+      const hu = new Int16Array(await unpack(`${root.id}-ct`));
+      viewer.show(hu, viewer.labels && new Uint8Array(await unpack(`${root.id}-mask`)));
+    } catch (error) {
+      root.querySelector(".read").textContent = `The volume cannot be shown: ${error}`;
+      console.error(error);
     }
   };
   details.addEventListener("toggle", open);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import os
 import re
 import ssl
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
-from maisi_tools.settings import checked_fields, read_yaml
+from maisi_tools.settings import check_number, checked_fields, on_this_machine, read_yaml
 
 KINDS = ("SEG", "RTSTRUCT", "CT")
 """Modalities that a chain may wait for."""
@@ -39,7 +38,7 @@ class Node:
     def __post_init__(self) -> None:
         _check_title(self.ae_title)
         _check_text("host", self.host)
-        _check_number("port", self.port, 0, 65535, whole=True)
+        check_number("port", self.port, 0, 65535, whole=True)
         _check_flag("tls", self.tls)
 
 
@@ -71,10 +70,10 @@ class Listen:
     def __post_init__(self) -> None:
         _check_title(self.ae_title)
         _check_text("listen.host", self.host)
-        _check_number("listen.port", self.port, 1, 65535, whole=True)
-        _check_number("listen.quiet_seconds", self.quiet_seconds, 0.1, 86400)
-        _check_number("listen.max_megabytes", self.max_megabytes, 1, 100_000, whole=True)
-        _check_number("listen.min_free_gigabytes", self.min_free_gigabytes, 0, 1e6)
+        check_number("listen.port", self.port, 1, 65535, whole=True)
+        check_number("listen.quiet_seconds", self.quiet_seconds, 0.1, 86400)
+        check_number("listen.max_megabytes", self.max_megabytes, 1, 100_000, whole=True)
+        check_number("listen.min_free_gigabytes", self.min_free_gigabytes, 0, 1e6)
         if (self.certificate is None) != (self.key is None):
             given = "certificate" if self.key is None else "key"
             raise InputError(
@@ -127,8 +126,8 @@ class Poll:
 
     def __post_init__(self) -> None:
         _check_text("poll.url", self.url)
-        _check_number("poll.every_seconds", self.every_seconds, 0.1, 86400)
-        _check_number("poll.quiet_seconds", self.quiet_seconds, 0.1, 86400)
+        check_number("poll.every_seconds", self.every_seconds, 0.1, 86400)
+        check_number("poll.quiet_seconds", self.quiet_seconds, 0.1, 86400)
         _check_text("poll.password_variable", self.password_variable)
         for name in ("user", "plain_password_to"):
             if (value := getattr(self, name)) is not None:
@@ -145,7 +144,7 @@ class Poll:
                 f"poll.url has a user or a password in it; allowed is poll.user, with the password in the environment "
                 f"variable {self.password_variable}"
             )
-        plain = parts.scheme == "http" and not _on_this_machine(host)
+        plain = parts.scheme == "http" and not on_this_machine(host)
         if self.user is not None and plain and self.plain_password_to != host:
             raise InputError(
                 f"poll.url {self.url} would send the password of {self.user} to {host} without encryption; allowed is "
@@ -172,8 +171,8 @@ class Query(Node):
         super().__post_init__()
         if not self.port:
             raise InputError("query.port is 0; give the port at which the PACS answers C-FIND")
-        _check_number("query.every_seconds", self.every_seconds, 0.1, 86400)
-        _check_number("query.days", self.days, 0, 36500, whole=True)
+        check_number("query.every_seconds", self.every_seconds, 0.1, 86400)
+        check_number("query.days", self.days, 0, 36500, whole=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,9 +277,9 @@ class Settings:
         _check_text("spool", self.spool)
         if not isinstance(self.device, str) or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", self.device):
             raise InputError(f"device is {self.device!r}; allowed are cpu, cuda, cuda:0 and so on")
-        _check_number("attempts", self.attempts, 1, 1000, whole=True)
-        _check_number("retry_seconds", self.retry_seconds, 0.1, 86400)
-        _check_number("keep_hours", self.keep_hours, 0, 87600)
+        check_number("attempts", self.attempts, 1, 1000, whole=True)
+        check_number("retry_seconds", self.retry_seconds, 0.1, 86400)
+        check_number("keep_hours", self.keep_hours, 0, 87600)
         http_address(self.http)
         if not self.send.port:
             raise InputError("send.port is 0; give the port at which the archive takes objects")
@@ -386,13 +385,6 @@ def _names_series(value: Any) -> bool:
     return isinstance(value, str) and "{series}" in value
 
 
-def _on_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise InputError(f"{name} is {value!r}; allowed is a text")
@@ -407,9 +399,3 @@ def _check_title(value: Any) -> None:
 def _check_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise InputError(f"{name} is {value!r}; allowed are true and false, without quotes")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} to {high:g}")

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+pytest.importorskip("fastapi", reason="needs the extra 'studio'")
+pytest.importorskip("uvicorn", reason="needs the extra 'studio'")
+
+from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.studio.catalogue import Catalogue
+from maisi_tools.studio.folders import Folders
+from maisi_tools.weights import save_weights
+
+SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
+
+PHANTOM = {"kind": "phantom", "size": list(SIZE), "spacing": list(SPACING)}
+
+TINY = {
+    "maisi_controlnet": {
+        "inference.json": {
+            "network_def::unet::num_channels": [8, 8, 8, 8],
+            "network_def::unet::attention_levels": [False] * 4,
+            "network_def::unet::num_head_channels": [0, 0, 0, 8],
+            "network_def::controlnet::conditioning_embedding_num_channels": [8, 8],
+            "autoencoder_def::num_channels": [4, 8],
+            "autoencoder_def::num_res_blocks": [1, 1],
+            "displayable_configs::num_inference_steps": 1,
+        }
+    },
+    "maisi_ldm": {
+        "mask_inference.json": {
+            "network_def::channels": [16, 16, 16],
+            "network_def::attention_levels": [False] * 3,
+            "network_def::num_head_channels": [0, 0, 16],
+            "autoencoder_def::num_channels": [8, 8, 8],
+            "prior_components": 2,
+            "output_size": [48, 48, 48],
+            "spacing": [5.0, 5.0, 3.4],
+            "displayable_configs::num_inference_steps": 1,
+            "displayable_configs::redraws": 0,
+        }
+    },
+}
+"""The bundles' configs with networks that take no time, and draw no anatomy either."""
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bundles as those of the repository, with the networks of :data:`TINY` and random weights."""
+    root = tmp_path_factory.mktemp("bundles")
+    for name, files in TINY.items():
+        shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")
+        shutil.copy(repo_root / "bundles" / name / "LICENSE", root / name / "LICENSE")
+        (root / name / "models").mkdir()
+        for file, changes in files.items():
+            path = root / name / "configs" / file
+            parser = ConfigParser(json.loads(path.read_text()))
+            for key, value in {**changes, "bundle_root": str(root / name)}.items():
+                parser[key] = value
+            path.write_text(json.dumps(parser.get() | {"bundle_root": "."}))
+            torch.manual_seed(0)
+            autoencoder, network = (parser.get_parsed_content(key) for key in ("autoencoder_def", "network_def"))
+            extra = {"scale_factor": 1.0, "factor": autoencoder.factor}
+            for key, state in (("ckpt_path", network), ("autoencoder_ckpt_path", autoencoder)):
+                save_weights(parser.get_parsed_content(key), state.state_dict(), **extra)
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path: Path, tiny_bundles: Path) -> Folders:
+    (tmp_path / "studio").mkdir()
+    return Folders(tmp_path / "studio", tiny_bundles)
+
+
+@pytest.fixture
+def catalogue(folders: Folders) -> Catalogue:
+    return Catalogue(folders, ["cpu"])
+
+
+@pytest.fixture(scope="session")
+def labels() -> np.ndarray:
+    return make_phantom("head_neck", SIZE, SPACING, 3)
+
+
+@pytest.fixture(scope="session")
+def files(labels: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A phantom's ``mask`` and ``ct`` as NIfTI files."""
+    folder = tmp_path_factory.mktemp("given")
+    noise = np.random.default_rng(0).normal(0, 10, labels.shape)
+    hu = (flat_ct(labels) + noise * (labels > 0)).clip(-1000, 1000).astype(np.int16)
+    found = {"mask": folder / "labels.nii.gz", "ct": folder / "head.nii.gz"}
+    for what, values in (("mask", labels), ("ct", hu)):
+        nib.save(nib.Nifti1Image(values, np.diag([*SPACING, 1.0])), found[what])
+    return found
+
+
+class Answer:
+    """What a server answered: ``status``, ``headers``, ``content``, and ``json``."""
+
+    def __init__(self, response: Any) -> None:
+        self.status, self.headers, self.content = response.status, response.headers, response.read()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+    @property
+    def detail(self) -> str:
+        return self.json["detail"]
+
+
+class Running:
+    """`maisi studio` in a process of its own."""
+
+    def __init__(self, python: str, folder: Path, bundles: Path, *options: str, **environment: str) -> None:
+        command = [python, "-m", "maisi_tools.cli", "studio", "--port", "0", "--open", "False"]
+        command += ["--output_dir", str(folder), "--bundles", str(bundles), *options]
+        self.folder, self.errors = folder, folder.with_name(f"{folder.name}.log")
+        given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        with open(self.errors, "ab") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=given)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("MAISI Studio: "), line + self.errors.read_text()[-3000:]
+        self.address = line.removeprefix("MAISI Studio: ").strip()
+        self.url = self.address.split("?")[0].rstrip("/")
+
+    def ask(self, path: str, body: Any = None, method: str | None = None, **headers: str) -> Answer:
+        """Ask; `body` is JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return Answer(response)
+        except urllib.error.HTTPError as error:
+            return Answer(error)
+
+    def upload(self, path: Path, kind: str, name: str | None = None) -> Answer:
+        return self.ask(f"/v1/uploads?kind={kind}&name={name or path.name}", path.read_bytes())
+
+    def wait_ready(self) -> None:
+        wait(lambda: self.ask("/v1/health/ready").status == 200)
+
+    def events(self, id: str) -> Iterator[dict[str, Any]]:
+        with urllib.request.urlopen(f"{self.url}/v1/jobs/{id}/events", timeout=60) as lines:
+            for line in lines:
+                if line.startswith(b"data: "):
+                    yield json.loads(line.removeprefix(b"data: "))
+
+    def make(self, request: Any) -> dict[str, Any]:
+        """Make a job, to its end."""
+        answer = self.ask("/v1/jobs", request)
+        assert answer.status == 202, answer.content
+        *_, last = self.events(answer.json["id"])
+        return last
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def wait(until: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def start_studio(python: str, tiny_bundles: Path) -> Iterator[Callable[..., Running]]:
+    """``start_studio(folder, *options, **environment)`` starts one with the tiny bundles, till the end of the tests."""
+    started: list[Running] = []
+
+    def start(folder: Path, *options: str, bundles: Path = tiny_bundles, **environment: str) -> Running:
+        started.append(Running(python, folder, bundles, *options, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+
+
+@pytest.fixture(scope="session")
+def studio(start_studio: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory) -> Running:
+    """One that tests share."""
+    running = start_studio(tmp_path_factory.mktemp("shared") / "studio", MAISI_MAX_FILE_BYTES="3000000")
+    running.wait_ready()
+    return running
+
+
+@pytest.fixture(scope="session")
+def waits() -> Callable[..., None]:
+    return wait
+
+
+@pytest.fixture
+def in_background() -> Iterator[Callable[[Callable[[], Any]], threading.Thread]]:
+    threads: list[threading.Thread] = []
+
+    def run(work: Callable[[], Any]) -> threading.Thread:
+        threads.append(threading.Thread(target=work, daemon=True))
+        threads[-1].start()
+        return threads[-1]
+
+    yield run
+    for thread in threads:
+        thread.join(30)

@@ -1,0 +1,184 @@
+"""The queue with real workers: one that is killed, one that ends, a disk that is full, a server that comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import pytest
+
+from maisi_tools.studio.folders import Folders
+from maisi_tools.studio.jobs import Full, Jobs, Worker
+
+PHANTOM = {"kind": "phantom", "body": "head_neck", "size": [48, 48, 48], "spacing": [5.0, 5.0, 3.4]}
+LONG = {
+    "makes": "ct",
+    "source": PHANTOM,
+    "edits": [],
+    "settings": {"seed": 0, "device": "cpu", "weights": "small", "num_inference_steps": 1000},
+}
+SHORT = {"makes": "mask", "source": PHANTOM, "edits": [], "settings": {"seed": 0, "device": "cpu"}}
+
+
+@pytest.fixture
+def play(folders: Folders, python: str, monkeypatch: pytest.MonkeyPatch):
+    """``play(scene)`` runs ``scene(jobs, worker)`` in a loop, with a worker."""
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def play(scene, waiting: int = 100):
+        async def run():
+            worker = Worker(folders, "cpu")
+            jobs = Jobs(folders, [worker], waiting)
+            jobs.start()
+            try:
+                return await asyncio.wait_for(scene(jobs, worker), 90)
+            finally:
+                jobs.close()
+
+        return asyncio.run(run())
+
+    return play
+
+
+async def until(true):
+    while not true():
+        await asyncio.sleep(0.02)
+
+
+def test_a_job_whose_worker_is_killed_is_tried_once_more_and_others_go_on(play):
+    async def scene(jobs, worker):
+        job, next_one = jobs.add(LONG, []), jobs.add(SHORT, [])
+        for attempt in (1, 2):
+            await until(lambda: job.attempts == attempt and job.progress and job.progress["step"])  # noqa: B023
+            if attempt == 2:
+                assert "tried once more" in job.notes[0] and "SIGKILL" in job.notes[0]
+            os.kill(worker.pid, signal.SIGKILL)
+            await until(lambda: job.attempts > attempt or job.state == "failed")  # noqa: B023
+        await jobs.finished([job, next_one])
+        assert job.state == "failed" and "was killed 2 times" in job.error and "memory_limit" in job.error
+        assert next_one.state == "done"
+
+    play(scene)
+
+
+def test_a_worker_that_ends_as_a_whole_is_started_again(play):
+    async def scene(jobs, worker):
+        await until(lambda: worker.pid is not None)
+        job = jobs.add(LONG, [])
+        await until(lambda: job.progress is not None)
+        first = worker.process
+        worker.interrupt()
+        first.kill()
+        next_one = jobs.add(SHORT, [])
+        await until(lambda: job.attempts == 2)
+        jobs.cancel(job)
+        await jobs.finished([job, next_one])
+        assert (job.state, next_one.state) == ("cancelled", "done") and worker.process is not first
+
+    play(scene)
+
+
+def test_a_worker_that_cannot_start_is_given_up(play, folders, monkeypatch, tmp_path, caplog):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+
+    async def run():
+        jobs = Jobs(folders, [Worker(folders, "cpu")], 9)
+        jobs.start()
+        await until(lambda: "does not start" in caplog.text)
+        assert not jobs.ready
+        jobs.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert (folders.root / "worker-cpu.log").read_text().count("broken") == 3
+
+
+def test_what_goes_wrong_in_a_job_is_said_in_plain_words(play):
+    def edited(edit):
+        return {**SHORT, "edits": [edit]}
+
+    async def scene(jobs, worker):
+        made = [
+            jobs.add(edited({"insert": {"bone lesion": 400}}), []),
+            jobs.add(edited({"insert": {"colon cancer primaries": 20}}), []),
+            jobs.add(edited({"remove": ["hepatic tumor"]}), []),
+            jobs.add(SHORT, []),
+        ]
+        await jobs.finished(made)
+        assert [job.state for job in made] == ["failed"] * 3 + ["done"]
+        assert "no organ in the mask has room" in made[0].error
+        assert "allowed is a mask with the organ" in made[1].error
+        assert "hepatic tumor is not in the mask" in made[2].error
+        assert "Traceback" not in "".join(job.error for job in made[:3])
+
+    play(scene)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(play, folders, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    async def scene(jobs, worker):
+        job = jobs.add(SHORT, [])
+        monkeypatch.setattr("maisi_tools.studio.jobs.write_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            jobs.add(SHORT, [])
+        await jobs.finished([job])
+        assert job.state == "done" and "No space left on device" in job.notes[-1]
+        assert len(jobs.newest_first()) == 1
+        monkeypatch.undo()
+
+    play(scene)
+    assert [job.state for job in Jobs(folders, [], 9).newest_first()] in (["failed"], ["waiting"])  # not made, or again
+
+
+def test_so_many_jobs_may_wait(play):
+    async def scene(jobs, worker):
+        first = jobs.add(LONG, [])
+        await until(lambda: first.state == "running")
+        waiting = [jobs.add(SHORT, []) for _ in range(2)]
+        with pytest.raises(Full):
+            jobs.add(SHORT, [])
+        assert [jobs.position(job) for job in (first, *waiting)] == [None, 0, 1]
+        jobs.cancel(waiting[0])
+        assert jobs.position(waiting[1]) == 0
+        jobs.cancel(first)
+        await jobs.finished([first, *waiting])
+        assert [job.state for job in (first, *waiting)] == ["cancelled", "cancelled", "done"]
+
+    play(scene, waiting=2)
+
+
+def test_jobs_on_disk_are_taken_up_again(play, folders):
+    async def before(jobs, worker):
+        done = jobs.add(SHORT, [])
+        await jobs.finished([done])
+        running, waiting = jobs.add(LONG, []), jobs.add(SHORT, [])
+        await until(lambda: running.progress is not None)
+        return done, running, waiting
+
+    done, running, waiting = play(before)
+    damaged = folders.root / "jobs" / "damaged"
+    damaged.mkdir()
+    (damaged / "job.json").write_text("{")
+
+    async def after(jobs, worker):
+        assert jobs.newest_first()[-1] == done and len(jobs.newest_first()) == 3
+        await until(lambda: jobs[running.id].progress is not None)
+        jobs.cancel(jobs[running.id])
+        await jobs.finished([jobs[waiting.id]])
+        assert jobs[waiting.id].state == "done"
+
+    play(after)
+
+
+def test_a_job_of_a_device_that_is_gone_fails_in_plain_words(folders):
+    other = Jobs(folders, [type("Nobody", (), {"device": "cuda:1", "pid": None, "job": None})()], 9)
+    job = other.add({**SHORT, "settings": {"seed": 0, "device": "cuda:1"}}, [])
+    (found,) = Jobs(folders, [], 9).newest_first()
+    assert found.id == job.id and found.state == "failed" and "no cuda:1" in found.error

@@ -1,0 +1,182 @@
+"""Files that clients send: read once, under a name of the studio's own."""
+
+from __future__ import annotations
+
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from maisi_tools.errors import InputError
+from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
+from maisi_tools.studio.uploads import checked_labels, describe_upload, readings, suffix_of
+
+AFFINE = np.diag([-4.0, 4.0, 2.5, 1.0])
+
+
+@pytest.fixture
+def described(tmp_path):
+    """``described(file, kind)`` is what the studio says of an upload of this file."""
+
+    def described(write, file, kind="mask"):
+        folder = tmp_path / "0123"
+        folder.mkdir()
+        write(folder / file)
+        return describe_upload(folder, file, "theirs", kind)
+
+    return described
+
+
+def blocks(*values):
+    labels = np.zeros((20, 10, 6), np.int16)
+    for number, value in enumerate(values):
+        labels[number % 20, number // 20] = value
+    return labels
+
+
+def nifti(array):
+    return lambda path: nib.save(nib.Nifti1Image(array, AFFINE), path)
+
+
+def zipped(entries):
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in entries.items():
+                archive.writestr(name, nib.Nifti1Image(array, AFFINE).to_bytes())
+
+    return write
+
+
+def test_a_mask_is_described(described, tmp_path):
+    known = described(nifti(blocks(5, 7, 7)), "mask.nii.gz")
+    assert (known["size"], known["spacing"], known["label_map"]) == ([20, 10, 6], [4.0, 4.0, 2.5], None)
+    assert [(entry["value"], entry["voxels"]) for entry in known["labels"]] == [(5, 6), (7, 12)]
+    assert (tmp_path / "0123" / "upload.json").is_file()
+
+
+def test_forty_unknown_labels_are_all_listed(described):
+    known = described(nifti(blocks(*range(301, 341))), "mask.nii.gz")
+    found = readings(known, LABEL_MAPS["maisi"])
+    assert len(found) == 40 and {entry["meaning"] for entry in found} == {None}
+
+
+def test_readings_are_names_of_the_vocabulary(described):
+    known = described(nifti(blocks(1, 6, 9)), "mask.nii.gz")
+    assert [entry["meaning"] for entry in readings(known, LABEL_MAPS["openkbp"])] == [
+        "brainstem",
+        "left parotid gland",
+        None,
+    ]
+
+
+def test_a_folder_of_one_file_a_class_becomes_one_mask(described, tmp_path):
+    liver, spleen = blocks(1, 0), blocks(0, 1)
+    known = described(zipped({"seg/liver.nii": liver, "seg/spleen.nii": spleen, "readme.txt": liver}), "mask.zip")
+    assert (known["file"], known["label_map"]) == ("mask.nii.gz", "totalsegmentator")
+    names = LABEL_MAPS["totalsegmentator"]
+    assert [entry["value"] for entry in known["labels"]] == [names.label_of("spleen"), names.label_of("liver")]
+    assert {path.name for path in (tmp_path / "0123").iterdir()} == {"mask.nii.gz", "mask.zip", "upload.json"}
+
+
+def test_a_zip_leaves_nothing_outside(described, tmp_path):
+    known = described(zipped({"../../liver.nii": blocks(1), "/tmp/spleen.nii": blocks(0, 1)}), "mask.zip")
+    assert len(known["labels"]) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"0123"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({}, "holds no volume"),
+        ({"a.nii": blocks(1), "b.nii": blocks(1)}, "no files named like classes"),
+        ({"a/liver.nii": blocks(1), "b/liver.nii": blocks(1)}, "cannot be read"),
+    ],
+)
+def test_zips_that_are_no_mask(described, entries, words):
+    with pytest.raises(InputError, match=words):
+        described(zipped(entries), "mask.zip")
+
+
+@pytest.mark.parametrize(
+    ("array", "kind", "words"),
+    [
+        (blocks(-3), "mask", "negative"),
+        (blocks(1).astype(np.float32) / 2, "mask", "no whole number"),
+        (np.arange(1200, dtype=np.int16).reshape(20, 10, 6), "mask", "1199 different values"),
+        (np.zeros((5, 5), np.int16), "mask", "2D image"),
+        (blocks(1), "ct", "8-bit|normalisation"),
+    ],
+)
+def test_what_is_no_mask_or_ct_is_refused(described, array, kind, words):
+    with pytest.raises(InputError, match=words):
+        described(nifti(array), "x.nii.gz", kind)
+
+
+def test_a_ct_comes_as_a_zip_of_its_series(described, files, tmp_path):
+    study = pytest.importorskip("maisi_tools.dicom.study", reason="needs the extra 'dicom'")
+    image = nib.load(files["ct"])
+    series = study.write_study(tmp_path / "study", np.asarray(image.dataobj), image.affine)
+
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in series:
+                archive.write(file, file.name)
+
+    known = described(write, "scan.zip", "ct")
+    assert (known["size"], known["spacing"], known["file"]) == ([48, 48, 48], [5.0, 5.0, 3.4], "scan.zip")
+    assert "labels" not in known
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("a.nii", ".nii"),
+        ("../A.NII.GZ", ".nii.gz"),
+        ("x.seg.nrrd", ".seg.nrrd"),
+        ("a.nii.zip", ".zip"),
+        ("a\0.nrrd", ".nrrd"),
+    ],
+)
+def test_of_a_name_the_suffix_alone_counts(name, suffix):
+    assert suffix_of(name, "mask") == suffix
+
+
+@pytest.mark.parametrize("name", ["a", "", ".nii/../x", "a.nii.gz.exe", "a.dcm"])
+def test_other_files_are_refused(name):
+    with pytest.raises(InputError, match="allowed are .nii.gz"):
+        suffix_of(name, "mask")
+
+
+def test_a_saved_label_map_is_one_that_is_read(tmp_path):
+    import json
+
+    path = tmp_path / "ours.json"
+    path.write_text(
+        json.dumps(
+            checked_labels(
+                {"007": "Left parotid gland", "11": "placeholder 18", "8": None, "9": "kidney_left", "10": "brain"}
+            )
+        )
+    )
+    assert dict(read_label_map(path)) == {7: 18, 11: 18, 8: 0, 9: 14, 10: 22}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        None,
+        {},
+        [],
+        {"a": "liver"},
+        {"0": "liver"},
+        {"-1": "liver"},
+        {"70000": "liver"},
+        {"1": 5},
+        {"1": "x"},
+        {"²": "liver"},
+    ],
+)
+def test_what_is_no_label_map_is_refused(labels):
+    with pytest.raises(InputError):
+        checked_labels(labels)
