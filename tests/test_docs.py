@@ -165,11 +165,12 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
 
 
 def test_code_names_pages_that_are_there():
-    """Messages and docstrings name pages by their path from the repository."""
+    """Messages and docstrings name pages by their path from the repository, or from a bundle's folder."""
     files = [p for room in ("tools", "recipes", "benchmarks", "deploy", "tests") for p in (ROOT / room).rglob("*.py")]
     for file in files:
         for name in re.findall(r"(?<!/)\bdocs/[\w/-]+\.md\b", file.read_text()):
-            assert (ROOT / name).is_file() or (file.parent / name).is_file(), f"{file}: {name}"
+            found = [ROOT / name, file.parent / name, *ROOT.glob(f"bundles/*/{name}")]
+            assert any(page.is_file() for page in found), f"{file}: {name}"
 
 
 def test_every_page_is_reached_from_the_readme():
