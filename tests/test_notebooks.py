@@ -47,11 +47,16 @@ def kernel(python, tmp_path, monkeypatch) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_top_to_bottom(name, kernel, tmp_path):
     """Shown is what the stored one shows: as many pictures, and text, from each cell."""
+    before = files()
     ran = notebooks.execute(FOLDER / f"{name}.ipynb", tmp_path / "checkout", quick=True, kernel=kernel)
     stored = read(name)
     assert notebooks.code_hash(ran) == notebooks.code_hash(stored)
     assert kinds(ran) == kinds(stored)
-    assert not list(FOLDER.glob("*/"))  # files go into the folder that it ran in
+    assert files() == before  # what it writes goes into the folder that it ran in
+
+
+def files() -> set[str]:
+    return {path.name for path in FOLDER.iterdir()} - {"__pycache__"}
 
 
 def kinds(notebook: nbformat.NotebookNode) -> list[tuple[int, str]]:

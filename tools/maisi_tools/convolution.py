@@ -10,8 +10,8 @@ weight's gradient of small volumes: seen for kernel 3 on 2 rows and kernel 4 on 
 in a bus error. So there the gradients of weights, and they alone, are computed in float32.
 
 A CPU without AVX512 has no bfloat16 at all: PyTorch takes ``slow_conv3d``, element by element (measured on AVX2, one
-core: decoding 16^3 latents took 31 s in bfloat16, 0.4 s in float32). There values are those of bfloat16, half the
-memory between operations, and a convolution computes in float32.
+core, decoding 16^3 latents: 31 s; in float32 0.4 s). There values are those of bfloat16, half the memory between
+operations, and a convolution computes in float32 (0.4 s as well).
 
 It stands at the ground of the package and needs torch alone.
 """

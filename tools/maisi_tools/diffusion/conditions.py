@@ -84,8 +84,8 @@ def unit_of(modality: str | int) -> str:
     return "mr" if is_mr(modality) else "hu"
 
 
-def check_is_ct(modality: str | int, what: str) -> None:
-    """Refuse MR where only a CT makes sense.
+def check_is_ct(modality: str | int, what: str) -> str | int:
+    """The modality, where only a CT makes sense.
 
     Args:
         modality: see :func:`modality_code`.
@@ -96,6 +96,7 @@ def check_is_ct(modality: str | int, what: str) -> None:
     """
     if is_mr(modality):
         raise InputError(f"modality is {modality!r}; {what} works in HU: allowed is CT. Leave {what} out for MR")
+    return modality
 
 
 def range_of(modality: str | int) -> tuple[float, float]:
