@@ -213,7 +213,7 @@ def test_a_saved_label_map_is_one_that_is_read(tmp_path):
         {"-1": "liver"},
         {"70000": "liver"},
         {"655351": "liver"},
-        {"1000007": "liver"},
+        {"0000712345": "liver"},
         {"7" * 5000: "liver"},
         {"0" * 5000 + "7": "liver"},
         {"7": "liver", "07": "spleen"},
