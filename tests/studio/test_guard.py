@@ -63,7 +63,18 @@ def test_no_answer_is_for_another_site():
     for status, headers in (ask(), ask(bound="10.0.0.5", token=TOKEN)):
         assert headers["cross-origin-resource-policy"] == "same-origin", status
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
-        assert "access-control-allow-origin" not in headers and headers["cache-control"] == "no-cache"
+        assert "access-control-allow-origin" not in headers
+
+
+def test_nothing_of_a_patient_stays_in_a_browser():
+    assert ask(path="/v1/jobs/x/volumes/ct")[1]["cache-control"] == "no-store"
+    for path in ("/", "/static/studio.js"):
+        assert ask(path=path)[1]["cache-control"] == "no-cache"
+
+
+def test_the_page_runs_its_own_files_alone():
+    policy = ask()[1]["content-security-policy"]
+    assert "default-src 'self'" in policy and not any(word in policy for word in ("unsafe", "blob:", "data:", "*"))
 
 
 def test_with_a_token_every_request_needs_it():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import json
 import os
 import signal
 import sys
@@ -10,7 +12,7 @@ import sys
 import pytest
 
 from maisi_tools.studio.folders import Folders
-from maisi_tools.studio.jobs import Full, Jobs, Worker
+from maisi_tools.studio.jobs import Full, Jobs, Worker, parsed
 
 PHANTOM = {"kind": "phantom", "body": "head_neck", "size": [48, 48, 48], "spacing": [5.0, 5.0, 3.4]}
 LONG = {
@@ -62,6 +64,41 @@ def test_a_job_whose_worker_is_killed_is_tried_once_more_and_others_go_on(play):
         assert next_one.state == "done"
 
     play(scene)
+
+
+def test_a_job_is_never_made_by_a_fork_that_was_not_given_it(play, folders):
+    async def scene(jobs, worker):
+        await until(lambda: worker.pid is not None)
+        os.kill(worker.pid, signal.SIGSTOP)  # it will not read what it is given
+        cancelled = jobs.add(SHORT, [])
+        jobs.cancel(cancelled)
+        await until(lambda: worker.pid is not None)
+        os.kill(worker.pid, signal.SIGSTOP)
+        twice = jobs.add(SHORT, [])
+        os.kill(worker.pid, signal.SIGKILL)
+        await jobs.finished([twice])
+        next_one = jobs.add(SHORT, [])
+        await jobs.finished([next_one])
+        return cancelled, twice, next_one
+
+    cancelled, twice, next_one = play(scene)
+    assert [job.state for job in (cancelled, twice, next_one)] == ["cancelled", "done", "done"]
+    assert [path.name for path in folders.job(cancelled.id).iterdir()] == ["job.json"]
+    first, last = (folders.job(job.id) / "phantom_mask.nii.gz" for job in (twice, next_one))
+    assert twice.finished < next_one.started and first.stat().st_mtime < last.stat().st_mtime
+    assert first.stat().st_mtime <= datetime.datetime.fromisoformat(twice.finished).timestamp()  # not made once more
+
+
+def test_half_a_line_stops_no_worker(play):
+    async def scene(jobs, worker):
+        await until(lambda: worker.pid is not None)
+        worker.process.stdin.write('": 3}}\n')
+        job = jobs.add(SHORT, [])
+        await jobs.finished([job])
+        assert job.state == "done"
+
+    play(scene)
+    assert list(parsed(['{"id": "x", "prog', "\n", '{"gone": 5}\n'])) == [{"gone": 5}]
 
 
 def test_a_worker_that_ends_as_a_whole_is_started_again(play):
@@ -175,6 +212,28 @@ def test_jobs_on_disk_are_taken_up_again(play, folders):
         assert jobs[waiting.id].state == "done"
 
     play(after)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"request": {}},
+        {"request": None},
+        {"request": {**SHORT, "settings": {}}},
+        {"request": {**SHORT, "settings": {"device": ["cpu"]}}},
+        {"request": {key: SHORT[key] for key in ("edits", "settings")}},
+        {"created": None},
+        {"id": "another"},
+        {"id": "../x"},
+    ],
+)
+def test_an_odd_job_is_passed_over(folders, caplog, changes):
+    right = {"id": "odd", "request": SHORT, "created": "2026-01-01"}
+    for id, job in (("odd", {**right, **changes}), ("right", {**right, "id": "right"})):
+        (folders.root / "jobs" / id).mkdir(parents=True)
+        (folders.root / "jobs" / id / "job.json").write_text(json.dumps(job))
+    assert [job.id for job in Jobs(folders, [], 9).newest_first()] == ["right"]
+    assert "odd/job.json is no job and is passed over" in caplog.text
 
 
 def test_a_job_of_a_device_that_is_gone_fails_in_plain_words(folders):

@@ -21,6 +21,8 @@ from maisi_tools.studio.uploads import checked_labels
 
 PHANTOM = {"kind": "phantom"}
 
+SETTINGS = {"seed": 0, "device": "cpu"}
+
 
 def no_job(id):
     raise InputError(f"there is no job {id!r}")
@@ -96,6 +98,7 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(source={"kind": "library"}), "allowed is a kind"),
         (ct(source={"kind": ["phantom"]}), "allowed is a kind"),
         (ct(source={"kind": "phantom", "body": "leg"}), "body is 'leg'; allowed are head_neck, torso"),
+        (ct(source={"kind": "phantom", "body": ["head_neck"]}), "body is ['head_neck']; allowed are head_neck, torso"),
         (ct(source={"kind": "phantom", "path": "/etc"}), "the source phantom has path"),
         (ct(source={"kind": "phantom", "preset": "chest"}), "preset is 'chest'; allowed are head_neck"),
         (ct(source={"kind": "phantom", "preset": "head_neck", "size": [9, 9, 9]}), "the one or the other"),
@@ -220,7 +223,9 @@ def strings(value):
 
 
 @given(content=REQUESTS | VALUES)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_what_passes_is_words_that_are_known(content, catalogue):
     """A request is refused, or each of its texts is one of a known list: none is free."""
     try:
@@ -284,6 +289,31 @@ def test_the_shell_takes_the_command_as_it_was_meant(check, folders):
     assert edited[edited.index("--remove") + 1] == "lung tumor"
 
 
+@pytest.mark.parametrize("source", [PHANTOM, {"kind": "generator"}])
+@pytest.mark.parametrize("makes", ["ct", "mask"])
+def test_the_command_runs_where_the_job_ran(folders, source, makes):
+    settings = {"seed": 0, "device": "cuda:1"}
+    given = {**source, "body": "torso", "size": [9, 9, 9], "spacing": [4, 4, 4], "organ_sizes": {}}
+    request = {"makes": makes, "source": given, "edits": [], "settings": settings}
+    run = shlex.split(command_of({"id": "some-job", "request": request}, folders, []))
+    devices = [value for name, value in zip(run, run[1:], strict=False) if name == "--device"]
+    assert devices == ["$torch.device('cuda:1')"] * (makes == "ct" or source != PHANTOM)
+
+
+def test_a_mask_of_a_job_that_was_removed_is_missed_in_plain_words(folders):
+    request = {"makes": "mask", "source": {"kind": "job", "id": "one"}, "edits": [], "settings": SETTINGS}
+    folder = folders.root / "jobs" / "one"
+    for left in (None, folder / ".1-2-phantom_mask.nii.gz"):
+        if left:
+            folder.mkdir(parents=True)
+            left.touch()
+        with pytest.raises(InputError, match="job one, whose mask this takes, is no longer there"):
+            steps_of({"id": "some-job", "request": request}, folders, [])
+    (folder / "phantom_mask.nii.gz").touch()
+    (edit,) = steps_of({"id": "some-job", "request": request}, folders, [])
+    assert edit.mask == folder / "phantom_mask.nii.gz"
+
+
 def test_the_catalogue_offers_what_the_configs_have(catalogue, repo_root):
     config = ConfigParser.load_config_file(repo_root / "bundles" / "maisi_ldm" / "configs" / "mask_inference.json")
     organs = catalogue.options()["organs"]
@@ -341,6 +371,9 @@ def test_nvidias_request_becomes_jobs(catalogue, check):
         (run(anatomy_list=["livver"]), "is no label"),
         (run(output_size=[512, 512, 512], spacing=[1, 1, 1]), "allowed with the small weights are [112, 80, 112]"),
         (run(spacing=[1.0, 1.0, 1.0]), "fetch the released weights"),
+        (run(output_size=5), "output_size is 5; allowed are three numbers"),
+        (run(spacing=4.0), "spacing is 4.0; allowed are three numbers"),
+        (run(spacing={"x": 4}), "spacing is {'x': 4}; allowed are three numbers"),
         (run(controllable_anatomy_size=[["liver", 0.5]]), "controllable_anatomy_size has 'liver'"),
         (run(controllable_anatomy_size=[["larynx", -1]]), "from 0 to 1"),
         (run(controllable_anatomy_size=[["larynx", 0.5]] * 11), "at most 10 pairs"),

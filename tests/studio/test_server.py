@@ -84,6 +84,7 @@ def test_a_ct_is_made_and_everything_of_it_is_there(studio, made):
 
 
 def test_the_printed_command_makes_the_same_bytes(studio, made, tmp_path):
+    assert """--device '$torch.device('"'"'cpu'"'"')'""" in made["command"]  # on a machine with a GPU, too
     out, folder = again(made, tmp_path), studio.folder / "jobs" / made["id"]
     for name in ("phantom_ct.nii.gz", "phantom_mask.nii.gz", "phantom_ct.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -231,7 +232,7 @@ def test_dicom_says_that_it_is_synthetic(studio, made):
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         names = archive.namelist()
         ds = pydicom.dcmread(io.BytesIO(archive.read("CT/0001.dcm")))
-    assert "SEG.dcm" in names and len(names) == 48 + 2 and ds.SyntheticData == "YES"
+    assert made["dicom"] and "SEG.dcm" in names and len(names) == 48 + 2 and ds.SyntheticData == "YES"
     assert studio.ask(f"/v1/jobs/{made['id']}/dicom.zip").content == answer.content
 
 

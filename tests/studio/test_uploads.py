@@ -5,11 +5,13 @@ from __future__ import annotations
 import zipfile
 
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
+from maisi_tools.studio.results import raw
 from maisi_tools.studio.uploads import checked_labels, describe_upload, readings, suffix_of
 
 AFFINE = np.diag([-4.0, 4.0, 2.5, 1.0])
@@ -113,6 +115,44 @@ def test_what_is_no_mask_or_ct_is_refused(described, array, kind, words):
         described(nifti(array), "x.nii.gz", kind)
 
 
+@pytest.mark.parametrize("file", ["x.nii.gz", "x.nrrd", "x.zip"])
+def test_what_claims_more_voxels_than_are_read_is_refused_by_its_header(described, monkeypatch, file):
+    monkeypatch.setenv("MAISI_MAX_VOXELS", "1199")
+    write = {
+        "x.nii.gz": nifti(blocks(1)),
+        "x.nrrd": lambda path: nrrd.write(str(path), blocks(1)),
+        "x.zip": zipped({"liver.nii": blocks(1)}),
+    }[file]
+    with pytest.raises(InputError, match="20 x 10 x 6 voxels; allowed are 1199: .*MAISI_MAX_VOXELS"):
+        described(write, file)
+
+
+def test_a_volume_for_the_page_has_no_more_voxels_either(tmp_path, monkeypatch):
+    nifti(blocks(1))(tmp_path / "mask.nii.gz")
+    assert raw(tmp_path / "mask.nii.gz", "mask")[0]["size"] == [20, 10, 6]
+    monkeypatch.setenv("MAISI_MAX_VOXELS", "1199")
+    with pytest.raises(InputError, match="MAISI_MAX_VOXELS"):
+        raw(tmp_path / "mask.nii.gz", "mask")
+
+
+@pytest.mark.parametrize("kind", ["mask", "ct"])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, "long"])
+def test_damaged_zips_are_refused(described, method, kind):
+    def write(path):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if method == "long" else method) as archive:
+            name = "x" * 300 if method == "long" else "liver"
+            archive.writestr(f"{name}.nii", np.arange(3000).tobytes())
+            size = archive.infolist()[0].compress_size
+        if method != "long":
+            content, begin = bytearray(path.read_bytes()), 30 + len("liver.nii") + 4
+            content[begin : begin + size - 4] = b"\xff" * (size - 4)
+            path.write_bytes(content)
+
+    words = "no DICOM" if (method, kind) == ("long", "ct") else "allowed is an intact zip file"
+    with pytest.raises(InputError, match=words):
+        described(write, "x.zip", kind)
+
+
 def test_a_ct_comes_as_a_zip_of_its_series(described, files, tmp_path):
     study = pytest.importorskip("maisi_tools.dicom.study", reason="needs the extra 'dicom'")
     image = nib.load(files["ct"])
@@ -172,6 +212,11 @@ def test_a_saved_label_map_is_one_that_is_read(tmp_path):
         {"0": "liver"},
         {"-1": "liver"},
         {"70000": "liver"},
+        {"655351": "liver"},
+        {"0000712345": "liver"},
+        {"7" * 5000: "liver"},
+        {"0" * 5000 + "7": "liver"},
+        {"7": "liver", "07": "spleen"},
         {"1": 5},
         {"1": "x"},
         {"²": "liver"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
@@ -9,12 +10,12 @@ import shutil
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import nibabel as nib
@@ -24,6 +25,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.requests import ClientDisconnect
 
 from maisi_tools import report
 from maisi_tools.errors import InputError
@@ -32,7 +34,7 @@ from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
 from maisi_tools.settings import check_plain
 from maisi_tools.studio import nvidia, results, uploads
 from maisi_tools.studio.catalogue import CONTROLNET, SMALL, WAITING, Catalogue, has_dicom
-from maisi_tools.studio.folders import Folders
+from maisi_tools.studio.folders import DISK_FULL, Folders
 from maisi_tools.studio.guard import Guard
 from maisi_tools.studio.jobs import FINAL, Full, Job, Jobs, Worker
 from maisi_tools.studio.recipe import name_of, result_of
@@ -41,6 +43,8 @@ from maisi_tools.tsp.plan import format_bytes
 
 LARGEST_BODY = 1 << 20
 """Bytes of a request that is no upload."""
+
+Result = TypeVar("Result")
 
 KEEP_ALIVE = 15.0
 """Seconds after which a comment is sent to who waits for news, so that no one in between closes the connection."""
@@ -104,6 +108,12 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         if not (folder / "upload.json").is_file():  # what a killed server had not read to its end
             shutil.rmtree(folder, ignore_errors=True)
     jobs = Jobs(folders, workers, WAITING)
+    reading = asyncio.Lock()
+
+    async def alone(read: Callable[..., Result], *args: Any) -> Result:
+        """What `read` returns; one at a time, so that memory holds one volume, however many clients ask."""
+        async with reading:
+            return await run_in_threadpool(read, *args)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -119,7 +129,8 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
 
     @app.exception_handler(InputError)
     async def wrong(_: Request, error: InputError) -> Response:
-        return JSONResponse({"detail": str(error)}, 422)
+        words = str(error).encode(errors="backslashreplace").decode()  # JSON may bring halves of characters
+        return JSONResponse({"detail": words}, 422)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> Response:
@@ -131,9 +142,20 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         return JSONResponse({"detail": f"{WAITING} jobs wait already; wait for some of them, or cancel them"}, 429)
 
     @app.exception_handler(OSError)
-    async def no_room(_: Request, error: OSError) -> Response:
-        words = f"the studio's folder {folders.root} cannot be written or read ({error.strerror or error})"
+    async def disk(_: Request, error: OSError) -> Response:
+        if error.errno not in DISK_FULL:
+            return JSONResponse({"detail": f"a file cannot be read or written ({error})"}, 500)
+        words = f"the studio's folder {folders.root} cannot be written ({error.strerror})"
         return JSONResponse({"detail": f"{words}; make room on its disk, or start with another --output_dir"}, 507)
+
+    @app.exception_handler(MemoryError)
+    async def no_memory(_: Request, __: MemoryError) -> Response:
+        words = "the volume is too large for this machine's memory; crop it, or resample it to a coarser spacing"
+        return JSONResponse({"detail": words}, 413)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # which nobody is there to read
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, error: Exception) -> Response:
@@ -183,7 +205,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         try:
             folder.mkdir(parents=True)
             await _receive(request, folder / file, catalogue.upload_bytes)
-            return await run_in_threadpool(uploads.describe_upload, folder, file, name, kind)
+            return await alone(uploads.describe_upload, folder, file, name, kind)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -210,18 +232,22 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         path = folders.new_label_map(content["name"])
         if content["name"] in LABEL_MAPS:
             raise InputError(f"{content['name']} is the name of a label map that is there; give another one")
-        write_json(path, uploads.checked_labels(content["labels"]))
+        labels = uploads.checked_labels(content["labels"])
+        if _says_otherwise(path, labels):  # a job that waits would be made of what it was not asked for
+            raise HTTPException(409, f"the label map {path.stem} says something else; give this one another name")
+        write_json(path, labels)
         return {"name": path.stem}
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
     def mask_grid(id: Any) -> Grid:
         try:
-            mask = result_of({"id": id, "request": jobs[id].request}, folders)["mask"]
+            job = jobs[id]
+            mask = volumes_of(job)["mask"] if job.state == "done" else None
         except (KeyError, TypeError):
-            raise InputError(
-                f"there is no job {id!r} with a mask; wait until it is done, or name another one"
-            ) from None
+            mask = None
+        if mask is None:
+            raise InputError(f"there is no job {id!r} with a mask; wait until it is done, or name another one")
         image: Any = nib.as_closest_canonical(nib.load(mask))
         return list(image.shape), [round(float(mm), 6) for mm in image.header.get_zooms()]
 
@@ -242,12 +268,14 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         return result_of(vars(job), folders)
 
     def shown(job: Job) -> dict[str, Any]:
-        files = results.files_of(folders.job(job.id)) if job.state == "done" else []
+        folder = folders.job(job.id)
+        files = results.files_of(folder) if job.state == "done" else []
         return {
             **{name: value for name, value in vars(job).items() if name not in ("overlays", "attempts")},
             "makes": job.request["makes"],
             "position": jobs.position(job),
             "files": [{"name": file.name, "bytes": file.stat().st_size, "type": _type_of(file)} for file in files],
+            "dicom": bool(files) and has_dicom() and results.without_dicom(folder, job.volumes, job.request) is None,
         }
 
     @app.post("/v1/jobs", status_code=202, openapi_extra=_body(EXAMPLE))
@@ -286,12 +314,12 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         return StreamingResponse(lines(), media_type="text/event-stream")
 
     @app.get("/v1/jobs/{id}/volumes/{what}")
-    def volume(id: str, what: str) -> Response:
+    async def volume(id: str, what: str) -> Response:
         """The values of "ct", "mask" or "before", x fastest, in RAS; the header X-Volume says what they are."""
         found = volumes_of(done_job(id))
         if what not in found:
             raise HTTPException(404, f"job {id} has no {what}; it has {', '.join(found)}")
-        header, content = results.raw(found[what], what)
+        header, content = await alone(results.raw, found[what], what)
         headers = {"X-Volume": json.dumps(header), "Content-Encoding": "gzip"}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -304,19 +332,18 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         return FileResponse(known[name], filename=name)
 
     @app.get("/v1/jobs/{id}/picture.png")
-    def picture(id: str) -> Response:
+    async def picture(id: str) -> Response:
         """Three planes of the CT with its mask."""
         job = done_job(id)
-        return FileResponse(_or_404(lambda: results.picture(folders.job(id), volumes_of(job))))
+        return FileResponse(await _or_404(alone(results.picture, folders.job(id), volumes_of(job))))
 
     @app.get("/v1/jobs/{id}/dicom.zip")
-    def dicom(id: str) -> Response:
+    async def dicom(id: str) -> Response:
         """The CT as a DICOM series, with its mask as Segmentation and Structure Set."""
         job = done_job(id)
         if not has_dicom():
             raise HTTPException(404, "DICOM needs the extra 'dicom'; install it: pip install 'maisi-bundles[dicom]'")
-        args = folders.job(id), volumes_of(job), job.request, str(job.finished)
-        path = _or_404(lambda: results.dicom(*args))
+        path = await _or_404(alone(results.dicom, folders.job(id), volumes_of(job), job.request, str(job.finished)))
         return FileResponse(path, filename=f"{name_of(vars(job), folders)}_dicom.zip")
 
     # --- NVIDIA's service ---------------------------------------------------------------------------------------------
@@ -350,7 +377,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
             raise HTTPException(500, f"job {failed[0].id} {failed[0].state}: {failed[0].error or 'before it was done'}")
         path = folders.job(made[0].id) / ".samples.zip"
         pairs = {job.id: volumes_of(job) for job in made}
-        await run_in_threadpool(results.pairs, path, pairs, body.image_output_ext, body.label_output_ext)
+        await alone(results.pairs, path, pairs, body.image_output_ext, body.label_output_ext)
         return FileResponse(path, filename="samples.zip", headers={"X-Jobs": ",".join(pairs)})
 
     return app
@@ -418,6 +445,16 @@ async def _receive(request: Request, path: Path, most: int) -> None:
         raise InputError("the body is empty; send the file as it is, as the request's body")
 
 
+def _says_otherwise(path: Path, content: Any) -> bool:
+    """Whether there is a file, and it holds other JSON."""
+    try:
+        return json.loads(path.read_text()) != content
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+
+
 def _found(find: Callable[[str], Any], id: str) -> Any:
     try:
         return find(id)
@@ -425,9 +462,9 @@ def _found(find: Callable[[str], Any], id: str) -> Any:
         raise HTTPException(404, f"there is nothing with the id {id!r}") from None
 
 
-def _or_404(find: Callable[[], Path]) -> Path:
+async def _or_404(found: Awaitable[Path]) -> Path:
     try:
-        return find()
+        return await found
     except InputError as error:
         raise HTTPException(404, str(error)) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import re
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors after which another disk, or room on it, helps."""
 
 LOCK = ".lock"
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -65,6 +65,16 @@ class Full(Exception):
     """As many jobs wait as may."""
 
 
+def parsed(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """JSON of one line each; what a process that was killed left cut is passed over."""
+    for line in lines:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        yield content
+
+
 class Worker:
     """A worker process, as the server sees it.
 
@@ -97,8 +107,8 @@ class Worker:
 
         def read(lines: Any) -> None:
             with suppress(RuntimeError):  # the loop has closed, and with it the server
-                for line in lines:
-                    loop.call_soon_threadsafe(told, self, json.loads(line))
+                for answer in parsed(lines):
+                    loop.call_soon_threadsafe(told, self, answer)
                 loop.call_soon_threadsafe(told, self, None)
 
         threading.Thread(target=read, args=(self.process.stdout,), daemon=True).start()
@@ -108,7 +118,8 @@ class Worker:
         self.job = job
         assert self.process.stdin is not None
         with suppress(OSError):  # it has ended, and is about to be started again
-            line = json.dumps({"id": job.id, "request": job.request, "overlays": job.overlays})
+            # a fork that is killed before it has read this leaves it to the next one, for which it is not
+            line = json.dumps({"for": self.pid, "id": job.id, "request": job.request, "overlays": job.overlays})
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
 
@@ -324,8 +335,11 @@ def _stored(folders: Folders) -> list[Job]:
         try:
             content = json.loads(path.read_text())
             job = Job(**{name: value for name, value in content.items() if name in names})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            logger.error("%s is no job and is passed over: %s", path, error)
+            known = job.device, job.created, job.request["makes"], job.request["source"]["kind"]
+            if folders.job(job.id) != path.parent or not all(isinstance(text, str) for text in known):
+                raise ValueError("its id is not its folder's name, or its request is none")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.error("%s is no job and is passed over: %r", path, error)
             continue
         if job.state == "running":
             job.state, job.started, job.attempts = "waiting", None, 0

@@ -14,6 +14,7 @@ from typing import Any
 from maisi_tools.errors import InputError
 from maisi_tools.settings import check_number, check_plain, checked_fields
 from maisi_tools.studio.catalogue import SMALL, Catalogue, structure
+from maisi_tools.studio.requests import check_triple
 
 REGIONS = ("head", "chest", "thorax")
 """That the generator's masks show, down to the upper part of the chest."""
@@ -99,6 +100,10 @@ def _field_of_view(body: Body, catalogue: Catalogue) -> dict[str, Any]:
     """Settings for the size and spacing that are asked for: a preset of the small weights, or the released ones."""
     if body.output_size is None and body.spacing is None:
         return {}
+    if body.output_size is not None:
+        check_triple("output_size", body.output_size, 1, 4096, whole=True)
+    if body.spacing is not None:
+        check_triple("spacing", body.spacing, 0.1, 20)
     released = [name for name in catalogue.weights if name != SMALL]
     if released:
         asked = {"output_size": body.output_size, "spacing": body.spacing, "weights": released[-1]}

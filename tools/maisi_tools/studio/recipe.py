@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.bundles.stage import Stage, config_files
+from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import edit_file
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import write_phantom
@@ -109,10 +110,11 @@ class Edit:
 
 @dataclass(frozen=True)
 class Run:
-    """``python -m monai.bundle run``."""
+    """``python -m monai.bundle run``; as a step of a worker it runs on the worker's device, which is the job's."""
 
     bundle: Path
     configs: Sequence[str]
+    device: str
     settings: Mapping[str, Any]
     paths: Mapping[str, str]
     about: str = CT
@@ -126,6 +128,7 @@ class Run:
             "meta_file": str(self.bundle / "configs" / "metadata.json"),
             "logging_file": str(self.bundle / "configs" / "logging.conf"),
             "bundle_root": str(self.bundle),
+            "device": f"$torch.device({self.device!r})",  # else the config takes a GPU where there is one
             **self.paths,
             **self.settings,
         }
@@ -164,7 +167,7 @@ def command_of(job: Mapping[str, Any], folders: Folders, overlays: Sequence[str]
 def _steps(request: Mapping[str, Any], folders: Folders, overlays: Sequence[str], made: Path, out: Path) -> list[Step]:
     """Masks on the way go to `made`, what is asked for to `out`."""
     source, settings, seed = request["source"], dict(request["settings"]), request["settings"]["seed"]
-    settings.pop("device")
+    device = settings.pop("device")
     settings.pop("weights", None)
     controlnet = folders.bundles / CONTROLNET
     if source["kind"] == "ct":
@@ -173,7 +176,13 @@ def _steps(request: Mapping[str, Any], folders: Folders, overlays: Sequence[str]
         paths = {"input": folders.upload(source["id"])["path"], "mask": str(labels), "output_dir": str(out)}
         return [
             Edit(Path(mask["path"]), labels, folders.label_map(source["label_map"]), {}, seed),
-            Run(controlnet, ["inference.json", *overlays, EDIT_CONFIG], {**settings, "edits": request["edits"]}, paths),
+            Run(
+                controlnet,
+                ["inference.json", *overlays, EDIT_CONFIG],
+                device,
+                {**settings, "edits": request["edits"]},
+                paths,
+            ),
         ]
     if request["makes"] == "mask":
         as_drawn = source["kind"] == "generator" and not request["edits"]
@@ -183,7 +192,7 @@ def _steps(request: Mapping[str, Any], folders: Folders, overlays: Sequence[str]
     paths = {"input": str(target), "output_dir": str(out)}
     return [
         *_mask_steps(request, {"seed": seed}, folders, made, target),
-        Run(controlnet, ["inference.json", *overlays], settings, paths),
+        Run(controlnet, ["inference.json", *overlays], device, settings, paths),
     ]
 
 
@@ -200,9 +209,13 @@ def _mask_steps(
         given = (made if edits else target.parent) / f"sample_seed{seed}_mask.nii.gz"
         sizes = {"organ_sizes": source["organ_sizes"]} if source["organ_sizes"] else {}
         paths = {"output_dir": str(given.parent)}
-        steps.append(Run(folders.bundles / LDM, [MASK_CONFIG], {**settings, **sizes}, paths, MASK))
+        device = request["settings"]["device"]
+        steps.append(Run(folders.bundles / LDM, [MASK_CONFIG], device, {**settings, **sizes}, paths, MASK))
     elif source["kind"] == "job":
-        (given,) = folders.job(source["id"]).glob("*_mask.nii.gz")
+        made_there = _made_in(folders.job(source["id"]))
+        if "mask" not in made_there:
+            raise InputError(f"job {source['id']}, whose mask this takes, is no longer there; name another one")
+        given = made_there["mask"]
     else:
         given = Path(folders.upload(source["id"])["path"])
         label_map = folders.label_map(source["label_map"])
@@ -220,11 +233,16 @@ def result_of(job: Mapping[str, Any], folders: Folders) -> dict[str, Path]:
 
     A scan that was uploaded as DICOM is its folder or zip file.
     """
-    folder, request = folders.job(job["id"]), job["request"]
-    found = {what: path for what in ("ct", "mask") for path in folder.glob(f"*_{what}.nii.gz")}
+    request, found = job["request"], _made_in(folders.job(job["id"]))
     if request["source"]["kind"] == "ct":
         found["before"] = Path(folders.upload(request["source"]["id"])["path"])
     return found
+
+
+def _made_in(folder: Path) -> dict[str, Path]:
+    """What a job's folder has of "ct" and "mask", less what is half-written."""
+    found = {what: folder.glob(f"*_{what}.nii.gz") for what in ("ct", "mask")}
+    return {what: path for what, paths in found.items() for path in paths if path.name[0] != "."}
 
 
 def name_of(job: Mapping[str, Any], folders: Folders) -> str:

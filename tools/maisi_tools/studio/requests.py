@@ -157,7 +157,7 @@ def _check_source(
 
 
 def _check_phantom(source: dict[str, Any], catalogue: Catalogue) -> tuple[str, dict[str, Any], Grid]:
-    if source["body"] not in CENTERS:
+    if not isinstance(source["body"], str) or source["body"] not in CENTERS:
         raise InputError(f"body is {source['body']!r}; allowed are {', '.join(CENTERS)}")
     name = source.pop("preset")
     size, spacing = source["size"], source["spacing"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.vocabulary import BODY
 from maisi_tools.report.preview import label_colour, load_image, preview
 from maisi_tools.studio.folders import JOB
-from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.reading import check_voxels, read_volume
 
 TYPES = {"ct": (np.int16, np.float32), "mask": (np.uint8,), "before": (np.int16, np.float32)}
 """Of a volume's values for the page: the first that holds them."""
@@ -34,6 +34,7 @@ def raw(path: Path, what: str) -> tuple[dict[str, Any], bytes]:
     Raises:
         InputError: it cannot be read.
     """
+    check_voxels(path)
     volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, "mask" if what == "mask" else "ct"))
     values = volume[0].numpy()
     kind = next((kind for kind in TYPES[what] if np.array_equal(values.astype(kind), values)), TYPES[what][-1])
@@ -56,8 +57,8 @@ def _colour(label: int) -> list[int] | None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a job that can be downloaded."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != "." and path.name != JOB)
+    """The files of a job that can be downloaded; none where its folder was removed."""
+    return sorted(path for path in folder.glob("*") if path.is_file() and path.name[0] != "." and path.name != JOB)
 
 
 def picture(folder: Path, volumes: Mapping[str, Path]) -> Path:
@@ -72,25 +73,30 @@ def picture(folder: Path, volumes: Mapping[str, Path]) -> Path:
     return path if path.is_file() else preview(volumes["ct"], volumes["mask"], path)
 
 
+def without_dicom(folder: Path, volumes: Collection[str], request: Mapping[str, Any]) -> str | None:
+    """Why there is no DICOM of a job, in plain words; None where there is.
+
+    An edited scan that came as DICOM stays with its patient; one that came otherwise has no patient to stay with.
+    """
+    if "ct" not in volumes:
+        return "this job made a mask; there is DICOM of a CT only"
+    if request["source"]["kind"] == "ct" and not any(folder.glob("*_dicom")):
+        return "the edited scan shows a patient and was no DICOM, so there is none to join; upload its series"
+    return None
+
+
 def dicom(folder: Path, volumes: Mapping[str, Path], request: Mapping[str, Any], finished: str) -> Path:
     """A zip file with a job's CT and its mask as DICOM, marked synthetic; written once.
 
-    An edited scan that came as DICOM stays with its patient; one that came otherwise has no patient to stay with.
-
     Raises:
-        InputError: there is no CT, or no patient that an edited scan could stay with.
+        InputError: there is none, see :func:`without_dicom`.
     """
     path = folder / ".dicom.zip"
     if path.is_file():
         return path
-    if "ct" not in volumes:
-        raise InputError("this job made a mask; there is DICOM of a CT only")
-    studies = list(folder.glob("*_dicom"))
-    if not studies and request["source"]["kind"] == "ct":
-        raise InputError(
-            "the edited scan shows a patient and was no DICOM, so there is none to join; upload its series"
-        )
-    if studies:
+    if (why := without_dicom(folder, volumes, request)) is not None:
+        raise InputError(why)
+    if studies := list(folder.glob("*_dicom")):
         _zip(path, lambda archive: _add(archive, studies[0]))
         return path
     import datetime

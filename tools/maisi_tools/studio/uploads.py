@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,18 @@ from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import VOCABULARY
 from maisi_tools.report.preview import label_colour
 from maisi_tools.studio.catalogue import structure
-from maisi_tools.volumes.inputs import SUFFIXES, is_volume, zipped_dicom
+from maisi_tools.volumes.inputs import SUFFIXES, is_volume, unzipping, zipped_dicom
 from maisi_tools.volumes.limits import check_limit
-from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.reading import check_voxels, read_volume
 from maisi_tools.volumes.writing import write_volume
 
 KINDS = ("mask", "ct")
 
 LABELS = 1000
 """More different values than this, and it is no mask."""
+
+DIGITS = 10
+"""Of a label as text, with zeros before it."""
 
 
 def suffix_of(name: str, kind: str) -> str:
@@ -66,6 +68,7 @@ def describe_upload(folder: Path, file: str, name: str, kind: str) -> dict[str, 
         InputError: it cannot be read.
     """
     path, proposed = folder / file, None
+    check_voxels(path)
     if kind == "ct":
         volume: Any = read_volume(path, "ct")
     else:
@@ -120,14 +123,17 @@ def checked_labels(labels: Any) -> dict[str, str | int]:
         )
     checked: dict[str, str | int] = {}
     for value, name in labels.items():
-        if not value.isascii() or not value.isdecimal() or not 0 < int(value[:6]) <= 65535:
-            raise InputError(f"labels has {value!r}; allowed are the numbers in the file, from 1 to 65535")
+        number = int(value) if value.isascii() and value.isdecimal() and len(value) <= DIGITS else 0
+        if not 0 < number <= 65535:
+            raise InputError(f"labels has {value[:40]!r}; allowed are the numbers in the file, from 1 to 65535")
+        if str(number) in checked:
+            raise InputError(f"labels has {number} twice; give each number of the file once")
         if name is not None and not isinstance(name, str):
             raise InputError(f"label {value} is {name!r}; allowed is the name of a structure, or null to drop it")
         label = 0 if name is None else structure(name)
         known = VOCABULARY[label].name if label else ""
         # several labels of a file may be one structure, which its placeholder's name would not allow
-        checked[str(int(value))] = label if not label or known.startswith("placeholder") else known
+        checked[str(number)] = label if not label or known.startswith("placeholder") else known
     return checked
 
 
@@ -146,6 +152,8 @@ def _read_mask(path: Path) -> tuple[Any, str | None]:
     if path.suffix == ".zip":
         with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
             folder = _unpacked(path, Path(scratch))
+            for file in folder.iterdir():
+                check_voxels(file)
             for name in ("totalsegmentator", *LABEL_MAPS):
                 if is_class_folder(folder, LABEL_MAPS[name]):
                     return read_numbers(folder, LABEL_MAPS[name]), name
@@ -157,20 +165,17 @@ def _read_mask(path: Path) -> tuple[Any, str | None]:
 
 def _unpacked(path: Path, folder: Path) -> Path:
     """The volume files of a zip, flat, in a folder."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if is_volume(Path(Path(entry.filename).name))]
-            total = sum(entry.file_size for entry in entries)
-            check_limit("MAISI_MAX_ZIP_MEMBERS", len(archive.infolist()), f"{len(archive.infolist())} files are zipped")
-            check_limit("MAISI_MAX_ZIP_BYTES", total, f"{total} bytes are zipped")
-            if not entries:
-                what = "a DICOM series, which is no mask" if zipped_dicom(path) else "no volume"
-                raise InputError(f"the zip file holds {what}; allowed is one file a class, such as liver.nii.gz")
-            for entry in entries:
-                with archive.open(entry) as packed, open(folder / Path(entry.filename).name, "xb") as file:
-                    shutil.copyfileobj(packed, file)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, FileExistsError) as error:
-        raise InputError(f"the zip file cannot be read ({error}); zip the folder again, without a password") from error
+    with unzipping(path) as archive:
+        entries = [entry for entry in archive.infolist() if is_volume(Path(Path(entry.filename).name))]
+        total = sum(entry.file_size for entry in entries)
+        check_limit("MAISI_MAX_ZIP_MEMBERS", len(archive.infolist()), f"{len(archive.infolist())} files are zipped")
+        check_limit("MAISI_MAX_ZIP_BYTES", total, f"{total} bytes are zipped")
+        if not entries:
+            what = "a DICOM series, which is no mask" if zipped_dicom(path) else "no volume"
+            raise InputError(f"the zip file holds {what}; allowed is one file a class, such as liver.nii.gz")
+        for entry in entries:
+            with archive.open(entry) as packed, open(folder / Path(entry.filename).name, "xb") as file:
+                shutil.copyfileobj(packed, file)
     return folder
 
 

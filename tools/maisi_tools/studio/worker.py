@@ -30,7 +30,8 @@ from maisi_tools.bundles.record import RUN_RECORD
 from maisi_tools.errors import find_input_error
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
-from maisi_tools.studio.folders import JOB, Folders
+from maisi_tools.studio.folders import DISK_FULL, JOB, Folders
+from maisi_tools.studio.jobs import parsed
 from maisi_tools.studio.recipe import MASK, Networks, command_of, result_of, steps_of
 
 Say = Callable[[Mapping[str, Any]], None]
@@ -43,7 +44,7 @@ def main(root: str, bundles: str, device: str) -> None:
 
         def say(answer: Mapping[str, Any]) -> None:
             try:
-                answers.write(json.dumps(answer) + "\n")
+                answers.write(f"\n{json.dumps(answer)}\n")  # what a killed fork left cut ends here
             except BrokenPipeError:
                 os._exit(0)  # the server has gone; the job is made again when it is back
 
@@ -64,8 +65,9 @@ def _serve(folders: Folders, device: str, say: Say) -> None:
 
     def listen() -> None:
         with open(0, "rb", closefd=False) as lines:
-            for line in lines:
-                jobs.put(json.loads(line))
+            for job in parsed(lines):
+                if job["for"] == os.getpid():  # not what a fork was given that was killed before it read it
+                    jobs.put(job)
         os._exit(0)  # likewise
 
     threading.Thread(target=listen, daemon=True).start()
@@ -156,7 +158,8 @@ def _words(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "there is not enough memory; give a memory_limit, a coarser spacing or a smaller field of view"
     if isinstance(error, OSError):
-        return f"a file could not be read or written: {error}; make room on the disk, or give another --output_dir"
+        do = "; make room on the disk, or give another --output_dir" if error.errno in DISK_FULL else ""
+        return f"a file could not be read or written: {error}{do}"
     return f"{type(error).__name__}: {error}; the worker's log has the details"
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ ALLOWED = (
     f"a volume file ({', '.join(SUFFIXES)}), a folder or zip file with one DICOM series, a folder of those, a glob, a "
     "list of them, or a datalist (JSON)"
 )
+
+DAMAGES = (errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST)
+"""What the system says of the offsets and the names in a damaged zip file."""
 
 
 IsOne = Callable[[Path], bool]
@@ -243,27 +248,42 @@ def is_zip(path: Path) -> bool:
     return path.name.lower().endswith(".zip") and path.is_file()
 
 
+@contextmanager
+def unzipping(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip file; a damaged one makes the libraries raise nearly anything, and that becomes an InputError.
+
+    Raises:
+        InputError: in place of anything but an error of the disk or of memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, *DAMAGES):
+            raise
+        raise InputError(
+            f"{path} cannot be read ({error}); allowed is an intact zip file without a password: zip the folder again"
+        ) from error
+
+
 def zipped_dicom(path: Path) -> list[str]:
     """Names of the DICOM files in a zip file, at any depth, sorted.
 
     Raises:
         InputError: it is no zip file, is encrypted, or holds more than the limits allow.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries, names = archive.infolist(), []
-            total = sum(entry.file_size for entry in entries)
-            check_limit("MAISI_MAX_ZIP_MEMBERS", len(entries), f"{path} holds {len(entries)} files")
-            check_limit("MAISI_MAX_ZIP_BYTES", total, f"{path} holds {total} bytes, unpacked")
-            for name in sorted(entry.filename for entry in entries if not entry.is_dir()):
-                with archive.open(name) as file:
-                    if file.read(132)[128:] == b"DICM":
-                        names.append(name)
-            return names
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); allowed is an intact zip file without a password: zip the series again"
-        ) from error
+    with unzipping(path) as archive:
+        entries, names = archive.infolist(), []
+        total = sum(entry.file_size for entry in entries)
+        check_limit("MAISI_MAX_ZIP_MEMBERS", len(entries), f"{path} holds {len(entries)} files")
+        check_limit("MAISI_MAX_ZIP_BYTES", total, f"{path} holds {total} bytes, unpacked")
+        for name in sorted(entry.filename for entry in entries if not entry.is_dir()):
+            with archive.open(name) as file:
+                if file.read(132)[128:] == b"DICM":
+                    names.append(name)
+        return names
 
 
 def holds_dicom(path: Path) -> bool:

@@ -14,7 +14,7 @@ DEFAULTS = {
     "MAISI_MAX_CONTOUR_POINTS": 100_000,
 }
 """One DICOM file, decompressed; the members of a zip file, together, and their number; voxels of a DICOM volume or
-mask; points of one contour."""
+mask, and of whatever comes to the studio; points of one contour."""
 
 
 def limit(name: str) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -28,8 +30,9 @@ from maisi_tools.volumes.dicom_files import reading
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
 from maisi_tools.volumes.latents import checked_sidecar
+from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.nifti import read_nifti
-from maisi_tools.volumes.nrrd_file import read_nrrd
+from maisi_tools.volumes.nrrd_file import read_header, read_nrrd
 from maisi_tools.volumes.series import SeriesReader
 from maisi_tools.volumes.stored import read_whole, without_single_axes
 
@@ -75,6 +78,25 @@ def read_volume(
         sidecar = {name: value for name, value in read_sidecar(path).items() if value is not None}
         meta["sidecar"] = checked_sidecar(sidecar, values.shape[:3], affine, str(path))
     return as_volume(np.moveaxis(values, -1, 0) if kind == "latent" else values[None], affine, path, meta)
+
+
+def check_voxels(path: Path) -> None:
+    """Refuse a NIfTI or NRRD file by its header alone, as the reader of DICOM does a series.
+
+    Raises:
+        InputError: the header cannot be read, or claims more voxels than MAISI_MAX_VOXELS.
+    """
+    if path.is_dir() or is_zip(path):
+        return
+
+    def claimed() -> list[int]:
+        if path.name.lower().endswith(".nrrd"):
+            return [int(n) for n in read_header(path)[0]["sizes"]]
+        image: Any = nib.load(path)
+        return [int(n) for n in image.shape]
+
+    shape = read_whole(path, claimed)
+    check_limit("MAISI_MAX_VOXELS", math.prod(shape), f"{path} has {' x '.join(map(str, shape))} voxels")
 
 
 def as_volume(
