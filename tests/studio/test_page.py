@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -510,9 +511,9 @@ def test_a_job_put_into_the_form_asks_for_the_same(open_page, server, files) -> 
         page.evaluate(
             "id => { document.querySelector('#state').textContent = ''; location.hash = `job=${id}`; }", job["id"]
         )
-        page.wait_for_function("/Cancelled|Made|not work/.test(document.querySelector('#state').textContent)")
+        page.locator("#state", has_text=re.compile("Cancelled|Made|not work")).wait_for()
         page.click("#again")
-        page.wait_for_function("document.activeElement.name === 'kind'")
+        page.wait_for_selector("[name=kind]:focus")
         assert page.evaluate("document.querySelector('#form').elements.kind.value") == kind
         for words in said:
             assert words in page.inner_text("#form")
@@ -530,7 +531,8 @@ def test_dicom_is_offered_where_there_is_some(open_page, server, phantom) -> Non
     path = f"/v1/jobs/{phantom.job['id']}"
     edited = {**phantom.job["request"], "source": {"kind": "ct", "id": "a", "mask_id": "b", "label_map": "maisi"}}
     for told, offered in (({"dicom": True}, 1), ({"dicom": False}, 0), ({"dicom": None, "request": edited}, 0)):
-        page.route(f"**{path}", lambda route, told=told: route.fulfill(json={**phantom.job, **told}))
+        answer = {"json": {**phantom.job, **told}}
+        page.route(f"**{path}", functools.partial(lambda answer, route: route.fulfill(**answer), answer))
         page.goto("about:blank")
         page.goto(f"{server.url}/#job={phantom.job['id']}")
         done(page)
