@@ -1,13 +1,17 @@
 // The form: where the anatomy comes from, what is changed, settings; the request that they make.
 import { $, all, choices, element, fromTemplate, size, whole, words } from "./page.js";
 import { Trouble, get, options, post } from "./server.js";
-import { addEdit, apart, edits, fits, offerVerbs } from "./edits.js";
+import { addEdit, edits, fitEdits } from "./edits.js";
 import { Upload } from "./upload.js";
 import { start } from "./jobs.js";
 
 const form = $("#form");
 let uploads; // { mask, ctMask, ct }
 let drawn = null; // the last mask that was asked for: its job's id, the design behind it, and whether it is done
+
+// What the job in the form asked for and no field says: of a phantom its grid (source), settings of a mask and of a CT.
+let kept = {};
+let maskOf = null; // the job whose mask is taken, for the source "job"
 
 export const kind = () => form.elements.kind.value;
 
@@ -53,13 +57,15 @@ const drawable = () => (form.elements.weights.value === options.weights[0].name 
 function source() {
   switch (kind()) {
     case "phantom":
-      return { kind: "phantom", body: $("#body").value, preset: drawable() };
+      return { kind: "phantom", body: $("#body").value, ...(kept.source ?? { preset: drawable() }) };
     case "generator": {
       const asked = all(".organ").filter((row) => $(".ml", row).value !== "");
       return { kind: "generator", organ_sizes: Object.fromEntries(asked.map((row) => [row.dataset.organ, $(".ml", row).valueAsNumber])) };
     }
     case "upload":
       return { kind: "upload", ...uploads.mask.need() };
+    case "job":
+      return { kind: "job", id: maskOf };
     default: {
       const { id } = uploads.ct.need();
       const mask = uploads.ctMask.need();
@@ -68,8 +74,12 @@ function source() {
   }
 }
 
+const stated = (values) => Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined));
+
+export const settings = (makes) => ({ ...kept[makes], ...stated(fields(makes)) });
+
 // Those of a mask are few: on which grid it is to be is the CT's business.
-export function settings(makes) {
+function fields(makes) {
   const value = (name) => form.elements[name].value || undefined;
   const spacing = [...form.elements.spacing].map((input) => whole(input.value));
   const given = spacing.filter((mm) => mm !== undefined);
@@ -77,11 +87,11 @@ export function settings(makes) {
   const limit = value("memory_limit");
   const seed = whole(form.elements.seed.value);
   if (makes === "mask") return { seed, device: value("device") };
-  const kept = kind() === "ct"; // a CT that is edited keeps its grid
+  const edited = kind() === "ct"; // it keeps its grid
   return {
     weights: value("weights"),
-    preset: kept ? undefined : value("preset"),
-    spacing: kept || !given.length || value("preset") ? undefined : spacing,
+    preset: edited ? undefined : value("preset"),
+    spacing: edited || !given.length || value("preset") ? undefined : spacing,
     solver: value("solver"),
     num_inference_steps: whole(form.elements.num_inference_steps.value),
     guidance_scale: whole(form.elements.guidance_scale.value),
@@ -92,7 +102,7 @@ export function settings(makes) {
 }
 
 // All that decides how the mask looks.
-const design = (seed = settings("mask").seed) => JSON.stringify([source(), edits(), seed]);
+const design = (seed = settings("mask").seed) => JSON.stringify([source(), edits(), seed, kept.mask]);
 
 export function tell(trouble) {
   $("#problem").textContent = trouble ? trouble.message : "";
@@ -135,9 +145,9 @@ function offerGrids() {
     });
     $("#spacing-note").textContent = `Empty: as the anatomy has it.${ranges ? ` Known are ${ranges.map((range) => range.join(" to ")).join(", ")}.` : ""}`;
   }
-  const kept = kind() === "ct";
-  preset.disabled = kept;
-  for (const input of form.elements.spacing) input.disabled = kept || preset.value !== "";
+  const edited = kind() === "ct";
+  preset.disabled = edited;
+  for (const input of form.elements.spacing) input.disabled = edited || preset.value !== "";
 }
 
 // What follows from any change of the form.
@@ -148,11 +158,8 @@ function changed() {
   $("#draw-mask").hidden = kind() === "ct"; // an edit is of CT and mask together
   $("#no-edits").hidden = Boolean($("#edit-list li"));
   $("#weights-note").textContent = options.weights.find(({ name }) => name === form.elements.weights.value)?.note ?? "";
-  for (const row of all("#edit-list li")) {
-    const verb = $(".verb", row);
-    if (!fits(verb.value, kind())) row.remove();
-    else offerVerbs(verb, kind(), verb.value);
-  }
+  fitEdits(kind());
+  showKept();
   let same = false;
   try {
     same = Boolean(drawn?.done) && design() === drawn.design;
@@ -189,46 +196,98 @@ async function plan() {
   }
 }
 
-function fillSettings(from) {
-  for (const name of ["weights", "preset", "solver", "num_inference_steps", "guidance_scale", "seed", "device"]) {
-    if (from[name] != null) form.elements[name].value = from[name];
-  }
-  const limit = /^([\d.]+)\s*GiB$/.exec(from.memory_limit ?? "");
-  if (limit) form.elements.memory_limit.value = limit[1];
-  [...form.elements.spacing].forEach((input, axis) => (input.value = from.spacing?.[axis] ?? ""));
+// What is kept of the job in the form, in words.
+const KEPT = {
+  preset: (name) => `field of view ${name}`,
+  output_size: (n) => `${n.join(" × ")} voxels`,
+  spacing: (mm) => `voxels of ${mm.map((one) => words(one, 3)).join(" × ")} mm`,
+  memory_limit: (most) => `memory limit ${most}`,
+  num_inference_steps: (steps) => `${steps} steps`,
+};
+const keptWords = (values = {}) => Object.entries(values).map(([name, value]) => KEPT[name]?.(value) ?? `${name.replaceAll("_", " ")} ${value}`).join(", ");
+
+function showKept() {
+  const { source: grid, mask, ct } = kept;
+  $("#phantom-grid").textContent = grid ? `Drawn as in the result: ${grid.size.join(" × ")} ${KEPT.spacing(grid.spacing)}. Another field of view changes that.` : "";
+  const said = [keptWords(ct), mask && keptWords(mask) ? `for a mask alone ${keptWords(mask)}` : ""].filter(Boolean).join("; ");
+  $("#kept").hidden = !said;
+  $("#kept-words").textContent = said && `Also asked for, as in the result: ${said}.`;
 }
 
-// Fills the form from a job, as far as it goes: after a reload it is as it was.
-export async function fill(job) {
-  let { source: from, edits: asked = [] } = job.request ?? {};
-  let parent = null;
-  if (from?.kind === "job") {
-    parent = await get(`/v1/jobs/${from.id}`);
-    if (parent.request?.source?.kind === "job") return;
-    ({ source: from, edits: asked = [] } = parent.request ?? {});
+// Sets a field, empty where nothing is asked for; a choice that is not offered any more is added, for the server to refuse.
+function put(input, value = "") {
+  if (input instanceof HTMLSelectElement && ![...input.options].some((one) => one.value === String(value))) {
+    input.append(element("option", { value, textContent: value }));
   }
-  if (!from || !options.sources.includes(from.kind)) return;
-  form.elements.kind.value = from.kind;
-  const { weights, ...others } = { ...parent?.request?.settings, ...job.request.settings };
-  if (weights) form.elements.weights.value = weights;
+  input.value = value;
+  if (!input.checkValidity()) input.value = ""; // kept aside
+}
+
+function fillSettings(from) {
+  const { elements } = form;
+  const { weights, device, seed } = { ...options.defaults, ...from };
+  put(elements.weights, weights);
   offerGrids(); // first, so that its presets can be chosen
-  fillSettings(others);
+  put(elements.device, device);
+  put(elements.seed, seed ?? 0);
+  for (const name of ["preset", "solver", "num_inference_steps", "guidance_scale"]) put(elements[name], from[name] ?? "");
+  put(elements.memory_limit, /^([\d.]+)GiB$/.exec(from.memory_limit ?? "")?.[1]);
+  [...elements.spacing].forEach((input, axis) => put(input, from.spacing?.[axis]));
+  if ([...elements.spacing].some((input) => input.value === "")) for (const input of elements.spacing) input.value = "";
+}
+
+// Those that are asked for and that no field says.
+function unsaid(asked, makes) {
+  const said = stated(fields(makes));
+  const left = Object.entries(asked ?? {}).filter(([name, value]) => value != null && !(name in said));
+  return left.length ? Object.fromEntries(left) : undefined;
+}
+
+// A CT of a drawn mask comes back as the mask's design, where that says the same.
+async function behind(job) {
+  const { source: from, edits: asked, settings: set } = job.request;
+  if (from.kind !== "job" || asked?.length) return null;
+  const parent = await get(`/v1/jobs/${encodeURIComponent(from.id)}`);
+  const { makes, source: of, settings: drawnWith } = parent.request;
+  return makes === "mask" && of.kind !== "job" && parent.state === "done" && drawnWith.seed === set.seed ? parent : null;
+}
+
+// Fills the form from a job: what is not touched then asks for the same again.
+export async function fill(job) {
+  if (!job.request) return;
+  const { makes, settings: set } = job.request;
+  const parent = await behind(job);
+  const { source: from, edits: asked = [] } = (parent ?? job).request;
+  if (!options.sources.includes(from.kind)) return;
+  $("#of-earlier").hidden = $("#of-earlier input").disabled = from.kind !== "job";
+  form.elements.kind.value = from.kind;
+  kept = {};
+  // A mask's job says nothing of a CT, but for a phantom's field of view.
+  fillSettings(makes === "ct" ? set : { ...options.defaults, seed: set.seed, device: set.device, preset: from.preset });
   changed();
   if (from.kind === "phantom") {
-    $("#body").value = from.body;
-    const same = ({ size: n, spacing: mm }) => `${n} ${mm}` === `${from.size} ${from.spacing}`;
-    form.elements.preset.value = from.preset ?? presets().find(same)?.name ?? form.elements.preset.value;
+    put($("#body"), from.body);
+    if (!from.preset || from.preset !== drawable()) kept.source = stated({ preset: from.preset, size: from.size, spacing: from.spacing });
   }
-  if (from.kind === "generator") for (const row of all(".organ")) row.set(from.organ_sizes?.[row.dataset.organ] ?? "");
+  kept.ct = makes === "ct" ? unsaid(set, "ct") : undefined;
+  kept.mask = unsaid(makes === "mask" ? set : parent?.request.settings, "mask");
+  if (from.kind === "generator") {
+    const sizes = Object.fromEntries(Object.entries(from.organ_sizes ?? {}).map(([name, ml]) => [name.trim().toLowerCase(), ml]));
+    for (const row of all(".organ")) row.set(sizes[row.dataset.organ.toLowerCase()] ?? "");
+  }
   if (from.kind === "upload") await again(uploads.mask, from.id, from.label_map);
+  if (from.kind === "job") {
+    maskOf = from.id;
+    $("#mask-of").href = `#job=${encodeURIComponent(from.id)}`;
+  }
   if (from.kind === "ct") {
     await again(uploads.ct, from.id);
     await again(uploads.ctMask, from.mask_id, from.label_map);
   }
   $("#edit-list").replaceChildren();
-  for (const edit of apart(asked)) addEdit(kind(), edit);
+  for (const edit of asked) addEdit(kind(), edit);
   try {
-    const mask = parent ?? (job.makes === "mask" ? job : null);
+    const mask = parent ?? (makes === "mask" ? job : null);
     if (mask) drawn = { id: mask.id, design: design(mask.request.settings?.seed), done: mask.state === "done" };
   } catch {
     drawn = null;
@@ -252,6 +311,7 @@ async function again(upload, id, labelMap) {
     if (trouble.status !== 404) throw trouble;
   }
   await upload.use(got, labelMap);
+  if (!got) upload.refuse("The file of this result is not there any more. Choose it once more.");
 }
 
 export function buildForm() {
@@ -263,8 +323,9 @@ export function buildForm() {
   });
   $("#vocabulary").replaceChildren(...options.vocabulary.map(({ name }) => element("option", { value: name })));
   for (const radio of form.elements.kind) {
-    radio.disabled = !options.sources.includes(radio.value);
+    radio.disabled = !options.sources.includes(radio.value) || radio.value === "job"; // see fill()
     radio.parentElement.hidden = radio.disabled;
+    radio.addEventListener("input", () => (kept = {}));
   }
   const [ofMask, ofCt] = [$("[data-kind=upload]"), $("[data-kind=ct]")];
   uploads = {
@@ -274,10 +335,18 @@ export function buildForm() {
   };
   const { elements } = form;
   choices(elements.weights, options.weights.map(({ name }) => [name]));
-  choices(elements.solver, options.solvers.map((name) => [name]));
+  choices(elements.solver, [["", "as the weights have it"], ...options.solvers.map((name) => [name])]);
   choices(elements.device, options.devices.map((name) => [name]));
   fillSettings(options.defaults);
-  if (!elements.seed.value) elements.seed.value = 0;
+  elements.preset.addEventListener("input", () => {
+    const { preset, spacing, output_size, ...others } = kept.ct ?? {}; // what a field of view says
+    kept = { mask: kept.mask, ct: others };
+  });
+  $("#leave-out").addEventListener("click", () => {
+    kept = { source: kept.source };
+    changed();
+    $("#settings summary").focus();
+  });
 
   form.addEventListener("input", changed);
   form.addEventListener("change", changed);

@@ -148,9 +148,11 @@ function structure(mine, label, colour, name, ml, metric, ct) {
 function showFiles(root, job) {
   const link = (href, text, note) => element("li", {}, element("a", { href, download: "", textContent: text }), ` ${note}`);
   const ct = job.volumes.includes("ct");
+  // A CT that was edited is DICOM only where it came as DICOM; the server says so.
+  const dicom = ct && (job.dicom ?? (options.dicom !== false && job.request?.source?.kind !== "ct"));
   $(".files", root).replaceChildren(
     ...(job.files ?? []).map(({ name, bytes }) => link(path(job, "files", name), name, size(bytes))),
-    ...(ct && options.dicom !== false ? [link(path(job, "dicom.zip"), "DICOM", "series with its Segmentation, as a zip")] : []),
+    ...(dicom ? [link(path(job, "dicom.zip"), "DICOM", "series with its Segmentation, as a zip")] : []),
     ...(ct ? [link(path(job, "picture.png"), "Picture", "the three planes as a PNG")] : []),
   );
   $(".notes", root).replaceChildren(...(job.notes ?? []).map((textContent) => element("li", { textContent })));

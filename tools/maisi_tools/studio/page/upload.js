@@ -10,19 +10,26 @@ export class Upload {
     this.file = $(".file", root);
     this.file.addEventListener("change", () => this.send());
     if (kind === "mask") {
-      this.fillMaps(options.defaults.label_map ?? options.label_maps[0]);
+      this.fillMaps();
       $(".label-map", root).addEventListener("change", () => this.read());
       $(".labels", root).addEventListener("input", () => this.changed());
       $(".save-map", root).addEventListener("click", () => this.saveMap());
+      $(".map-name", root).addEventListener("input", () => this.refuseName());
     }
   }
 
-  fillMaps(chosen) {
+  fillMaps(chosen = options.label_maps[0]) {
+    if (!options.label_maps.includes(chosen)) options.label_maps.push(chosen); // saved meanwhile, by another page
     choices($(".label-map", this.root), options.label_maps.map((name) => [name]), chosen);
   }
 
   refuse(text = "") {
     $(".refused", this.root).textContent = text;
+  }
+
+  refuseName(text = "") {
+    $(".name-refused", this.root).textContent = text;
+    $(".map-name", this.root).setAttribute("aria-invalid", text !== "");
   }
 
   async send() {
@@ -57,7 +64,11 @@ export class Upload {
     $(".about", this.root).textContent = about ? about.filter(Boolean).join(", ") : "";
     $(".reading", this.root).hidden = !(got && this.kind === "mask");
     if (got && this.kind === "mask") {
-      if (labelMap ?? got.label_map) this.fillMaps(labelMap ?? got.label_map);
+      this.fillMaps(labelMap ?? got.label_map ?? undefined); // not the one of the mask before: its numbers are others
+      $(".labels", this.root).replaceChildren();
+      $(".map-name", this.root).value = "mine";
+      $(".by-hand", this.root).hidden = true;
+      this.refuseName();
       await this.read();
     }
     this.root.dispatchEvent(new Event("change", { bubbles: true })); // the form listens
@@ -103,7 +114,19 @@ export class Upload {
     $(".unknown", this.root).textContent = unknown
       ? `${unknown} label${unknown > 1 ? "s are" : " is"} unknown in this reading. Write the structure beside it, or leave it empty to drop it.`
       : "Each structure can be changed.";
-    $(".by-hand", this.root).hidden = !this.unsaved();
+    const byHand = $(".by-hand", this.root);
+    if (byHand.hidden && this.unsaved()) this.proposeName();
+    byHand.hidden = !this.unsaved();
+  }
+
+  // A name that no reading has: "mine", or else "mine 2".
+  proposeName() {
+    const name = $(".map-name", this.root);
+    const stem = name.value.trim().replace(/ \d+$/, "") || "mine";
+    let free = name.value.trim() || stem;
+    for (let count = 2; options.label_maps.includes(free); count++) free = `${stem} ${count}`;
+    name.value = free;
+    name.setAttribute("aria-invalid", "false");
   }
 
   unsaved() {
@@ -118,6 +141,8 @@ export class Upload {
       return;
     }
     const name = $(".map-name", this.root).value.trim();
+    this.refuse();
+    this.refuseName();
     const labels = Object.fromEntries(this.inputs().map((input) => [input.dataset.label, input.value || null]));
     try {
       const saved = await post("/v1/label_maps", { name, labels });
@@ -133,7 +158,13 @@ export class Upload {
       $(".label-map", this.root).focus();
       this.root.dispatchEvent(new Event("change", { bubbles: true }));
     } catch (trouble) {
-      this.refuse(trouble.message);
+      this.refuseName(trouble.message);
+      if (trouble.status === 409) { // another reading has this name
+        if (!options.label_maps.includes(name)) options.label_maps.push(name);
+        this.proposeName();
+      }
+      $(".map-name", this.root).focus();
+      $(".map-name", this.root).select();
     }
   }
 
