@@ -72,7 +72,7 @@ def test_a_generated_mr_is_clipped_below_alone(bundles, run_bundle, tmp_path):
     assert sample.min() == 0 and sample.max() > 100
 
 
-def test_a_mask_becomes_an_mr(cause, run_bundle, mask_file, tmp_path):
+def test_a_mask_becomes_an_mr(cause, run_bundle, ct_file, mask_file, tmp_path):
     """Of a ControlNet for MR, which the small weights stand for: no HU, no organs judged by them, no upper end."""
     known = {"modality": "mri_t1", "trained_modalities": ["mri_t1"], "num_inference_steps": 1, "progress": False}
     common = {"input": str(mask_file), **known}
@@ -89,8 +89,9 @@ def test_a_mask_becomes_an_mr(cause, run_bundle, mask_file, tmp_path):
     assert sidecar["draws"]["tried"][0]["implausible"] == {}
 
     judge = {"judge": "$lambda hu, mask: {}", "inferer#judge": "@judge"}
-    for config, further in ((["inference.json"], judge), (["inference.json", "dicom.json"], {}), (EDIT, {})):
+    scan = {"input": str(ct_file), "mask": str(mask_file), "edits": {"redraw": "spinal cord"}}
+    for config, further in ((["inference.json"], judge), (["inference.json", "dicom.json"], {}), (EDIT, scan)):
         with pytest.raises(Exception) as raised:
-            run_bundle("maisi_controlnet", config, output_dir=str(tmp_path / "no"), **common, **further)
+            run_bundle("maisi_controlnet", config, **{**common, **further, "output_dir": str(tmp_path / "no")})
         assert "'mri_t1'" in str(cause(raised.value)) and "allowed is CT" in str(cause(raised.value))
     assert not list(tmp_path.glob("no/*"))

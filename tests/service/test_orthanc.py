@@ -111,7 +111,7 @@ def setup(listen, free_port, tmp_path):
         }
         if "query" in changes:
             changes["query"]["port"] = orthanc.dicom
-        return orthanc, listen(orthanc.dicom, **{**common, **changes})
+        return orthanc, listen(orthanc.dicom, real=True, **{**common, **changes})
 
     yield start
     for orthanc in started:
@@ -162,7 +162,7 @@ def test_an_archive_is_asked_by_dicomweb(listen, real_study, free_port, repo_roo
             if path.name != "SEG.dcm":
                 orthanc.rest("/instances", path.read_bytes())
         from_web = {"poll": web, "listen": None, "chains": [{"when": "RTSTRUCT", "steps": [step]}]}
-        listener = listen(orthanc.dicom, **from_web)
+        listener = listen(orthanc.dicom, real=True, **from_web)
         listener.wait(lambda: listener.health().get("done") == 1, 180)
         assert len(orthanc.studies()) == 2
         time.sleep(6)  # the result, a structure set among it, is not done once more
