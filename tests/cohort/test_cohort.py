@@ -212,8 +212,8 @@ def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from maisi_tools.cohort.run import _alone
-with _alone(Path(sys.argv[1])):
+from maisi_tools.files import held
+with held(Path(sys.argv[1]), "taken"):
     print(os.getpid(), flush=True)
     time.sleep(600)
 """

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maisi_tools.errors import InputError
+
 LENGTH = 32
 """Hexadecimal digits of a fingerprint: 128 bits of the SHA-256, so that two contents never share one by chance."""
 
@@ -58,6 +60,32 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
 def is_part(path: Path) -> bool:
     """Whether a file has the name of a temporary one of :func:`replacing`, as a killed process leaves them."""
     return re.match(r"\.\d+-\d+-", path.name) is not None
+
+
+LOCK = ".lock"
+"""In a folder that :func:`held` holds."""
+
+
+@contextmanager
+def held(folder: Path, words: str) -> Iterator[None]:
+    """Hold a folder, made if missing; the operating system frees it when the process ends, however it ends.
+
+    Args:
+        folder: that one process at a time may work in.
+        words: what is said where another one does.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    import fcntl  # of Unix
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(words) from None
+        yield
 
 
 def sync(path: Path) -> None:

@@ -135,10 +135,17 @@ def check_seed(seed: Any) -> None:
         raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
 
 
+def need_extra(extra: str, *modules: str) -> None:
+    """Refuse to go on without an extra of the package, which is there where its modules are."""
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise InputError(
+            f"this command needs the extra {extra!r}; install it with: pip install 'maisi-bundles[{extra}]'."
+        )
+
+
 def need_dicom() -> None:
     """Refuse to go on without the extra 'dicom'."""
-    if importlib.util.find_spec("highdicom") is None:
-        raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
+    need_extra("dicom", "highdicom")
 
 
 def nifti_path(output: Any) -> Path:

@@ -5,10 +5,9 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-from maisi_tools.cli.options import bundles_folder, listed, need_dicom
+from maisi_tools.cli.options import bundles_folder, listed, need_extra
 from maisi_tools.errors import InputError
 
 
@@ -18,9 +17,7 @@ def listen(settings: str) -> None:
     Args:
         settings: YAML file.
     """
-    need_dicom()
-    if importlib.util.find_spec("pynetdicom") is None:
-        raise InputError("this command needs the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'.")
+    need_extra("dicom", "highdicom", "pynetdicom")
 
     import logging
     import os
@@ -83,8 +80,7 @@ def studio(
         open: whether to open the page in a browser.
         bundles: folder with the bundles; by default the one of the checkout you are in.
     """
-    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise InputError("this command needs the extra 'studio'; install it with: pip install 'maisi-bundles[studio]'.")
+    need_extra("studio", "fastapi", "uvicorn")
 
     import os
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
-from maisi_tools.files import sha256, write_csv, write_json
+from maisi_tools.files import LOCK, held, sha256, write_csv, write_json
 from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain, check_stage_settings
 
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 SPEC = "cohort.json"
 MANIFEST = "manifest.csv"
-LOCK = ".lock"
 ENGINES = ("process", "ray")
 
 
@@ -86,7 +84,8 @@ def make_cohort(
         assert opened is not None
         seen = {**chosen, "weights": opened.segmenter.fingerprint, "ids": opened.segmenter.label_map.ids}
     rank, ranks = idist.get_rank(), idist.get_world_size()
-    with _alone(folder) if rank == 0 else contextlib.nullcontext():
+    taken = f"another run makes the cohort in {folder}; wait for its end, or give another folder"
+    with held(folder, taken) if rank == 0 else contextlib.nullcontext():
         if rank == 0:
             _claim(spec, folder, bundles, seen)
         idist.barrier()
@@ -188,24 +187,6 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
 
 def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
     return ConfigParser.load_config_files(config_files(bundles / bundle, names))
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the cohort's folder for this run. The operating system frees it when the process ends, however it ends.
-
-    Raises:
-        InputError: another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run makes the cohort in {folder}; wait for its end, or give another folder"
-            ) from None
-        yield
 
 
 def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, Any]) -> None:

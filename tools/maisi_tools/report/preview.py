@@ -103,6 +103,11 @@ def label_colour(label: int) -> np.ndarray:
     return hsv_to_rgb((label * 0.618034 % 1.0, (1.0, 0.65)[label % 2], 1.0))
 
 
+def page_colour(label: int) -> list[int]:
+    """:func:`label_colour` as pages have it: RGB, 0 to 255."""
+    return [int(round(255 * part)) for part in label_colour(label)]
+
+
 def load_image(path: str | Path, role: str) -> nib.Nifti1Image:
     """Read a NIfTI file with one volume (X, Y, Z), turned to RAS.
 

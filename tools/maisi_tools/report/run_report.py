@@ -23,7 +23,7 @@ from maisi_tools.files import replacing
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
-from maisi_tools.report.preview import centre_of, label_colour, load_image, load_labels, plane
+from maisi_tools.report.preview import centre_of, load_image, load_labels, page_colour, plane
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.patching import read_stored
 from maisi_tools.volumes.reading import sidecar_path
@@ -211,7 +211,7 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
         "centre": centre_of(hu, labels),
     }
     if labels is not None:
-        shown["labels"] = {int(label): [_colour(int(label)), _name(int(label))] for label in np.unique(labels) if label}
+        shown["labels"] = viewer_labels(labels)
     size, spacing = (" x ".join(f"{value:g}" for value in values) for values in (case.hu.shape, case.spacing))
     thinned = f", every {step}. voxel along each axis shown" if step > 1 else ""
     parts = [
@@ -355,10 +355,15 @@ def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{lines}</table>"
 
 
+def viewer_labels(labels: np.ndarray) -> dict[int, list[Any]]:
+    """Label -> [RGB or None, name] of all in a mask, as ``viewer.js`` takes them."""
+    return {int(label): [_colour(int(label)), _name(int(label))] for label in np.unique(labels) if label}
+
+
 def _name(label: int) -> str:
     return display_name(label) if label in VOCABULARY else f"label {label}"
 
 
 def _colour(label: int) -> list[int] | None:
     """RGB, 0 to 255; None for the body, which would cover everything."""
-    return None if label == BODY else [int(round(255 * part)) for part in label_colour(label)]
+    return None if label == BODY else page_colour(label)

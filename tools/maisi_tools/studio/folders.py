@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import held
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors after which another disk, or room on it, helps."""
-
-LOCK = ".lock"
 
 JOB = "job.json"
 """In a job's folder: its request and what has become of it."""
@@ -81,22 +78,11 @@ class Folders:
         """
         return self.root / "label_maps" / f"{_checked(_NAME, name, 'label map')}.json"
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder; the operating system frees it when the process ends, however it ends.
-
-        Raises:
-            InputError: another studio holds it.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / LOCK, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another studio runs in {self.root}; use its page, stop it, or give another --output_dir"
-                ) from None
-            yield
+    def held(self) -> AbstractContextManager[None]:
+        """Hold the folder, see :func:`~maisi_tools.files.held`."""
+        return held(
+            self.root, f"another studio runs in {self.root}; use its page, stop it, or give another --output_dir"
+        )
 
 
 def _checked(pattern: re.Pattern[str], text: Any, what: str) -> str:

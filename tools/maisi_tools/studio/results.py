@@ -14,9 +14,8 @@ from monai.transforms import Orientation
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
-from maisi_tools.masks.codes import display_name
-from maisi_tools.masks.vocabulary import BODY
-from maisi_tools.report.preview import label_colour, load_image, preview
+from maisi_tools.report.preview import load_image, preview
+from maisi_tools.report.run_report import viewer_labels
 from maisi_tools.studio.folders import JOB
 from maisi_tools.volumes.reading import check_voxels, read_volume
 
@@ -45,15 +44,8 @@ def raw(path: Path, what: str) -> tuple[dict[str, Any], bytes]:
         "labels": {},
     }
     if what == "mask":
-        shown["labels"] = {
-            int(label): [_colour(int(label)), display_name(int(label))] for label in np.unique(values) if label
-        }
+        shown["labels"] = viewer_labels(values)
     return shown, gzip.compress(values.astype(kind).tobytes(order="F"), 1, mtime=0)
-
-
-def _colour(label: int) -> list[int] | None:
-    """RGB, 0 to 255; None for the body, which would cover everything."""
-    return None if label == BODY else [round(255 * float(part)) for part in label_colour(label)]
 
 
 def files_of(folder: Path) -> list[Path]:

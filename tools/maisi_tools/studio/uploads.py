@@ -17,7 +17,7 @@ from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import VOCABULARY
-from maisi_tools.report.preview import label_colour
+from maisi_tools.report.preview import page_colour
 from maisi_tools.studio.catalogue import structure
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, unzipping, zipped_dicom
 from maisi_tools.volumes.limits import check_limit
@@ -142,7 +142,7 @@ def _labels_of(values: np.ndarray) -> list[dict[str, Any]]:
     if len(found) > LABELS:
         raise InputError(f"the mask has {len(found)} different values; allowed are {LABELS} labels: is it a picture?")
     return [
-        {"value": int(value), "voxels": int(count), "colour": _colour(int(value))}
+        {"value": int(value), "voxels": int(count), "colour": page_colour(int(value))}
         for value, count in zip(found, counts, strict=True)
     ]
 
@@ -177,7 +177,3 @@ def _unpacked(path: Path, folder: Path) -> Path:
             with archive.open(entry) as packed, open(folder / Path(entry.filename).name, "xb") as file:
                 shutil.copyfileobj(packed, file)
     return folder
-
-
-def _colour(label: int) -> list[int]:
-    return [round(255 * float(part)) for part in label_colour(label)]
