@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +22,8 @@ from hunt import DIFFERENT, EQUAL, INPUTS, OPERATIONS, RAW, REFUSED, SETTINGS, a
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.tsp.plan import Plan
+from maisi_tools.tsp.whole import Whole
 
 EXAMPLES = int(os.environ.get("TSP_HUNT", "200"))
 
@@ -307,6 +310,43 @@ def test_a_network_that_counts_its_calls_is_called_once():
     volume, network, inferer = torch.ones(1, 1, 4, 4, 4), Counting().eval(), TSPInferer()
     for call in (1, 2, 3):
         assert inferer(volume, network).unique().tolist() == [call] and network.calls == call
+
+
+@pytest.mark.parametrize("kind", ["a tensor", "a view", "a table of numpy", "a sparse tensor"])
+def test_a_network_that_writes_into_what_stays_is_called_once(kind):
+    table = np.ones(1, np.float32)
+    tensor = torch.ones(2)
+    sparse = torch.ones(1).to_sparse()
+    kept = {
+        "a tensor": lambda: tensor,
+        "a view": lambda: tensor[:1],
+        "a table of numpy": lambda: torch.from_numpy(table),
+        "a sparse tensor": lambda: sparse,
+    }[kind]
+    if kind == "a tensor":
+        tensor = tensor[0].clone()
+
+    def network(x):
+        kept().mul_(2)
+        return x * (kept().to_dense() if kind == "a sparse tensor" else kept())
+
+    volume, inferer = torch.ones(1, 1, 4, 4, 4), TSPInferer()
+    for call in (1, 2, 3):
+        assert inferer(volume, network).unique().tolist() == [2**call]
+        assert isinstance(inferer.report.plan, Plan)
+
+
+def test_what_a_network_writes_into_and_lets_go_keeps_it_from_nothing():
+    """As MONAI's U-Net adds the embedding of the modality to that of the timestep, in place."""
+
+    def network(x):
+        embedding = torch.ones(1)
+        embedding += 1
+        return x * functional.relu(embedding)
+
+    inferer = TSPInferer()
+    assert inferer(torch.ones(1, 1, 4, 4, 4), network).unique().tolist() == [2]
+    assert isinstance(inferer.report.plan, Whole)
 
 
 # --- branches that no test reached -----------------------------------------------------------------------------------

@@ -64,6 +64,21 @@ def test_without_a_limit_a_small_network_runs_whole_and_the_report_says_so(netwo
     assert inferer.plan(volume, network) == inferer.report.plan
 
 
+def test_maisis_networks_run_whole(tiny_autoencoder, tiny_unet, tiny_controlled):
+    inferer, latent, mask = TSPInferer(), torch.randn(1, 4, 8, 8, 8), torch.zeros(1, 1, 32, 32, 32)
+    conditions = {"timesteps": torch.tensor([500.0]), "class_labels": torch.tensor([1])}
+    controlled = {"embedding": tiny_controlled.embed(mask), **conditions}
+    for network, inputs, others in (
+        (tiny_autoencoder.encode, mask, {}),
+        (tiny_autoencoder.decode, latent, {}),
+        (tiny_unet, latent, conditions),
+        (tiny_controlled.embed, mask, {}),
+        (tiny_controlled.denoise, latent, controlled),
+    ):
+        inferer(inputs, network, **others)
+        assert isinstance(inferer.report.plan, Whole), network
+
+
 @pytest.mark.parametrize(
     "given",
     [{"splits": 1}, {"splits": 3}, {"devices": ["cpu", "cpu"]}, {"dtype": torch.float64}, {"devices": ["meta"]}],

@@ -172,7 +172,7 @@ class Call:
                 reached.update(order_of([node]))
         self.recorder.close()
         watch = self.recorder.watch
-        self.touched = before is None or watch.drew or watch.wrote or before.changed()
+        self.touched = before is None or watch.drew or watch.left_a_trace() or before.changed()
 
     def _shadow(self, leaf: Tensor | _Elsewhere) -> Shadow:
         shadows = self.recorder.shadows

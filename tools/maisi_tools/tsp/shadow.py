@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maisi_tools.tsp.nodes import storage_of
@@ -94,14 +95,15 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         drew: random numbers were drawn.
-        wrote: something was written into.
         paused: look away.
     """
 
     def __init__(self, written: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.written = written
-        self.drew = self.wrote = self.paused = False
+        self.drew = self.paused = False
+        self._foreign = False
+        self._written: list[StorageWeakRef] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -114,9 +116,21 @@ class Watch(TorchDispatchMode):
             for place, name in _writes(func):
                 for tensor in leaves_of(args[place] if place < len(args) else kwargs.get(name)):
                     if isinstance(tensor, Tensor):
-                        self.wrote = True
+                        self._note(tensor)
                         self.written(tensor)
         return func(*args, **kwargs)
+
+    def left_a_trace(self) -> bool:
+        """Whether something was written into that is still there; what a call made for itself, and let go, is not."""
+        return self._foreign or any(not memory.expired() for memory in self._written)
+
+    def _note(self, tensor: Tensor) -> None:
+        try:
+            memory = tensor.untyped_storage()
+            self._foreign |= not memory.resizable()  # numpy's or a file's, which lives on without a tensor
+            self._written.append(StorageWeakRef(memory))
+        except NotImplementedError:  # a sparse tensor has none
+            self._foreign = True
 
 
 _WRITES: dict[Any, list[tuple[int, str]]] = {}
