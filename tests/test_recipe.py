@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_tools.files import sha256
 from maisi_tools.masks.phantom import make_phantom
+
+SHIPPED = {
+    "autoencoder": "bundles/maisi_vae/models/model.pt",
+    "controlnet": "bundles/maisi_controlnet/models/model.pt",
+    "judge": "evaluation/segmentation/models/model.pt",
+}
 
 CLASSES = {1: 2, 2: 121, 3: 11, 4: 16}
 """Labels of OpenKBP and what they are in the vocabulary."""
@@ -116,6 +123,11 @@ def test_cards_say_what_was_measured(python, repo_root, tmp_path):
     for name in names:
         assert (tmp_path / name).read_text() == (repo_root / name).read_text()
     figures = json.loads((repo_root / "docs" / "measured.json").read_text())
+    assert figures["weights"] == {name: sha256(repo_root / path) for name, path in SHIPPED.items()}
+    settings = json.loads((repo_root / "bundles/maisi_controlnet/configs/inference.json").read_text())
+    shown = settings["displayable_configs"]
+    assert figures["sampling"] == {name: shown.get(name, settings[name]) for name in figures["sampling"]}
+    assert {"solver", "num_inference_steps", "guidance_scale", "guided_conditions"} <= figures["sampling"].keys()
     card = (repo_root / names[0]).read_text()
     assert f"| PSNR inside the body, dB | {figures['vae']['psnr_body']['mean']:.2f} |" in card
 

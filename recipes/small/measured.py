@@ -13,6 +13,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from monai.bundle import ConfigParser
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing, sha256, write_json
@@ -21,6 +22,17 @@ from maisi_tools.volumes.inputs import stem_of
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ship import place, write_licences  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SAMPLING = (
+    "solver",
+    "num_inference_steps",
+    "guidance_scale",
+    "guidance_interval",
+    "guided_conditions",
+    "control_scale",
+)
 
 BONE, AIRWAY = 120, 132
 """Labels of completed masks."""
@@ -93,29 +105,37 @@ def _last(runs: Path) -> Path:
 
 
 def is_measured(runs: Path) -> bool:
-    """Whether `measured.json` has the figures of the weights that are there."""
-    path = runs / "measured.json"
-    return path.is_file() and json.loads(path.read_text())["weights"] == hashes(runs)
+    """Whether `measured.json` has the figures of the weights that are there, drawn as the bundle draws now."""
+    path, these = runs / "measured.json", makers(runs)
+    return path.is_file() and {key: json.loads(path.read_text()).get(key) for key in these} == these
 
 
-def hashes(runs: Path) -> dict[str, str]:
-    """SHA-256 of each of :func:`files_of`."""
-    return {name: sha256(path) for name, path in files_of(runs).items()}
+def makers(runs: Path) -> dict[str, dict[str, Any]]:
+    """What figures depend on: `weights`, the SHA-256 of each of :func:`files_of`, and `sampling`."""
+    return {"weights": {name: sha256(path) for name, path in files_of(runs).items()}, "sampling": sampling()}
 
 
-def check_weights(runs: Path, stage: str) -> None:
-    """Refuse a stage's folder that other weights made; a new one is marked with these.
+def sampling() -> dict[str, Any]:
+    """How the bundle draws a CT: the settings of its inference.json."""
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "bundles" / "maisi_controlnet" / "configs" / "inference.json"))
+    return {name: parser.get_parsed_content(name) for name in SAMPLING}
+
+
+def check_makers(runs: Path, stage: str) -> None:
+    """Refuse a stage's folder that other weights or settings made; a new one is marked with these.
 
     Raises:
-        InputError: other weights.
+        InputError: others.
     """
-    path, these = runs / stage / "weights.json", hashes(runs)
+    path, these = runs / stage / "made_by.json", makers(runs)
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         write_json(path, these)
-    elif json.loads(path.read_text()) != these:
+    elif (found := json.loads(path.read_text())) != these:
+        other = " and ".join(key for key in these if found.get(key) != these[key])
         raise InputError(
-            f"{path.parent} was made by other weights than {runs} has now; delete it, or give another --out"
+            f"{path.parent} was made with other {other} than there is now; delete it, or give another --out"
         )
 
 
@@ -136,11 +156,11 @@ def publish(runs: Path, root: Path) -> None:
         shutil.copyfile(files["judge"], part)
     write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
     if (runs / "editing" / "table.md").is_file():
-        check_weights(runs, "editing")
+        check_makers(runs, "editing")
         table = (runs / "editing" / "table.md").read_text().strip().splitlines()
         write_json(root / "docs" / "editing.json", {"table": table})
     if (runs / "downstream" / "arms" / "downstream.json").is_file():
-        check_weights(runs, "downstream")
+        check_makers(runs, "downstream")
         write_json(root / "docs" / "downstream.json", gather_downstream(runs / "downstream" / "arms"))
     write_licences(root)
     write_cards(root)

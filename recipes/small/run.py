@@ -38,7 +38,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import check_weights, files_of, gather, hashes, is_measured, publish, unet_of
+from measured import check_makers, files_of, gather, is_measured, makers, publish, unet_of
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -188,12 +188,12 @@ class Run:
         }
         run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json,evaluate.json", [], settings | self.inference)
         figures = gather(folder, kept_out)
-        write_json(self.out / "measured.json", {"weights": hashes(self.out), **figures})
+        write_json(self.out / "measured.json", {**makers(self.out), **figures})
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""
         files, folder = files_of(self.out), self.out / "editing"
-        check_weights(self.out, "editing")
+        check_makers(self.out, "editing")
         if (folder / "table.md").is_file():
             return
         plan = {"count": 100} | self.changes.get("editing", {})
@@ -213,7 +213,7 @@ class Run:
         """Make CTs of masks of training patients, and measure what they are worth to a segmentation network."""
         files, folder = files_of(self.out), self.out / "downstream"
         plan = json.loads((HERE / "downstream.json").read_text()) | self.changes.get("downstream", {})
-        check_weights(self.out, "downstream")
+        check_makers(self.out, "downstream")
         patients = json.loads((self.out / "datalist.json").read_text())["training"]
         if len(patients) < plan["count"]:
             raise InputError(

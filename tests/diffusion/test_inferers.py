@@ -380,10 +380,41 @@ def test_guidance_by_lesions_without_one_is_none(steering, decoder, caplog):
         caplog.clear()
 
 
-def test_stage_2_has_no_lesions_to_guide_by(decoder):
-    with pytest.raises(InputError, match="guided_conditions has lesions; allowed is a list of top_region"):
-        sampler(decoder, guidance_scale=2.0, guided_conditions=["lesions"])
-    with pytest.raises(InputError, match="allowed is a list of .*class_labels, lesions"):
+def test_guidance_by_the_mask_is_the_difference_to_the_unet_alone(steering, tiny_autoencoder, decoder):
+    mask = mask_of()
+    settings = {"control_scale": 0.6, "guidance_scale": 2.5, "guided_conditions": ["mask"]}
+    ct = mask_to_ct(decoder, seed=4, **settings)(mask, steering)
+    given = {
+        "top_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),
+        "bottom_region_index_tensor": torch.tensor([[10.0, 0, 0, 0]]),
+        "spacing_tensor": torch.tensor([[10.0, 20, 30]]),
+        "class_labels": torch.tensor([1]),
+    }
+    latent = torch.randn(4, 4, 6, 2, generator=torch.Generator().manual_seed(4))[None]
+    plain = mask.as_tensor()
+    with torch.no_grad():
+        for time in TIMES:
+            steered = steering(plain, latent, torch.tensor([time]), conditioning_scale=0.6, **given)
+            alone = steering.unet(latent, torch.tensor([time]), **given)
+            assert not torch.equal(steered, alone)
+            latent = latent + (alone + 2.5 * (steered - alone)) / STEPS
+        expected = tiny_autoencoder.decode(latent / 0.8)
+    torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected), atol=2e-5, rtol=1e-4)
+
+
+def test_guidance_by_the_mask_has_its_lesions(decoder):
+    with pytest.raises(InputError, match="guided_conditions has mask and lesions; allowed is one of them"):
+        mask_to_ct(decoder, guidance_scale=2.0, guided_conditions=["lesions", "mask"])
+
+
+@pytest.mark.parametrize("of_mask", ["lesions", "mask"])
+def test_stage_2_has_no_mask_to_guide_by(decoder, of_mask):
+    with pytest.raises(InputError, match=f"guided_conditions has {of_mask}; allowed is a list of top_region"):
+        sampler(decoder, guidance_scale=2.0, guided_conditions=[of_mask])
+
+
+def test_what_guides_is_known_and_in_a_list(decoder):
+    with pytest.raises(InputError, match="allowed is a list of .*class_labels, mask, lesions"):
         mask_to_ct(decoder, guidance_scale=2.0, guided_conditions=["tumors"])
     with pytest.raises(InputError, match="guided_conditions has lesions"):
         mask_to_ct(decoder, guidance_scale=2.0, guided_conditions="lesions")

@@ -55,6 +55,9 @@ CONDITIONS = ("top_region_index_tensor", "bottom_region_index_tensor", "spacing_
 LESIONS = "lesions"
 """For guidance, the lesions of a mask: the unconditional pass sees them replaced by what is around them."""
 
+MASK = "mask"
+"""For guidance, the mask as a whole: the unconditional pass is the U-Net without its ControlNet."""
+
 
 def modality_code(modality: str | int) -> int:
     """The U-Net's class label for a modality name or code.
@@ -242,6 +245,8 @@ def check_guidance(
             f"guidance_scale is {guidance_scale}, but these weights were trained without dropping conditions and know "
             "no unconditional pass; allowed is 0"
         )
+    if {MASK, LESIONS} <= set(guided_conditions):
+        raise InputError("guided_conditions has mask and lesions; allowed is one of them: a mask's lesions go with it")
     return tuple(guided_conditions)
 
 

@@ -17,6 +17,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.diffusion.autoencoder import LatentDecoder
 from maisi_tools.diffusion.conditions import (
     LESIONS,
+    MASK,
     Conditions,
     batch_tensors,
     check_guidance,
@@ -148,8 +149,9 @@ class MaskToCT(Inferer):
     Args:
         decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
         guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise. ``guided_conditions`` may have
-            "lesions": the unconditional pass sees the mask with its lesions replaced by what is around them, so that
-            they stand out more the larger the scale. Without a lesion that the weights know, it guides nothing.
+            "mask": the unconditional pass is the U-Net's alone, without the ControlNet; or "lesions": it sees the mask
+            with its lesions replaced by what is around them, so that they stand out more the larger the scale. Without
+            a lesion that the weights know, these guide nothing.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this: the factor, times 2 for each further level of the U-Net.
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -200,7 +202,7 @@ class MaskToCT(Inferer):
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
-        self.guided_conditions = check_guidance(guidance_scale, guided_conditions, (LESIONS,))
+        self.guided_conditions = check_guidance(guidance_scale, guided_conditions, (MASK, LESIONS))
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
         self.progress = progress
@@ -250,9 +252,15 @@ class MaskToCT(Inferer):
             elif self.guided_conditions == (LESIONS,):
                 logger.warning("there is no lesion in the mask that these weights know: nothing is guided")
                 scale = 0.0
+
+        def unguided(x: Tensor, t: Tensor) -> Tensor:
+            if MASK in self.guided_conditions:
+                return self.inferer(x, network.unet, t, **without)
+            return self.inferer(x, network.denoise, other, t, self.control_scale, **without)
+
         denoiser = guided(
             lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
-            lambda x, t: self.inferer(x, network.denoise, other, t, self.control_scale, **without),
+            unguided,
             scale,
             self.guidance_interval,
             self.scheduler.num_train_timesteps,
