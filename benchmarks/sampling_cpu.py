@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Variant:
         solver: of the bundle; None runs MONAI's classes.
         windows: MONAI's decoder runs in windows.
         limited: the bundle runs under a memory limit.
+        guided: the bundle's guidance is on; MONAI's classes have none.
         once: it takes far longer than the others, so it is measured in the first round alone.
         time: the part of MONAI's time that it may take.
         apart: HU that no voxel may be further from MONAI's.
@@ -48,6 +49,7 @@ class Variant:
     solver: str | None = None
     windows: bool = False
     limited: bool = False
+    guided: bool = False
     once: bool = False
     time: float | None = None
     apart: float | None = None
@@ -75,7 +77,8 @@ def variants(shorter: int = 1) -> list[Variant]:
     return [
         Variant(f"MONAI, euler {euler}", euler),
         Variant(f"MONAI, euler {euler}, windows", euler, windows=True, once=True),
-        Variant(f"bundle, as shipped: {solver} {few}", few, solver, time=0.15),
+        Variant(f"bundle, as shipped: {solver} {few}, guided", few, solver, guided=True),
+        Variant(f"bundle, {solver} {few}", few, solver, time=0.15),
         Variant(f"bundle, euler {euler}", euler, "euler", time=0.40, apart=1.0),
         Variant(f"bundle, euler {euler}, limit", euler, "euler", limited=True),
     ]
@@ -90,10 +93,10 @@ def measure(setup: SetUp, variant: Variant, limit: int, reference: str) -> Figur
     if variant.solver is None:
         way = mask_to_ct.monais(setup, steps=variant.steps, windows=_windows if variant.windows else None)
     else:
-        memory_limit = limit if variant.limited else None
-        way = mask_to_ct.ours(
-            setup, solver=variant.solver, num_inference_steps=variant.steps, memory_limit=memory_limit
-        )
+        settings: dict[str, Any] = {"solver": variant.solver, "num_inference_steps": variant.steps}
+        settings |= {"memory_limit": limit if variant.limited else None}
+        settings |= {} if variant.guided else {"guidance_scale": 0.0}
+        way = mask_to_ct.ours(setup, **settings)
     loaded = time.perf_counter()
     ct = way(mask)
     done = time.perf_counter()
@@ -127,11 +130,12 @@ def compare(options: argparse.Namespace) -> list[str]:
     progress = parts.Progress()
     fresh = not options.quick  # a quick run only shows that everything works, so its processes are forked
     reference, *others = variants(10 if options.quick else 1)
-    chosen = [reference, *parts.chosen(others, options.only)]
-    lines = [f"- memory reading: {parts.check_memory_reading(fresh)}", parts.rounds_line(chosen, options.rounds)]
+    every = [reference, *parts.chosen(others, options.only)]
+    lines = [f"- memory reading: {parts.check_memory_reading(fresh)}", parts.rounds_line(every, options.rounds)]
     run = {"fresh": fresh, "threads": options.threads}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(options.networks.split(",")):
+            chosen = [one for one in every if name == "small" or not one.guided]  # as the released ones are shipped
             setup = parts.in_own_process(_set_up, name, folder, options.quick, **run)
             planned, limit = parts.in_own_process(choose_limit, setup, **run)
             file = str(Path(folder) / f"reference{number}.npy")
