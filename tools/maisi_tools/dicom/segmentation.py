@@ -27,6 +27,7 @@ from maisi_tools.masks.codes import (
     label_of_code,
     label_of_name,
 )
+    side_of_codes,
 from maisi_tools.masks.vocabulary import VOCABULARY
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.series import MAX_EXTENT_MM
@@ -37,8 +38,6 @@ SNOMED_RT = ("SRT", "SNM3", "99SDM")
 """Schemes of the codes that SNOMED CT replaced (DICOM PS3.16 section 8.1)."""
 
 SNOMED_OF_RT: Mapping[str, str] = mapping["SRT"]
-
-_SIDE_OF_CODE = {code: side for side, (code, _) in SIDES.items()}
 
 
 def label_color(label: int) -> tuple[int, int, int]:
@@ -164,8 +163,7 @@ def _coded(item: Dataset) -> tuple[str, str]:
 
 
 def _side(item: Dataset, keyword: str) -> str:
-    values = [_coded(modifier)[1] for modifier in item.get(keyword) or ()]
-    return next((_SIDE_OF_CODE[value] for value in values if value in _SIDE_OF_CODE), "")
+    return side_of_codes(_coded(modifier)[1] for modifier in item.get(keyword) or ())
 
 
 def _description(number: int, label: int) -> SegmentDescription:
