@@ -92,6 +92,24 @@ def test_fractional_segments_count_from_one_half(slices, tmp_path):
     assert np.count_nonzero(found) == liver.sum()
 
 
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_segments_on_a_tilted_series(slices, studies, tmp_path, kind):
+    """Frames that form no volume of right angles land on the series' slices, whatever the type."""
+    liver, kidney, _ = blocks()
+    for number, ds in enumerate(slices):
+        ds.ImagePositionPatient = (np.asarray(ds.ImagePositionPatient, float) + np.array([0, 1.3, 0]) * number).tolist()
+        (tmp_path / "CT").mkdir(exist_ok=True)
+        ds.save_as(tmp_path / "CT" / f"{number}.dcm")
+    parts = [("x", codes.SCT.Liver, liver), ("y", codes.SCT.Spleen, kidney * (1 - liver))]
+    if kind == "FRACTIONAL":
+        parts = [(name, code, part * 0.8) for name, code, part in parts]
+    foreign_segmentation(slices[::-1], [(n, c, p[::-1]) for n, c, p in parts], segmentation_type=kind).save_as(
+        tmp_path / "seg.dcm"
+    )
+    found = read_mask(tmp_path / "seg.dcm", tmp_path / "CT")[0].numpy()
+    assert np.array_equal(found, np.where(liver, 1, 3 * kidney).T)
+
+
 def test_segments_on_a_part_of_the_series(slices, studies, tmp_path):
     """A Segmentation of some slices, in their reverse order, still lands in its place."""
     liver, *_ = blocks()
@@ -232,24 +250,6 @@ def test_planes_midway_between_slices_leave_no_stripes(slices, studies, tmp_path
     assert [int(np.count_nonzero(mask[..., k])) for k in range(10)] == [0] * 2 + [144] * 6 + [0] * 2
 
 
-def test_a_gap_is_said_and_a_wide_one_stays_open(slices, studies, tmp_path, caplog):
-    ct = studies / "slices" / "CT"
-    drawn = {
-        "Liver": [(k, box(3.5, 15.5)) for k in (0, 1, 2, 5, 6, 7)],
-        "Spleen": [(k, box(20.5, 26.5)) for k in (0, 1, 2, 8, 9, 10)],
-    }
-    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
-    assert [int((mask[..., k] == 1).sum()) for k in range(9)] == [144] * 8 + [0]
-    assert [int((mask[..., k] == 3).sum()) for k in range(12)] == [36] * 3 + [0] * 5 + [36] * 3 + [0]
-    assert "the ROI Liver has no contours over 15.0 mm (slices 4 to 5 of the series), where its planes are 5.0 mm" in (
-        caplog.text
-    )
-    assert "they are interpolated" in caplog.text
-    assert "the ROI Spleen has no contours over 30.0 mm" in caplog.text and "taken for two parts" in caplog.text
-    # Of two planes alone nobody knows; the other ROIs of the file tell what is usual.
-    drawn["Heart"] = [(1, box(30.5, 34.5)), (12, box(30.5, 34.5))]
-    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
-    assert np.flatnonzero((mask == 115).any(axis=(0, 1))).tolist() == [1, 12]
 @pytest.mark.parametrize("decimals", [1, 2])
 def test_rounded_contours_of_an_oblique_slice_are_of_one_plane(slices, studies, tmp_path, decimals):
     """Four parts in each slice, of various corners, their heights uneven by the rounding: no part is lost."""
@@ -301,6 +301,24 @@ def test_separate_lesions_are_not_joined(slices, studies, tmp_path, caplog, draw
     )
 
 
+def test_a_gap_is_said_and_a_wide_one_stays_open(slices, studies, tmp_path, caplog):
+    ct = studies / "slices" / "CT"
+    drawn = {
+        "Liver": [(k, box(3.5, 15.5)) for k in (0, 1, 2, 5, 6, 7)],
+        "Spleen": [(k, box(20.5, 26.5)) for k in (0, 1, 2, 8, 9, 10)],
+    }
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
+    assert [int((mask[..., k] == 1).sum()) for k in range(9)] == [144] * 8 + [0]
+    assert [int((mask[..., k] == 3).sum()) for k in range(12)] == [36] * 3 + [0] * 5 + [36] * 3 + [0]
+    assert "the ROI Liver has no contours over 15.0 mm (slices 4 to 5 of the series), where its planes are 5.0 mm" in (
+        caplog.text
+    )
+    assert "they are interpolated" in caplog.text
+    assert "the ROI Spleen has no contours over 30.0 mm" in caplog.text and "taken for two parts" in caplog.text
+    # Of two planes alone nobody knows; the other ROIs of the file tell what is usual.
+    drawn["Heart"] = [(1, box(30.5, 34.5)), (12, box(30.5, 34.5))]
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), ct)[0].numpy()
+    assert np.flatnonzero((mask == 115).any(axis=(0, 1))).tolist() == [1, 12]
 
 
 def test_snomed_rt_codes_are_those_of_snomed_ct(slices, tmp_path):

@@ -322,6 +322,16 @@ def test_folders_that_are_there_are_written_into(tmp_path, hu, monkeypatch):
 def test_gantry_tilt_survives_the_way_out_and_in(tmp_path, hu, mask):
     tilted = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
     tilted[1, 2] = 1.3
-    write_study(tmp_path / "out", hu, tilted)
+    write_study(tmp_path / "out", hu, tilted, mask)
+    for name in ("SEG.dcm", "RTSTRUCT.dcm"):
+        found = read_mask(tmp_path / "out" / name, tmp_path / "out" / "CT")
+        assert np.array_equal(found[0].numpy(), mask) and np.allclose(found.affine, tilted, atol=1e-6)
+    with pytest.raises(InputError, match="no regular volume; .* give the CT series .* --series"):
+        read_mask(tmp_path / "out" / "SEG.dcm")
+    series = pydicom.dcmread(tmp_path / "out" / "SEG.dcm")
+    series.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence[0].ImagePositionPatient[1] += 2
+    series.save_as(tmp_path / "moved.dcm")
+    with pytest.raises(InputError, match="one lies on no slice of the series"):
+        read_mask(tmp_path / "moved.dcm", tmp_path / "out" / "CT")
     volume = read_volume(tmp_path / "out" / "CT", "ct")
     assert np.array_equal(volume[0].numpy(), hu) and np.allclose(volume.affine, tilted, atol=1e-6)

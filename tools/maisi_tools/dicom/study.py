@@ -159,7 +159,7 @@ def read_mask(
 def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table: Mapping[str, int]) -> MetaTensor:
     slices = None if series is None else _referenced_slices(ds, series)
     if ds.Modality == "SEG":
-        found, affine, shape, unknown = segments(ds, table)
+        found, affine, shape, unknown = segments(ds, table, slices)
         mask = paint(found, shape, unknown, str(path))
         if slices is not None:
             grid = slice_affine(slices)
