@@ -23,6 +23,8 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
+from monai.data import MetaTensor
 from scipy import ndimage
 
 from maisi_tools.bundles.stage import Stage
@@ -36,6 +38,8 @@ from maisi_tools.masks.label_maps import LabelMap, read_label_map
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
+from maisi_tools.metrics.segmenters import labels_on_grid
+from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.volumes.writing import write_volume
 
@@ -71,12 +75,11 @@ def read_scan(case: Mapping[str, str], label_map: LabelMap) -> Scan:
     ct = read_ras(case["image"], "ct")
     own = read_mask(case["label"], label_map)[0].numpy()
     affine = np.asarray(ct.affine, dtype=float)
-    hu = ct[0].numpy()
+    hu = np.rint(ct[0].numpy())  # as it is given to the bundle, and comes back
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     organs = [int(label) for label in np.unique(own) if label and label != BODY]
     large = [label for label in organs if np.count_nonzero(own == label) * np.prod(spacing) / 1000 >= SMALLEST_ML]
-    name = Path(case["image"]).name.split(".")[0]
-    return Scan(name, hu, label_from_ct(hu, own, spacing.tolist()), affine, large)
+    return Scan(stem_of(case["image"]), hu, label_from_ct(hu, own, spacing.tolist()), affine, large)
 
 
 def with_sphere(scan: Scan, label: int, random: np.random.Generator) -> np.ndarray:
@@ -167,9 +170,15 @@ class Editor:
         number = numbers[organ]
         untouched = self.folder / "in" / f"{scan.name}.nii.gz"
         if scan.name not in self.found:
-            self.found = {scan.name: np.asarray(self.segmenter(untouched).cpu())[0]}
-        labels = np.asarray(self.segmenter(edited).cpu())[0]
+            self.found = {scan.name: self._labels(scan, untouched)}
+        labels = self._labels(scan, edited)
         return dice(labels == number, scan.labels == organ), dice(self.found[scan.name] == number, scan.labels == organ)
+
+    def _labels(self, scan: Scan, path: Path) -> np.ndarray:
+        """What the network finds, (X, Y, Z) on the scan's grid."""
+        assert self.segmenter is not None
+        grid = MetaTensor(torch.from_numpy(scan.hu)[None], affine=torch.from_numpy(scan.affine))
+        return np.asarray(labels_on_grid(self.segmenter(path), grid).cpu())[0]
 
 
 def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[str, Any]]:

@@ -53,6 +53,17 @@ def test_a_file_is_known_by_its_bytes(tmp_path):
     assert fingerprint_file(tmp_path / "a") != fingerprint_file(tmp_path / "b")
 
 
+def test_a_folder_with_a_folder_in_it_has_a_fingerprint(tmp_path):
+    """A series with thumbnails beside its slices, or with its slices further down: any file of it counts."""
+    series = tmp_path / "series"
+    (series / "deep").mkdir(parents=True)
+    (series / "1.dcm").write_bytes(b"one")
+    flat = fingerprint_file(series)
+    assert flat == hashlib.sha256(b"1.dcm\0one").hexdigest()[:32]
+    (series / "deep" / "2.dcm").write_bytes(b"two")
+    assert fingerprint_file(series) == hashlib.sha256(b"1.dcm\0one" + b"deep/2.dcm\0two").hexdigest()[:32] != flat
+
+
 def test_a_folder_is_known_by_the_names_and_bytes_in_it(tmp_path):
     for folder, files in {"a": "xy", "b": "yx", "c": "xz"}.items():
         (tmp_path / folder).mkdir()

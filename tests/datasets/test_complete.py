@@ -65,6 +65,20 @@ def test_masks_that_are_there_are_not_made_again(cases, tmp_path):
     assert (paths[1].read_bytes(), paths[1].stat().st_mtime_ns) == before
 
 
+def test_links_keep_the_names_that_they_have(cases, tmp_path):
+    """The list for encoding names CTs as the user does: those behind links may all be called the same."""
+    items = []
+    for name in ("p1_ct", "p2_ct"):
+        stored = tmp_path / "store" / name / "ct.nii.gz"
+        stored.parent.mkdir(parents=True)
+        (tmp_path / f"{name}.nii.gz").rename(stored)
+        (tmp_path / f"{name}.nii.gz").symlink_to(stored)
+        items.append({"image": str(tmp_path / f"{name}.nii.gz")})
+    complete_masks(items, tmp_path / "out", "maisi")
+    listed = json.loads((tmp_path / "out" / "cases.json").read_text())
+    assert [entry["image"] for entry in listed] == [item["image"] for item in items]
+
+
 @pytest.mark.parametrize("change", ["ct", "label", "label_map", "spacing"])
 def test_what_a_mask_was_made_from_decides_whether_it_is_made_again(cases, tmp_path, change):
     out, label_map, spacing = tmp_path / "out", tmp_path / "map.json", None

@@ -96,6 +96,47 @@ def test_nothing_usable_ends_with_an_error_and_a_report(tmp_path, capsys):
     assert not (tmp_path / "list.json").exists() and (tmp_path / "list_report.json").exists()
 
 
+def test_volumes_of_another_name_are_listed(tmp_path, capsys):
+    """As soon as one file is called NAME_ct, the others are no volumes; nor is a mask without a volume."""
+    data = tmp_path / "data"
+    case(data, "p1")
+    for name in ("p2", "p1_dose", "deep/p1_dose"):
+        write(data / f"{name}.nii.gz")
+    write(data / "p3_seg.nii.gz", hu=False)
+    output = f"--output={tmp_path / 'list.json'}"
+    lists, report = prepare(data, output, "--patient_pattern=p1", "--validation=0")
+    assert names(lists["training"]) == ["p1"] and report["volumes"] == 4
+    reasons = {Path(file).relative_to(data).as_posix(): reason for file, reason in report["refused"].items()}
+    assert set(reasons) == {"p2.nii.gz", "deep/p1_dose.nii.gz", "p3_seg.nii.gz"}
+    assert "called NAME_ct; rename it so" in reasons["p2.nii.gz"]
+    assert "without its volume; give that the name p3_ct" in reasons["p3_seg.nii.gz"]
+    assert "1 of 4 volumes can be used" in capsys.readouterr().out
+    (data / "p1_ct.nii.gz").rename(data / "p1.nii.gz")
+    cases, _ = find_cases(data)
+    assert {case.name: case.refused for case in cases if case.refused} == {
+        "p3_seg": "a mask without its volume; give that the name p3"
+    }
+
+
+def test_links_keep_the_names_that_they_have(tmp_path):
+    """As git-annex, DVC and hospital exports make them; a file that two links lead to counts once."""
+    for name, value in (("p1", 1), ("p2", 3)):
+        write(tmp_path / "store" / name / "ct.nii.gz", size=(6, 5, 4 + value))
+        write(tmp_path / "store" / name / "seg.nii.gz", hu=False, size=(6, 5, 4 + value), value=value)
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("p1", "p2"):
+        for kind in ("ct", "seg"):
+            (data / f"{name}_{kind}.nii.gz").symlink_to(tmp_path / "store" / name / f"{kind}.nii.gz")
+    (data / "p2_again_ct.nii.gz").symlink_to(data / "p2_ct.nii.gz")
+    lists, report = prepare(data, f"--output={tmp_path / 'list.json'}")
+    assert [(item["image"], item.get("label")) for item in lists["training"]] == [
+        (str(data / "p1_ct.nii.gz"), str(data / "p1_seg.nii.gz")),
+        (str(data / "p2_again_ct.nii.gz"), None),
+    ]
+    assert report["refused"] == {}
+
+
 def test_any_volumes_of_a_folder(tmp_path):
     write(tmp_path / "one.nii.gz")
     write(tmp_path / "deep" / "two.nii")

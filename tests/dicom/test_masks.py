@@ -92,6 +92,24 @@ def test_fractional_segments_count_from_one_half(slices, tmp_path):
     assert np.count_nonzero(found) == liver.sum()
 
 
+@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL", "LABELMAP"])
+def test_segments_on_a_tilted_series(slices, studies, tmp_path, kind):
+    """Frames that form no volume of right angles land on the series' slices, whatever the type."""
+    liver, kidney, _ = blocks()
+    for number, ds in enumerate(slices):
+        ds.ImagePositionPatient = (np.asarray(ds.ImagePositionPatient, float) + np.array([0, 1.3, 0]) * number).tolist()
+        (tmp_path / "CT").mkdir(exist_ok=True)
+        ds.save_as(tmp_path / "CT" / f"{number}.dcm")
+    parts = [("x", codes.SCT.Liver, liver), ("y", codes.SCT.Spleen, kidney * (1 - liver))]
+    if kind == "FRACTIONAL":
+        parts = [(name, code, part * 0.8) for name, code, part in parts]
+    foreign_segmentation(slices[::-1], [(n, c, p[::-1]) for n, c, p in parts], segmentation_type=kind).save_as(
+        tmp_path / "seg.dcm"
+    )
+    found = read_mask(tmp_path / "seg.dcm", tmp_path / "CT")[0].numpy()
+    assert np.array_equal(found, np.where(liver, 1, 3 * kidney).T)
+
+
 def test_segments_on_a_part_of_the_series(slices, studies, tmp_path):
     """A Segmentation of some slices, in their reverse order, still lands in its place."""
     liver, *_ = blocks()
@@ -230,6 +248,57 @@ def test_planes_midway_between_slices_leave_no_stripes(slices, studies, tmp_path
     drawn = {"Liver": [(k + 0.5, box(3.5, 15.5)) for k in range(2, 8)]}
     mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), studies / "slices" / "CT")[0].numpy()
     assert [int(np.count_nonzero(mask[..., k])) for k in range(10)] == [0] * 2 + [144] * 6 + [0] * 2
+
+
+@pytest.mark.parametrize("decimals", [1, 2])
+def test_rounded_contours_of_an_oblique_slice_are_of_one_plane(slices, studies, tmp_path, decimals):
+    """Four parts in each slice, of various corners, their heights uneven by the rounding: no part is lost."""
+    drawn = [
+        (k, [(x + r * np.cos(a), y + r * np.sin(a)) for a in np.linspace(0, 2 * np.pi, corners, endpoint=False)])
+        for k in range(3, 9)
+        for x, y, r, corners in ((7.3, 7.4, 2.2, 5), (28.6, 8.2, 4.1, 40), (8.4, 25.1, 5.3, 13), (28.3, 26.7, 7.2, 60))
+    ]
+    exact = structure_file(tmp_path / "exact.dcm", slices, {"Liver": drawn})
+    expected = read_mask(exact, studies / "slices" / "CT")[0].numpy()
+    ds = pydicom.dcmread(exact)
+    for contour in ds.ROIContourSequence[0].ContourSequence:
+        contour.ContourData = [f"{float(value):.{decimals}f}" for value in contour.ContourData]
+    ds.save_as(tmp_path / "rounded.dcm")
+    found = read_mask(tmp_path / "rounded.dcm", studies / "slices" / "CT")[0].numpy()
+    assert np.count_nonzero(expected, axis=(0, 1)).tolist() == [0] * 3 + [np.count_nonzero(expected[..., 3])] * 6 + (
+        [0] * 9
+    )
+    assert np.count_nonzero(found != expected) < 0.02 * np.count_nonzero(expected)  # a centre that lies on an outline
+
+
+def test_planes_of_finer_slices_are_not_thrown_together(slices, studies, tmp_path):
+    """Drawn on slices of a tenth of the distance: by XOR of two of them nothing would be left."""
+    drawn = {"Liver": [(2 + k / 10, box(3.5, 15.5)) for k in range(31)]}
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, drawn), studies / "slices" / "CT")[0].numpy()
+    assert np.count_nonzero(mask, axis=(0, 1)).tolist() == [0] * 2 + [144] * 4 + [0] * 12
+
+
+@pytest.mark.parametrize(
+    "drawn, filled",
+    [
+        ({26: (1, 10)}, {26: (1, 10)}),
+        ({26: (3, 4, 11)}, {26: (3, 4, 11)}),
+        ({1: range(1, 14), 26: (3, 4, 11)}, {26: (3, 4, 11)}),
+        ({26: (1, 10), 1: (2, 12)}, {26: (1, 10), 1: (2, 12)}),
+        ({26: (2, 4)}, {26: (2, 3, 4)}),  # a slice left out
+        ({1: (0, 4, 8, 9, 12, 16, 20)}, {1: range(18)}),  # every fourth, and one between; the series has 18
+    ],
+)
+def test_separate_lesions_are_not_joined(slices, studies, tmp_path, caplog, drawn, filled):
+    """The distance of two lesions does not say what is usual in their ROI."""
+    names = {26: ("Hepatic Tumor", box(20.5, 24.5)), 1: ("Liver", box(18.5, 30.5))}
+    rois = {names[label][0]: [(k, names[label][1]) for k in planes] for label, planes in drawn.items()}
+    mask = read_mask(structure_file(tmp_path / "rt.dcm", slices, rois), studies / "slices" / "CT")[0].numpy()
+    for label, expected in filled.items():
+        assert np.flatnonzero((mask == label).any(axis=(0, 1))).tolist() == list(expected)
+    assert ("taken for two parts" in caplog.text) == any(
+        10 in planes or 11 in planes for planes in filled.values() if len(planes) < 5
+    )
 
 
 def test_a_gap_is_said_and_a_wide_one_stays_open(slices, studies, tmp_path, caplog):

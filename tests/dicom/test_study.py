@@ -301,9 +301,37 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, hu, mask
         write_study(tmp_path / "out", hu, oblique_affine())
 
 
-def test_gantry_tilt_survives_the_way_out_and_in(tmp_path, hu):
+def test_folders_that_are_there_are_written_into(tmp_path, hu, monkeypatch):
+    """A link to an empty folder, the working directory, one that may not be removed (a disk of its own), and again."""
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    for folder in (link, "."):
+        monkeypatch.chdir(real)
+        files = write_study(folder, hu, oblique_affine(), replace=True)
+        assert len(files) == SIZE[2] and all(file.is_file() for file in files)
+        assert real.samefile(".") and [entry.name for entry in real.iterdir()] == ["CT"] and link.is_symlink()
+    (real / ".part-1").mkdir()  # of a run that was killed
+    write_study(link, hu, oblique_affine(), replace=True, enhanced=True)
+    assert [entry.name for entry in real.iterdir()] == ["CT.dcm"]
+    with pytest.raises(InputError, match="link is there already"):
+        write_study(link, hu, oblique_affine())
+    assert [entry.name for entry in real.parent.iterdir()] == ["real"]
+
+
+def test_gantry_tilt_survives_the_way_out_and_in(tmp_path, hu, mask):
     tilted = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
     tilted[1, 2] = 1.3
-    write_study(tmp_path / "out", hu, tilted)
+    write_study(tmp_path / "out", hu, tilted, mask)
+    for name in ("SEG.dcm", "RTSTRUCT.dcm"):
+        found = read_mask(tmp_path / "out" / name, tmp_path / "out" / "CT")
+        assert np.array_equal(found[0].numpy(), mask) and np.allclose(found.affine, tilted, atol=1e-6)
+    with pytest.raises(InputError, match="no regular volume; .* give the CT series .* --series"):
+        read_mask(tmp_path / "out" / "SEG.dcm")
+    series = pydicom.dcmread(tmp_path / "out" / "SEG.dcm")
+    series.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence[0].ImagePositionPatient[1] += 2
+    series.save_as(tmp_path / "moved.dcm")
+    with pytest.raises(InputError, match="one lies on no slice of the series"):
+        read_mask(tmp_path / "moved.dcm", tmp_path / "out" / "CT")
     volume = read_volume(tmp_path / "out" / "CT", "ct")
     assert np.array_equal(volume[0].numpy(), hu) and np.allclose(volume.affine, tilted, atol=1e-6)

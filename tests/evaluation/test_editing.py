@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
-from editing import AIR, BONE, Editor, Scan, seam_ratio, with_sphere
+from editing import AIR, BONE, Editor, Scan, read_scan, seam_ratio, with_sphere
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.vocabulary import BODY, label_id
 
@@ -22,6 +24,35 @@ def test_a_seam_is_what_the_margin_adds_and_not_the_surface_of_what_was_edited()
     body[:3] = False
     assert seam_ratio(before, after, weight, changed, body) == 1
     assert np.isnan(seam_ratio(before, after, np.zeros(weight.shape), changed, body))
+
+
+def test_scans_are_told_apart_and_compared_as_whole_hu(tmp_path):
+    """Names may have dots, as DICOM's UIDs; what an edit leaves is what was given, which files hold as whole HU."""
+    hu = np.full((8, 8, 8), 40.25)
+    hu[0] = -1000
+    scans = []
+    for name in ("1.2.840.1", "1.2.840.2"):
+        for suffix, array in (("", hu), ("_seg", np.where(hu > 0, 6, 0))):
+            image = nib.Nifti1Image(array.astype(np.float32), np.eye(4))
+            nib.save(image, tmp_path / f"{name}{suffix}.nii.gz")
+        case = {"image": str(tmp_path / f"{name}.nii.gz"), "label": str(tmp_path / f"{name}_seg.nii.gz")}
+        scans.append(read_scan(case, read_label_map("openkbp")))
+    assert [scan.name for scan in scans] == ["1.2.840.1", "1.2.840.2"]
+    assert set(np.unique(scans[0].hu)) == {-1000, 40}
+
+
+def test_labels_of_a_bundle_come_onto_the_scans_grid(tmp_path):
+    """A bundle need not undo its resampling: voxels of half the size here."""
+    labels = np.zeros((8, 8, 8), np.uint8)
+    labels[2:6, 2:6, 2:6] = parotid = read_label_map("openkbp")[6]
+    fine = MetaTensor(np.repeat(np.where(labels > 0, 6, 0), 2, axis=0)[None], affine=np.diag([0.5, 1, 1, 1]))
+    fine.affine[0, 3] = -0.25
+    editor = Editor.__new__(Editor)
+    editor.folder, editor.label_map, editor.found = tmp_path, read_label_map("openkbp"), {}
+    editor.segmenter = lambda path: fine
+    editor.segmenter.classes = {"left parotid": 6}
+    scan = Scan("a", labels.astype(np.float32), labels, np.eye(4), [])
+    assert editor.dices(scan, tmp_path / "a_ct.nii.gz", parotid) == (1, 1)
 
 
 def test_a_sphere_lies_in_soft_tissue():

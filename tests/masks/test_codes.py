@@ -22,6 +22,7 @@ from maisi_tools.masks.codes import (
     label_of_code,
     label_of_name,
     read_roi_table,
+    side_of_codes,
 )
 from maisi_tools.masks.vocabulary import VOCABULARY
 
@@ -209,6 +210,11 @@ def test_names_that_are_written_are_understood():
         ("vertebrae_L5", 33),
         ("Clavicle_R", 92),
         ("Glnd_Adrenal_L", 9),
+        *((f"Kidney{both}", None) for both in (" L+R", "s L+R", "_L_R", " (L+R)", "_LR", "s RL", " left and right")),
+        ("Femur_L+R", None),
+        ("Hip L&R", None),
+        ("Bilateral Parotid", None),
+        ("L_Kidney_LT", 14),
         ("PTV70", None),
         ("Kidney", None),
         ("Lung_L", None),
@@ -217,6 +223,15 @@ def test_names_that_are_written_are_understood():
 )
 def test_roi_names(name, label):
     assert label_of_name(name) == label
+
+
+def test_codes_of_both_sides_are_of_no_single_one():
+    """One code for both (CID 244), or a modifier for each; an organ without sides stays what it is."""
+    left, right = codes.SCT.Left.value, codes.SCT.Right.value
+    assert [side_of_codes(values) for values in ([left], [right], ["x"], [])] == ["left", "right", "", ""]
+    assert side_of_codes([left, right]) == side_of_codes(["51440002"]) == "both"
+    kidney, subclavian, liver = codes.SCT.Kidney.value, "36765005", codes.SCT.Liver.value
+    assert [label_of_code(code, "both") for code in (kidney, subclavian, liver)] == [None, None, 1]
 
 
 def test_a_table_of_ones_own(tmp_path):

@@ -171,6 +171,22 @@ def test_a_mask_on_another_grid_than_the_real_ct(run, mask):
     assert rows["body"]["real"] > 0.9
 
 
+def test_a_bundle_need_not_undo_its_resampling(run):
+    """Labels of twice the voxels along each axis, turned, say the same of every voxel of the CT."""
+    items, out, label, half = run
+
+    class Resampled(Threshold):
+        def __call__(self, path):
+            found = super().__call__(path)
+            fine = np.repeat(np.repeat(np.asarray(found), 2, axis=1), 2, axis=2)[:, ::-1].copy()
+            affine = np.diag([-SPACING[0] / 2, SPACING[1] / 2, SPACING[2], 1.0])
+            affine[:2, 3] = (fine.shape[1] - 1.5) * SPACING[0] / 2, -SPACING[1] / 4
+            return MetaTensor(fine, affine=affine)
+
+    plain, resampled = (score_generated(items, out, network()) for network in (Threshold, Resampled))
+    assert resampled == plain
+
+
 def test_thresholds_alone(run):
     items, out, *_ = run
     rows = {row["structure"] for row in score_generated(items, out)}

@@ -59,6 +59,17 @@ def test_only_files_and_figures_asked_for(folder):
     assert summarise(folder)["psnr"]["cases"] == 4
 
 
+def test_a_case_of_an_earlier_run_does_not_count(folder):
+    (folder / "old_recon.json").write_text(json.dumps({"metrics": {"psnr": 0.0}}))
+    items = [{"image": f"cts/{name}.nii.gz"} for name in ("b", "a")]
+    psnr = summarise(folder, "metrics", "_recon", items)["psnr"]
+    assert psnr["mean"] == pytest.approx((30.5 + 33.25) / 2) and psnr["cases"] == 2
+    with open(folder / "metrics.csv", newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["a_recon", "b_recon"]
+    with pytest.raises(InputError, match=r"no 'metrics' in d_recon.json \(1 of 3 cases\); allowed .*: run"):
+        summarise(folder, "metrics", "_recon", [*items, {"image": "d.nii"}])
+
+
 def test_a_folder_without_figures_is_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"no \*\.json with 'metrics'.*evaluate\.json first"):

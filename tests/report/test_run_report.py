@@ -104,6 +104,41 @@ def test_organs_tables_and_figures(run_dir, volume, labels):
     np.testing.assert_allclose(27 - heights, 26 * counts / counts.max(), atol=0.06)
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_mask_in_the_inputs_numbering_has_the_names_of_its_organs(run_dir, edited, tmp_path):
+    """2 is the spinal cord (121) here, MAISI's 2 the brainstem; 300 does not fit into a byte."""
+    mask = np.zeros(SHAPE, np.uint16)
+    mask[3:8, 4:9, 2:7], mask[12:16, 4:9, 2:7], mask[9, 9, 9], mask[1, 1, 1] = 2, 300, 7, 301
+    nib.save(nib.Nifti1Image(mask, np.diag([*SPACING, 1.0])), run_dir / "a_mask.nii.gz")
+    table = tmp_path / "map.json"
+    table.write_text(json.dumps({"2": "spinal cord", "300": "skull", "7": "placeholder 18: lump"}))
+    (run_dir / "a_ct.json").write_text(json.dumps({"added_labels": {"liver": 301}}))
+    record = {"label_map": str(table), "placeholders": {"lump": 18}}
+    if edited:  # the settings of the run say it, as the user gave them: the JSON has the placeholder
+        nib.save(nib.Nifti1Image(np.ones(SHAPE, np.float32), np.diag([*SPACING, 1.0])), run_dir / "a_weight.nii.gz")
+        (run_dir / "run.json").write_text(json.dumps({"settings": {**record, "placeholders": None}}))
+    else:
+        (run_dir / "a_mask.json").write_text(json.dumps({"labels": {**record, "numbering": "input"}}))
+    page = Page(write_report(run_dir).read_text())
+    (viewer,) = page.find("div", id="case0")
+    names = {"1": "liver", "18": "lump", "120": "skull", "121": "spinal cord"}
+    assert {label: name for label, (_, name) in json.loads(viewer[1]["data-volume"])["labels"].items()} == names
+    expected = np.zeros(SHAPE, np.uint8)
+    for label, id in ((2, 121), (300, 120), (7, 18), (301, 1)):
+        expected[mask == label] = id
+    np.testing.assert_array_equal(unpacked(page, "case0-mask", "u1", SHAPE), expected)
+
+    table.unlink()  # nobody knows any more what the numbers mean
+    text = write_report(run_dir).read_text()
+    page = Page(text)
+    (viewer,) = page.find("div", id="case0")
+    names = {"1": "label 2", "2": "label 7", "3": "label 300", "4": "label 301"}
+    assert {label: name for label, (_, name) in json.loads(viewer[1]["data-volume"])["labels"].items()} == names
+    packed = unpacked(page, "case0-mask", "u1", SHAPE)
+    assert [np.unique(mask[packed == number]).tolist() for number in range(5)] == [[0], [2], [7], [300], [301]]
+    assert "(outside)" not in text and text.count("<td class='number'></td>") == 4  # no ranges
+
+
 def test_names_and_values_cannot_become_markup(run_dir):
     text = write_report(run_dir).read_text()
     page = Page(text)

@@ -27,9 +27,16 @@ def between(low, high):
     return np.linspace(low, high, 60, dtype=np.float32).reshape(3, 4, 5)
 
 
+def padded(values, value):
+    """With the scanner's padding along an edge."""
+    values[:, -1, 0] = value
+    return values
+
+
 @pytest.mark.parametrize(
     "values",
-    [between(*limits) for limits in ((-1000, 1000), (-3024, 3071), (-100, 80), (-1000, 0), (-1.5, 1), (-20, 200))],
+    [between(*limits) for limits in ((-1000, 1000), (-3024, 3071), (-100, 80), (-1000, 0), (-1.5, 1), (-20, 200))]
+    + [padded(between(-1000, 1000), -3024), padded(between(-20, 80), -2000), padded(between(0, 80), -1024)],
 )
 def test_hounsfield_units_pass(values):
     check_ct_intensities(values, "x.nii")
@@ -44,6 +51,10 @@ def test_hounsfield_units_pass(values):
         (between(3, 250), "8-bit"),
         (between(0, 4095), r"from 0 to 4095 and none below 0; allowed is .* rescale intercept \(often -1024\)"),
         (between(0, 700), "none below 0"),
+        (padded(between(0, 4095), -2000), r"from 0 to 4095 beside -2000 and none below 0; .* rescale intercept"),
+        (padded(between(24, 3000), -32768), "from 24 to 3000 beside -32768 and none below 0"),
+        (padded(between(0, 255), -3024), "8-bit"),
+        (padded(between(0, 1), -3024), "as after normalisation"),
         (between(-1000, -1000), r"has the value -1000 everywhere; allowed is .*: check"),
     ],
 )

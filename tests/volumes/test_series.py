@@ -101,6 +101,58 @@ def test_folders_of_an_exported_medium_are_searched(write_series):
     assert len(read_slices(folder.parents[2], pixels=False)) == SHAPE[2]
 
 
+def medium(folder, root):
+    """Puts the directory of a medium, as PS3.10 has it, into `root`."""
+    ds = pydicom.dcmread(next(folder.iterdir()))
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    ds.remove_private_tags()
+    for keyword in ("PixelData", "ImagePositionPatient", "SeriesInstanceUID"):
+        delattr(ds, keyword)
+    ds.save_as(root / "DICOMDIR")
+
+
+@pytest.mark.parametrize("place", ["DICOM", "DICOM/PA0/SE0"])
+def test_a_patients_cd_is_a_series(write_series, tmp_path, place):
+    """The DICOMDIR at its root is no slice, and what lies beside it is passed over."""
+    folder = write_series(ct_values(SHAPE), f"cd/{place}")
+    root = tmp_path / "cd"
+    medium(folder, root)
+    (root / "README.TXT").write_text("a viewer")
+    expected = read_volume(folder, "ct")
+    assert np.array_equal(read_volume(root, "ct").numpy(), expected.numpy())
+    (item,) = find_inputs(root)
+    assert np.array_equal(read_volume(item["image"], "ct").numpy(), expected.numpy())
+    assert find_inputs(shutil.make_archive(str(tmp_path / "z"), "zip", root))[0]["image"] == str(tmp_path / "z.zip")
+    shutil.rmtree(root / "DICOM")
+    with pytest.raises(InputError, match="holds no volume and no DICOM series"):
+        find_inputs(root)
+
+
+def test_the_dose_beside_a_planning_ct_is_passed_over(write_series, said):
+    """A series of its own, with a position and pixels; chosen by its UID it is refused by its modality."""
+    folder, uid = write_series(ct_values(SHAPE), "plan"), generate_uid()
+    expected = read_volume(folder, "ct")
+    write_series(ct_values(SHAPE)[..., :1], "plan", modality="RTDOSE", uid=uid)
+    assert np.array_equal(read_volume(folder, "ct").numpy(), expected.numpy())
+    assert "1 images of RTDOSE are passed over" in said.text
+    with pytest.raises(InputError, match="modality RTDOSE; allowed is CT"):
+        read_slices(folder, uid)
+
+
+def test_a_zip_file_is_opened_no_more_often_for_more_slices(write_series, tmp_path, monkeypatch):
+    """Opening one reads its table of contents, so that to do so for each slice took the square of their number."""
+    opened = zipfile.ZipFile.__init__
+    counts = []
+    for slices in (4, 8):
+        folder = write_series(ct_values((*SHAPE[:2], slices)), f"n{slices}")
+        path, calls = Path(shutil.make_archive(str(tmp_path / f"z{slices}"), "zip", folder)), []
+        with monkeypatch.context() as patch:
+            patch.setattr(zipfile.ZipFile, "__init__", lambda *a, calls=calls, **k: calls.append(1) or opened(*a, **k))
+            assert len(read_slices(path)) == slices
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 3
+
+
 def test_one_of_several_series_is_chosen_by_uid(write_series):
     uids = [generate_uid(), generate_uid()]
     for number, uid in enumerate(uids):

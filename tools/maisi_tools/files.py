@@ -127,11 +127,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def fingerprint_file(path: str | os.PathLike) -> str:
-    """Fingerprint of a file's bytes, or of the names and bytes of all files in a folder (a DICOM series)."""
+    """Fingerprint of a file's bytes, or of the names and bytes of all files below a folder (a DICOM series)."""
     path, digest = Path(path), hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
-            digest.update(file.name.encode() + b"\0")
+            digest.update(os.fsencode(file.relative_to(path)) + b"\0")
         _update(digest, file)
     return digest.hexdigest()[:LENGTH]
 

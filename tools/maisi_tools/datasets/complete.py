@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,7 @@ def complete_masks(
     complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
     regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
-        {"image": str(Path(item["image"]).resolve()), "region": region}
-        for item, region in zip(items, regions, strict=True)
+        {"image": os.path.abspath(item["image"]), "region": region} for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)
     return targets

@@ -38,6 +38,7 @@ class Case:
         modality: "ct", "mri" or what the data set calls it.
         section: "training" or "validation" where the data set says so.
         region: body regions where the data set says so.
+        refused: why it cannot be used, where its name says so already.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     modality: str = "ct"
     section: str | None = None
     region: tuple[str, ...] = ()
+    refused: str | None = None
 
 
 def find_cases(source: str | os.PathLike) -> tuple[list[Case], dict[int, str]]:
@@ -68,17 +70,32 @@ def find_cases(source: str | os.PathLike) -> tuple[list[Case], dict[int, str]]:
 
 
 def _of_folder(folder: Path) -> list[Case]:
-    """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``."""
+    """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``.
+
+    What else a case has (``NAME_dose``) is passed over; any other volume is a case that is refused, so that it is
+    missed.
+    """
     volumes = [file for file in sorted(folder.rglob("*")) if is_volume(file) and file.is_file()]
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
     images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
     if not images:
         raise InputError(f"no volume ({', '.join(SUFFIXES)}) below {folder}; allowed is {ALLOWED}")
     masks = {(file.parent, stem_of(file)): file for file in volumes}
+    named = stem_of(images[0]).endswith(CT_SUFFIX)
     cases = []
     for image in images:
         name = stem_of(image).removesuffix(CT_SUFFIX)
-        cases.append(Case(name, image.resolve(), _resolved(masks.get((image.parent, f"{name}{MASK_SUFFIX}")))))
+        label = masks.get((image.parent, f"{name}{MASK_SUFFIX}"))
+        cases.append(Case(name, _absolute(image), _absolute(label) if label else None))
+    known = {(case.image.parent, case.name) for case in cases}
+    for file in sorted(set(volumes) - set(images)):
+        stem, place = stem_of(file), _absolute(file).parent
+        if any((place, stem[:at]) in known for at, letter in enumerate(stem) if letter == "_"):
+            continue
+        reason = f"a mask without its volume; give that the name {stem.removesuffix(MASK_SUFFIX)}{CT_SUFFIX * named}"
+        if not stem.endswith(MASK_SUFFIX):
+            reason = f"other volumes here are called NAME{CT_SUFFIX}; rename it so, or move it out of the folder"
+        cases.append(Case(stem, _absolute(file), refused=reason))
     return cases
 
 
@@ -189,8 +206,9 @@ def _read_json(path: Path) -> Any:
 
 def _from(listing: Path, file: str | Path) -> Path:
     """The file, relative to the JSON file that names it."""
-    return (listing.parent / Path(file).expanduser()).resolve()
+    return _absolute(listing.parent / Path(file).expanduser())
 
 
-def _resolved(path: Path | None) -> Path | None:
-    return path.resolve() if path else None
+def _absolute(path: Path) -> Path:
+    """By the user's own names: of links, as data sets are often made of, the targets may all be called the same."""
+    return Path(os.path.abspath(path))

@@ -66,7 +66,7 @@ def survey(
         found, names = find_cases(source)
         label_names |= names
         for case in found:
-            cases.setdefault(case.image, case)
+            cases.setdefault(case.image.resolve(), case)
     findings = []
     outputs: dict[str, Path] = {}
     read = in_order(functools.partial(_read, mapping=mapping), list(cases.values()), workers, "reading", "volume")
@@ -102,8 +102,8 @@ def split(
             a name that is not there; a pattern that is none, or does not match a name; or the data set's own split has
             a patient on both sides.
     """
-    patients = [_patient(case.name, patient_pattern) for case in cases]
-    everyone = set(patients)
+    patients = [_patient(case.name, None if case.refused else patient_pattern) for case in cases]
+    everyone = {patient for case, patient in zip(cases, patients, strict=True) if not case.refused}
     if validation is not None and held_out:
         raise InputError("validation and held_out both say who is held out; give one of them")
     if validation is not None:
@@ -231,6 +231,8 @@ def as_text(report: Mapping[str, Any], most: int = 20) -> str:
 
 def _read(case: Case, mapping: LabelMap) -> Finding:
     """Read a case the way the training will."""
+    if case.refused is not None:
+        return Finding(case, refused=case.refused)
     try:
         image = read_volume(case.image, "ct", intensity_check=case.modality == "ct")
         size, spacing = tuple(image.shape[1:]), tuple(round(float(mm), 4) for mm in image.pixdim)

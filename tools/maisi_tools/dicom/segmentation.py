@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import highdicom as hd
@@ -26,10 +27,12 @@ from maisi_tools.masks.codes import (
     display_name,
     label_of_code,
     label_of_name,
+    side_of_codes,
 )
 from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.volumes.checks import AGREES
 from maisi_tools.volumes.limits import check_limit
-from maisi_tools.volumes.series import MAX_EXTENT_MM
+from maisi_tools.volumes.series import MAX_EXTENT_MM, slice_affine
 
 SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Mask of synthetic CT", "Mask of CT computed from a scan", 2
 
@@ -37,8 +40,6 @@ SNOMED_RT = ("SRT", "SNM3", "99SDM")
 """Schemes of the codes that SNOMED CT replaced (DICOM PS3.16 section 8.1)."""
 
 SNOMED_OF_RT: Mapping[str, str] = mapping["SRT"]
-
-_SIDE_OF_CODE = {code: side for side, (code, _) in SIDES.items()}
 
 
 def label_color(label: int) -> tuple[int, int, int]:
@@ -91,28 +92,48 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
 
 
 def segments(
-    ds: Dataset, table: Mapping[str, int]
+    ds: Dataset, table: Mapping[str, int], slices: Sequence[Dataset] | None = None
 ) -> tuple[list[Structure], np.ndarray, tuple[int, int, int], list[str]]:
     """The segments of a DICOM Segmentation that the vocabulary has.
 
     Args:
         ds: the Segmentation; BINARY, LABELMAP, or FRACTIONAL (from one half on).
         table: the user's names -> label, 0 to drop; looked at before codes and known names.
+        slices: of the series it was drawn on, in order. Frames that form no volume of right angles, as those on a
+            tilted gantry, are placed on them.
 
     Returns:
         The structures, each with a function that draws it as (columns, rows, slices); the affine (4, 4) from these to
         RAS in mm; their shape; and the segments that no code, name or table explains.
+
+    Raises:
+        InputError: frames that are not equally spaced, and not slices of the series either; or more than the limits
+            allow.
     """
     segmentation = Segmentation.from_dataset(ds, copy=False)
     geometry = segmentation.get_volume_geometry()
+    drawing: Callable[[int], Callable[[], np.ndarray]]
     if geometry is None:
-        raise InputError("the segmentation's frames form no regular volume; allowed are equally spaced frames")
-    count, rows, columns = (int(size) for size in geometry.spatial_shape)
-    claim = f"the segmentation has {columns} x {rows} pixels and its frames span {count} slices"
-    check_limit("MAISI_MAX_VOXELS", count * rows * columns, claim)
-    extent = max(size * mm for size, mm in zip(geometry.spatial_shape, geometry.spacing, strict=True))
-    if not 0 < extent < MAX_EXTENT_MM:
-        raise InputError(f"{claim}, {extent:g} mm; allowed are up to {MAX_EXTENT_MM:g} mm: export it again")
+        if slices is None:
+            raise InputError(
+                "the segmentation's frames form no regular volume; allowed are equally spaced frames, or those on the "
+                "slices of a series: give the CT series it was drawn on with --series FOLDER"
+            )
+        shape, affine = (int(slices[0].Columns), int(slices[0].Rows), len(slices)), slice_affine(slices)
+        places = _places(ds, shape, affine)
+        drawing = functools.partial(_drawing_of_frames, segmentation, places, shape)
+    else:
+        count, rows, columns = (int(size) for size in geometry.spatial_shape)
+        claim = f"the segmentation has {columns} x {rows} pixels and its frames span {count} slices"
+        check_limit("MAISI_MAX_VOXELS", count * rows * columns, claim)
+        extent = max(size * mm for size, mm in zip(geometry.spatial_shape, geometry.spacing, strict=True))
+        if not 0 < extent < MAX_EXTENT_MM:
+            raise InputError(f"{claim}, {extent:g} mm; allowed are up to {MAX_EXTENT_MM:g} mm: export it again")
+        # highdicom's axes are slice, row, column, its slices in the order opposite to that of the normal.
+        turn = np.array([[0, 0, -1, count - 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+        shape, affine = (columns, rows, count), RAS_TO_LPS @ geometry.affine @ turn
+        drawing = functools.partial(_drawing, segmentation)
+
     structures, unknown = [], []
     for item in ds.SegmentSequence:
         number, name = int(item.SegmentNumber), str(item.get("SegmentLabel", ""))
@@ -120,11 +141,59 @@ def segments(
         if label is None:
             unknown.append(name or f"segment {number}")
         elif label:
-            structures.append(Structure(name, label, _drawing(segmentation, number)))
-    # highdicom's axes are slice, row, column, its slices in the order opposite to that of the normal.
-    turn = np.array([[0, 0, -1, count - 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
-    affine = RAS_TO_LPS @ geometry.affine @ turn
-    return structures, affine, (columns, rows, count), unknown
+            structures.append(Structure(name, label, drawing(number)))
+    return structures, affine, shape, unknown
+
+
+def _places(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray) -> list[int]:
+    """The slice of a series, of this shape and affine, that each frame lies on, by its position and axes.
+
+    Raises:
+        InputError: a frame that lies on none.
+    """
+    columns, rows, count = shape
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    to_voxels, places = np.linalg.inv(affine) @ RAS_TO_LPS, []
+    for own in ds.PerFrameFunctionalGroupsSequence:
+        position, orientation, measures = (
+            (own.get(keyword) or shared.get(keyword))[0]
+            for keyword in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+        )
+        row, column = np.reshape(np.asarray(orientation.ImageOrientationPatient, dtype=float), (2, 3))
+        frame = np.eye(4)
+        frame[:3, 0], frame[:3, 1] = row * float(measures.PixelSpacing[1]), column * float(measures.PixelSpacing[0])
+        frame[:3, 3] = np.asarray(position.ImagePositionPatient, dtype=float)
+        corners = np.array([[0, 0, 0, 1], [columns - 1, 0, 0, 1], [0, rows - 1, 0, 1]]).T
+        found = (to_voxels @ frame @ corners)[:3]
+        place = int(np.rint(found[2, 0]))
+        on_slice = np.abs(found - [*corners[:2], [place] * 3]).max() < AGREES
+        if (int(ds.Columns), int(ds.Rows)) != (columns, rows) or not on_slice or not 0 <= place < count:
+            raise InputError(
+                "the segmentation's frames form no regular volume, and one lies on no slice of the series; allowed are "
+                "equally spaced frames, or those on its slices: give the series it was drawn on"
+            )
+        places.append(place)
+    return places
+
+
+def _drawing_of_frames(
+    segmentation: Segmentation, places: Sequence[int], shape: tuple[int, int, int], number: int
+) -> Callable[[], np.ndarray]:
+    kind = str(segmentation.SegmentationType)
+    half = float(segmentation.get("MaximumFractionalValue", 1)) / 2 if kind == "FRACTIONAL" else 0.5
+
+    def draw() -> np.ndarray:
+        volume = np.zeros(shape, bool)
+        for index, (own, place) in enumerate(
+            zip(segmentation.PerFrameFunctionalGroupsSequence, places, strict=True), start=1
+        ):
+            if kind == "LABELMAP":
+                volume[:, :, place] |= segmentation.get_stored_frame(index).T == number
+            elif int(own.SegmentIdentificationSequence[0].ReferencedSegmentNumber) == number:
+                volume[:, :, place] |= segmentation.get_stored_frame(index).T >= half
+        return volume
+
+    return draw
 
 
 def _drawing(segmentation: Segmentation, number: int) -> Callable[[], np.ndarray]:
@@ -164,8 +233,7 @@ def _coded(item: Dataset) -> tuple[str, str]:
 
 
 def _side(item: Dataset, keyword: str) -> str:
-    values = [_coded(modifier)[1] for modifier in item.get(keyword) or ()]
-    return next((_SIDE_OF_CODE[value] for value in values if value in _SIDE_OF_CODE), "")
+    return side_of_codes(_coded(modifier)[1] for modifier in item.get(keyword) or ())
 
 
 def _description(number: int, label: int) -> SegmentDescription:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,14 @@ SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Structures of synthetic CT", "Structu
 
 PLANE_TOLERANCE = 0.5
 """A contour belongs to the slice it is nearest to, when that is within this share of the slice distance."""
+
+LOW_GAP = 0.25
+"""What is usual in an ROI is this quantile of its own distances: a quarter and not the least, because of planes that
+were added between two."""
+
+SAME_PLANE = 0.02
+"""Heights of contours in one plane differ by no more than this share of the slice distance, or than those of the points
+of one contour do: where slices are oblique, each coordinate is rounded and so is the height."""
 
 USUAL_GAP, MAX_FILLED_GAP = 1.5, 3.5
 """Distances of two planes, as a multiple of what is usual in the ROI: up to the first nothing is missing, up to the
@@ -133,10 +140,12 @@ def structures(
             unknown.append(name)
         else:
             drawn.append((name, label, _planes(name, contours, to_voxels)))
-    gaps = [gap for _, _, planes in drawn for gap in np.diff([height for height, _ in planes])]
-    usual = float(np.median(gaps)) if gaps else 1.0
+    usual = [_usual_gap(planes) for _, _, planes in drawn if len(planes) > 2]
+    elsewhere = float(np.median(usual)) if usual else 1.0
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    found = [Structure(name, label, *_drawing(name, planes, shape, spacing, usual)) for name, label, planes in drawn]
+    found = [
+        Structure(name, label, *_drawing(name, planes, shape, spacing, elsewhere)) for name, label, planes in drawn
+    ]
     return found, unknown, unclosed
 
 
@@ -145,8 +154,9 @@ Plane = tuple[float, list[np.ndarray]]
 
 
 def _planes(name: str, contours: Sequence[Dataset], to_voxels: np.ndarray) -> list[Plane]:
-    """The planes of an ROI, in order."""
-    planes: dict[float, list[np.ndarray]] = defaultdict(list)
+    """The planes of an ROI, in order; a plane ends where the next height is further off than rounding explains."""
+    placed: list[tuple[float, np.ndarray]] = []
+    noise = SAME_PLANE
     for contour in contours:
         points = _points(name, contour) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
         height = points[:, 2]
@@ -155,8 +165,18 @@ def _planes(name: str, contours: Sequence[Dataset], to_voxels: np.ndarray) -> li
                 f"the ROI {name} has contours across the slices of the series; allowed are contours in its slices: "
                 "give the series that the structure set was drawn on"
             )
-        planes[round(float(height.mean()), 2)].append(points[:, :2])
-    return sorted(planes.items())
+        noise = max(noise, min(float(np.ptp(height)), PLANE_TOLERANCE / 2))
+        placed.append((float(height.mean()), points[:, :2]))
+    placed.sort(key=lambda one: one[0])
+    heights = np.array([height for height, _ in placed])
+    parts = np.split(np.arange(len(placed)), np.flatnonzero(np.diff(heights) > noise) + 1)
+    # Rounded, so that what is meant to be a slice, or midway between two, is.
+    return [(round(float(heights[part].mean()), 2), [placed[index][1] for index in part]) for part in parts]
+
+
+def _usual_gap(planes: Sequence[Plane]) -> float:
+    """How far apart planes are, in slices, where the ROI goes on: a low gap, since a high one may part two lesions."""
+    return float(np.quantile(np.diff([height for height, _ in planes]), LOW_GAP, method="lower"))
 
 
 def _points(name: str, contour: Dataset) -> np.ndarray:
@@ -181,7 +201,7 @@ def _points(name: str, contour: Dataset) -> np.ndarray:
 
 
 def _drawing(
-    name: str, planes: list[Plane], shape: tuple[int, int, int], spacing: np.ndarray, usual: float
+    name: str, planes: list[Plane], shape: tuple[int, int, int], spacing: np.ndarray, elsewhere: float
 ) -> tuple[Callable[[], np.ndarray], Place]:
     """A function that draws an ROI, and the part of the grid it draws.
 
@@ -195,14 +215,14 @@ def _drawing(
         planes: in order.
         shape: of the grid.
         spacing: of the grid, in mm.
-        usual: distance of planes, in slices, of an ROI that has fewer than three.
+        elsewhere: distance of planes, in slices, in the other ROIs: that of an ROI with fewer than three.
     """
     heights = np.array([height for height, _ in planes])
     at = [int(np.ceil(height - 0.5)) for height in heights]  # a plane midway goes down, so that none meet
     content: dict[int, tuple[int, int, float]] = {}  # slice -> the planes it lies between, and the upper one's share
     for index in sorted(range(len(planes)), key=lambda i: -abs(heights[i] - at[i])):  # the nearest one is written last
         content[at[index]] = index, index, 0.0
-    own = max(float(np.median(np.diff(heights))) if len(planes) > 2 else usual, 1.0)
+    own = max(_usual_gap(planes) if len(planes) > 2 else elsewhere, 1.0)
     for lower, gap in enumerate(np.diff(heights)):
         missing = range(at[lower] + 1, at[lower + 1])
         if not missing:

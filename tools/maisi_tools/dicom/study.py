@@ -31,6 +31,9 @@ from maisi_tools.volumes.series import read_slices, slice_affine
 STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
 """What a study's folder holds; of a folder with anything else, nothing is ever replaced."""
 
+PART = ".part-"
+"""What the name of a folder begins with that is being written, or that a run left that was stopped."""
+
 
 def write_study(
     folder: str | os.PathLike,
@@ -49,7 +52,7 @@ def write_study(
     """Write a generated CT, and its mask, as a DICOM study.
 
     The CT goes to ``folder/CT/0001.dcm`` and so on (``folder/CT.dcm`` as Enhanced CT), the mask to ``SEG.dcm`` and
-    ``RTSTRUCT.dcm``. The folder appears when all is written.
+    ``RTSTRUCT.dcm``. They appear when all is written.
 
     Args:
         folder: to write; it must not exist, or be empty.
@@ -76,10 +79,11 @@ def write_study(
         InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, a source
             that is no CT series, or none where it is needed.
     """
-    target = Path(folder).expanduser()
-    present = {entry.name for entry in target.iterdir()} if target.is_dir() else set()
+    target = Path(folder).expanduser().resolve()  # of a link, what it leads to
+    inside = list(target.iterdir()) if target.is_dir() else []
+    present = {entry.name for entry in inside if not entry.name.startswith(PART)}
     if (target.exists() and not target.is_dir()) or present - (STUDY_FILES if replace else set()):
-        raise InputError(f"{target} is there already; allowed is a new or empty folder: give another one")
+        raise InputError(f"{folder} is there already; allowed is a new or empty folder: give another one")
     if mask is not None and mask.shape != hu.shape:
         raise InputError(f"the mask has the shape {mask.shape} and the CT {hu.shape}; allowed are both on one grid")
     turned, grid = to_lps(hu, affine)
@@ -91,7 +95,9 @@ def write_study(
     with reading(str(source)):  # whose elements are read when they are asked for
         study = new_study(content, created, seed, conditions, slices, from_scan, region)
 
-    part = target.with_name(f".{os.getpid()}-{target.name}")
+    # A folder that is there stays, since it may be the working directory or a disk of its own: it is written into.
+    exists = target.exists()
+    part = target / f"{PART}{os.getpid()}" if exists else target.with_name(f"{PART}{os.getpid()}-{target.name}")
     try:
         part.mkdir(parents=True)
         files = {}
@@ -112,12 +118,16 @@ def write_study(
             files["RTSTRUCT.dcm"] = structure_set(labels, grid, images, study)
             for name in ("SEG.dcm", "RTSTRUCT.dcm"):
                 _save(files[name], part / name)
-        if target.exists():
-            shutil.rmtree(target)
-        part.rename(target)
+        if exists:
+            for old in inside:
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for new in part.iterdir():
+                new.rename(target / new.name)
+        else:
+            part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return [target / name for name in files]
+    return [Path(folder).expanduser() / name for name in files]
 
 
 def read_mask(
@@ -149,7 +159,7 @@ def read_mask(
 def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table: Mapping[str, int]) -> MetaTensor:
     slices = None if series is None else _referenced_slices(ds, series)
     if ds.Modality == "SEG":
-        found, affine, shape, unknown = segments(ds, table)
+        found, affine, shape, unknown = segments(ds, table, slices)
         mask = paint(found, shape, unknown, str(path))
         if slices is not None:
             grid = slice_affine(slices)

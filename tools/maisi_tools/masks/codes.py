@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,12 @@ CATEGORIES = {"91723000": "Anatomical Structure", "49755003": "Morphologically A
 
 SIDES = {"left": ("7771000", "Left"), "right": ("24028007", "Right")}
 """SNOMED CT codes of the sides, from DICOM PS3.16 CID 244."""
+
+BOTH = "both"
+"""In place of a side: no label of a paired organ has it."""
+
+BILATERAL = "51440002"
+"""SNOMED CT code of both sides, from DICOM PS3.16 CID 244."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +87,41 @@ def label_of_code(code: str, side: str = "", region: str = "") -> int | None:
 
     Args:
         code: of the segmented property type.
-        side: "left", "right" or "": the modifier of the type or of the region.
+        side: "left", "right", :data:`BOTH` or "": the modifier of the type or of the region.
         region: code of the anatomic region, or "".
     """
+    if side == BOTH:
+        label = label_of_code(code, "", region)
+        return None if label is None or VOCABULARY[label].side else label
     for key in ((code, side, region), (code, side, ""), (code, "", region), (code, "", "")):
         if key in _BY_CODE:
             return _BY_CODE[key]
     return None
 
 
+def side_of_codes(values: Iterable[str]) -> str:
+    """The side that SNOMED CT codes of modifiers say: "left", "right", :data:`BOTH`, or "" where none says one."""
+    values = set(values)
+    sides = [side for side, (code, _) in SIDES.items() if code in values or BILATERAL in values]
+    return BOTH if len(sides) > 1 else "".join(sides)
+
+
 def _key(name: str) -> tuple[str, str]:
-    """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L"."""
+    """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L".
+
+    The side of "Kidney L+R" is :data:`BOTH`.
+    """
     words = [word.casefold() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+", name)]
-    side = next((_SIDE_WORDS[word] for word in words if word in _SIDE_WORDS), "")
+    sides = {side for word in words for side in _SIDE_WORDS.get(word, ())}
+    side = BOTH if len(sides) > 1 else next(iter(sides), "")
     return "".join(word for word in words if word not in _SIDE_WORDS), side
 
 
-_SIDE_WORDS = {"l": "left", "lt": "left", "left": "left", "r": "right", "rt": "right", "right": "right"}
+_SIDE_WORDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("l", "lt", "left"), ("left",)),
+    **dict.fromkeys(("r", "rt", "right"), ("right",)),
+    **dict.fromkeys(("lr", "rl", "bilat", "bilateral", "both"), ("left", "right")),
+}
 
 
 def _names() -> dict[tuple[str, str], int]:

@@ -103,6 +103,11 @@ class LabelMap(Mapping[int, int]):
         wanted = _plain(name)
         return next((label for label, known in self.classes.items() if _plain(known) == wanted), None)
 
+    def record(self, numbering: str) -> dict[str, Any]:
+        """What a sidecar keeps of a mask's numbering, one of :data:`NUMBERINGS`; see :func:`recorded_label_map`."""
+        placeholders = {self.classes[label]: id for label, id in self.placeholders.items()}
+        return {"numbering": numbering, "label_map": self.name, "placeholders": placeholders}
+
     @property
     def inverse(self) -> dict[int, int]:
         """Id in the vocabulary -> label in the file, the lowest where several share the id."""
@@ -205,6 +210,19 @@ def read_label_map(
         return LabelMap(str(path), ids, classes).with_placeholders(new).with_placeholders(placeholders)
     except InputError as error:
         raise InputError(f"label map {path}: {error}") from None
+
+
+def recorded_label_map(record: Mapping[str, Any]) -> LabelMap:
+    """The map that :meth:`LabelMap.record` was made of, its placeholders with it; or the settings of a run.
+
+    Raises:
+        InputError: it is not there any more, or was not so.
+    """
+    label_map, asked = read_label_map(str(record.get("label_map"))), record.get("placeholders")
+    if isinstance(asked, Mapping):  # without those that the JSON itself gives
+        own = {label_map.classes[label] for label in label_map.placeholders}
+        asked = {name: id for name, id in asked.items() if name not in own}
+    return label_map.with_placeholders(asked)
 
 
 def apply_label_map(mask: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
@@ -361,12 +379,7 @@ class RestoreLabelsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
         classes = self.mapping.classes
-        placeholders = {classes[label]: id for label, id in self.mapping.placeholders.items()}
-        record: dict[str, Any] = {
-            "numbering": self.numbering,
-            "label_map": self.mapping.name,
-            "placeholders": placeholders,
-        }
+        record = self.mapping.record(self.numbering)
         for key in self.key_iterator(items):
             if self.numbering == "input":
                 mask: MetaTensor = items[key]

@@ -13,7 +13,7 @@ import numpy as np
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import SIDES, SNOMED, label_of_code, label_of_name
+from maisi_tools.masks.codes import SNOMED, label_of_code, label_of_name, side_of_codes
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.volumes.checks import check_affine, check_labels, check_shape, whole_labels
 from maisi_tools.volumes.nrrd_file import Header, read_header, read_nrrd
@@ -23,7 +23,6 @@ from maisi_tools.volumes.stored import read_whole
 logger = logging.getLogger(__name__)
 
 _FIELD = re.compile(r"Segment(\d+)_(\w+)")
-_SIDE_OF_CODE = {code: side for side, (code, _) in SIDES.items()}
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def _meaning(tags: str, name: str) -> int | None:
         if kind.strip() != "TerminologyEntry" or len(codes) < 3 or len(codes[2]) < 2:
             continue
         value = {place: code[1] for place, code in enumerate(codes) if len(code) > 1}
-        side = next((_SIDE_OF_CODE[value[place]] for place in (3, 6) if value.get(place) in _SIDE_OF_CODE), "")
+        side = side_of_codes(value.get(place, "") for place in (3, 6))
         label = label_of_code(value[2], side, value.get(5, "")) if codes[2][0] in (SNOMED, "SNOMED") else None
         if label is not None:
             return label

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from monai.data import MetaTensor
-from monai.transforms import Orientation, SpatialResample
+from monai.transforms import SpatialResample
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
@@ -19,6 +19,7 @@ from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
+from maisi_tools.metrics.segmenters import labels_on_grid
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import find_inputs, stem_of
 from maisi_tools.volumes.reading import read_ras, read_sidecar
@@ -145,7 +146,7 @@ def score_generated(
             wanted = segmenter.classes if structures is None else structures
             case["ml"] |= _volumes(reference, wanted)
             for kind, path in paths.items():
-                predicted: Any = Orientation(axcodes="RAS", labels=None)(segmenter(path))
+                predicted = labels_on_grid(segmenter(path), volumes[kind])
                 labels = _on_grid(reference, volumes[kind], "nearest")
                 case[kind] |= structure_dice(channel_of(predicted), channel_of(labels), segmenter.classes, wanted)
         _add_metrics(generated, case)

@@ -56,16 +56,27 @@ class Segmenter:
         """
         if self.segment is None:
             return np.zeros(ct.shape[1:], dtype=np.uint8)
-        found: Any = Orientation(axcodes="RAS", labels=None)(self.segment(path))
-        if not same_grid(found, ct):  # a bundle need not undo its own resampling
-            resample = SpatialResample(mode="nearest", padding_mode="zeros", align_corners=False)
-            found = resample(found.float(), dst_affine=ct.affine, spatial_size=ct.shape[1:])
+        found = labels_on_grid(self.segment(path), ct)
         if may_be_empty and not found.any():
             return np.zeros(ct.shape[1:], dtype=np.uint8)
         try:
             return apply_label_map(found.as_tensor()[0].cpu().numpy(), self.label_map)
         except InputError as error:
             raise InputError(f"segmenter {self.name}: {error}") from None
+
+
+def labels_on_grid(found: Any, ct: MetaTensor) -> MetaTensor:
+    """Labels on the grid of their CT: a segmentation bundle need not undo its own orientation and resampling.
+
+    Args:
+        found: (1, X, Y, Z), with an affine.
+        ct: (1, X, Y, Z), in RAS.
+    """
+    found = Orientation(axcodes="RAS", labels=None)(found)
+    if same_grid(found, ct):
+        return found
+    resample: Any = SpatialResample(mode="nearest", padding_mode="zeros", align_corners=False)
+    return resample(found.float(), dst_affine=ct.affine, spatial_size=ct.shape[1:])
 
 
 def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu") -> Segmenter:

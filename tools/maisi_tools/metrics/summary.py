@@ -6,32 +6,51 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing, write_csv
+from maisi_tools.volumes.inputs import stem_of
 
 logger = logging.getLogger(__name__)
 
 
-def summarise(output_dir: str | Path, key: str = "metrics", suffix: str = "") -> dict[str, dict[str, float]]:
-    """Collect ``key`` of every ``*<suffix>.json`` in a folder into ``metrics.csv`` (a row a case) and ``summary.json``.
+def summarise(
+    output_dir: str | Path,
+    key: str = "metrics",
+    suffix: str = "",
+    items: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Collect ``key`` of a run's ``<stem><suffix>.json`` into ``metrics.csv`` (a row a case) and ``summary.json``.
+
+    Args:
+        output_dir: where the sidecars are and the tables go.
+        key: of the figures in a sidecar.
+        suffix: of the sidecars' stems.
+        items: of the run, each with its ``image``; None for every ``*<suffix>.json``, those of earlier runs into the
+            same folder among them.
 
     Returns:
         figure -> {"mean", "std", "min", "max", "cases"}; a figure that a case does not have (a label that is absent) is
         left out of that case only. Also logged.
 
     Raises:
-        InputError: no sidecar with such figures.
+        InputError: no sidecar with such figures, or not one for each of `items`.
     """
     folder = Path(output_dir).expanduser()
     rows: dict[str, dict[str, float]] = {}
-    for path in sorted(folder.glob(f"*{suffix}.json")):
-        content = json.loads(path.read_text())
+    asked = None if items is None else [folder / f"{stem_of(item['image'])}{suffix}.json" for item in items]
+    for path in sorted(folder.glob(f"*{suffix}.json") if asked is None else asked):
+        content = json.loads(path.read_text()) if path.is_file() else None
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             rows[path.stem] = {name: value for name, value in content[key].items() if value is not None}
+    if missing := [path.name for path in asked or () if path.stem not in rows]:
+        raise InputError(
+            f"{folder} has no {key!r} in {', '.join(missing[:5])} ({len(missing)} of {len(asked or ())} cases); "
+            "allowed is a figure of every case: run the bundle's evaluate.json again"
+        )
     if not rows:
         raise InputError(f"no *{suffix}.json with {key!r} in {folder}; run the bundle's evaluate.json first")
     return tabulate(folder, rows)

@@ -9,7 +9,7 @@ import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.label_maps import apply_label_map, recorded_label_map
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
 from maisi_tools.report.preview import centre_of, load_image, load_labels, page_colour, plane
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.patching import read_stored
@@ -52,7 +53,19 @@ LISTED_ROWS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """A CT of the run, in RAS: (X, Y, Z) in HU, the mask on its grid, what its sidecar says, an edit's blend weight."""
+    """A CT of the run, in RAS.
+
+    Attributes:
+        name: its stem.
+        hu: (X, Y, Z).
+        labels: the mask on its grid, uint8: in the vocabulary where `translated`, else 1, 2, ... in the order of the
+            file's labels; None where there is none.
+        spacing: mm along x, y, z.
+        sidecar: what its JSON says.
+        weight: an edit's blend weight, 0 to 1.
+        names: label -> what the page calls it.
+        translated: whether the labels are those of the vocabulary, whose ranges of HU then hold.
+    """
 
     name: str
     hu: np.ndarray
@@ -60,6 +73,8 @@ class Case:
     spacing: tuple[float, float, float]
     sidecar: Mapping[str, Any]
     weight: np.ndarray | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
+    translated: bool = True
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None, max_cases: int = 20) -> Path:
@@ -93,11 +108,12 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
         raise InputError(f"run folder {folder} holds no CT and no table; give the output_dir of a bundle's run.")
 
     record = folder / RUN_RECORD
-    ranges = _hu_ranges(record)
+    settings = _settings(record)
+    ranges = _hu_ranges(settings)
     sheet, viewers = [], []
     for number, path in enumerate(volumes[:max_cases]):
         try:
-            case = _read_case(path)
+            case = _read_case(path, settings)
         except InputError as error:
             viewers.append(f"<h3>{_text(path.name)}</h3><p class='bad'>Not shown: {_text(error)}</p>")
             continue
@@ -133,8 +149,12 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _read_case(path: Path) -> Case:
+def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
     """Read a CT, the mask beside it (NAME_mask for NAME_ct), and its sidecar.
+
+    Args:
+        path: of the CT.
+        settings: of the run, which say how the masks of an edit are numbered.
 
     Raises:
         InputError: a file is damaged, or the mask has another grid.
@@ -144,20 +164,71 @@ def _read_case(path: Path) -> Case:
     suffix = path.name[len(stem) :]
     mask = path.with_name(f"{stem.removesuffix('_ct')}_mask{suffix}")
     weight = path.with_name(f"{stem.removesuffix('_ct')}_weight{suffix}")
+    content = _sidecar(path)
+    x, y, z = image.header.get_zooms()[:3]
+    case = Case(
+        stem,
+        np.asanyarray(image.dataobj),
+        None,
+        (float(x), float(y), float(z)),
+        content,
+        np.asanyarray(load_image(weight, "weight").dataobj) if weight.is_file() else None,
+    )
+    if not mask.is_file():
+        return case
+    numbering = _sidecar(mask).get("labels")
+    if case.weight is not None and settings:  # an edit gives the mask back as it came
+        numbering = {**settings, "numbering": "input"}
+    return _with_labels(case, load_labels(mask, image), numbering if isinstance(numbering, Mapping) else {})
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """What the JSON beside a volume says, nothing where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
     sidecar = sidecar_path(path)
     try:
         content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
     except ValueError as error:
         raise InputError(f"sidecar {sidecar.name} is no JSON ({error}); remove it.") from error
-    x, y, z = image.header.get_zooms()[:3]
-    return Case(
-        stem,
-        np.asanyarray(image.dataobj),
-        load_labels(mask, image) if mask.is_file() else None,
-        (float(x), float(y), float(z)),
-        content if isinstance(content, dict) else {"content": content},
-        np.asanyarray(load_image(weight, "weight").dataobj) if weight.is_file() else None,
-    )
+    return content if isinstance(content, dict) else {"content": content}
+
+
+def _with_labels(case: Case, labels: np.ndarray, numbering: Mapping[str, Any]) -> Case:
+    """The case with its mask in the vocabulary; a numbering that is not to be had any more gets numbers for names.
+
+    Args:
+        case: without labels.
+        labels: as in the file.
+        numbering: what :meth:`maisi_tools.masks.label_maps.LabelMap.record` gave of it, or the settings of an edit.
+
+    Raises:
+        InputError: more labels than the page can show.
+    """
+    present = [int(label) for label in np.unique(labels) if label]
+    placeholders = numbering.get("placeholders")
+    named = placeholders.items() if isinstance(placeholders, Mapping) else ()
+    own = {id: name for name, id in named if isinstance(id, int)}
+    translated = labels if max(present, default=0) <= 255 else None
+    if numbering.get("numbering") == "input":
+        try:
+            label_map = recorded_label_map(numbering)
+            own = {id: label_map.classes[label] for label, id in label_map.placeholders.items()}
+            added = {int(number): label_id(name) for name, number in case.sidecar.get("added_labels", {}).items()}
+            translated = apply_label_map(labels, {**label_map, **added}) if present else labels
+        except (InputError, AttributeError, TypeError, ValueError):  # moved, or the sidecar was not written by us
+            translated = None
+    if translated is not None:
+        ids = [int(label) for label in np.unique(translated) if label]
+        names = {label: str(own.get(label) or _name(label)) for label in ids}
+        return replace(case, labels=translated.astype(np.uint8), names=names)
+    if len(present) > 255:
+        raise InputError(f"mask of {case.name} has {len(present)} labels; a page shows up to 255: merge some.")
+    numbers = np.searchsorted([0, *present], labels).astype(np.uint8)
+    names = {number: f"label {label}" for number, label in enumerate(present, start=1)}
+    return replace(case, labels=numbers, names=names, translated=False)
 
 
 def _thumbnail(case: Case, anchor: str) -> str:
@@ -204,14 +275,14 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
     """The section of one case: viewer, organs with the `ranges` of their medians, sidecar."""
     step = max(1, int(np.ceil((case.hu.size / MAX_VOXELS) ** (1 / 3))))
     hu = np.clip(np.rint(case.hu[::step, ::step, ::step]), -32768, 32767).astype("<i2")
-    labels = None if case.labels is None else case.labels[::step, ::step, ::step].astype(np.uint8)
+    labels = None if case.labels is None else case.labels[::step, ::step, ::step]
     shown: dict[str, Any] = {
         "size": hu.shape,
         "spacing": [mm * step for mm in case.spacing],
         "centre": centre_of(hu, labels),
     }
     if labels is not None:
-        shown["labels"] = viewer_labels(labels)
+        shown["labels"] = viewer_labels(labels, case.names)
     size, spacing = (" x ".join(f"{value:g}" for value in values) for values in (case.hu.shape, case.spacing))
     thinned = f", every {step}. voxel along each axis shown" if step > 1 else ""
     parts = [
@@ -221,7 +292,7 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
         _viewer(id, shown),
         _data(f"{id}-ct", hu),
         "" if labels is None else _data(f"{id}-mask", labels),
-        "" if case.labels is None else _organs(case, ranges),
+        "" if case.labels is None else _organs(case, ranges if case.translated else {}),
         _entries(_flat(case.sidecar)) if case.sidecar else "",
         "</details>",
     ]
@@ -268,7 +339,7 @@ def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
         outside = expected is not None and not expected[0] <= median <= expected[1]
         colour = "transparent" if (rgb := _colour(label)) is None else f"rgb({','.join(map(str, rgb))})"
         rows.append(
-            f"<tr><td><span class='swatch' style='background:{colour}'></span>{_text(_name(label))}</td>"
+            f"<tr><td><span class='swatch' style='background:{colour}'></span>{_text(case.names[label])}</td>"
             f"<td class='number'>{inside.size * voxel_ml:.1f}</td>"
             f"<td class='number{' bad' if outside else ''}'>{median:.0f}</td>"
             f"<td class='number'>{low:.0f} to {high:.0f}</td>"
@@ -309,11 +380,19 @@ def _csv(path: Path) -> str:
     )
 
 
-def _hu_ranges(record: Path) -> dict[int, tuple[float, float]]:
-    """Plausible medians: those that the run itself checked where ``run.json`` has them, else the vocabulary's."""
+def _settings(record: Path) -> dict[str, Any]:
+    """Those in ``run.json``; nothing where there is no record, or a damaged one."""
     try:
-        return hu_ranges(json.loads(record.read_text())["settings"]["hu_ranges"])
-    except (OSError, ValueError, LookupError, TypeError):  # no record, a damaged one, or one of another config
+        return dict(json.loads(record.read_text())["settings"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _hu_ranges(settings: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
+    """Plausible medians: those that the run itself checked where its settings have them, else the vocabulary's."""
+    try:
+        return hu_ranges(settings["hu_ranges"])
+    except (ValueError, LookupError, TypeError):  # of another config
         return hu_ranges()
 
 
@@ -355,9 +434,15 @@ def _table(head: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in head)}</tr>{lines}</table>"
 
 
-def viewer_labels(labels: np.ndarray) -> dict[int, list[Any]]:
-    """Label -> [RGB or None, name] of all in a mask, as ``viewer.js`` takes them."""
-    return {int(label): [_colour(int(label)), _name(int(label))] for label in np.unique(labels) if label}
+def viewer_labels(labels: np.ndarray, names: Mapping[int, str] | None = None) -> dict[int, list[Any]]:
+    """Label -> [RGB or None, name] of all in a mask, as ``viewer.js`` takes them.
+
+    Args:
+        labels: any shape, in the vocabulary unless `names` says otherwise.
+        names: label -> name, where it is not the vocabulary's.
+    """
+    present = [int(label) for label in np.unique(labels) if label]
+    return {label: [_colour(label), (names or {}).get(label) or _name(label)] for label in present}
 
 
 def _name(label: int) -> str:

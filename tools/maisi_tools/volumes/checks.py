@@ -25,6 +25,9 @@ LATENT_CHANNELS = 4
 MOST_PADDING = 128
 """Voxels by which an image may have been padded before encoding; no network, released ones included, needs more."""
 
+LEAST_HU = -1024
+"""What CTs are clipped to below: no tissue and no air is less."""
+
 HU_HINT = "allowed is a CT in Hounsfield units (air near -1000, water 0)"
 
 
@@ -75,16 +78,20 @@ def check_finite(array: np.ndarray, name: str) -> None:
 def check_ct_intensities(array: np.ndarray, name: str) -> None:
     """Refuse values that cannot be Hounsfield units. A CT of a body has voxels below 0 HU: fat, lung or air.
 
-    Clipped CTs, crops within soft tissue and padding values such as -3024 pass.
+    Clipped CTs and crops within soft tissue pass. The lowest value, where it is below :data:`LEAST_HU`, may be the
+    scanner's padding outside of its field of view, such as -3024, and says nothing of the others.
 
     Raises:
         InputError: a constant volume, a normalised one (-1..1), an 8-bit one (0..255), or one without a value below 0,
             as stored by scanners before the rescale intercept is added.
     """
     low, high = float(array.min()), float(array.max())
-    found = f"{name} has values from {low:g} to {high:g}"
     if low == high:
         raise InputError(f"{name} has the value {low:g} everywhere; {HU_HINT}: check the file's export")
+    found = f"{name} has values from {low:g} to {high:g}"
+    if low < LEAST_HU:
+        padding, low = low, float(array.min(where=array > low, initial=high))
+        found = f"{name} has values from {low:g} to {high:g} beside {padding:g}"
     if low >= -1 and high <= 1:
         raise InputError(f"{found}, as after normalisation; {HU_HINT}: give the volume as it was before normalising")
     if low >= 0 and high <= 255:
@@ -130,7 +137,9 @@ def whole_labels(array: np.ndarray, name: str) -> np.ndarray:
     if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
         return array
     whole = np.rint(array)
-    exact = (whole == array).all()  # as nearly all are, and then three passes over large volumes are saved
+    exact = (whole == array).all() and np.isfinite(
+        array
+    ).all()  # as nearly all are, and then three passes over large volumes are saved
     if not exact and (fractional := array[~(np.abs(array - whole) <= LABEL_ROUNDING)]).size:
         raise InputError(
             f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; allowed "

@@ -33,20 +33,21 @@ class DicomFile:
     Args:
         path: the file, or the zip file.
         member: its name in the zip file.
+        archive: the zip file, open, for all its members: it is as long to open as it has members.
 
     Attributes:
         name: for messages.
         size: in bytes, out of the zip file.
     """
 
-    def __init__(self, path: Path, member: str | None = None) -> None:
+    def __init__(self, path: Path, member: str | None = None, archive: zipfile.ZipFile | None = None) -> None:
         self.path, self.member = path, member
         self.name = str(path) if member is None else f"{member} in {path}"
         if member is None:
             self.size = path.stat().st_size
         else:
-            with zipfile.ZipFile(path) as archive:
-                self.size = archive.getinfo(member).file_size
+            self._archive = archive or zipfile.ZipFile(path)
+            self.size = self._archive.getinfo(member).file_size
 
     def read(self, **options: Any) -> Dataset:
         """The dataset; of a zip file's member, no more is unpacked than is asked for.
@@ -87,7 +88,7 @@ class DicomFile:
             )
 
     def _open(self) -> Any:
-        return open(self.path, "rb") if self.member is None else _open_member(self.path, self.member)
+        return open(self.path, "rb") if self.member is None else self._archive.open(self.member)
 
     def _check_deflated(self, file: IO[bytes]) -> None:
         """Refuse a deflated dataset that is beyond the limit, without keeping it.
@@ -138,12 +139,8 @@ def reading(name: str | Path) -> Iterator[None]:
 def list_dicom(path: Path) -> list[DicomFile]:
     """The DICOM files in a folder (searched deeper only where it holds none itself) or zip file, by their names."""
     if is_zip(path):
-        return [DicomFile(path, name) for name in zipped_dicom(path)]
+        names = zipped_dicom(path)
+        archive = zipfile.ZipFile(path)  # closed when the last of its members is let go
+        return [DicomFile(path, name, archive) for name in names]
     files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
     return [DicomFile(file) for file in files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))]
-
-
-@contextmanager
-def _open_member(path: Path, member: str) -> Iterator[IO[bytes]]:
-    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        yield file

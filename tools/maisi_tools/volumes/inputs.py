@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pydicom.misc
-
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.limits import check_limit
 
@@ -31,6 +29,12 @@ ALLOWED = (
 
 DAMAGES = (errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST)
 """What the system says of the offsets and the names in a damaged zip file."""
+
+PREFIX, HEAD = slice(128, 132), 512
+"""Where a DICOM file says that it is one, and how much of it has its Media Storage SOP Class."""
+
+DIRECTORY = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
+"""That element of a DICOMDIR, as it is stored (DICOM PS3.10 section 7.1): Media Storage Directory Storage."""
 
 
 IsOne = Callable[[Path], bool]
@@ -207,10 +211,10 @@ def _expand(path: Path, is_one: IsOne) -> list[str]:
             return [str(path)]
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
         found = [entry for entry in entries if _is_volume(entry, is_one)]
-        if not holds_dicom(path):
-            if not found:
+        if not any(is_dicom(entry) for entry in entries):
+            if not found and not holds_dicom(path):
                 raise InputError(f"folder {path} holds no volume and no DICOM series; allowed is {ALLOWED}")
-            return [str(entry) for entry in found]
+            return [str(entry) for entry in found or [path]]
         if found:
             raise InputError(
                 f"folder {path} holds DICOM slices and also {found[0].name}; allowed is the one or the other: name the "
@@ -239,8 +243,15 @@ def _single(path: Path, is_one: IsOne) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether `path` is a file with the DICOM prefix."""
-    return path.is_file() and pydicom.misc.is_dicom(path)
+    """Whether `path` is a file with the DICOM prefix, and not the directory of a medium (DICOMDIR)."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _is_object(file.read(HEAD))
+
+
+def _is_object(head: bytes) -> bool:
+    return head[PREFIX] == b"DICM" and DIRECTORY not in head
 
 
 def is_zip(path: Path) -> bool:
@@ -281,14 +292,18 @@ def zipped_dicom(path: Path) -> list[str]:
         check_limit("MAISI_MAX_ZIP_BYTES", total, f"{path} holds {total} bytes, unpacked")
         for name in sorted(entry.filename for entry in entries if not entry.is_dir()):
             with archive.open(name) as file:
-                if file.read(132)[128:] == b"DICM":
+                if _is_object(file.read(HEAD)):
                     names.append(name)
         return names
 
 
 def holds_dicom(path: Path) -> bool:
-    """Whether a file directly in the folder, or one at any depth in the zip file, is DICOM."""
-    return bool(zipped_dicom(path)) if is_zip(path) else any(is_dicom(entry) for entry in path.iterdir())
+    """Whether a file directly in the folder, or one at any depth in the zip file or below a DICOMDIR, is DICOM."""
+    if is_zip(path):
+        return bool(zipped_dicom(path))
+    entries = list(path.iterdir())
+    is_medium = any(entry.name.upper() == "DICOMDIR" and entry.is_file() for entry in entries)
+    return any(is_dicom(entry) for entry in (*entries, *(path.rglob("*") if is_medium else ())))
 
 
 def _is_volume(path: Path, is_one: IsOne) -> bool:

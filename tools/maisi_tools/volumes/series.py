@@ -188,9 +188,10 @@ def slice_order(
             f"{path} holds {len(headers)} DICOM files and no image slice with a position; allowed is one series of "
             f"{' or '.join(modalities)}, as one file per slice or Enhanced: choose the folder of the images"
         )
-    found = _one_series(
-        path, headers, _without_copies(path, headers, _without_localizers(path, headers, found)), series
-    )
+    found = _without_copies(path, headers, _without_localizers(path, headers, found))
+    if series is None:
+        found = _of_modality(path, headers, found, modalities)
+    found = _one_series(path, headers, found, series)
     modality = modality_of([headers[index] for index in found])
     if modality not in modalities:
         raise InputError(
@@ -310,6 +311,15 @@ def _without_localizers(path: Path, headers: Sequence[Any], found: list[int]) ->
     slices = [index for index in found if "LOCALIZER" not in (headers[index].get("ImageType") or ())]
     if slices and len(slices) < len(found):
         logger.warning("%s: %d localizer images are passed over", path, len(found) - len(slices))
+    return slices or found
+
+
+def _of_modality(path: Path, headers: Sequence[Any], found: list[int], modalities: Sequence[str]) -> list[int]:
+    """Without images of other modalities, as the dose (RTDOSE) beside a planning CT; all where there are no others."""
+    slices = [index for index in found if modality_of([headers[index]]) in modalities]
+    if slices and len(slices) < len(found):
+        others = sorted({modality_of([headers[index]]) for index in found} - set(modalities))
+        logger.warning("%s: %d images of %s are passed over", path, len(found) - len(slices), ", ".join(others))
     return slices or found
 
 
