@@ -137,9 +137,8 @@ def whole_labels(array: np.ndarray, name: str) -> np.ndarray:
     if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
         return array
     whole = np.rint(array)
-    exact = (whole == array).all() and np.isfinite(
-        array
-    ).all()  # as nearly all are, and then three passes over large volumes are saved
+    # As nearly all are, and then three passes over large volumes are saved.
+    exact = (whole == array).all() and np.isfinite(array).all()
     if not exact and (fractional := array[~(np.abs(array - whole) <= LABEL_ROUNDING)]).size:
         raise InputError(
             f"{name} has {fractional.size} voxels that are no whole number, for instance {_some(fractional)}; allowed "
