@@ -108,6 +108,9 @@ def test_segments_on_a_tilted_series(slices, studies, tmp_path, kind):
     )
     found = read_mask(tmp_path / "seg.dcm", tmp_path / "CT")[0].numpy()
     assert np.array_equal(found, np.where(liver, 1, 3 * kidney).T)
+    # Of one segment alone all frames share the number.
+    foreign_segmentation(slices, parts[:1], segmentation_type=kind).save_as(tmp_path / "seg.dcm")
+    assert np.array_equal(read_mask(tmp_path / "seg.dcm", tmp_path / "CT")[0].numpy(), liver.T)
 
 
 def test_segments_on_a_part_of_the_series(slices, studies, tmp_path):
@@ -250,9 +253,12 @@ def test_planes_midway_between_slices_leave_no_stripes(slices, studies, tmp_path
     assert [int(np.count_nonzero(mask[..., k])) for k in range(10)] == [0] * 2 + [144] * 6 + [0] * 2
 
 
-@pytest.mark.parametrize("decimals", [1, 2])
+@pytest.mark.parametrize("decimals", [0, 1, 2])
 def test_rounded_contours_of_an_oblique_slice_are_of_one_plane(slices, studies, tmp_path, decimals):
-    """Four parts in each slice, of various corners, their heights uneven by the rounding: no part is lost."""
+    """Four parts in each slice, of various corners, their heights uneven by the rounding: no part is lost.
+
+    They lie a two-hundredth off their slices, as far from one hundredth as from the next.
+    """
     drawn = [
         (k, [(x + r * np.cos(a), y + r * np.sin(a)) for a in np.linspace(0, 2 * np.pi, corners, endpoint=False)])
         for k in range(3, 9)
@@ -260,7 +266,8 @@ def test_rounded_contours_of_an_oblique_slice_are_of_one_plane(slices, studies, 
     ]
     exact = structure_file(tmp_path / "exact.dcm", slices, {"Liver": drawn})
     expected = read_mask(exact, studies / "slices" / "CT")[0].numpy()
-    ds = pydicom.dcmread(exact)
+    off = structure_file(tmp_path / "off.dcm", slices, {"Liver": [(k + 0.005, points) for k, points in drawn]})
+    ds = pydicom.dcmread(off)
     for contour in ds.ROIContourSequence[0].ContourSequence:
         contour.ContourData = [f"{float(value):.{decimals}f}" for value in contour.ContourData]
     ds.save_as(tmp_path / "rounded.dcm")
@@ -268,7 +275,7 @@ def test_rounded_contours_of_an_oblique_slice_are_of_one_plane(slices, studies, 
     assert np.count_nonzero(expected, axis=(0, 1)).tolist() == [0] * 3 + [np.count_nonzero(expected[..., 3])] * 6 + (
         [0] * 9
     )
-    assert np.count_nonzero(found != expected) < 0.02 * np.count_nonzero(expected)  # a centre that lies on an outline
+    assert np.count_nonzero(found != expected) < 0.06 * np.count_nonzero(expected)  # a centre that lies on an outline
 
 
 def test_planes_of_finer_slices_are_not_thrown_together(slices, studies, tmp_path):

@@ -152,11 +152,10 @@ def _places(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray) -> lis
         InputError: a frame that lies on none.
     """
     columns, rows, count = shape
-    shared = (ds.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     to_voxels, places = np.linalg.inv(affine) @ RAS_TO_LPS, []
     for own in ds.PerFrameFunctionalGroupsSequence:
         position, orientation, measures = (
-            (own.get(keyword) or shared.get(keyword))[0]
+            _group(ds, own, keyword)
             for keyword in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
         )
         row, column = np.reshape(np.asarray(orientation.ImageOrientationPatient, dtype=float), (2, 3))
@@ -176,6 +175,12 @@ def _places(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray) -> lis
     return places
 
 
+def _group(ds: Dataset, own: Dataset, keyword: str) -> Dataset:
+    """A functional group of a frame, its own or the one that all frames share."""
+    shared = (ds.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+    return (own.get(keyword) or shared.get(keyword) or [Dataset()])[0]
+
+
 def _drawing_of_frames(
     segmentation: Segmentation, places: Sequence[int], shape: tuple[int, int, int], number: int
 ) -> Callable[[], np.ndarray]:
@@ -189,7 +194,7 @@ def _drawing_of_frames(
         ):
             if kind == "LABELMAP":
                 volume[:, :, place] |= segmentation.get_stored_frame(index).T == number
-            elif int(own.SegmentIdentificationSequence[0].ReferencedSegmentNumber) == number:
+            elif _group(segmentation, own, "SegmentIdentificationSequence").ReferencedSegmentNumber == number:
                 volume[:, :, place] |= segmentation.get_stored_frame(index).T >= half
         return volume
 
