@@ -578,7 +578,10 @@ def _volumes(before: np.ndarray, after: np.ndarray, spacing: np.ndarray) -> dict
     """Structure -> ml before and after, of all that changed."""
     ml = float(np.prod(spacing)) / 1000
     # Plane by plane: bincount makes each voxel eight bytes.
-    counts = [sum(np.bincount(plane.ravel(), minlength=BODY + 1) for plane in labels) for labels in (before, after)]
+    counts = [
+        np.sum([np.bincount(plane.ravel(), minlength=BODY + 1) for plane in labels], axis=0)
+        for labels in (before, after)
+    ]
     return {
         display_name(label): [round(float(counts[0][label]) * ml, 3), round(float(counts[1][label]) * ml, 3)]
         for label in VOCABULARY
