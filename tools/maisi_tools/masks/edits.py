@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import add_body, checked_spacing
 from maisi_tools.masks.class_folder import read_mask
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.vocabulary import (
     ALLOWED,
@@ -686,7 +687,7 @@ def _positive(what: str, value: float) -> float:
 
 
 def _name(label: int) -> str:
-    return VOCABULARY[int(label)].name if int(label) in VOCABULARY else f"label {int(label)}"
+    return display_name(int(label)) if int(label) in VOCABULARY else f"label {int(label)}"
 
 
 def _mm(spacing: np.ndarray) -> str:
