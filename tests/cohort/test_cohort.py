@@ -196,6 +196,21 @@ def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
         make_cohort(read_spec(write_spec()), tmp_path / "new", bundles, "slurm")
 
 
+def test_a_cohort_goes_on_from_another_working_directory(write_spec, bundles, tmp_path, monkeypatch):
+    """One too whose description has its masks' path as it was seen from there, as earlier versions wrote it."""
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5.0, 3.4, 1.0])), tmp_path / "mask.nii.gz")
+    spec = write_spec(masks="{source: files, path: mask.nii.gz}", count="1")
+    monkeypatch.chdir(tmp_path)
+    assert make_cohort(read_spec(spec.name), tmp_path / "out", bundles)["made"] == 1
+    description = tmp_path / "out" / "cohort.json"
+    assert json.loads(description.read_text())["spec"]["masks"]["path"] == str(tmp_path / "mask.nii.gz")
+    description.write_text(description.read_text().replace(str(tmp_path / "mask.nii.gz"), "mask.nii.gz"))
+    assert make_cohort(read_spec(spec.name), tmp_path / "out", bundles)["made"] == 0
+    monkeypatch.chdir("/")
+    assert make_cohort(read_spec(spec), tmp_path / "out", bundles)["made"] == 0
+
+
 def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
     with pytest.raises(InputError, match="step_count.*no key of the config"):
         made(write_spec, bundles, tmp_path / "out", ct="{step_count: 3}")

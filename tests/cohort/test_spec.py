@@ -20,6 +20,22 @@ def test_paths_are_relative_to_the_file(write_spec, tmp_path):
     assert spec.masks.path == str(tmp_path / "masks")
 
 
+def test_paths_are_the_same_from_everywhere(write_spec, tmp_path, monkeypatch):
+    """From its folder, from below, and through a link to the folder; a label map's, too, unless it has a known name."""
+    path = write_spec(masks="{source: files, path: masks, label_map: map.json}")
+    (tmp_path / "map.json").write_text('{"1": "liver"}')
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "link").symlink_to(tmp_path)
+    for folder, given in ((tmp_path, path.name), (tmp_path / "below", f"../{path.name}"), ("/", path)):
+        monkeypatch.chdir(folder)
+        masks = read_spec(given).masks
+        assert (masks.path, masks.label_map) == (str(tmp_path / "masks"), str(tmp_path / "map.json"))
+    assert read_spec(tmp_path / "below" / "link" / path.name).masks.path == str(tmp_path / "masks")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "btcv").touch()
+    assert read_spec(write_spec(masks="{source: files, path: masks, label_map: btcv}")).masks.label_map == "btcv"
+
+
 def test_a_sample_depends_on_seed_and_number_alone(write_spec):
     spec = read_spec(write_spec())
     more = read_spec(write_spec(count="500"))

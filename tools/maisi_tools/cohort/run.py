@@ -23,6 +23,7 @@ from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, 
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
 from maisi_tools.files import LOCK, held, sha256, write_csv, write_json
+from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain, check_stage_settings
 
@@ -196,12 +197,13 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         for bundle in ("maisi_controlnet", *(["maisi_ldm"] if spec.masks.source == "generator" else []))
         for file in sorted((bundles / bundle / "models").glob("*.pt"))
     }
-    content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights, "judge": judge}))
+    content = json.loads(json.dumps({"spec": _resolved(spec.as_dict()), "weights": weights, "judge": judge}))
     path = folder / SPEC
     if path.is_file():
         try:
             earlier = json.loads(path.read_text())
-            earlier["spec"].get, earlier["weights"]  # noqa: B018 - both must be there
+            count, earlier["spec"] = int(earlier["spec"]["count"]), _resolved(earlier["spec"])
+            earlier["weights"]  # noqa: B018 - must be there
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
@@ -217,6 +219,15 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
     elif any(entry.name != LOCK for entry in folder.iterdir()):
         raise InputError(f"{folder} holds other files; give a new or empty folder")
     write_json(path, content)
+
+
+def _resolved(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification whose paths are whole; an earlier version wrote some as they were seen from where it ran."""
+    masks = dict(spec["masks"])
+    for key in ("path", "label_map"):
+        if masks[key] is not None and masks[key] not in LABEL_MAPS:
+            masks[key] = str(Path(masks[key]).resolve())
+    return {**spec, "masks": masks}
 
 
 def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:
