@@ -188,6 +188,13 @@ def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
     folder = made(write_spec, bundles, tmp_path / "out", count="1")
     with pytest.raises(InputError, match="other seed"):
         make_cohort(read_spec(write_spec(seed="8")), folder, bundles)
+    made(write_spec, bundles, folder, count="2")
+    with pytest.raises(InputError, match="a cohort of 2 samples, and count is 1; allowed is 2 or more"):
+        make_cohort(read_spec(write_spec(count="1")), folder, bundles)
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == len(rows_of(folder)) == 2
+    (folder / "records" / "heads_00000.json").touch()
+    with pytest.raises(InputError, match="samples named as heads_00000, .*now as heads_0000: give another folder"):
+        make_cohort(read_spec(write_spec(count="20000")), folder, bundles)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(InputError, match="other files"):

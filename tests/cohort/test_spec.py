@@ -42,6 +42,9 @@ def test_a_sample_depends_on_seed_and_number_alone(write_spec):
     other = read_spec(write_spec(seed="8"))
     first = [spec.random(i).random() for i in range(3)]
     assert first == [more.random(i).random() for i in range(3)] and len(set(first)) == 3
+    most = read_spec(write_spec(count="10002"))
+    assert [one.sample_name(2) for one in (spec, more, most)] == ["heads_0002"] * 3
+    assert most.sample_name(10_001) == "heads_10001"
     assert not set(first) & {other.random(i).random() for i in range(3)}  # seed 7's second is not seed 8's first
 
 
@@ -122,7 +125,7 @@ def test_bounds_are_allowed_themselves(write_spec):
             count="1000000", resize="{liver: [0.05, 20]}", tumors="[{lesion: lung tumor, diameter_mm: [0.1, 300]}]"
         )
     )
-    assert spec.count == 1_000_000 and spec.sample_name(7) == "heads_000007"
+    assert spec.count == 1_000_000 and spec.sample_name(7) == "heads_0007"
     assert spec.resize["liver"] == [0.05, 20] and spec.tumors[0].diameter_mm == [0.1, 300]
 
 

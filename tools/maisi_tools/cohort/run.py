@@ -216,6 +216,17 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
                 f"{folder} holds a cohort made with other {', '.join(changed)}; only count and retries "
                 "may change: give another folder"
             )
+        if spec.count < count:
+            raise InputError(
+                f"{folder} holds a cohort of {count} samples, and count is {spec.count}; allowed is {count} or "
+                "more, or another folder"
+            )
+        # Of more than 10 000 samples all names were once as long as the last one's.
+        if old := next((folder / RECORDS).glob(f"{spec.name}_0????*.json"), None):
+            raise InputError(
+                f"{folder} has samples named as {old.stem}, where an earlier version made them; names are now as "
+                f"{spec.sample_name(0)}: give another folder"
+            )
     elif any(entry.name != LOCK for entry in folder.iterdir()):
         raise InputError(f"{folder} holds other files; give a new or empty folder")
     write_json(path, content)

@@ -188,8 +188,8 @@ class CohortSpec:
             raise InputError(f"created is {self.created!r}; allowed is a date such as 2026-01-31") from None
 
     def sample_name(self, index: int) -> str:
-        """Name of sample number `index`."""
-        return f"{self.name}_{index:0{max(4, len(str(self.count - 1)))}d}"
+        """Name of sample number `index`; it does not depend on `count`, which may grow."""
+        return f"{self.name}_{index:04d}"
 
     def random(self, index: int) -> np.random.Generator:
         """What is drawn for sample number `index`."""
