@@ -461,6 +461,17 @@ def test_the_mask_of_a_scan_without_forms_lies_on_it(write_spec, bundles, tmp_pa
 
 
 @pytest.mark.parametrize(
+    "ct", ["{redraws: 2}", "{spacing: [3, 3, 3]}", "{min_dice: 0.5}", "{output_size: [64, 64, 64]}", "{preset: neck}"]
+)
+def test_settings_that_an_edit_does_not_use_are_refused(write_spec, bundles, tmp_path, ct):
+    """As `monai.bundle run` of inference.json with edit.json does."""
+    write_scans(tmp_path)
+    with pytest.raises(InputError, match=f"the config has no use for the key {ct[1:].split(':')[0]}"):
+        made(write_spec, bundles, tmp_path / "out", **REAL, ct=ct)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "word"),
     [
         ({"flip": "0.5"}, "not mirrored"),

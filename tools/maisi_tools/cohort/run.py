@@ -15,8 +15,9 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
+from maisi_tools.bundles.settings import check_given
 from maisi_tools.bundles.stage import config_files
-from maisi_tools.cohort.generator import OWN_KEYS
+from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
@@ -25,7 +26,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import LOCK, held, sha256, write_csv, write_json
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.metrics.judge import open_judge
-from maisi_tools.settings import check_plain, check_stage_settings
+from maisi_tools.settings import check_plain
 
 logger = logging.getLogger(__name__)
 
@@ -171,11 +172,10 @@ def _absolute(given: str | None) -> str | None:
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
-    """Refuse settings that the stages do not declare, and scans of another form, before any network is loaded."""
-    check_stage_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
+    """Refuse settings without use for the stages, and scans of another form, before any network is loaded."""
+    check_given(config_files(bundles / "maisi_controlnet", configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
-        config = _config(bundles, "maisi_ldm", "mask_inference.json")
-        check_stage_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+        check_given(config_files(bundles / "maisi_ldm", CONFIG), spec.masks.settings, "masks.settings", OWN_KEYS)
     if spec.masks.source == "real" and spec.format == "dicom":
         for scan in find_scans(spec.masks.path, None):
             if not is_series(scan["image"]):
