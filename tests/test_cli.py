@@ -105,6 +105,25 @@ def test_names_that_look_like_numbers_are_text(arguments, named, capsys, tmp_pat
     assert named in fails(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["twin", "ct.nii.gz", "--keep_patient", "no"], "keep_patient 'no' is not usable; give True or False"),
+        (["twin", "ct.nii.gz", "--keep_patient=0"], "keep_patient 0 is not usable; give True or False"),
+        (["dicom_write", "ct.nii.gz", "--from_scan", "no"], "from_scan 'no' is not usable; give True or False"),
+        (["dicom_write", "ct.nii.gz", "--enhanced", "off"], "enhanced 'off' is not usable; give True or False"),
+        (["studio", "--open", "no"], "open 'no' is not usable; give True or False"),
+        (["plan", "maisi_vae", "64,64,64", "--details", "no"], "details 'no' is not usable; give True or False"),
+        (["phantom", "x.nii.gz", "--seed", "True"], "seed True is not usable; give a whole number"),
+        (["prepare", "cts", "--workers", "1.5"], "workers 1.5 is not usable; give a whole number"),
+        (["cohort", "a.yaml", "--gpus", "half"], "gpus 'half' is not usable; give a number"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(arguments, said, capsys):
+    """Text such as "no" counts as true in Python, so that the patient was kept."""
+    assert said in fails(arguments, capsys)
+
+
 def test_help_does_not_wait_for_torch(repo_root):
     code = "import sys, maisi_tools.cli; sys.exit(bool({'torch', 'monai', 'matplotlib'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(repo_root / "tools")}).returncode == 0
@@ -413,7 +432,8 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     assert "size 40" in fails([*line, "--size=40"], capsys)
     assert "'7' is no label" in fails([*line, "--remove=7"], capsys)
     shifted = [*line, "--insert={hepatic tumor: 30}", "--augment={hepatic tumor: 1}", "--shift=far"]
-    assert "shift is 'far'" in fails(shifted, capsys)
+    assert "shift 'far' is not usable; give a number" in fails(shifted, capsys)
+    assert "flip 'no' is not usable; give True or False" in fails([*line, "--flip", "no"], capsys)
     assert not (tmp_path / "x.nii.gz").exists()
 
 

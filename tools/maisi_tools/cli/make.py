@@ -178,7 +178,7 @@ def twin(
         listed(overlay or ()),
         seed,
         settings,
-        bool(keep_patient),
+        keep_patient,
         device,
     )
     print(f"{output_dir}: {len(found['made'])} twins made, {len(found['there'])} were there")

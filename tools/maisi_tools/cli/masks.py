@@ -86,7 +86,7 @@ def edit(
         augment=zooms,
         shift_mm=shift,
         elastic_mm=elastic,
-        flip=bool(flip),
+        flip=flip,
         spacing=new_spacing,
         size=new_size,
         organs=listed(keep),
