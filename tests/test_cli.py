@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from maisi_tools.cli import main
+from maisi_tools.cli.options import amounts
 
 
 def save(path, data):
@@ -233,6 +234,10 @@ def test_prepare_of_wrong_input(cases, capsys):
     assert "does not exist" in fails(["prepare", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
     assert "seed 'x'" in fails(["prepare", cases / "a", "-o", output, "--seed=x"], capsys)
     assert "label_map 'mine' is neither" in fails(["prepare", cases / "a", "-o", output, "--label_map=mine"], capsys)
+    given = cases / "given.json"
+    given.write_text('["a/pt_1_ct.nii.gz"]')
+    for line in ([given], [cases / "a", "--held_out", given]):
+        assert "given.json would be written over" in fails(["prepare", *line, "-o", given], capsys)
     assert not output.exists()
 
 
@@ -435,6 +440,29 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     assert "shift 'far' is not usable; give a number" in fails(shifted, capsys)
     assert "flip 'no' is not usable; give True or False" in fails([*line, "--flip", "no"], capsys)
     assert not (tmp_path / "x.nii.gz").exists()
+
+
+def test_a_mask_is_not_edited_in_place(tmp_path, torso, capsys):
+    """By whatever path it is named."""
+    capsys.readouterr()
+    before = torso.read_bytes()
+    (tmp_path / "link.nii.gz").symlink_to(torso)
+    for output in (torso, tmp_path / "link.nii.gz"):
+        said = fails(["edit", torso, output, "--flip"], capsys)
+        assert "would be written over, which is the input" in said and "allowed is another path" in said
+    assert torso.read_bytes() == before
+
+
+@pytest.mark.parametrize("lesions", ["{hepatic tumor: [40, 30]}", "{'hepatic tumor': [40,30]}"])
+def test_edit_inserts_lesions_of_several_diameters(tmp_path, torso, capsys, lesions):
+    assert main(["edit", str(torso), "-o", str(tmp_path / "a.nii.gz"), "--insert", lesions]) == 0
+    found = (np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj) == 26).sum()
+    assert found == sum(round(np.pi / 6 * mm**3 / (7.5 * 7.5 * 8.5)) for mm in (40, 30))
+
+
+def test_amounts_are_split_outside_of_brackets():
+    both = amounts("insert", "{lung tumor: [20, 12], hepatic tumor: 25, 'bone lesion': [8]}")
+    assert both == {"lung tumor": [20.0, 12.0], "hepatic tumor": 25.0, "bone lesion": [8.0]}
 
 
 # --- index, find ------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,11 @@ def amounts(option: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):
-        pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
-        value = {name.strip(" \"'"): amount for name, _, amount in pairs}
+        parts = re.split(r",(?![^\[]*\])", value.strip(" {}"))  # not at a comma in brackets
+        pairs = [part.rpartition(":") for part in parts]
+        value = {
+            name.strip(" \"'"): amount.strip(" []").split(",") if "[" in amount else amount for name, _, amount in pairs
+        }
     try:
         return {
             str(name): [float(one) for one in amount] if isinstance(amount, (list, tuple)) else float(amount)
