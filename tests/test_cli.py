@@ -328,10 +328,16 @@ def test_plan_prints_what_each_network_would_need(capsys, repo_root):
         (["--output_size=128,128,64", "--device=tpu"], "give cpu or cuda"),
         (["--output_size=128,128,64", "--overlay=big.json"], "overlays of this bundle are: full.json"),
         (["--output_size=128,128,64", "--splits=0"], "splits is 0; give a whole number from 1 on"),
+        (["--output_size=128,128,64", "--splits=two"], "splits is 'two'; give a whole number from 1 on"),
+        (["--output_size=128,128,64", "--memory_limit=0"], "memory_limit is 0; give a size such as 12GiB"),
+        (["--output_size=64,64,64", "--overlay=full_mask.json"], "full_mask.json changes asked, "),
+        (["--output_size=64,64,64", "--overlay=mask_inference.json"], "is a config of the mask generator"),
+        (["--output_size=64,64,64", "--overlay=x.json"], "are: full_ddpm.json, full_rflow.json, full_rflow_mr"),
     ],
 )
 def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
-    assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
+    bundle = "maisi_ldm" if "64,64,64" in options[0] else "maisi_vae"
+    assert main(["plan", bundle, *options, "--bundles", str(repo_root / "bundles")]) == 2
     printed = capsys.readouterr()
     assert said in printed.out + printed.err and "Traceback" not in printed.err
 
