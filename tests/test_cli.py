@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from maisi_tools.cli import main
+from maisi_tools.cli.options import amounts
 
 
 def save(path, data):
@@ -103,6 +104,25 @@ def test_misspelt_option_is_refused_before_anything_runs(tmp_path, volume, capsy
 def test_names_that_look_like_numbers_are_text(arguments, named, capsys, tmp_path, monkeypatch, repo_root):
     monkeypatch.chdir(repo_root)
     assert named in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["twin", "ct.nii.gz", "--keep_patient", "no"], "keep_patient 'no' is not usable; give True or False"),
+        (["twin", "ct.nii.gz", "--keep_patient=0"], "keep_patient 0 is not usable; give True or False"),
+        (["dicom_write", "ct.nii.gz", "--from_scan", "no"], "from_scan 'no' is not usable; give True or False"),
+        (["dicom_write", "ct.nii.gz", "--enhanced", "off"], "enhanced 'off' is not usable; give True or False"),
+        (["studio", "--open", "no"], "open 'no' is not usable; give True or False"),
+        (["plan", "maisi_vae", "64,64,64", "--details", "no"], "details 'no' is not usable; give True or False"),
+        (["phantom", "x.nii.gz", "--seed", "True"], "seed True is not usable; give a whole number"),
+        (["prepare", "cts", "--workers", "1.5"], "workers 1.5 is not usable; give a whole number"),
+        (["cohort", "a.yaml", "--gpus", "half"], "gpus 'half' is not usable; give a number"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(arguments, said, capsys):
+    """Text such as "no" counts as true in Python, so that the patient was kept."""
+    assert said in fails(arguments, capsys)
 
 
 def test_help_does_not_wait_for_torch(repo_root):
@@ -214,6 +234,10 @@ def test_prepare_of_wrong_input(cases, capsys):
     assert "does not exist" in fails(["prepare", cases / "a", "-o", output, "--held_out", cases / "n.json"], capsys)
     assert "seed 'x'" in fails(["prepare", cases / "a", "-o", output, "--seed=x"], capsys)
     assert "label_map 'mine' is neither" in fails(["prepare", cases / "a", "-o", output, "--label_map=mine"], capsys)
+    given = cases / "given.json"
+    given.write_text('["a/pt_1_ct.nii.gz"]')
+    for line in ([given], [cases / "a", "--held_out", given]):
+        assert "given.json would be written over" in fails(["prepare", *line, "-o", given], capsys)
     assert not output.exists()
 
 
@@ -304,10 +328,16 @@ def test_plan_prints_what_each_network_would_need(capsys, repo_root):
         (["--output_size=128,128,64", "--device=tpu"], "give cpu or cuda"),
         (["--output_size=128,128,64", "--overlay=big.json"], "overlays of this bundle are: full.json"),
         (["--output_size=128,128,64", "--splits=0"], "splits is 0; give a whole number from 1 on"),
+        (["--output_size=128,128,64", "--splits=two"], "splits is 'two'; give a whole number from 1 on"),
+        (["--output_size=128,128,64", "--memory_limit=0"], "memory_limit is 0; give a size such as 12GiB"),
+        (["--output_size=64,64,64", "--overlay=full_mask.json"], "full_mask.json changes asked, "),
+        (["--output_size=64,64,64", "--overlay=mask_inference.json"], "is a config of the mask generator"),
+        (["--output_size=64,64,64", "--overlay=x.json"], "are: full_ddpm.json, full_rflow.json, full_rflow_mr"),
     ],
 )
 def test_plan_refuses_what_cannot_be(capsys, repo_root, options, said):
-    assert main(["plan", "maisi_vae", *options, "--bundles", str(repo_root / "bundles")]) == 2
+    bundle = "maisi_ldm" if "64,64,64" in options[0] else "maisi_vae"
+    assert main(["plan", bundle, *options, "--bundles", str(repo_root / "bundles")]) == 2
     printed = capsys.readouterr()
     assert said in printed.out + printed.err and "Traceback" not in printed.err
 
@@ -413,8 +443,32 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     assert "size 40" in fails([*line, "--size=40"], capsys)
     assert "'7' is no label" in fails([*line, "--remove=7"], capsys)
     shifted = [*line, "--insert={hepatic tumor: 30}", "--augment={hepatic tumor: 1}", "--shift=far"]
-    assert "shift is 'far'" in fails(shifted, capsys)
+    assert "shift 'far' is not usable; give a number" in fails(shifted, capsys)
+    assert "flip 'no' is not usable; give True or False" in fails([*line, "--flip", "no"], capsys)
     assert not (tmp_path / "x.nii.gz").exists()
+
+
+def test_a_mask_is_not_edited_in_place(tmp_path, torso, capsys):
+    """By whatever path it is named."""
+    capsys.readouterr()
+    before = torso.read_bytes()
+    (tmp_path / "link.nii.gz").symlink_to(torso)
+    for output in (torso, tmp_path / "link.nii.gz"):
+        said = fails(["edit", torso, output, "--flip"], capsys)
+        assert "would be written over, which is the input" in said and "allowed is another path" in said
+    assert torso.read_bytes() == before
+
+
+@pytest.mark.parametrize("lesions", ["{hepatic tumor: [40, 30]}", "{'hepatic tumor': [40,30]}"])
+def test_edit_inserts_lesions_of_several_diameters(tmp_path, torso, capsys, lesions):
+    assert main(["edit", str(torso), "-o", str(tmp_path / "a.nii.gz"), "--insert", lesions]) == 0
+    found = (np.asarray(nib.load(tmp_path / "a.nii.gz").dataobj) == 26).sum()
+    assert found == sum(round(np.pi / 6 * mm**3 / (7.5 * 7.5 * 8.5)) for mm in (40, 30))
+
+
+def test_amounts_are_split_outside_of_brackets():
+    both = amounts("insert", "{lung tumor: [20, 12], hepatic tumor: 25, 'bone lesion': [8]}")
+    assert both == {"lung tumor": [20.0, 12.0], "hepatic tumor": 25.0, "bone lesion": [8.0]}
 
 
 # --- index, find ------------------------------------------------------------------------------------------------------

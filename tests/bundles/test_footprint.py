@@ -21,6 +21,7 @@ def configs(repo_root):
         ("maisi_vae", ["full.json"], ["encoder", "decoder"]),
         ("maisi_ldm", ["full_rflow.json"], ["U-Net, each step", "decoder"]),
         ("maisi_ldm", [], ["U-Net, each step", "decoder"]),
+        ("maisi_ldm", ["full_rflow.json", "full_ddpm.json"], ["U-Net, each step", "decoder"]),
         (
             "maisi_controlnet",
             ["full_rflow.json"],

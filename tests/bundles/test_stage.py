@@ -100,6 +100,13 @@ def test_settings_from_a_file_are_values_of_the_configs_keys(bundle):
             Stage(bundle, settings=settings, seed=0)
 
 
+def test_settings_that_an_overlay_leaves_without_use_are_refused(bundle):
+    (bundle / "configs" / "silent.json").write_text('{"inferer": "$@parts.AddNoise(@seed, 0)"}')
+    assert Stage(bundle, settings={"scale": 2.0, "seed": 1}).inferer.scale == 2.0
+    with pytest.raises(InputError, match="no use for the key scale; allowed are .*seed"):
+        Stage(bundle, ["inference.json", "silent.json"], settings={"scale": 2.0, "seed": 1})
+
+
 def test_a_config_that_is_not_there_is_named(bundle):
     with pytest.raises(FileNotFoundError, match="nothing.json"):
         Stage(bundle, "nothing.json")

@@ -188,12 +188,34 @@ def test_a_folder_of_something_else_is_refused(write_spec, bundles, tmp_path):
     folder = made(write_spec, bundles, tmp_path / "out", count="1")
     with pytest.raises(InputError, match="other seed"):
         make_cohort(read_spec(write_spec(seed="8")), folder, bundles)
+    made(write_spec, bundles, folder, count="2")
+    with pytest.raises(InputError, match="a cohort of 2 samples, and count is 1; allowed is 2 or more"):
+        make_cohort(read_spec(write_spec(count="1")), folder, bundles)
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == len(rows_of(folder)) == 2
+    (folder / "records" / "heads_00000.json").touch()
+    with pytest.raises(InputError, match="samples named as heads_00000, .*now as heads_0000: give another folder"):
+        make_cohort(read_spec(write_spec(count="20000")), folder, bundles)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(InputError, match="other files"):
         make_cohort(read_spec(write_spec()), tmp_path / "mine", bundles)
     with pytest.raises(InputError, match="process, ray"):
         make_cohort(read_spec(write_spec()), tmp_path / "new", bundles, "slurm")
+
+
+def test_a_cohort_goes_on_from_another_working_directory(write_spec, bundles, tmp_path, monkeypatch):
+    """One too whose description has its masks' path as it was seen from there, as earlier versions wrote it."""
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5.0, 3.4, 1.0])), tmp_path / "mask.nii.gz")
+    spec = write_spec(masks="{source: files, path: mask.nii.gz}", count="1")
+    monkeypatch.chdir(tmp_path)
+    assert make_cohort(read_spec(spec.name), tmp_path / "out", bundles)["made"] == 1
+    description = tmp_path / "out" / "cohort.json"
+    assert json.loads(description.read_text())["spec"]["masks"]["path"] == str(tmp_path / "mask.nii.gz")
+    description.write_text(description.read_text().replace(str(tmp_path / "mask.nii.gz"), "mask.nii.gz"))
+    assert make_cohort(read_spec(spec.name), tmp_path / "out", bundles)["made"] == 0
+    monkeypatch.chdir("/")
+    assert make_cohort(read_spec(spec), tmp_path / "out", bundles)["made"] == 0
 
 
 def test_unknown_keys_of_the_bundle_are_refused(write_spec, bundles, tmp_path):
@@ -436,6 +458,17 @@ def test_the_mask_of_a_scan_without_forms_lies_on_it(write_spec, bundles, tmp_pa
     parotid = np.asarray(mask.dataobj) == 18
     assert 0.55 < parotid.sum() / first.sum() < 0.85 and (first | ~parotid).all()
     np.testing.assert_allclose(mask.affine, np.diag([5.0, 5.0, 3.4, 1.0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "ct", ["{redraws: 2}", "{spacing: [3, 3, 3]}", "{min_dice: 0.5}", "{output_size: [64, 64, 64]}", "{preset: neck}"]
+)
+def test_settings_that_an_edit_does_not_use_are_refused(write_spec, bundles, tmp_path, ct):
+    """As `monai.bundle run` of inference.json with edit.json does."""
+    write_scans(tmp_path)
+    with pytest.raises(InputError, match=f"the config has no use for the key {ct[1:].split(':')[0]}"):
+        made(write_spec, bundles, tmp_path / "out", **REAL, ct=ct)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,31 @@ def test_paths_are_relative_to_the_file(write_spec, tmp_path):
     assert spec.masks.path == str(tmp_path / "masks")
 
 
+def test_paths_are_the_same_from_everywhere(write_spec, tmp_path, monkeypatch):
+    """From its folder, from below, and through a link to the folder; a label map's, too, unless it has a known name."""
+    path = write_spec(masks="{source: files, path: masks, label_map: map.json}")
+    (tmp_path / "map.json").write_text('{"1": "liver"}')
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "link").symlink_to(tmp_path)
+    for folder, given in ((tmp_path, path.name), (tmp_path / "below", f"../{path.name}"), ("/", path)):
+        monkeypatch.chdir(folder)
+        masks = read_spec(given).masks
+        assert (masks.path, masks.label_map) == (str(tmp_path / "masks"), str(tmp_path / "map.json"))
+    assert read_spec(tmp_path / "below" / "link" / path.name).masks.path == str(tmp_path / "masks")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "btcv").touch()
+    assert read_spec(write_spec(masks="{source: files, path: masks, label_map: btcv}")).masks.label_map == "btcv"
+
+
 def test_a_sample_depends_on_seed_and_number_alone(write_spec):
     spec = read_spec(write_spec())
     more = read_spec(write_spec(count="500"))
     other = read_spec(write_spec(seed="8"))
     first = [spec.random(i).random() for i in range(3)]
     assert first == [more.random(i).random() for i in range(3)] and len(set(first)) == 3
+    most = read_spec(write_spec(count="10002"))
+    assert [one.sample_name(2) for one in (spec, more, most)] == ["heads_0002"] * 3
+    assert most.sample_name(10_001) == "heads_10001"
     assert not set(first) & {other.random(i).random() for i in range(3)}  # seed 7's second is not seed 8's first
 
 
@@ -106,7 +125,7 @@ def test_bounds_are_allowed_themselves(write_spec):
             count="1000000", resize="{liver: [0.05, 20]}", tumors="[{lesion: lung tumor, diameter_mm: [0.1, 300]}]"
         )
     )
-    assert spec.count == 1_000_000 and spec.sample_name(7) == "heads_000007"
+    assert spec.count == 1_000_000 and spec.sample_name(7) == "heads_0007"
     assert spec.resize["liver"] == [0.05, 20] and spec.tumors[0].diameter_mm == [0.1, 300]
 
 

@@ -45,6 +45,12 @@ def test_samples_from_a_list_or_its_file(tmp_path):
         ([3], "no integer seed"),
         ([{"seed": 1}, {"seed": 1}, {"seed": 2}], "overwrite each other: sample_seed1$"),
         ([{"seed": 1, "name": "a"}, {"seed": 2, "name": "a"}], "overwrite each other: a$"),
+        ([{"seed": 1, "name": "a/x"}, {"seed": 2, "name": "b/x"}], "overwrite each other: x$"),
+        ([{"seed": 1, "name": "x.nii.gz"}, {"seed": 2, "name": "x"}], "overwrite each other: x$"),
+        ([{"seed": 1, "name": ""}], "no name for its files"),
+        ([{"seed": True}], "no integer seed"),
+        ([], r"input is \[\]; allowed is a list like"),
+        ({"seed": 1}, "allowed is a list like"),
     ],
 )
 def test_bad_lists_are_refused(specs, message):

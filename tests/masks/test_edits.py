@@ -291,6 +291,16 @@ def test_an_organ_of_a_mask_without_body_shrinks_inside_one(tmp_path):
             edit_file(path, output, read_label_map("maisi"), **settings)
 
 
+def test_an_organ_with_a_placeholder_is_resized_by_its_name(tmp_path):
+    labels = np.full((12, 12, 12), BODY, np.uint8)
+    labels[4:8, 4:8, 4:8] = 18
+    path, output = tmp_path / "parotid.nii.gz", tmp_path / "edited.nii.gz"
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5, 5, 1])), path)
+    changes = edit_file(path, output, read_label_map("maisi"), resize={"left parotid gland": 0.5})
+    assert (np.asarray(nib.load(output).dataobj) == 18).sum() == 32
+    assert changes["left parotid gland"] == (8.0, 4.0)  # 64 and 32 voxels of 0.125 ml
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0), (3.0, 1.0, 1.5)])
 def test_a_lesion_is_shifted_by_so_many_mm_whatever_the_voxels(spacing):
     mm = np.array(spacing)

@@ -122,6 +122,7 @@ def test_class_folders_are_one_mask(tmp_path):
         (MaskRequest(["abdomen"], ["liver"]), "a.nii.gz", []),  # the smaller one of two
         (MaskRequest(["abdomen", "lower"], ["liver", "spleen"]), "a.nii.gz", ["shows no lower"]),
         (MaskRequest(["chest"], [], (20, 20, 90)), "b.nii.gz", ["shows no chest"]),
+        (MaskRequest([], ["spleen", "Larynx"]), "a.nii.gz", ["has no larynx"]),
         (MaskRequest([], ["spleen"], (20, 20, 50)), "a.nii.gz", ["is 30 mm long along z instead of 50"]),
     ],
 )

@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as npst
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.vocabulary import (
     BODY,
     GROUPS,
@@ -112,7 +113,17 @@ def test_every_name_in_totalsegmentator_is_that_of_the_same_thing():
             assert sorted(name.casefold().split("_")) == sorted(label.name.casefold().split()), label
 
 
+def test_what_the_small_weights_know_has_a_name():
+    """OpenKBP's structures without an entry in the released vocabulary, by the names that reports and DICOM show."""
+    assert [label_id(name) for name in ("larynx", "Brainstem", "left parotid gland", "right parotid gland")] == [
+        *(16, 2, 18, 20)
+    ]
+    assert [label_id(display_name(label)) for label in VOCABULARY] == list(VOCABULARY)
+
+
 def test_unknown_name_suggests_one():
+    with pytest.raises(InputError, match="'left parotid' is no label.*left parotid gland"):
+        label_id("left parotid")
     with pytest.raises(InputError, match="'lever' is no label.*liver"):
         label_id("lever")
 

@@ -74,6 +74,14 @@ def test_wrong_requests_are_refused(tables, change, words):
     assert not (folder / "out.csv").exists()
 
 
+def test_a_table_is_not_written_over(tables):
+    folder, *_ = tables
+    before = (folder / "cases.csv").read_bytes()
+    with pytest.raises(InputError, match="cases.csv would be written over"):
+        stratify(folder / "metrics.csv", folder / "cases.csv", ["sex"], folder / "cases.csv", case_column="name")
+    assert (folder / "cases.csv").read_bytes() == before
+
+
 def test_cases_without_a_row_are_named(tables):
     folder, *_ = tables
     (folder / "few.csv").write_text("name,sex\npt_1,F\n")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from monai.bundle import ConfigParser
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.studio import nvidia
-from maisi_tools.studio.catalogue import NAMES, structure
+from maisi_tools.studio.catalogue import NAMES
 from maisi_tools.studio.recipe import command_of, steps_of
 from maisi_tools.studio.requests import check_request, grid_of
 from maisi_tools.studio.uploads import checked_labels
@@ -71,7 +71,7 @@ def test_names_in_edits_become_those_of_the_vocabulary(check):
         {"resize": {"placeholder 18": 1.2, "left kidney": 2}},
         {"remove": ["hepatic tumor"], "seed": 7},
     ]
-    assert {structure(name) for name in NAMES} == set(NAMES.values()) == VOCABULARY.keys() - {200}
+    assert {label_id(name) for name in NAMES} == set(NAMES.values()) == VOCABULARY.keys() - {200}
 
 
 def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):

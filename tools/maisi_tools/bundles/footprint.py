@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from maisi_tools.bundles.stage import Stage
+from maisi_tools.errors import InputError
 from maisi_tools.networks import Autoencoder, ControlledUNet
 from maisi_tools.tsp.errors import MemoryLimitError
 from maisi_tools.tsp.inferer import TSPInferer
@@ -48,15 +50,19 @@ def footprints(
         device: "cpu" or "cuda", for which to plan; it need not be there.
 
     Raises:
-        InputError: the size is not legal for the bundle's networks.
+        InputError: the size is not legal for the bundle's networks; splits that are no whole number; an overlay of
+            another config, or the mask generator's.
     """
+    if splits is not None and (not isinstance(splits, int) or isinstance(splits, bool) or splits < 1):
+        raise InputError(f"splits is {splits!r}; give a whole number from 1 on, or leave it out")
+    _check_overlays(configs)
     parser = Stage(Path(configs[0]).parent.parent, [Path(path).absolute() for path in configs], device).parser
     with torch.device("meta"):
         multiple = parser.get_parsed_content("size_multiple" if "size_multiple" in parser.get() else "factor")
     size = check_output_size(output_size, int(multiple))
     inferer = TSPInferer(
         splits,
-        memory_limit=memory_limit or UNLIMITED,
+        memory_limit=UNLIMITED if memory_limit is None else memory_limit,
         dtype=parser.get_parsed_content("tsp").settings.dtype,
         devices=[device],
     )
@@ -68,6 +74,24 @@ def footprints(
         except MemoryLimitError as error:
             found.append(Footprint(stage, None, str(error)))
     return found
+
+
+def _check_overlays(configs: Sequence[str | Path]) -> None:
+    """Refuse what does not go over the first of the configs."""
+    base, known = Path(configs[0]).name, set[str]()
+    for path in configs:
+        content = ConfigParser.load_config_file(str(path))
+        known |= {key for key in content if not re.search("#|::", key)}
+        if absent := sorted({re.split("#|::", key)[0] for key in content} - known):
+            raise InputError(
+                f"{Path(path).name} changes {', '.join(absent)}, which {base} does not have; allowed are overlays of "
+                f"{base}, such as full_rflow.json"
+            )
+    if "organs" in known:
+        raise InputError(
+            f"{Path(configs[-1]).name} is a config of the mask generator, whose masks have one size with its weights; "
+            f"allowed are {base} and its overlays: leave it out"
+        )
 
 
 def _stages(

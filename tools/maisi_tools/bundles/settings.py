@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.settings import check_device
+from maisi_tools.settings import check_device, check_stage_settings
 
 DISPLAYABLE = "displayable_configs"
 """Settings that MONAI Label shows; the config refers to them one by one."""
@@ -99,6 +100,23 @@ def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = (
             f"the config has no use for the key {', '.join(advice)}; allowed are {', '.join(settings)} "
             "and the keys of what they make up: correct the name"
         )
+
+
+def check_given(files: Sequence[str | Path], settings: Any, where: str, fixed: Collection[str] = ()) -> dict[str, Any]:
+    """Settings from data for the config that `files` merge into, each of which it has a use for.
+
+    Args:
+        files: a bundle's config and overlays, in one folder.
+        settings, where, fixed: see :func:`~maisi_tools.settings.check_stage_settings`.
+
+    Raises:
+        InputError: see there; or a key that an overlay leaves without use, as edit.json does ``redraws``.
+    """
+    config = ConfigParser.load_config_files(list(files))
+    given = check_stage_settings(config, settings, where, fixed)
+    own = [ConfigParser.load_config_file(file) for file in Path(files[0]).parent.glob("*.json")]
+    check_keys({**config, **given}, own)
+    return given
 
 
 def is_path(key: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import decollate_batch, list_data_collate
 
-from maisi_tools.settings import check_stage_settings
+from maisi_tools.bundles.settings import check_given
 
 
 class Stage:
@@ -34,7 +34,7 @@ class Stage:
         workflow: MONAI's, with the config.
 
     Raises:
-        InputError: see :func:`~maisi_tools.settings.check_stage_settings`.
+        InputError: see :func:`~maisi_tools.bundles.settings.check_given`.
         FileNotFoundError: there is no such config.
     """
 
@@ -56,8 +56,7 @@ class Stage:
             own["device"] = f"$torch.device({device!r})"
         given = {}
         if settings:
-            known = ConfigParser.load_config_files(files)
-            given = check_stage_settings(known, settings, f"settings of {root.name}", fixed=own)
+            given = check_given(files, settings, f"settings of {root.name}", fixed=own)
         self.workflow = ConfigWorkflow(
             config_file=files,
             meta_file=str(Path(files[0]).with_name("metadata.json")),

@@ -48,12 +48,15 @@ def prepare(
 
     from maisi_tools.datasets import prepare as steps
     from maisi_tools.files import write_json
+    from maisi_tools.volumes.inputs import check_targets
 
+    path = Path(str(output))
+    report_path = path.with_name(f"{path.stem}_report.json")
+    check_targets([name for name in (*datasets, str(held_out)) if Path(name).is_file()], [path, report_path])
     findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
     placed = steps.split([finding.case for finding in findings], validation, names, patient_pattern, seed)
     report = steps.describe(findings, placed, str(label_map), label_names)
-    path = Path(str(output))
-    write_json(path.with_name(f"{path.stem}_report.json"), report)
+    write_json(report_path, report)
     print(steps.as_text(report))
     if not report["usable"]:
         raise InputError(f"none of the {report['volumes']} volumes can be used; correct what is listed as refused.")

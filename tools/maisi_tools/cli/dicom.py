@@ -125,6 +125,6 @@ def dicom_write(
         conditions,
         enhanced,
         time,
-        from_scan=str(ct).endswith("_recon.nii.gz") if from_scan is None else bool(from_scan),
+        from_scan=str(ct).endswith("_recon.nii.gz") if from_scan is None else from_scan,
     )
     print(f"{output}: {len(files)} files")

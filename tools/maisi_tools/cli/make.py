@@ -5,6 +5,7 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -178,7 +179,7 @@ def twin(
         listed(overlay or ()),
         seed,
         settings,
-        bool(keep_patient),
+        keep_patient,
         device,
     )
     print(f"{output_dir}: {len(found['made'])} twins made, {len(found['there'])} were there")
@@ -205,7 +206,7 @@ def plan(
         output_size: voxels of the CT along x, y, z, for example 512,512,768.
         memory_limit: what the run may take on the device, for example 16GiB; by default as much as the fastest plan.
         splits: slabs for each step of a network; by default as many as are best.
-        overlay: a config over inference.json, such as full_rflow.json for the full-size networks.
+        overlay: a config over inference.json, such as full_rflow.json for the full-size networks, or several.
         device: cpu or cuda, whichever the run will have; it need not be in this machine.
         details: print every pass of every plan, too.
         bundles: folder with the bundles; by default the one of the checkout you are in.
@@ -214,10 +215,11 @@ def plan(
     size = triple("output_size", output_size, int)
     if device not in ("cpu", "cuda"):
         raise InputError(f"device {device!r} is not usable; give cpu or cuda.")
-    configs = [folder / "inference.json"] + ([folder / str(overlay)] if overlay is not None else [])
+    configs = [folder / "inference.json", *(folder / name for name in listed(overlay or ()))]
     for config in configs:
         if not config.is_file():
-            names = ", ".join(sorted(path.name for path in folder.glob("full*.json")))
+            found = [path.name for path in folder.glob("full*.json") if not re.search("train|mask", path.name)]
+            names = ", ".join(sorted(found))
             raise InputError(f"{config} does not exist; overlays of this bundle are: {names}.")
 
     from maisi_tools.bundles.footprint import footprints

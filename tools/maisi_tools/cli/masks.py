@@ -58,7 +58,7 @@ def edit(
         label_map: how the labels are to be read: a name such as totalsegmentator, or a JSON file.
         remove: lesions, for example "hepatic tumor,lung tumor".
         resize: organ -> factor of its volume, for example "{liver: 1.2}".
-        insert: lesion -> its diameter in mm, for example "{hepatic tumor: 25}"; several: "{'lung tumor': [20, 12]}".
+        insert: lesion -> its diameter in mm, for example "{hepatic tumor: 25}"; several: "{lung tumor: [20, 12]}".
         augment: lesion -> factor of its diameter, for example "{hepatic tumor: 1.1}".
         shift: mm by which augmented lesions are moved.
         elastic: mm by which augmented lesions are deformed.
@@ -86,7 +86,7 @@ def edit(
         augment=zooms,
         shift_mm=shift,
         elastic_mm=elastic,
-        flip=bool(flip),
+        flip=flip,
         spacing=new_spacing,
         size=new_size,
         organs=listed(keep),

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
 
     @functools.wraps(command)
     def plan(*args: Any, **kwargs: Any) -> Planned:
-        return Planned(functools.partial(command, *args, **kwargs))
+        return Planned(functools.partial(_checked, command, *args, **kwargs))
 
     parsers: dict[str, Callable[[str], Any]] = {}
     for name, parameter in inspect.signature(command).parameters.items():
@@ -54,6 +55,31 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
         if name in _TEXT_OR_LISTS:
             parsers[name] = _text_or_list
     return fire.decorators.SetParseFns(**parsers)(plan)
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "bool": (bool, "True or False"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+}
+"""Annotation of an option -> what it takes, and how a message says it."""
+
+
+def _checked(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run the command with options of the kinds that it is annotated with: "no" is text, which Python takes for true.
+
+    Raises:
+        InputError: an option of another kind.
+    """
+    signature = inspect.signature(command)
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind, optional, _ = signature.parameters[name].annotation.partition(" | None")
+        if kind not in _KINDS or (value is None and optional):
+            continue
+        types, allowed = _KINDS[kind]
+        if not isinstance(value, types) or isinstance(value, bool) != (kind == "bool"):
+            raise InputError(f"{name} {value!r} is not usable; give {allowed}.")
+    command(*args, **kwargs)
 
 
 _TEXT_OR_LISTS = ("reference", "generated", "held_out", "overlay")
@@ -104,8 +130,11 @@ def amounts(option: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if isinstance(value, str):
-        pairs = [part.rpartition(":") for part in value.strip(" {}").split(",")]
-        value = {name.strip(" \"'"): amount for name, _, amount in pairs}
+        parts = re.split(r",(?![^\[]*\])", value.strip(" {}"))  # not at a comma in brackets
+        pairs = [part.rpartition(":") for part in parts]
+        value = {
+            name.strip(" \"'"): amount.strip(" []").split(",") if "[" in amount else amount for name, _, amount in pairs
+        }
     try:
         return {
             str(name): [float(one) for one in amount] if isinstance(amount, (list, tuple)) else float(amount)

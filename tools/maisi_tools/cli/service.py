@@ -102,7 +102,7 @@ def studio(
         try:
             from maisi_tools.studio.app import serve
 
-            serve(folders, workers, listening, host, token, tls_cert, tls_key, bool(open))
+            serve(folders, workers, listening, host, token, tls_cert, tls_key, open)
         finally:
             for worker in workers:
                 worker.close()

@@ -15,16 +15,18 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
+from maisi_tools.bundles.settings import check_given
 from maisi_tools.bundles.stage import config_files
-from maisi_tools.cohort.generator import OWN_KEYS
+from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.spec import FIXED, CohortSpec
 from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
 from maisi_tools.files import LOCK, held, sha256, write_csv, write_json
+from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.metrics.judge import open_judge
-from maisi_tools.settings import check_plain, check_stage_settings
+from maisi_tools.settings import check_plain
 
 logger = logging.getLogger(__name__)
 
@@ -170,11 +172,10 @@ def _absolute(given: str | None) -> str | None:
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
-    """Refuse settings that the stages do not declare, and scans of another form, before any network is loaded."""
-    check_stage_settings(_config(bundles, "maisi_controlnet", *configs_of(spec)), spec.ct, "ct", FIXED)
+    """Refuse settings without use for the stages, and scans of another form, before any network is loaded."""
+    check_given(config_files(bundles / "maisi_controlnet", configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
-        config = _config(bundles, "maisi_ldm", "mask_inference.json")
-        check_stage_settings(config, spec.masks.settings, "masks.settings", OWN_KEYS)
+        check_given(config_files(bundles / "maisi_ldm", CONFIG), spec.masks.settings, "masks.settings", OWN_KEYS)
     if spec.masks.source == "real" and spec.format == "dicom":
         for scan in find_scans(spec.masks.path, None):
             if not is_series(scan["image"]):
@@ -196,12 +197,13 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         for bundle in ("maisi_controlnet", *(["maisi_ldm"] if spec.masks.source == "generator" else []))
         for file in sorted((bundles / bundle / "models").glob("*.pt"))
     }
-    content = json.loads(json.dumps({"spec": spec.as_dict(), "weights": weights, "judge": judge}))
+    content = json.loads(json.dumps({"spec": _resolved(spec.as_dict()), "weights": weights, "judge": judge}))
     path = folder / SPEC
     if path.is_file():
         try:
             earlier = json.loads(path.read_text())
-            earlier["spec"].get, earlier["weights"]  # noqa: B018 - both must be there
+            count, earlier["spec"] = int(earlier["spec"]["count"]), _resolved(earlier["spec"])
+            earlier["weights"]  # noqa: B018 - must be there
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
@@ -214,9 +216,29 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
                 f"{folder} holds a cohort made with other {', '.join(changed)}; only count and retries "
                 "may change: give another folder"
             )
+        if spec.count < count:
+            raise InputError(
+                f"{folder} holds a cohort of {count} samples, and count is {spec.count}; allowed is {count} or "
+                "more, or another folder"
+            )
+        # Of more than 10 000 samples all names were once as long as the last one's.
+        if old := next((folder / RECORDS).glob(f"{spec.name}_0????*.json"), None):
+            raise InputError(
+                f"{folder} has samples named as {old.stem}, where an earlier version made them; names are now as "
+                f"{spec.sample_name(0)}: give another folder"
+            )
     elif any(entry.name != LOCK for entry in folder.iterdir()):
         raise InputError(f"{folder} holds other files; give a new or empty folder")
     write_json(path, content)
+
+
+def _resolved(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification whose paths are whole; an earlier version wrote some as they were seen from where it ran."""
+    masks = dict(spec["masks"])
+    for key in ("path", "label_map"):
+        if masks[key] is not None and masks[key] not in LABEL_MAPS:
+            masks[key] = str(Path(masks[key]).resolve())
+    return {**spec, "masks": masks}
 
 
 def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from maisi_tools.cohort.layouts import LAYOUTS
 from maisi_tools.errors import InputError
+from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
 from maisi_tools.settings import check_plain, checked_fields, read_yaml
@@ -187,8 +188,8 @@ class CohortSpec:
             raise InputError(f"created is {self.created!r}; allowed is a date such as 2026-01-31") from None
 
     def sample_name(self, index: int) -> str:
-        """Name of sample number `index`."""
-        return f"{self.name}_{index:0{max(4, len(str(self.count - 1)))}d}"
+        """Name of sample number `index`; it does not depend on `count`, which may grow."""
+        return f"{self.name}_{index:04d}"
 
     def random(self, index: int) -> np.random.Generator:
         """What is drawn for sample number `index`."""
@@ -213,7 +214,11 @@ def read_spec(path: str | Path) -> CohortSpec:
     else:
         masks = checked_fields(Masks, content["masks"], "masks")
         if masks.get("path") is not None:
-            masks["path"] = str(path.parent / Path(str(masks["path"])).expanduser())
+            # Whole, so that a cohort goes on from another working directory and through a link to its file.
+            masks["path"] = str((path.parent / Path(str(masks["path"])).expanduser()).resolve())
+        if isinstance(table := masks.get("label_map"), str) and table not in LABEL_MAPS:
+            files = (folder / Path(table).expanduser() for folder in (path.parent, Path()))
+            masks["label_map"] = next((str(file.resolve()) for file in files if file.is_file()), table)
         content["masks"] = Masks(**masks)
     tumors = content.get("tumors") or ()
     if not isinstance(tumors, (list, tuple)):

@@ -15,6 +15,7 @@ from monai.transforms import MapTransform
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.grid import latent_affine
+from maisi_tools.volumes.inputs import stem_of
 
 STRIDE = 1_000_003
 """Between the seeds of a sample's draws."""
@@ -28,7 +29,8 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
             JSON file with one (``name`` may be left out).
 
     Raises:
-        InputError: the list cannot be read, has an entry without an integer seed, or names two samples alike.
+        InputError: the list cannot be read or is empty, has an entry without an integer seed, or two samples whose
+            files would have one name.
     """
     if input is None:
         if int(num_samples) < 1:
@@ -41,14 +43,18 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
             raise InputError(f"input {input} is not a readable JSON list of samples ({error})") from error
     else:
         specs = input
+    if not isinstance(specs, (list, tuple)) or not specs:
+        raise InputError(f'input is {specs!r}; allowed is a list like [{{"seed": 0, "name": "first"}}], or none')
     samples = []
     for spec in specs:
-        if not isinstance(spec, Mapping) or not isinstance(spec.get("seed"), int):
+        if not isinstance(spec, Mapping) or type(spec.get("seed")) is not int:
             raise InputError(f'sample {spec!r} has no integer seed; give a list like [{{"seed": 0, "name": "first"}}]')
         samples.append({"name": str(spec.get("name", f"sample_seed{spec['seed']}")), "seed": spec["seed"]})
-    names = [sample["name"] for sample in samples]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"samples with the same name would overwrite each other: {', '.join(twice)}")
+    stems = [stem_of(sample["name"]) for sample in samples]  # what the files are called
+    if not all(stems):
+        raise InputError(f"sample {samples[stems.index('')]!r} has no name for its files; give a name such as first")
+    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise InputError(f"samples whose files have the same name would overwrite each other: {', '.join(twice)}")
     return samples
 
 

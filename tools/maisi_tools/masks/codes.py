@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import label_target
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, PLACEHOLDER_NAMES, VOCABULARY
 
 SNOMED, PRIVATE = "SCT", "99MAISI"
 """Coding schemes: SNOMED CT, and the private one of labels that have no code there; its values are the label ids."""
@@ -78,8 +78,7 @@ CODES, _BY_CODE = _read()
 
 def display_name(label: int) -> str:
     """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
-    code, name = CODES[label], VOCABULARY[label].name
-    return f"{code.side} {code.meaning}".strip().lower() if name.startswith("placeholder") else name
+    return PLACEHOLDER_NAMES.get(label, VOCABULARY[label].name)
 
 
 def label_of_code(code: str, side: str = "", region: str = "") -> int | None:

@@ -56,17 +56,17 @@ DATA_SETS: dict[str, tuple[tuple[int, str, str | None], ...]] = {
         for number, name in enumerate(TOTALSEGMENTATOR_V1, start=1)
     ),
     # Babier et al. 2021 (doi 10.1002/mp.14845), numbered as in its releases as NIfTI masks. The vocabulary has no
-    # brainstem, larynx and parotid glands; they take placeholder ids. These are part of what the small weights were
-    # trained with, and the phantoms of maisi_tools.masks.phantom use the same. Mandible counts as skull in the
-    # released vocabulary.
+    # brainstem, larynx and parotid glands; they take placeholder ids (PLACEHOLDER_NAMES). These are part of what the
+    # small weights were trained with, and the phantoms of maisi_tools.masks.phantom use the same. Mandible counts as
+    # skull in the released vocabulary.
     "openkbp": (
-        (1, "brainstem", "placeholder 2"),
+        (1, "brainstem", "brainstem"),
         (2, "spinal cord", "spinal cord"),
         (3, "esophagus", "esophagus"),
-        (4, "larynx", "placeholder 16"),
+        (4, "larynx", "larynx"),
         (5, "mandible", "skull"),
-        (6, "left parotid gland", "placeholder 18"),
-        (7, "right parotid gland", "placeholder 20"),
+        (6, "left parotid gland", "left parotid gland"),
+        (7, "right parotid gland", "right parotid gland"),
     ),
     # The ten tasks of the Medical Segmentation Decathlon (arXiv 1902.09063); classes as in each task's dataset.json.
     # Prostate, brain tumour, heart and hippocampus are MR: what the vocabulary lacks there are parts of its organs.

@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import add_body, checked_spacing
 from maisi_tools.masks.class_folder import read_mask
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.vocabulary import (
     ALLOWED,
@@ -36,6 +37,7 @@ from maisi_tools.masks.vocabulary import (
     other_side,
 )
 from maisi_tools.volumes.grid import regrid_mask
+from maisi_tools.volumes.inputs import check_targets
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.regions import box_of
 from maisi_tools.volumes.writing import write_volume
@@ -590,12 +592,13 @@ def edit_file(
         Structure -> its volume before and after in ml, of all that changed.
 
     Raises:
-        InputError: as the edits, or a name that is no label, or `output` is no NIfTI name, or a shift or deformation of
-            no lesion.
+        InputError: as the edits, or a name that is no label, or `output` is no NIfTI name or the mask itself, or a
+            shift or deformation of no lesion.
     """
     target = Path(output)
     if not target.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"output {output} has no NIfTI name; allowed are .nii and .nii.gz: name it {output}.nii.gz")
+    check_targets([path], [target])
     mask = read_mask(path, label_map)
     mm = [float(value) for value in mask.pixdim]
     labels, rng = mask.as_tensor()[0].numpy(), np.random.default_rng(seed)
@@ -686,7 +689,7 @@ def _positive(what: str, value: float) -> float:
 
 
 def _name(label: int) -> str:
-    return VOCABULARY[int(label)].name if int(label) in VOCABULARY else f"label {int(label)}"
+    return display_name(int(label)) if int(label) in VOCABULARY else f"label {int(label)}"
 
 
 def _mm(spacing: np.ndarray) -> str:

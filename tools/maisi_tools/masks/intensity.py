@@ -116,5 +116,4 @@ def label_of(name: str | int) -> int:
         if int(name) in VOCABULARY:
             return int(name)
         raise InputError(f"{name} is no label; {ALLOWED}")
-    by_name = {display_name(label): label for label in VOCABULARY}
-    return by_name[str(name)] if str(name) in by_name else label_id(str(name))
+    return label_id(str(name))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_mask
+from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.label_maps import LabelMap
 from maisi_tools.masks.vocabulary import REGIONS, VOCABULARY, label_id, region_of
@@ -89,8 +90,8 @@ class MaskEntry:
     def misfits(self, request: MaskRequest) -> list[str]:
         """What of a request the mask does not fulfil, in words; empty where it fits."""
         found = [f"shows no {region}" for region in request.region if region not in self.region]
-        names = [VOCABULARY[label_id(organ)].name for organ in request.organs]
-        found += [f"has no {name}" for name in names if name not in self.volumes_ml]
+        wanted_ids = map(label_id, request.organs)
+        found += [f"has no {display_name(id)}" for id in wanted_ids if VOCABULARY[id].name not in self.volumes_ml]
         if request.field_of_view is not None:
             for axis, n, mm, wanted in zip("xyz", self.size, self.spacing, request.field_of_view, strict=True):
                 if n * mm < wanted * (1 - 1e-4):  # spacings are rounded in NIfTI headers

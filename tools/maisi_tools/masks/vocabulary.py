@@ -252,12 +252,18 @@ HOSTS: dict[str, tuple[str, ...]] = {
 
 ALLOWED = f"allowed are 0 (background) and MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
 
+PLACEHOLDER_NAMES = {2: "brainstem", 16: "larynx", 18: "left parotid gland", 20: "right parotid gland"}
+"""What the shipped weights, the label map "openkbp" and the phantoms use placeholder ids for: id -> its name here."""
+
 _BY_NAME = {label.name.casefold(): label.id for label in VOCABULARY.values()}
 _BY_NAME |= {label.totalsegmentator.casefold(): label.id for label in VOCABULARY.values() if label.totalsegmentator}
+_BY_NAME |= {name: id for id, name in PLACEHOLDER_NAMES.items()}
 
 
 def label_id(name: str) -> int:
-    """The id of a label, by its name in the vocabulary or in TotalSegmentator (in any case).
+    """The id of a label, by its name in the vocabulary, in TotalSegmentator, or by what a placeholder is used for.
+
+    Case does not matter.
 
     Raises:
         InputError: there is no such name; the message lists the nearest ones.

@@ -13,6 +13,7 @@ from scipy import stats
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_csv
+from maisi_tools.volumes.inputs import check_targets
 
 Table = dict[str, dict[str, str]]
 """Case -> column -> text."""
@@ -50,8 +51,9 @@ def stratify(
 
     Raises:
         InputError: a file that is no such table, an unknown column, a case without a row, or an entry that is no number
-            where edges are given.
+            where edges are given; or an output that is one of the tables.
     """
+    check_targets([metrics, cases], [Path(output)])
     figures, table = _read(metrics, "case"), _read(cases, case_column)
     edges = edges or {}
     columns = list(next(iter(table.values())))

@@ -19,7 +19,7 @@ from maisi_tools.mask_generator.sizes import OrganSizes
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.phantom import CENTERS
-from maisi_tools.masks.vocabulary import BODY, HOSTS, VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import BODY, HOSTS, VOCABULARY
 from maisi_tools.studio.folders import Folders
 from maisi_tools.volumes.limits import limit
 from maisi_tools.volumes.presets import Preset, presets_of
@@ -39,18 +39,6 @@ WAITING = 100
 
 NAMES = {display_name(label): label for label in VOCABULARY if label != BODY}
 """Structures as a reader knows them -> label; a placeholder that stands for nothing is among them by its number."""
-
-_STRUCTURES = {name.casefold(): label for name, label in NAMES.items()}
-
-
-def structure(name: Any) -> int:
-    """The label of a structure, by the name that a reader sees, or by that in MAISI's vocabulary or TotalSegmentator.
-
-    Raises:
-        InputError: there is none.
-    """
-    known = _STRUCTURES.get(str(name).strip().casefold())
-    return label_id(str(name)) if known is None else known
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from importlib.metadata import version
 from typing import Any
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.settings import check_number, check_plain, checked_fields
-from maisi_tools.studio.catalogue import SMALL, Catalogue, structure
+from maisi_tools.studio.catalogue import SMALL, Catalogue
 from maisi_tools.studio.requests import check_triple
 
 REGIONS = ("head", "chest", "thorax")
@@ -152,4 +153,4 @@ def _names(field: str, value: Any) -> list[str]:
 def _label(name: str, catalogue: Catalogue) -> int | None:
     if name in catalogue.organs.organs:
         return int(catalogue.organs.organs[name]["label"])
-    return structure(name)
+    return label_id(name)

@@ -12,9 +12,9 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import VERBS
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import CENTERS
-from maisi_tools.masks.vocabulary import VOCABULARY, hosts_of
+from maisi_tools.masks.vocabulary import VOCABULARY, hosts_of, label_id
 from maisi_tools.settings import check_number, check_plain, checked_fields
-from maisi_tools.studio.catalogue import SMALL, SOURCES, Catalogue, Weights, structure
+from maisi_tools.studio.catalogue import SMALL, SOURCES, Catalogue, Weights
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.memory import parse_bytes
 from maisi_tools.volumes.checks import check_spacing, nearest_spacing
@@ -213,7 +213,7 @@ def _check_edit(edit: Any, real: bool) -> dict[str, Any]:
 
 
 def _name(name: str, verb: str) -> str:
-    label = structure(name)
+    label = label_id(name)
     if verb in ("remove", "insert", "augment"):
         hosts_of(label)  # that it is a lesion
     return VOCABULARY[label].name

@@ -16,9 +16,8 @@ from maisi_tools.masks.class_folder import is_class_folder, read_numbers
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.report.preview import page_colour
-from maisi_tools.studio.catalogue import structure
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, unzipping, zipped_dicom
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.reading import check_voxels, read_volume
@@ -130,7 +129,7 @@ def checked_labels(labels: Any) -> dict[str, str | int]:
             raise InputError(f"labels has {number} twice; give each number of the file once")
         if name is not None and not isinstance(name, str):
             raise InputError(f"label {value} is {name!r}; allowed is the name of a structure, or null to drop it")
-        label = 0 if name is None else structure(name)
+        label = 0 if name is None else label_id(name)
         known = VOCABULARY[label].name if label else ""
         # several labels of a file may be one structure, which its placeholder's name would not allow
         checked[str(number)] = label if not label or known.startswith("placeholder") else known

@@ -129,13 +129,15 @@ def check_output_dir(
     return folder
 
 
-def check_targets(inputs: Iterable[str | os.PathLike], targets: Iterable[Path], output_dir: str | os.PathLike) -> None:
+def check_targets(
+    inputs: Iterable[str | os.PathLike], targets: Iterable[Path], output_dir: str | os.PathLike | None = None
+) -> None:
     """Refuse to write over an input, by whatever path it is named.
 
     Args:
         inputs: files and folders that are read; those that do not exist are passed over.
         targets: files and folders that will be written.
-        output_dir: where they go.
+        output_dir: where they go; None for a file whose whole path was given.
 
     Raises:
         InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
@@ -145,10 +147,15 @@ def check_targets(inputs: Iterable[str | os.PathLike], targets: Iterable[Path], 
         parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
         for status in (part.stat() for part in parts if part.exists()):
             if (target := there.get((status.st_dev, status.st_ino))) is not None:
+                advice = (
+                    "allowed is another path: give another output"
+                    if output_dir is None
+                    else f"output_dir is {output_dir}; allowed is another folder than that of the inputs: give another "
+                    "output_dir"
+                )
                 raise InputError(
                     f"{target} would be written over, which is the input {given}, or a part of it or the folder it "
-                    f"lies in; output_dir is {output_dir}; allowed is another folder than that of the inputs: give "
-                    "another output_dir"
+                    f"lies in; {advice}"
                 )
 
 
