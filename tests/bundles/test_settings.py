@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 
-from maisi_tools.bundles.settings import check_keys, is_path, typed
+from maisi_tools.bundles.settings import check_keys, check_parts, check_values, is_path, typed
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.settings import check_device
 
@@ -85,6 +85,88 @@ def test_paths_that_fire_made_numbers_of_are_the_text_again(workflow, monkeypatc
     assert is_path("ckpt_path") and is_path("masks_dir") and not is_path("seed")
 
 
+@pytest.fixture(scope="module")
+def configs(repo_root):
+    """``configs("maisi_ldm")``: the contents of a bundle's configs."""
+
+    def read(bundle):
+        return [ConfigParser.load_config_file(file) for file in (repo_root / "bundles" / bundle).glob("configs/*.json")]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("bundle", "key", "value", "words"),
+    [
+        ("maisi_ldm", "seed", "abc", "seed is 'abc'; allowed is a number, such as 0"),
+        ("maisi_ldm", "seed", 1.5, "seed is 1.5; allowed is a whole number from 0 on"),
+        ("maisi_ldm", "seed", None, "seed is None"),
+        ("maisi_ldm", "num_samples", 1.9, "num_samples is 1.9; allowed is a whole number from 1 on"),
+        ("maisi_ldm", "num_inference_steps", True, "num_inference_steps is True"),
+        ("maisi_ldm", "guidance_scale", float("nan"), "guidance_scale is nan"),
+        ("maisi_ldm", "output_size", 48, "output_size is 48; allowed is a list, such as"),
+        ("maisi_ldm", "spacing", [4, "x", 4], "spacing is"),
+        ("maisi_ldm", "modality", ["ct"], "modality is .'ct'.; allowed is text"),
+        ("maisi_ldm", "trained_regions", "head", "trained_regions is 'head'; allowed is a list"),
+        ("maisi_ldm", "save_latents", "no", "save_latents is 'no'; allowed is true or false"),
+        ("maisi_ldm", "tensorboard", "no", "tensorboard is 'no'"),
+        ("maisi_ldm", "splits", 1.5, "splits is 1.5; allowed is a whole number"),
+        ("maisi_ldm", "splits", "two", "splits is 'two'"),
+        ("maisi_ldm", "dtype", "int8", "dtype is 'int8'; allowed are float32, bfloat16"),
+        ("maisi_ldm", "learning_rate", "fast", "learning_rate is 'fast'"),
+        ("maisi_ldm", "learning_rate", -1, "learning_rate is -1; allowed is a number from 0 on"),
+        ("maisi_ldm", "max_epochs", 0, "max_epochs is 0; allowed is a whole number from 1 on"),
+        ("maisi_ldm", "condition_dropout", 3, "condition_dropout is 3; allowed is a number from 0 to 1"),
+        ("maisi_ldm", "minutes", "ten", "minutes is 'ten'"),
+        ("maisi_controlnet", "control_scale", "big", "control_scale is 'big'"),
+        ("maisi_controlnet", "hu_ranges", 3, "hu_ranges is 3; allowed is a mapping"),
+        ("maisi_vae", "multiple", "x", "multiple is 'x'"),
+        ("maisi_vae", "num_workers", -1, "num_workers is -1; allowed is a whole number from 0 on"),
+        ("maisi_vae", "sigma", 1, "sigma is 1; allowed is true or false"),
+    ],
+)
+def test_values_of_another_kind_are_refused(configs, bundle, key, value, words):
+    for given in ({key: value}, {"displayable_configs": {key: value}}):
+        with pytest.raises(InputError, match=words):
+            check_values(given, configs(bundle))
+
+
+def test_values_that_are_used_pass(configs):
+    """Null, expressions, whole numbers for fractions, lists of other lengths, forms' text of splits, a code, a path."""
+    for bundle, given in {
+        "maisi_ldm": {"guidance_scale": 3, "region": "head", "modality": 8, "trained_modalities": [1, "ct"]},
+        "maisi_controlnet": {"keep_labels": None, "spacing": [4, 4, 3], "seed": "$1 + 1", "splits": "2", "edits": ""},
+        "maisi_vae": {"resume": "a.pt", "frozen_layers": None, "intensity_weights": [[0, 1, 2.5]], "load": []},
+    }.items():  # fmt: skip
+        check_values(given, configs(bundle))
+    for bundle in ("maisi_vae", "maisi_ldm", "maisi_controlnet"):
+        for file in configs(bundle):
+            check_values(file, configs(bundle))
+
+
+def test_the_run_refuses_a_value_of_another_kind_before_it_is_used(workflow):
+    with pytest.raises(Exception) as raised:
+        workflow(steps="many").initialize()
+    assert str(find_input_error(raised.value)) == "steps is 'many'; allowed is a number, such as 3"
+
+
+def test_an_argument_that_a_component_does_not_take_is_refused_with_the_nearest(configs):
+    parser = ConfigParser()
+    tsp = {"_target_": "maisi_tools.tsp.inferer.TSPInferer", "splits": 1, "axis": 0}
+    files = [{"tsp": {**tsp, "kept": 1}, "+a#b": [{"_target_": "Compose", "kept": 1}]}]
+    fits = {"tsp": {**tsp, "kept": 1}, "data": {"_target_": "Dataset", "data": []}, "a": {"b": files[0]["+a#b"]}}
+    check_parts(fits, files, parser.locator)
+    for part, words in [
+        (
+            {"tsp": {**tsp, "split": 3}},
+            r"tsp has no use for the key split \(nearest: splits\); allowed are splits, axis",
+        ),
+        ({"x": [{"_target_": "Dataset", "date": []}]}, r"x#0 has no use for the key date \(nearest: data\)"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check_parts(part, files, parser.locator)
+
+
 def test_devices_that_are_not_there_are_refused():
     assert check_device("cpu") == torch.device("cpu") == check_device(torch.device("cpu"))
     for wrong in ("cuda:99", "gpu", "cuda:x", 3.5):
@@ -94,8 +176,6 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_every_config_passes_with_its_overlays(repo_root):
     """What a config does not refer to itself would be refused from every user."""
-    from monai.bundle import ConfigParser
-
     bases = {"encode": "encode.json", "decode": "decode.json", "mask_inference": "mask_inference.json"}
     seen = 0
     for path in sorted([*repo_root.glob("bundles/*/configs/*.json"), *repo_root.glob("evaluation/*/configs/*.json")]):

@@ -12,7 +12,8 @@ import dataclasses
 import difflib
 import ipaddress
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,34 @@ _ACTIVE = ("$", "@", "%")
 _PATHS = ("#", "::")
 _DEEPEST = 4  # lists and mappings in one another: no setting needs more, and YAML's aliases make endless ones
 _DISPLAYED = "@displayable_configs#"
+
+ALSO: dict[str, Any] = {
+    "modality": 1,
+    "trained_modalities": [1, "ct"],
+    "region": "head",
+    "resume": "checkpoint.pt",
+    "tensorboard": True,
+    "complete_mask": True,
+}
+"""Further kinds that keys take, or that of keys which the configs compute, by an example."""
+
+COUNTS = {
+    **dict.fromkeys(("seed", "redraws", "resample_steps", "num_workers", "adversarial_start", "prior_components"), 0),
+    **dict.fromkeys(("num_samples", "splits", "multiple", "max_epochs", "epoch_length", "val_interval"), 1),
+    **dict.fromkeys(("batch_size", "accumulation_steps"), 1),
+    "num_inference_steps": 0,  # the sampler says which it takes
+}
+"""Whole numbers, from which on."""
+
+_HIGHEST = {
+    **dict.fromkeys(("condition_dropout", "modality_dropout", "modality_coarsening", "control_dropout"), 1.0),
+    **dict.fromkeys(("mask_dropout", "size_dropout", "intensity_prob", "perceptual_slices"), 1.0),
+    **dict.fromkeys(("cache_rate", "ema_momentum", "prior_until"), 1.0),
+    **dict.fromkeys(("learning_rate", "discriminator_learning_rate", "minutes", "checkpoint_minutes"), math.inf),
+}
+"""Numbers from 0, up to which."""
+
+_CHOICES = {"dtype": ("float32", "bfloat16", "float16", "float64")}
 
 
 def read_yaml(path: Path, what: str, page: str) -> Any:
@@ -77,9 +106,45 @@ def check_number(name: str, value: Any, low: float, high: float, whole: bool = F
     Raises:
         InputError: something else; the message calls it `name`.
     """
-    kinds = (int,) if whole else (int, float)
+    kinds = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} to {high:g}")
+        upto = "on" if high == math.inf else f"to {high:g}"
+        raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} {upto}")
+
+
+def check_value(key: str, value: Any, own: Sequence[Any], where: str = "") -> None:
+    """Refuse what a key of a config cannot be: another kind than its own values, a number or a word out of bounds.
+
+    A list may have any number of entries, each of the kind of one of the config's own.
+
+    Args:
+        key: such as "seed"; of some the bounds are known, or further kinds (:data:`ALSO`).
+        value: what was given. Text that the parser evaluates passes.
+        own: the configs' values; null among them says nothing.
+        where: what a message calls it, by default `key`.
+
+    Raises:
+        InputError: with an example.
+    """
+    where = where or key
+    known = [example for example in own if example is not None]
+    if value is None and None in own:
+        return
+    if known and not any(_fits(value, example) for example in [*known, *([ALSO[key]] if key in ALSO else [])]):
+        raise InputError(f"{where} is {value!r}; allowed is {_kind(known[0])}, such as {known[0]!r:.80}")
+    if is_expression(value):
+        return
+    if key in COUNTS and not (key == "splits" and isinstance(value, str) and (value.isdigit() or not value)):
+        check_number(where, value, COUNTS[key], math.inf, whole=True)  # splits are text in a form of MONAI Label
+    if key in _HIGHEST:
+        check_number(where, value, 0, _HIGHEST[key])
+    if isinstance(value, str) and value not in _CHOICES.get(key, (value,)):
+        raise InputError(f"{where} is {value!r}; allowed are {', '.join(_CHOICES[key])}")
+
+
+def is_expression(value: Any) -> bool:
+    """Whether MONAI's parser takes a value for an expression, a reference or a macro."""
+    return isinstance(value, str) and value.startswith(_ACTIVE)
 
 
 def on_this_machine(host: str) -> bool:
@@ -172,9 +237,7 @@ def check_stage_settings(
                 + (f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(declared))}")
             )
         check_plain(value, f"{where}.{key}")
-        default = declared[key]
-        if default is not None and _kind(value) != _kind(default):
-            raise InputError(f"{where}.{key} is {value!r}; allowed is {_kind(default)}, such as {default!r}")
+        check_value(key, value, [declared[key]], f"{where}.{key}")
     return dict(settings)
 
 
@@ -200,13 +263,23 @@ def _check_name(name: Any, where: str) -> None:
         )
 
 
+def _fits(value: Any, example: Any) -> bool:
+    if is_expression(value) or is_expression(example):
+        return True
+    if isinstance(example, (list, tuple)) and isinstance(value, (list, tuple)):
+        return not example or all(any(_fits(entry, one) for one in example) for entry in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return _kind(value) == _kind(example)
+
+
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true or false"
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real):
         return "a number"
     if isinstance(value, str):
         return "text"
-    return "a mapping" if isinstance(value, Mapping) else "a list"
+    return "a mapping" if isinstance(value, Mapping) else "a list" if isinstance(value, (list, tuple)) else "an object"

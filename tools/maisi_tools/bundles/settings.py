@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import pydoc
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,11 +12,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.utils import set_determinism
 
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.settings import check_device, check_stage_settings
+from maisi_tools.settings import (
+    ALSO,
+    COUNTS,
+    check_device,
+    check_stage_settings,
+    check_value,
+    is_expression,
+)
 
 DISPLAYABLE = "displayable_configs"
 """Settings that MONAI Label shows; the config refers to them one by one."""
@@ -47,17 +56,21 @@ def check_settings() -> None:
     that was typed.
 
     Raises:
-        InputError: a key that nothing in the config refers to, which a misspelt one is; or a device that is not there.
+        InputError: a key that nothing in the config refers to, which a misspelt one is; a value of another kind than
+            the configs' own; or a device that is not there.
     """
     workflow = running()
     if workflow is None:
         return
     parser = workflow.parser
     config = parser.get()
-    check_keys(config, [ConfigParser.load_config_file(file) for file in workflow.config_root_path.glob("*.json")])
+    files = [ConfigParser.load_config_file(file) for file in workflow.config_root_path.glob("*.json")]
+    check_keys(config, files)
+    check_parts(config, files, parser.locator)
     for key, value in list(config.items()):
         if is_path(key) and isinstance(value, (int, float)):
             parser[key] = typed(key, value)
+    check_values(config, files)
     if "device" in config:
         check_device(parser.get_parsed_content("device"))
 
@@ -119,6 +132,82 @@ def check_given(files: Sequence[str | Path], settings: Any, where: str, fixed: C
     return given
 
 
+def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse plain values of another kind than those that the files have for their keys, and numbers out of bounds.
+
+    Of a key that a file computes, any kind passes; so do expressions, components, and null where no number is needed.
+
+    Args:
+        config: merged from its files and what was given on the command line.
+        files: the configs of the bundle.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.settings.check_value`.
+    """
+    own: dict[str, list[Any]] = {}
+    computed = set()
+    for file in files:
+        shown = {f"{DISPLAYABLE}#{key}": value for key, value in file.get(f"+{DISPLAYABLE}", {}).items()}
+        shown |= {f"{DISPLAYABLE}#{key}": value for key, value in file.get(DISPLAYABLE, {}).items()}
+        for name, value in {**shown, **file}.items():
+            key = name.removeprefix(f"{DISPLAYABLE}#")
+            if not _is_plain(value):
+                computed |= {key} if not str(value).startswith(f"@{DISPLAYABLE}#") else set()
+            else:
+                own.setdefault(key, []).append(value)
+    for key, value in [*config.items(), *(config.get(DISPLAYABLE) or {}).items()]:
+        if is_path(key) or key in {*READ_BY_MONAI, DISPLAYABLE} or not _is_plain(value):
+            continue
+        known = (
+            own.get(key, [None]) if key not in computed else [also if isinstance(also := ALSO.get(key), bool) else None]
+        )
+        check_value(key, value, [*known, value] if value is None and key not in COUNTS else known)
+
+
+def check_parts(config: Any, files: Sequence[Mapping[str, Any]], locator: ComponentLocator) -> None:
+    """Refuse arguments that a component does not take; those that a file gives it are not looked at.
+
+    Args:
+        config: merged from its files and what was given on the command line.
+        files: the configs of the bundle.
+        locator: of the parser, which finds MONAI's components by their names alone.
+
+    Raises:
+        InputError: with the nearest argument that it takes.
+    """
+    given = {path for file in files for path, _ in _walk(file)}
+    for path, part in _walk(config):
+        if not isinstance(part, Mapping) or is_expression(part.get("_target_", "$")):
+            continue
+        new = [key for key in part if not key.startswith("_") and (*path, key) not in given]
+        if not new:
+            continue
+        found = ConfigComponent(dict(part), locator=locator).resolve_module_name()
+        try:
+            takes = inspect.signature(pydoc.locate(found)).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError, pydoc.ErrorDuringImport):  # what is not there, or does not tell
+            continue
+        if any(one.kind is one.VAR_KEYWORD for one in takes.values()):
+            continue
+        for key in new:
+            if key not in takes:
+                nearest = difflib.get_close_matches(key, takes, 1, 0.5)
+                raise InputError(
+                    f"{'#'.join(path)} has no use for the key {key}"
+                    + (f" (nearest: {nearest[0]})" if nearest else "")
+                    + f"; allowed are {', '.join(takes)}: correct the name"
+                )
+
+
+def _walk(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each value in a config with its path; that of an overlay's "a#b" is a, b."""
+    entries = config.items() if isinstance(config, Mapping) else enumerate(config) if isinstance(config, list) else ()
+    for key, entry in entries:
+        inner = (*path, *str(key).removeprefix("+").split("#"))
+        yield inner, entry
+        yield from _walk(entry, inner)
+
+
 def is_path(key: str) -> bool:
     """Whether a setting of this name holds a path or the name of something."""
     return key in _PATHS or key.endswith(_PATH_ENDINGS)
@@ -147,7 +236,7 @@ def _stands_in(files: Sequence[Mapping[str, Any]], key: str, value: Any) -> bool
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not any("_target_" in part for part in (value, *value.values()) if isinstance(part, Mapping))
-    return not (isinstance(value, str) and value.startswith(("$", "@", "%")))
+    return not is_expression(value)
 
 
 def _references(config: Any) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
-from maisi_tools.volumes.checks import LATENT_CHANNELS, check_output_size, check_spacing, warn_field_of_view
+from maisi_tools.volumes.checks import (
+    LATENT_CHANNELS,
+    check_output_size,
+    check_spacing,
+    three_positive,
+    warn_field_of_view,
+)
 from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE, restore_intensity
 from maisi_tools.volumes.presets import warn_far
 
@@ -68,7 +74,7 @@ def modality_code(modality: str | int) -> int:
     if isinstance(modality, str):
         if modality.lower() in MODALITIES:
             return MODALITIES[modality.lower()]
-    elif 0 <= modality < 128:
+    elif isinstance(modality, Integral) and not isinstance(modality, bool) and 0 <= modality < 128:
         return int(modality)
     raise InputError(f"modality is {modality!r}; allowed are {', '.join(MODALITIES)} or a class code 0..127")
 
@@ -170,8 +176,8 @@ class Conditions:
 
     def __post_init__(self) -> None:
         region = (self.region,) if isinstance(self.region, str) else tuple(self.region)
-        object.__setattr__(self, "size", tuple(int(n) for n in self.size))
-        object.__setattr__(self, "spacing", tuple(float(mm) for mm in self.spacing))
+        object.__setattr__(self, "size", check_output_size(self.size, 1, "size"))
+        object.__setattr__(self, "spacing", three_positive(self.spacing, "spacing", "numbers in mm"))
         if unknown := [name for name in region if name not in REGIONS]:
             raise InputError(f"region {', '.join(map(repr, unknown))} is not known; allowed are {', '.join(REGIONS)}")
         region = tuple(name for name in REGIONS if name in region)
@@ -181,10 +187,6 @@ class Conditions:
                 whole = list(REGIONS[first : last + 1])
                 raise InputError(f"region {list(region)} has a gap; give neighbouring regions, here {whole}")
         object.__setattr__(self, "region", region)
-        if len(self.size) != 3 or min(self.size) < 1:
-            raise InputError(f"size is {self.size}; give three positive voxel counts x, y, z")
-        if len(self.spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in self.spacing):
-            raise InputError(f"spacing is {self.spacing}; give three positive numbers in mm, x, y, z")
         modality_code(self.modality)
 
     @property

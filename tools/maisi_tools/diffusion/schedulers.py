@@ -6,6 +6,8 @@ from typing import Any
 
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
+from maisi_tools.errors import InputError
+
 STEPS = 1000
 """Timesteps of training."""
 
@@ -20,7 +22,12 @@ def rectified_flow(base_img_size_numel: int, use_timestep_transform: bool = Fals
         base_img_size_numel: latent voxels for which the timestep transform changes nothing.
         use_timestep_transform: more noise for larger latents.
         settings: others of MONAI's scheduler.
+
+    Raises:
+        InputError: ``sample_method``, how training draws timesteps, is none of MONAI's.
     """
+    if (method := settings.get("sample_method", "uniform")) not in (allowed := ("uniform", "logit-normal")):
+        raise InputError(f"timestep_sampling is {method!r}; allowed are {' and '.join(allowed)}")
     return RFlowScheduler(
         **{"num_train_timesteps": STEPS, "use_discrete_timesteps": False, "sample_method": "uniform", **settings},
         use_timestep_transform=use_timestep_transform,

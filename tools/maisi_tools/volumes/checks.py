@@ -233,7 +233,7 @@ def check_spacing(
     Raises:
         InputError: not three positive numbers, or one outside its range.
     """
-    spacing = _three_positive(spacing, what, "numbers in mm")
+    spacing = three_positive(spacing, what, "numbers in mm")
     names = "xyz"
     outside = [
         i for i, (mm, (low, high)) in enumerate(zip(spacing, allowed, strict=True)) if not _within(mm, low, high)
@@ -296,15 +296,15 @@ def checked_scale_factor(value: object, name: str, do: str) -> float:
     return number
 
 
-def check_output_size(size: Sequence[int], multiple: int) -> tuple[int, int, int]:
-    """The output size in voxels along x, y, z, as ints.
+def check_output_size(size: Sequence[int], multiple: int, what: str = "output_size") -> tuple[int, int, int]:
+    """The output size in voxels along x, y, z, as ints; a message calls it `what`.
 
     Raises:
         InputError: not three positive whole numbers, or one that `multiple` does not divide (the message names
             the nearest legal ones).
     """
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 3 or not all(map(_is_count, size)):
-        raise InputError(f"output_size is {size!r}; allowed are three positive whole numbers, voxels along x, y, z")
+        raise InputError(f"{what} is {size!r}; allowed are three positive whole numbers, voxels along x, y, z")
     wrong = {axis: int(n) for axis, n in zip("xyz", size, strict=True) if n % multiple}
     if wrong:
         below = {axis: n // multiple * multiple for axis, n in wrong.items()}
@@ -312,9 +312,7 @@ def check_output_size(size: Sequence[int], multiple: int) -> tuple[int, int, int
             f"{axis} {n} -> " + (f"{below[axis]} or " if below[axis] else "") + f"{below[axis] + multiple}"
             for axis, n in wrong.items()
         )
-        raise InputError(
-            f"output_size is {[int(n) for n in size]}; allowed are multiples of {multiple}: change {advice}"
-        )
+        raise InputError(f"{what} is {[int(n) for n in size]}; allowed are multiples of {multiple}: change {advice}")
     x, y, z = (int(n) for n in size)
     return x, y, z
 
@@ -332,9 +330,14 @@ def warn_field_of_view(size: Sequence[int], spacing: Sequence[float], smallest_m
         )
 
 
-def _three_positive(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
+def three_positive(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
+    """The three values as floats.
+
+    Raises:
+        InputError: not three positive finite numbers; the message calls them `what`.
+    """
     try:
-        numbers = tuple(float(value) for value in values)
+        numbers = () if isinstance(values, str) else tuple(float(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(math.isfinite(number) and number > 0 for number in numbers):

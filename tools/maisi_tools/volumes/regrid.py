@@ -10,7 +10,13 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
-from maisi_tools.volumes.checks import check_output_size, check_spacing, nearest_spacing, warn_field_of_view
+from maisi_tools.volumes.checks import (
+    check_output_size,
+    check_spacing,
+    nearest_spacing,
+    three_positive,
+    warn_field_of_view,
+)
 from maisi_tools.volumes.grid import regrid_mask
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.presets import Preset, warn_far
@@ -38,8 +44,8 @@ class RegridMaskd(MapTransform):
         preset: whose spacing and size are taken in place of the others.
 
     Raises:
-        InputError: ``size`` is not divisible by ``multiple``, or the mask's spacing is further from the range than by
-            :data:`LARGEST_FACTOR`.
+        InputError: ``spacing`` is not three positive numbers, ``size`` is not divisible by ``multiple``, or the mask's
+            spacing is further from the range than by :data:`LARGEST_FACTOR`.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class RegridMaskd(MapTransform):
         super().__init__(keys)
         if preset is not None:
             spacing, size = preset.spacing, preset.size
-        self.spacing = spacing
+        self.spacing = three_positive(spacing, "spacing", "numbers in mm") if spacing is not None else None
         self.size = check_output_size(size, multiple) if size is not None else None
         self.spacing_range, self.own_key = spacing_range, own_key
 

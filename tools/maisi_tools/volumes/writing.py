@@ -18,6 +18,7 @@ from monai.transforms import MapTransform
 from numpy.typing import ArrayLike, DTypeLike
 from torch import distributed
 
+from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import sidecar_path
@@ -121,6 +122,20 @@ def _stored(array: np.ndarray, dtype: DTypeLike, path: str | os.PathLike) -> np.
     return array.astype(dtype)
 
 
+def _voxel_type(dtype: DTypeLike) -> np.dtype:
+    try:
+        found = np.dtype(dtype)
+        nib.Nifti1Header().set_data_dtype(found)
+        if found.kind in "iuf":
+            return found
+    except (TypeError, nib.spatialimages.HeaderDataError):
+        pass
+    raise InputError(
+        f"the type of the stored voxels is {dtype!r}; allowed are types of numbers that NIfTI has, such as int16, "
+        "uint8 and float32"
+    )
+
+
 def _nifti(array: np.ndarray, affine: ArrayLike) -> nib.Nifti1Image:
     affine = np.asarray(affine, dtype=float)
     image = nib.Nifti1Image(array, affine)
@@ -164,6 +179,9 @@ class WriteVolumed(MapTransform):
             file that the volume was read from (``meta["filename_or_obj"]``).
         allow_missing_keys: pass over keys that the item does not have.
 
+    Raises:
+        InputError: NIfTI has no such type of numbers.
+
     The item returned has the path written under KEY + "_path"; the volume itself is untouched.
     """
 
@@ -178,7 +196,7 @@ class WriteVolumed(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_dir, self.suffix, self.dtype = Path(output_dir).expanduser(), suffix, np.dtype(dtype)
+        self.output_dir, self.suffix, self.dtype = Path(output_dir).expanduser(), suffix, _voxel_type(dtype)
         self.sidecar, self.stem_key = sidecar, stem_key
 
     def __call__(self, data: Mapping[Any, Any]) -> dict:
