@@ -372,7 +372,7 @@ def test_no_stage_writes_over_an_input(open_bundle, cause, save, phantom_ct, bun
     files = [save(phantom_ct, f"{name}.nii.gz") for name in names]
     before = [path.read_bytes() for path in files]
     with pytest.raises(Exception) as error:
-        open_bundle(bundle, config, input=str(files[0].parent), output_dir=str(files[0].parent))
+        open_bundle(bundle, config, input=[str(path) for path in files], output_dir=str(files[0].parent))
     assert f"{files[1]} would be written over" in str(cause(error.value))
     assert [path.read_bytes() for path in files] == before
 

@@ -41,11 +41,14 @@ def test_saved_latent_decodes_to_the_sample(cause, bundles, run_bundle, tmp_path
     assert "has factor 4, the autoencoder that is to decode it 2" in str(cause(raised.value))
     definition = json.loads((bundles / "maisi_ldm" / "configs" / "inference.json").read_text())["autoencoder_def"]
     own = str(bundles / "maisi_ldm" / "models" / "autoencoder.pt")
+    latent["input"] = str(tmp_path)  # the CT beside it is passed over
     run_bundle("maisi_vae", "decode.json", **latent, network_def=definition, ckpt_path=own)
     decoded = nib.load(tmp_path / "decoded" / "sample_seed1_latent_ct.nii.gz")
     sampled = nib.load(tmp_path / "sample_seed1.nii.gz")
     np.testing.assert_array_equal(np.asarray(decoded.dataobj), np.asarray(sampled.dataobj))
     np.testing.assert_allclose(decoded.affine, sampled.affine, atol=1e-5)
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), seed=1, **{**FAST, "region": []})
+    assert not list(tmp_path.glob("*_latent.*"))  # it was the earlier sample's
 
 
 def test_guidance_changes_the_sample_and_one_does_not(run_bundle, tmp_path):

@@ -25,6 +25,7 @@ UNET = {
 }
 TRAIN = {"max_epochs": 2, "val_interval": 2, "cache_rate": 0.0, "amp_dtype": "float32", "tensorboard": False}
 GRID = {"output_size": [32, 32, 32], "spacing": [5.0, 5.0, 5.0], "num_inference_steps": 2, "progress": False}
+GRID["spacing_range"] = [[5, 5], [5, 5], [5, 5]]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +189,8 @@ def test_a_source_of_masks(generate, bundles, trained, tmp_path):
         ({"organ_sizes": {"liver": 3}}, ["liver", "left parotid"]),
         ({"organ_sizes": {"left parotid": 900}}, ["900", "10 to 53 ml"]),
         ({"output_size": [30, 32, 32]}, ["30"]),
+        ({"output_size": [48, 32, 32]}, ["output_size is [48, 32, 32]; allowed is [32, 32, 32]"]),
+        ({"spacing": [1, 5, 5]}, ["spacing is 1 x 5 x 5 mm, outside along x; allowed is x 5..5"]),
         ({"redraws": -1}, ["-1"]),
         ({"max_resize": 0.5}, ["max_resize", "0.5"]),
     ],

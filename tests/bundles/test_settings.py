@@ -8,7 +8,8 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from maisi_tools.bundles.settings import check_keys, check_parts, check_values, is_path, typed
+from maisi_tools.bundles.ranks import join_ranks, of_torchrun
+from maisi_tools.bundles.settings import check_keys, check_parts, check_preset, check_values, is_path, typed
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.settings import check_device
 
@@ -165,6 +166,42 @@ def test_an_argument_that_a_component_does_not_take_is_refused_with_the_nearest(
     ]:
         with pytest.raises(InputError, match=words):
             check_parts(part, files, parser.locator)
+
+
+def test_what_a_preset_stands_for_is_refused_beside_it(configs):
+    for bundle, given, words in [
+        ("maisi_controlnet", {"presets": "small", "preset": "head_neck", "spacing": [4, 4, 3]}, "spacing is .4, 4, 3."),
+        ("maisi_ldm", {"presets": "ct", "preset": "chest", "output_size": [64, 64, 64]}, "output_size is .64"),
+        ("maisi_ldm", {"presets": "ct", "preset": "chest", "region": ["lower"]}, "region is .'lower'."),
+        ("maisi_ldm", {"presets": "mr", "preset": "brain_t1", "modality": "mri_swi"}, "modality is 'mri_swi'"),
+    ]:
+        with pytest.raises(InputError, match=f"preset is .*, and {words}"):
+            check_preset(given, configs(bundle))
+    for given in [
+        {"presets": "ct", "preset": "any_384mm", "region": ["lower"], "output_size": [112, 80, 112]},
+        {"presets": "ct", "preset": None, "region": ["lower"]},
+        {"presets": "mr_brain", "preset": "sagittal", "modality": "mri_swi"},
+    ]:
+        check_preset(given, configs("maisi_ldm"))
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_without_torchrun_a_multi_gpu_config_says_how_it_is_started(repo_root, monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=f"sets {name}; .* torchrun --nproc_per_node=N -m monai.bundle run"):
+        of_torchrun(name)
+    monkeypatch.setenv(name, "3")
+    assert of_torchrun(name) == 3
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="sets RANK"):
+        join_ranks("cpu")
+    parser = ConfigParser()
+    parser.read_config(
+        [str(repo_root / "bundles/maisi_vae/configs" / file) for file in ("encode.json", "multi_gpu_encode.json")]
+    )
+    with pytest.raises(RuntimeError) as raised:
+        parser.get_parsed_content("rank")
+    assert "torchrun" in str(find_input_error(raised.value))
 
 
 def test_devices_that_are_not_there_are_refused():

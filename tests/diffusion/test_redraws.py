@@ -154,7 +154,11 @@ def test_limits_that_cannot_be_are_refused(min_dice, words):
 
 
 def test_a_judge_is_opened_by_its_name():
-    assert open_judge(None, None, 0.5) is None
+    assert open_judge(None, None, None) is None
+    with pytest.raises(InputError, match="min_dice is 0.5, but there is no judge"):
+        open_judge(None, None, 0.5)
+    with pytest.raises(InputError, match="judge_label_map is 'maisi', but there is no judge"):
+        open_judge(None, "maisi", None)
     with pytest.raises(InputError, match="thresholds finds no organs"):
         open_judge("thresholds", None, 0.5)
     with pytest.raises(InputError, match="nowhere"):

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
 from maisi_tools.diffusion.schedulers import ddim, ddpm, rectified_flow
+from maisi_tools.errors import InputError
 
 
 def test_the_releases_betas():
@@ -14,6 +16,11 @@ def test_the_releases_betas():
         assert type(made) is kind and made.num_train_timesteps == 1000 and made.clip_sample is False
         np.testing.assert_allclose(made.betas.numpy(), betas, rtol=1e-4)
     assert ddpm(clip_sample=True).clip_sample is True
+
+
+def test_a_way_to_draw_timesteps_that_there_is_not_is_refused():
+    with pytest.raises(InputError, match="timestep_sampling is 'foo'; allowed are uniform and logit-normal"):
+        rectified_flow(32, sample_method="foo")
 
 
 def test_rectified_flow_shifts_timesteps_for_larger_latents_alone():

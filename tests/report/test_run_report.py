@@ -177,6 +177,22 @@ def test_the_record_of_a_run_is_shown(run_dir, repo_root, tmp_path):
     assert "were not recorded" in write_report(run_dir).read_text()
 
 
+def test_another_run_in_the_folder_is_told_of(run_dir, repo_root, tmp_path, caplog):
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"abc")
+    arguments = (run_dir, repo_root / "bundles" / "maisi_vae", [weights])
+    record_run(*arguments, {"seed": 5, "spacing": (1, 2)})
+    record_run(*arguments, {"seed": 5, "spacing": (1, 2)})
+    assert not caplog.records
+    record_run(*arguments, {"seed": 6, "spacing": (1, 2)})
+    assert "files of an earlier run with seed 5 (now 6); run.json becomes" in caplog.text
+    assert json.loads((run_dir / "run.json").read_text())["settings"]["seed"] == 6
+    caplog.clear()
+    weights.write_bytes(b"abcd")
+    record_run(*arguments, {"seed": 6, "spacing": (1, 2)})
+    assert "earlier run with model.pt ba7816bf" in caplog.text
+
+
 def test_medians_are_judged_by_the_ranges_of_the_run(run_dir):
     """A contrast phase that the run allowed is not marked as implausible."""
 

@@ -13,7 +13,7 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised
 
 from maisi_tools.errors import InputError, TrainingError
-from maisi_tools.training.checkpoint import NAME, Checkpointer, find_checkpoint
+from maisi_tools.training.checkpoint import NAME, Checkpointer, find_checkpoint, fingerprint_items
 from maisi_tools.training.loaders import TrainingLoader
 from maisi_tools.training.monitor import NanGuard, StepLog
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep
@@ -37,7 +37,7 @@ class Killer:
 class Run:
     """A small convolutional network with dropout, trained on noisy images: 2 epochs of 4 batches, a step every 2."""
 
-    def __init__(self, folder, resume=False, minutes=0.0, items=None, parts=None, epochs=2, rate=0.01):
+    def __init__(self, folder, resume=False, minutes=0.0, items=None, parts=None, epochs=2, rate=0.01, settings=None):
         torch.manual_seed(7)
         layers = (torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Dropout(0.2), torch.nn.Conv3d(4, 1, 1))
         self.network = torch.nn.Sequential(*layers)
@@ -51,7 +51,7 @@ class Run:
         self.parts = {"model": self.network, "ema": self.ema, "optimizer": self.optimizer}
         self.parts |= {"lr_scheduler": self.schedule, "data": self.loader, **(parts or {})}
         self.checkpointer = Checkpointer(
-            folder, self.parts, minutes, find_checkpoint(folder, resume), {"scale_factor": 1.5}
+            folder, self.parts, minutes, find_checkpoint(folder, resume), {"scale_factor": 1.5}, settings
         )
         handlers = [self.loader, NanGuard(), ClipGradients(self.optimizer, 1.0), StepLog(self.optimizer), self.ema]
         self.trainer = SupervisedTrainer(
@@ -99,6 +99,33 @@ def test_resumed_equals_uninterrupted(uninterrupted, assert_same, tmp_path, iter
     assert resumed.trainer.state.iteration == 8 and resumed.trainer.state.epoch == 2
     assert_same(read(tmp_path), uninterrupted)
     assert uninterrupted["scale_factor"] == 1.5 and uninterrupted["optimizer"]["state"]
+
+
+def test_changed_settings_and_data_are_refused_by_name_and_a_checkpoint_without_them_passes(tmp_path):
+    files = [{"image": str(tmp_path / f"{name}.nii.gz"), "region": ["head"]} for name in "ab"]
+    (tmp_path / "a.nii.gz").write_text("1")
+    data, less = fingerprint_items(files), fingerprint_items(files[:1])
+    (tmp_path / "there").mkdir()
+    moved = [
+        {**item, "image": str(tmp_path / "there" / f"{name}.nii.gz")} for item, name in zip(files, "ab", strict=True)
+    ]
+    (tmp_path / "there" / "a.nii.gz").write_text("2")
+    assert fingerprint_items(moved) == data != less
+    (tmp_path / "there" / "a.nii.gz").write_text("other")
+    assert fingerprint_items(moved) != data
+    settings = {"learning_rate": 0.01, "sizes": (1, 2), "weights": {3: 1.0}, "data": data}
+    Run(tmp_path, settings=settings).interrupt(3)
+    Run(tmp_path, resume=True, settings={**settings, "new": 1}).interrupt(4)
+    for changed, words in [
+        ({"learning_rate": 1e-9}, r"learning_rate 0\.01 \(now 1e-09\)"),
+        ({"data": less}, r"data 2 items \w+ \(now 1 items \w+\)"),
+    ]:
+        with pytest.raises(InputError, match=f"was written with {words}; to resume give the same values"):
+            Run(tmp_path, resume=True, settings={**settings, **changed}).trainer.run()
+    state = read(tmp_path)
+    del state["settings"]
+    torch.save(state, tmp_path / NAME)
+    Run(tmp_path, resume=True, settings={**settings, "learning_rate": 1e-9}).trainer.run()
 
 
 def test_a_finished_run_is_resumed_at_its_end(uninterrupted, assert_same, tmp_path):

@@ -179,9 +179,33 @@ def test_an_item_has_its_own_modality_but_is_a_ct(volumes, tmp_path, tiny_autoen
     volumes[1]["modality"] = "ct_contrast"
     everything = jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
     assert [job["modality"] for job in everything] == ["ct", "ct_contrast", "ct"]
-    volumes[1]["modality"] = "mri"
-    with pytest.raises(InputError, match=r"b_ct\.nii\.gz has the modality 'mri'"):
-        jobs(volumes, tmp_path, tiny_autoencoder)
+    for wrong in ("mri", "ct_foo"):
+        volumes[1]["modality"] = wrong
+        with pytest.raises(InputError, match=rf"b_ct\.nii\.gz has the modality '{wrong}'"):
+            jobs(volumes, tmp_path, tiny_autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("modality", "window", "words"),
+    [
+        ("foo", None, "modality is 'foo'; allowed are unknown, ct"),
+        ("mri", [-1000, 1000, 0, 1], "modality is 'mri'; encode.json without mr.json scales HU"),
+        (8, [-1000, 1000, 0, 1], "modality is 8; encode.json without mr.json scales HU"),
+        ("ct", [0.0, 99.5], "modality is 'ct'; mr.json scales MR"),
+    ],
+)
+def test_a_modality_that_the_window_is_not_for_is_refused_and_no_sidecar_changes(
+    volumes, tmp_path, tiny_autoencoder, modality, window, words
+):
+    settings = {"multiple": 4} | ({} if window is None else {"window": window})
+    stale = tmp_path / "out" / "a_ct_latent.json"
+    stale.parent.mkdir()
+    stale.write_text("{}")
+    with pytest.raises(InputError, match=words):
+        jobs(volumes, tmp_path, tiny_autoencoder, settings=settings, modality=modality)
+    assert stale.read_text() == "{}"
+    (job, *_) = jobs(volumes, tmp_path, tiny_autoencoder, settings={"window": [0, 99.5]}, modality="mri_t1")
+    assert job["modality"] == "mri_t1"
 
 
 def test_two_latents_of_one_name_are_refused(volumes, tmp_path, tiny_autoencoder):

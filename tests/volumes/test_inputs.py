@@ -63,6 +63,13 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     assert names(find_inputs(tmp_path / "ct[1].nii.gz")) == ["ct[1].nii.gz"]
 
 
+def test_of_a_folder_the_preferred_names_alone_where_there_are_any(folder):
+    for given in (folder, str(folder / "*")):
+        assert names(find_inputs(given, prefer="b.nii.gz")) == ["b.nii.gz"]
+        assert names(find_inputs(given, prefer="_latent.nii.gz")) == ["a.nii", "b.nii.gz", "c.nrrd"]
+    assert names(find_inputs(folder / "a.nii", prefer="b.nii.gz")) == ["a.nii"]
+
+
 def test_datalists(folder, monkeypatch):
     listing = folder / "list.json"
     listing.write_text(json.dumps({"training": [{"image": "a.nii"}], "testing": [{"image": "b.nii.gz", "fold": 2}]}))

@@ -8,6 +8,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.presets import PRESETS
 from maisi_tools.volumes.regrid import CheckGridd, RegridMaskd, RestoreGridd
 
 from .conftest import OBLIQUE
@@ -26,6 +27,18 @@ def test_nothing_asked_for_changes_nothing():
     result = RegridMaskd("mask", multiple=16)({"mask": given, "other": 1})
     assert torch.equal(result["mask"], given) and torch.equal(result["mask"].affine, given.affine)
     assert result["other"] == 1
+
+
+@pytest.mark.parametrize("spacing", [4, [4, 4, -3], [4, 3], "444", [4, 4, "x"]])
+def test_a_spacing_that_is_not_three_positive_numbers_is_refused(spacing):
+    with pytest.raises(InputError, match="spacing is .*; allowed are three positive numbers in mm"):
+        RegridMaskd("mask", spacing=spacing)
+
+
+@pytest.mark.parametrize("given", [{"spacing": [4, 4, 3]}, {"size": [32, 32, 32]}])
+def test_a_preset_with_a_size_or_a_spacing_is_refused(given):
+    with pytest.raises(InputError, match="given with a preset, which stands for both"):
+        RegridMaskd("mask", preset=PRESETS["small"]["head_neck"], **given)
 
 
 @pytest.mark.parametrize(

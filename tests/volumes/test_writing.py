@@ -13,6 +13,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from maisi_tools.errors import InputError
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import WriteVolumed, write_shard, write_sidecar, write_volume
 
@@ -130,6 +131,21 @@ def test_absent_keys(write_nifti, tmp_path):
     assert set(written) == {"ct", "ct_path"}
     with pytest.raises(KeyError):
         WriteVolumed("latent", tmp_path / "out")({"ct": ct})
+
+
+def test_what_an_earlier_run_wrote_for_a_key_that_is_absent_now_is_removed(tmp_path):
+    write = WriteVolumed("latent", tmp_path, "_latent", stem_key="name", sidecar={"a": 1}, allow_missing_keys=True)
+    latent = MetaTensor(torch.zeros(4, 2, 2, 2), affine=torch.eye(4))
+    for name in ("one", "two"):
+        write({"latent": latent, "name": name})
+    write({"name": "one"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["two_latent.json", "two_latent.nii.gz"]
+
+
+@pytest.mark.parametrize("dtype", ["foo", "complex64", "float16", "bool", 3])
+def test_a_type_that_nifti_does_not_have_is_refused(tmp_path, dtype):
+    with pytest.raises(InputError, match=f"stored voxels is {dtype!r}; allowed are .* int16"):
+        WriteVolumed("ct", tmp_path, dtype=dtype)
 
 
 def test_transform_takes_the_stem_of_a_series(write_series, tmp_path):

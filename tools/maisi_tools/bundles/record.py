@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 from maisi_tools.bundles.settings import running
 from maisi_tools.files import sha256, write_json
+
+logger = logging.getLogger(__name__)
 
 RUN_RECORD = "run.json"
 
@@ -28,6 +31,9 @@ def record_run(
     more: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``run.json`` into a run's output folder (of several ranks the first does); a later run there replaces it.
+
+    Where an earlier run in the folder had other settings or weights, a warning says which: of its files those that are
+    not written again stay.
 
     Args:
         output_dir: the folder.
@@ -59,8 +65,30 @@ def record_run(
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
     }
-    write_json(path, json.loads(json.dumps(record, default=str)))
+    record = json.loads(json.dumps(record, default=str))
+    _warn_changed(path, record)
+    write_json(path, record)
     return path
+
+
+def _warn_changed(path: Path, record: Mapping[str, Any]) -> None:
+    try:
+        earlier = json.loads(path.read_text())
+        changed = [
+            f"{name} {was[name]} (now {now.get(name)})"
+            for was, now in ((earlier[part], record[part]) for part in ("settings", "weights"))
+            for name in was
+            if was[name] != now.get(name)
+        ]
+    except (OSError, ValueError, TypeError, KeyError):  # none, or one that something else wrote
+        return
+    if changed:
+        logger.warning(
+            "%s has files of an earlier run with %s; run.json becomes this run's, and a report will take all for it: "
+            "give another output_dir to keep them apart",
+            path.parent,
+            ", ".join(changed),
+        )
 
 
 def _version(package: str) -> str | None:

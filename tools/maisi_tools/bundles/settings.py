@@ -16,14 +16,8 @@ from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, Config
 from monai.utils import set_determinism
 
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.settings import (
-    ALSO,
-    COUNTS,
-    check_device,
-    check_stage_settings,
-    check_value,
-    is_expression,
-)
+from maisi_tools.settings import ALSO, COUNTS, check_device, check_stage_settings, check_value, is_expression
+from maisi_tools.volumes.presets import presets_of
 
 DISPLAYABLE = "displayable_configs"
 """Settings that MONAI Label shows; the config refers to them one by one."""
@@ -71,6 +65,7 @@ def check_settings() -> None:
         if is_path(key) and isinstance(value, (int, float)):
             parser[key] = typed(key, value)
     check_values(config, files)
+    check_preset(config, files)
     if "device" in config:
         check_device(parser.get_parsed_content("device"))
 
@@ -145,23 +140,52 @@ def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) 
         InputError: see :func:`~maisi_tools.settings.check_value`.
     """
     own: dict[str, list[Any]] = {}
-    computed = set()
+    computed, shown_as = set(), {}
     for file in files:
         shown = {f"{DISPLAYABLE}#{key}": value for key, value in file.get(f"+{DISPLAYABLE}", {}).items()}
         shown |= {f"{DISPLAYABLE}#{key}": value for key, value in file.get(DISPLAYABLE, {}).items()}
         for name, value in {**shown, **file}.items():
             key = name.removeprefix(f"{DISPLAYABLE}#")
-            if not _is_plain(value):
-                computed |= {key} if not str(value).startswith(f"@{DISPLAYABLE}#") else set()
+            if isinstance(value, str) and value.startswith(f"@{DISPLAYABLE}#"):
+                shown_as[key] = value.removeprefix(f"@{DISPLAYABLE}#")
+            elif not _is_plain(value):
+                computed.add(key)
             else:
                 own.setdefault(key, []).append(value)
     for key, value in [*config.items(), *(config.get(DISPLAYABLE) or {}).items()]:
         if is_path(key) or key in {*READ_BY_MONAI, DISPLAYABLE} or not _is_plain(value):
             continue
-        known = (
-            own.get(key, [None]) if key not in computed else [also if isinstance(also := ALSO.get(key), bool) else None]
-        )
+        known = own.get(shown_as.get(key, key), [None])
+        if key in computed:  # of a few of these the kind is known
+            known = [ALSO[key]] if isinstance(ALSO.get(key), bool) else [None]
         check_value(key, value, [*known, value] if value is None and key not in COUNTS else known)
+
+
+def check_preset(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what a preset stands in place of, where it was given beside one.
+
+    Args:
+        config: merged from its files and what was given on the command line.
+        files: the configs of the bundle, whose own values give way to the preset.
+
+    Raises:
+        InputError: with the keys.
+    """
+    name, weights = config.get("preset"), config.get("presets")
+    if not isinstance(name, str) or is_expression(name) or is_expression(weights):
+        return
+    preset = presets_of(weights).get(name)
+    stands_for = {"output_size": True, "spacing": True} | {
+        key: bool(getattr(preset, key, None)) for key in ("region", "modality")
+    }
+    given = [
+        key for key, used in stands_for.items() if used and key in config and not _stands_in(files, key, config[key])
+    ]
+    if given:
+        raise InputError(
+            f"preset is {name!r}, and {', '.join(f'{key} is {config[key]!r}' for key in given)}; a preset stands in "
+            "place of these: leave out either"
+        )
 
 
 def check_parts(config: Any, files: Sequence[Mapping[str, Any]], locator: ComponentLocator) -> None:

@@ -85,6 +85,8 @@ def make_cohort(
         opened = open_judge(chosen["judge"], chosen["judge_label_map"], spec.ct.get("min_dice"))
         assert opened is not None
         seen = {**chosen, "weights": opened.segmenter.fingerprint, "ids": opened.segmenter.label_map.ids}
+    else:
+        open_judge(None, judge_label_map, spec.ct.get("min_dice"))  # refuses what only a judge would use
     rank, ranks = idist.get_rank(), idist.get_world_size()
     taken = f"another run makes the cohort in {folder}; wait for its end, or give another folder"
     with held(folder, taken) if rank == 0 else contextlib.nullcontext():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,45 @@ from torch.overrides import wrap_torch_function
 
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.sizes import UNKNOWN
+from maisi_tools.volumes.checks import check_output_size, check_spacing
+from maisi_tools.weights import read_weights
 
 RIDGE = 0.07
 """Penalty of the sizes' regression, as a share of the number of samples; the components have unit variance."""
 
 LEAST_TIME = 1e-3
 """Below this share of noise the noisy latent is the latent."""
+
+
+def check_grid(
+    size: Sequence[int],
+    spacing: Sequence[float],
+    multiple: int,
+    spacing_range: Sequence[Sequence[float]],
+    ckpt_path: str | Path,
+    factor: int,
+) -> None:
+    """Refuse a grid that a mask generator's weights do not know; with a prior they know one size.
+
+    Args:
+        size: voxels along x, y, z.
+        spacing: mm along x, y, z.
+        multiple: what has to divide `size`.
+        spacing_range: (lowest, highest) mm for x, y, z.
+        ckpt_path: the weights, with the mean of their prior where they have one.
+        factor: of the autoencoder.
+
+    Raises:
+        InputError: another size or spacing.
+    """
+    wanted = check_output_size(size, multiple)
+    check_spacing(spacing, spacing_range, "spacing", advice="give one of these as --spacing")
+    mean = next((value for name, value in read_weights(ckpt_path).items() if name.endswith("prior.mean")), None)
+    if mean is not None and wanted != (known := tuple(factor * n for n in mean.shape[1:])):
+        raise InputError(
+            f"output_size is {list(wanted)}; allowed is {list(known)}, the canvas of {ckpt_path}: leave it out, and "
+            "put the mask on another grid afterwards, with --spacing and --output_size of maisi_controlnet"
+        )
 
 
 class ShapePrior(nn.Module):

@@ -81,9 +81,12 @@ def open_judge(
         min_dice: see :class:`Judge`; None for its default.
 
     Raises:
-        InputError: see there and :class:`Judge`.
+        InputError: see there and :class:`Judge`; or there is no segmenter for the other two.
     """
     if segmenter is None:
+        for name, value in (("judge_label_map", label_map), ("min_dice", min_dice)):
+            if value is not None:
+                raise InputError(f"{name} is {value!r}, but there is no judge to use it: give judge, or leave it out")
         return None
     opened = open_segmenter(segmenter, label_map, str(device))
     return Judge(opened) if min_dice is None else Judge(opened, min_dice)

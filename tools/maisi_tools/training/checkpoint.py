@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from maisi_tools.errors import InputError, TrainingError
-from maisi_tools.files import replacing
+from maisi_tools.files import fingerprint_text, replacing
 from maisi_tools.training.loaders import ranks
 from maisi_tools.training.steps import is_optimizer_step
 
@@ -50,6 +51,19 @@ def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | N
     return last if resume and last.is_file() else None
 
 
+def fingerprint_items(items: Sequence[Any]) -> str:
+    """Fingerprint of a data list: of the names and sizes of its files, wherever they lie, and of its other text."""
+    names = [
+        [f"{Path(value).name} {_size(value)}" for _, value in sorted(item.items()) if isinstance(value, (str, Path))]
+        for item in items
+    ]
+    return f"{len(names)} items {fingerprint_text(json.dumps(names))}"
+
+
+def _size(path: str | Path) -> int | None:
+    return os.path.getsize(path) if os.path.isfile(path) else None
+
+
 class Checkpointer:
     """Writes everything a run needs to go on to ``ckpt_dir/checkpoint.pt``, and starts the run from such a file.
 
@@ -65,6 +79,8 @@ class Checkpointer:
         minutes: between two checkpoints.
         resume_from: checkpoint to go on from, see :func:`find_checkpoint`.
         extra: plain values that lie beside, such as ``scale_factor``.
+        settings: plain values that the run depends on and its objects do not hold, or would put back in silence, such
+            as ``learning_rate``. A checkpoint without them, of an earlier version, passes.
 
     Raises:
         TrainingError: a value to be written is not finite.
@@ -78,6 +94,7 @@ class Checkpointer:
         minutes: float,
         resume_from: str | Path | None = None,
         extra: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(ckpt_dir) / NAME
         self.objects = {
@@ -87,6 +104,9 @@ class Checkpointer:
         self.seconds = 60 * float(minutes)
         self.resume_from = resume_from
         self.extra = dict(extra or {})
+        self.settings = json.loads(
+            json.dumps(settings or {}, default=str)
+        )  # as it comes back: lists, and names that are text
         self.last = 0.0
         self.written = -1
 
@@ -117,8 +137,11 @@ class Checkpointer:
                 f"{path} is no checkpoint of this training run, it has to hold {', '.join(sorted(wanted))}; give a "
                 f"{NAME} with --resume, or start from weights alone with --init_ckpt"
             )
-        now, then = self._trainer(engine), state["trainer"]
-        if changed := [f"{k} {then[k]} (now {now[k]})" for k in now if k != "iteration" and now[k] != then[k]]:
+        then = state["trainer"]
+        old, now = {**state.get("settings", {}), **then}, {**self.settings, **self._trainer(engine)}
+        if changed := [
+            f"{k} {old[k]} (now {now[k]})" for k in now if k != "iteration" and old.get(k, now[k]) != now[k]
+        ]:
             raise InputError(
                 f"checkpoint {path} was written with {', '.join(changed)}; to resume give the same values, or start a "
                 "new run from its weights with --init_ckpt"
@@ -149,6 +172,7 @@ class Checkpointer:
             **self.extra,
             **{name: thing.state_dict() for name, thing in self.objects.items()},
             "trainer": self._trainer(engine),
+            "settings": self.settings,
             "scalers": {name: scaler.state_dict() for name, scaler in _scalers(engine)},
         }
         if bad := [name for name, value in _tensors(state) if not torch.isfinite(value).all()]:

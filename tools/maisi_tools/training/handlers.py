@@ -21,7 +21,7 @@ from torch import nn
 from maisi_tools.training.adversarial import Adversary
 from maisi_tools.training.best import BestWeights
 from maisi_tools.training.budget import Budget
-from maisi_tools.training.checkpoint import Checkpointer
+from maisi_tools.training.checkpoint import Checkpointer, fingerprint_items
 from maisi_tools.training.monitor import LOG, NanGuard, StepLog
 from maisi_tools.training.pictures import three_planes
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep, SyncPerStep
@@ -140,7 +140,8 @@ class RecordHandlers(_InOrder):
     Args:
         steps: what belongs to each step.
         log: where the figures go.
-        ckpt_dir, minutes, resume_from, extra: see :class:`~maisi_tools.training.checkpoint.Checkpointer`.
+        ckpt_dir, minutes, resume_from, extra, settings: see
+            :class:`~maisi_tools.training.checkpoint.Checkpointer`; the data that are trained from are added.
     """
 
     def __init__(
@@ -151,14 +152,17 @@ class RecordHandlers(_InOrder):
         minutes: float,
         resume_from: str | Path | None = None,
         extra: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        data = fingerprint_items(steps.objects["data"].dataset.dataset.data)
+
         def figures(output: Any) -> Any:
             return output[LOG]
 
         self.handlers = [
             *([] if log.rank else [StatsHandler(output_transform=figures, key_var_format="{}: {:.4g} ")]),
             *log.handlers(output_transform=figures),
-            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra),
+            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra, {**(settings or {}), "data": data}),
         ]
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, stem_of
+from maisi_tools.volumes.normalise import MR_PERCENTILES
 from maisi_tools.volumes.reading import read_sidecar, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar
 from maisi_tools.weights import read_factor, read_weights
@@ -37,6 +39,9 @@ CACHED = ("view", *MADE_FROM)
 
 ENCODER = ("encoder.", "quant_conv_")
 """Parts of the autoencoder that make a latent; another decoder leaves it valid."""
+
+
+_SCALES = {"mr": "mr.json scales MR", "ct": "encode.json without mr.json scales HU"}
 
 
 def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Path) -> str:
@@ -77,7 +82,7 @@ def latents_to_encode(
         autoencoder: the network with its weights.
         views: see :func:`maisi_tools.training.views.make_views`.
         settings: what else the latents depend on, JSON values (the padding, the HU window).
-        modality: the condition that is written for items without one of their own.
+        modality: the condition that is written for items without one of their own, a name or a code.
         seed: of what views draw.
         rank, ranks: this process takes every ``ranks``-th latent, from the ``rank``-th on.
 
@@ -86,11 +91,20 @@ def latents_to_encode(
         the latent's file name begins with) and :data:`CACHED`.
 
     Raises:
-        InputError: bad views, two latents of one name, an MR among CTs or the reverse, a latent that would be written
-            over an input, or a rank that is none.
+        InputError: an unknown modality, or one that the settings' window is not for; bad views, two latents of one
+            name, an MR among CTs or the reverse, a latent that would be written over an input, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
+    kind = "mr" if is_mr(modality) else "ct"
+    scaled = kind  # masks have no window
+    if "window" in settings:
+        scaled = "mr" if list(settings["window"]) == list(MR_PERCENTILES) else "ct"
+    if kind != scaled:
+        raise InputError(
+            f"modality is {modality!r}; {_SCALES[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
+            f"{'leave out' if scaled == 'mr' else 'add'} mr.json, or correct the modality"
+        )
     encoder = encoder_fingerprint(autoencoder)
     seen = [
         {
@@ -104,12 +118,11 @@ def latents_to_encode(
     for item in items:
         case = stem_of(item["image"])
         own = item.get("modality") or modality
-        kind = "mr" if str(modality).lower().startswith("mr") else "ct"
-        if own != modality and not str(own).lower().startswith(kind):
-            scales = "mr.json scales MR" if kind == "mr" else "encode.json without mr.json scales HU"
+        if own != modality and (own not in MODALITIES or not str(own).startswith(scaled)):
+            allowed = ", ".join(name for name in MODALITIES if name.startswith(scaled))
             raise InputError(
-                f"{item['image']} has the modality {own!r} in its datalist; {scales}, so allowed are {kind!r} and "
-                "names that begin so: leave it out of the input"
+                f"{item['image']} has the modality {own!r} in its datalist; {_SCALES[scaled]}, so allowed are "
+                f"{allowed}: leave it out of the input"
             )
         for view in seen:
             stem = f"{case}_{view['view']}" if view["view"] else case

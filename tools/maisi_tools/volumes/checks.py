@@ -220,7 +220,11 @@ def nearest_spacing(spacing: Sequence[float], allowed: Sequence[Sequence[float]]
 
 
 def check_spacing(
-    spacing: Sequence[float], allowed: Sequence[Sequence[float]], what: str, factor: float | None = None
+    spacing: Sequence[float],
+    allowed: Sequence[Sequence[float]],
+    what: str,
+    factor: float | None = None,
+    advice: str = "give --spacing to resample, or use the full-size weights",
 ) -> None:
     """Refuse a spacing that the weights were not trained for.
 
@@ -229,6 +233,7 @@ def check_spacing(
         allowed: (lowest, highest) in mm for x, y and z.
         what: what the message calls it: "spacing", or "the spacing of" a file.
         factor: how far from the range a mask may be to be resampled, for the message.
+        advice: what to do, for the message.
 
     Raises:
         InputError: not three positive numbers, or one outside its range.
@@ -243,8 +248,7 @@ def check_spacing(
         ranges = ", ".join(f"{axis} {low:g}..{high:g}" for axis, (low, high) in zip(names, allowed, strict=True))
         raise InputError(
             f"{what} is {_mm(spacing)}, outside along {', '.join(names[i] for i in outside)}; allowed "
-            f"is {ranges} mm, the range these weights were trained for{further}: give --spacing to resample, or use "
-            "the full-size weights"
+            f"is {ranges} mm, the range these weights were trained for{further}: {advice}"
         )
 
 

@@ -52,6 +52,7 @@ def find_inputs(
     key: str = "image",
     folder_is_one: Callable[[Path], bool] | None = None,
     all_sections: bool = False,
+    prefer: str = "",
 ) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
@@ -68,6 +69,7 @@ def find_inputs(
         key: the entry of an item that holds the path.
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
         all_sections: take all sections of a datalist instead of the first one.
+        prefer: of a folder or a glob where names end so, only these are taken, such as "_latent.nii.gz".
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
@@ -82,7 +84,7 @@ def find_inputs(
     def is_one(folder: Path) -> bool:
         return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
 
-    items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one)]
+    items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one, prefer)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     by_stem: dict[str, str] = {}
@@ -159,7 +161,7 @@ def check_targets(
                 )
 
 
-def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne, prefer: str) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
         return [_item(entry, key, Path(), is_one)]
@@ -168,7 +170,8 @@ def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne) -> list[d
     path = Path(entry).expanduser()
     if path.suffix.lower() == ".json":
         return _read_datalist(path, key, all_sections, is_one)
-    return [{key: found} for found in _expand(path, is_one)]
+    paths = _expand(path, is_one)
+    return [{key: found} for found in [path for path in paths if path.endswith(prefer)] or paths]
 
 
 def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
+from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import (
     check_output_size,
     check_spacing,
@@ -41,11 +42,11 @@ class RegridMaskd(MapTransform):
         multiple: what has to divide `size`.
         spacing_range: (lowest, highest) mm for x, y, z that the weights know; None leaves every spacing as it is.
         own_key: of the item.
-        preset: whose spacing and size are taken in place of the others.
+        preset: whose spacing and size are taken; then the others are None.
 
     Raises:
-        InputError: ``spacing`` is not three positive numbers, ``size`` is not divisible by ``multiple``, or the mask's
-            spacing is further from the range than by :data:`LARGEST_FACTOR`.
+        InputError: ``spacing`` is not three positive numbers, ``size`` is not divisible by ``multiple``, either is
+            given with a ``preset``, or the mask's spacing is further from the range than by :data:`LARGEST_FACTOR`.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class RegridMaskd(MapTransform):
     ) -> None:
         super().__init__(keys)
         if preset is not None:
+            if spacing is not None or size is not None:
+                raise InputError(
+                    f"output_size {size} or spacing {spacing} is given with a preset, which stands for both: leave out "
+                    "either"
+                )
             spacing, size = preset.spacing, preset.size
         self.spacing = three_positive(spacing, "spacing", "numbers in mm") if spacing is not None else None
         self.size = check_output_size(size, multiple) if size is not None else None
