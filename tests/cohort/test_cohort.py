@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import threading
