@@ -106,8 +106,8 @@ def check_number(name: str, value: Any, low: float, high: float, whole: bool = F
     Raises:
         InputError: something else; the message calls it `name`.
     """
-    kinds = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
         upto = "on" if high == math.inf else f"to {high:g}"
         raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} {upto}")
 

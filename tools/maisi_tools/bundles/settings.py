@@ -172,7 +172,7 @@ def check_preset(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) 
         InputError: with the keys.
     """
     name, weights = config.get("preset"), config.get("presets")
-    if not isinstance(name, str) or is_expression(name) or is_expression(weights):
+    if not isinstance(name, str) or not isinstance(weights, str) or is_expression(name) or is_expression(weights):
         return
     preset = presets_of(weights).get(name)
     stands_for = {"output_size": True, "spacing": True} | {

@@ -218,8 +218,8 @@ def plan(
     configs = [folder / "inference.json", *(folder / name for name in listed(overlay or ()))]
     for config in configs:
         if not config.is_file():
-            found = [path.name for path in folder.glob("full*.json") if not re.search("train|mask", path.name)]
-            names = ", ".join(sorted(found))
+            overlays = [path.name for path in folder.glob("full*.json") if not re.search("train|mask", path.name)]
+            names = ", ".join(sorted(overlays))
             raise InputError(f"{config} does not exist; overlays of this bundle are: {names}.")
 
     from maisi_tools.bundles.footprint import footprints

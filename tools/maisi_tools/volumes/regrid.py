@@ -74,13 +74,14 @@ class RegridMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
         for key in self.key_iterator(items):
-            mask, spacing = items[key], self.spacing
+            mask = items[key]
+            spacing: Sequence[float] | None = self.spacing
             if self.spacing_range is not None and spacing is None and self.size is None:
                 own = [float(mm) for mm in mask.pixdim]
-                spacing = nearest_spacing(own, self.spacing_range)
-                if spacing == own:
+                nearest = spacing = nearest_spacing(own, self.spacing_range)
+                if nearest == own:
                     continue
-                worst = max(max(a / b, b / a) for a, b in zip(own, spacing, strict=True))
+                worst = max(max(a / b, b / a) for a, b in zip(own, nearest, strict=True))
                 if worst > LARGEST_FACTOR:
                     name = mask.meta.get("filename_or_obj", key)
                     check_spacing(own, self.spacing_range, f"the spacing of {name}", LARGEST_FACTOR)
