@@ -143,9 +143,12 @@ def test_each_weights_have_their_solver_and_steps(bundles, bundle, overlay, solv
     """The overlays do not take the small weights' default; what MONAI Label shows is what runs."""
     parser = parser_of(bundles, bundle, "inference.json", *([overlay] if overlay else []))
     shown = parser.get_parsed_content("displayable_configs")
-    assert (shown["solver"], shown["num_inference_steps"]) == (solver, steps)
-    for key, value in (("solver", solver), ("num_inference_steps", steps), ("guidance_interval", [0, 1])):
-        assert parser.get_parsed_content(key) == value
+    by_mask = overlay is None and bundle == "maisi_controlnet"
+    wanted = {"solver": solver, "num_inference_steps": steps, "guidance_scale": 2 if by_mask else 0}
+    assert {key: shown[key] for key in wanted} == wanted
+    wanted["guidance_interval"] = [0.2, 1] if by_mask else [0, 1]
+    assert {key: parser.get_parsed_content(key) for key in wanted} == wanted
+    assert (parser.get_parsed_content("guided_conditions") == ["mask"]) == by_mask
 
 
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
