@@ -402,9 +402,9 @@ def test_the_table_of_networks_is_that_of_the_configs(row):
     assert int(factor) == 2**halvings
     assert int(multiple) == 2 ** (halvings + (0 if autoencoder is network else len(own) - 1))
     if ranges := content.get("spacing_range"):
-        assert numbers(spacing) == [mm for axis in ranges for mm in axis]
-    elif "spacing" in content:
-        assert numbers(spacing) == content["spacing"] and "alone" in spacing
+        one = [mm for mm, highest in ranges if mm == highest]
+        assert numbers(spacing) == (one if len(one) == 3 else [mm for axis in ranges for mm in axis])
+        assert ("alone" in spacing) == (len(one) == 3)
     else:
         assert spacing == "any"
 

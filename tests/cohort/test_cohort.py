@@ -108,7 +108,7 @@ def test_what_a_judge_does_not_see_is_left_out(write_spec, bundles, bundle, tmp_
     assert not list((strict / "imagesTr").glob("*")) and json.loads((strict / "dataset.json").read_text())
     assert make_cohort(spec, strict, bundles, judge=str(bundle))["made"] == 0
     with pytest.raises(InputError, match="made with other judge"):
-        make_cohort(spec, strict, bundles, judge=shutil.copytree(bundle, tmp_path / "other"))
+        make_cohort(spec, strict, bundles, judge=str(shutil.copytree(bundle, tmp_path / "other")))
     with pytest.raises(InputError, match="min_dice is .*, but there is no judge"):
         make_cohort(spec, strict, bundles)
 
