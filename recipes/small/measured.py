@@ -34,6 +34,9 @@ SAMPLING = (
     "control_scale",
 )
 
+OVERLAYS = {"editing": ("edit.json",)}
+"""Of inference.json, in a stage."""
+
 BONE, AIRWAY = 120, 132
 """Labels of completed masks."""
 
@@ -110,15 +113,16 @@ def is_measured(runs: Path) -> bool:
     return path.is_file() and {key: json.loads(path.read_text()).get(key) for key in these} == these
 
 
-def makers(runs: Path) -> dict[str, dict[str, Any]]:
+def makers(runs: Path, *overlays: str) -> dict[str, dict[str, Any]]:
     """What figures depend on: `weights`, the SHA-256 of each of :func:`files_of`, and `sampling`."""
-    return {"weights": {name: sha256(path) for name, path in files_of(runs).items()}, "sampling": sampling()}
+    return {"weights": {name: sha256(path) for name, path in files_of(runs).items()}, "sampling": sampling(*overlays)}
 
 
-def sampling() -> dict[str, Any]:
-    """How the bundle draws a CT: the settings of its inference.json."""
+def sampling(*overlays: str) -> dict[str, Any]:
+    """How the bundle draws a CT: the settings of its inference.json, under overlays."""
+    folder = ROOT / "bundles" / "maisi_controlnet" / "configs"
     parser = ConfigParser()
-    parser.read_config(str(ROOT / "bundles" / "maisi_controlnet" / "configs" / "inference.json"))
+    parser.read_config([str(folder / name) for name in ("inference.json", *overlays)])
     return {name: parser.get_parsed_content(name) for name in SAMPLING}
 
 
@@ -128,7 +132,7 @@ def check_makers(runs: Path, stage: str) -> None:
     Raises:
         InputError: others.
     """
-    path, these = runs / stage / "made_by.json", makers(runs)
+    path, these = runs / stage / "made_by.json", makers(runs, *OVERLAYS.get(stage, ()))
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         write_json(path, these)

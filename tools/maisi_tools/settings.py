@@ -31,6 +31,7 @@ ALSO: dict[str, Any] = {
     "trained_modalities": [1, "ct"],
     "region": "head",
     "resume": "checkpoint.pt",
+    "held_out": "held_out.json",
     "tensorboard": True,
     "complete_mask": True,
 }
