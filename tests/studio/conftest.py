@@ -51,6 +51,7 @@ TINY = {
             "prior_components": 2,
             "output_size": [48, 48, 48],
             "spacing": [5.0, 5.0, 3.4],
+            "spacing_range": [[5.0, 5.0], [5.0, 5.0], [3.4, 3.4]],
             "displayable_configs::num_inference_steps": 1,
             "displayable_configs::redraws": 0,
         }

@@ -54,6 +54,8 @@ def test_health_options_and_openapi(studio):
     assert {"name": "left parotid", "low_ml": 10, "high_ml": 53}.items() <= options["organs"][4].items()
     assert options["limits"] == {"upload_bytes": 3_000_000, "jobs": 100}
     assert "left parotid gland" in options["structures"] and "placeholder 129" not in options["structures"]
+    assert options["defaults"]["solver"] == "ab2"
+    assert "guidance_scale" not in options["defaults"]  # weights have their own, and edits
     paths = studio.ask("/openapi.json").json["paths"]
     assert {"/v1/jobs", "/v1/jobs/{id}/events", "/v1/uploads", "/v1/maisi/run"} <= paths.keys()
 

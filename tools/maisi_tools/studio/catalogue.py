@@ -117,7 +117,8 @@ class Catalogue:
                 "seed": 0,
                 "weights": SMALL,
                 "device": self.devices[0],
-                **self.weights[SMALL].defaults,
+                # Guidance is left to the config: weights and edits have their own.
+                **{key: self.weights[SMALL].defaults[key] for key in ("solver", "num_inference_steps")},
                 "mask": self.mask_defaults,
             },
             "limits": {"upload_bytes": self.upload_bytes, "jobs": WAITING},
