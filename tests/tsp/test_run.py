@@ -64,6 +64,8 @@ def _no_grad():
     [
         ({"splits": 0}, "splits is 0; give a whole number from 1 on"),
         ({"splits": True}, "splits is True"),
+        ({"splits": "two"}, "splits is 'two'; give a whole number"),
+        ({"splits": 1.5}, "splits is 1.5"),
         ({"axis": 3}, "axis is 3; give 0, 1 or 2"),
         ({"offload": "cloud"}, "offload is 'cloud'; allowed are auto, host, disk, none"),
         ({"dtype": "float7"}, "dtype is 'float7'; give a torch type"),

@@ -50,11 +50,10 @@ def footprints(
         device: "cpu" or "cuda", for which to plan; it need not be there.
 
     Raises:
-        InputError: the size is not legal for the bundle's networks; splits that are no whole number; an overlay of
-            another config, or the mask generator's.
+        InputError: the size is not legal for the bundle's networks; an overlay of another config, or the mask
+            generator's.
+        TSPError: splits that are no whole number, or a limit that is no size.
     """
-    if splits is not None and (not isinstance(splits, int) or isinstance(splits, bool) or splits < 1):
-        raise InputError(f"splits is {splits!r}; give a whole number from 1 on, or leave it out")
     _check_overlays(configs)
     parser = Stage(Path(configs[0]).parent.parent, [Path(path).absolute() for path in configs], device).parser
     with torch.device("meta"):

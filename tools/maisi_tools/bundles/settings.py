@@ -58,7 +58,7 @@ def check_settings() -> None:
         return
     parser = workflow.parser
     config = parser.get()
-    files = [ConfigParser.load_config_file(file) for file in workflow.config_root_path.glob("*.json")]
+    files = _configs_in(workflow.config_root_path)
     check_keys(config, files)
     check_parts(config, files, parser.locator)
     for key, value in list(config.items()):
@@ -122,9 +122,13 @@ def check_given(files: Sequence[str | Path], settings: Any, where: str, fixed: C
     """
     config = ConfigParser.load_config_files(list(files))
     given = check_stage_settings(config, settings, where, fixed)
-    own = [ConfigParser.load_config_file(file) for file in Path(files[0]).parent.glob("*.json")]
-    check_keys({**config, **given}, own)
+    check_keys({**config, **given}, _configs_in(Path(files[0]).parent))
     return given
+
+
+def _configs_in(folder: Path) -> list[dict[str, Any]]:
+    """All of a bundle's configs."""
+    return [ConfigParser.load_config_file(file) for file in folder.glob("*.json")]
 
 
 def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:

@@ -73,7 +73,7 @@ def _of_folder(folder: Path) -> list[Case]:
     """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``.
 
     What else a case has (``NAME_dose``) is passed over; any other volume is a case that is refused, so that it is
-    missed.
+    told of.
     """
     volumes = [file for file in sorted(folder.rglob("*")) if is_volume(file) and file.is_file()]
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
@@ -92,8 +92,10 @@ def _of_folder(folder: Path) -> list[Case]:
         stem, place = stem_of(file), _absolute(file).parent
         if any((place, stem[:at]) in known for at, letter in enumerate(stem) if letter == "_"):
             continue
-        reason = f"a mask without its volume; give that the name {stem.removesuffix(MASK_SUFFIX)}{CT_SUFFIX * named}"
-        if not stem.endswith(MASK_SUFFIX):
+        if stem.endswith(MASK_SUFFIX):
+            own = f"{stem.removesuffix(MASK_SUFFIX)}{CT_SUFFIX * named}"
+            reason = f"a mask without its volume; give that the name {own}"
+        else:
             reason = f"other volumes here are called NAME{CT_SUFFIX}; rename it so, or move it out of the folder"
         cases.append(Case(stem, _absolute(file), refused=reason))
     return cases

@@ -104,9 +104,8 @@ class Checkpointer:
         self.seconds = 60 * float(minutes)
         self.resume_from = resume_from
         self.extra = dict(extra or {})
-        self.settings = json.loads(
-            json.dumps(settings or {}, default=str)
-        )  # as it comes back: lists, and names that are text
+        # As they come back: lists, and names that are text.
+        self.settings = json.loads(json.dumps(settings or {}, default=str))
         self.last = 0.0
         self.written = -1
 

@@ -7,6 +7,7 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Settings:
     gather: bool = True
 
     def __post_init__(self) -> None:
-        if self.splits is not None and (isinstance(self.splits, bool) or int(self.splits) < 1):
+        whole = isinstance(self.splits, Integral) and not isinstance(self.splits, bool)
+        if self.splits is not None and not (whole and self.splits >= 1):
             raise TSPError(f"splits is {self.splits!r}; give a whole number from 1 on, or None to have it planned")
         if self.axis is not None and self.axis not in (0, 1, 2):
             raise TSPError(f"axis is {self.axis!r}; give 0, 1 or 2 (x, y, z), or None for the longest")
