@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
-.PHONY: demo notebooks studio test test-browser test-cohort test-monailabel test-orthanc lint clean
+.PHONY: demo notebooks studio test test-browser test-cohort test-monailabel test-orthanc test-thorough lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
@@ -19,6 +19,10 @@ notebooks: $(VENV)/.installed-all
 # A worker a core, up to four; each takes whole files, whose tests share what they have trained.
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Everything, each property on five times as many random examples.
+test-thorough: $(VENV)/.installed-all
+	THOROUGH=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The report and the studio in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all

@@ -16,6 +16,7 @@ import torch
 from maisi_tools.networks import Autoencoder, ControlledUNet, ControlNet, DiffusionUNet
 
 from .preloaded import start
+from .tiny import make_bundles
 
 # On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute.
 torch.set_num_threads(1)
@@ -24,6 +25,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the bundles with narrow networks, see tiny.py."""
+    return make_bundles(repo_root / "bundles", tmp_path_factory.mktemp("tiny") / "bundles")
 
 
 @pytest.fixture(scope="session")

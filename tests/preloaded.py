@@ -4,14 +4,16 @@
 environment, folder and standard streams, and ends as the program does. Programs that this one starts by
 ``sys.executable``, such as the ranks of ``torch.distributed.run``, are forked, too; those of ``multiprocessing`` start
 anew. Variables that an interpreter reads at its start (``PYTHONWARNINGS``, ``PYTHONHASHSEED``) do nothing. What needs a
-start from nothing, or other versions of what is imported here, takes the real one. A killed program ends a little
-later than the process that stands for it.
+start from nothing, or other versions of what is imported here, takes the real one; only this package is imported anew
+where another checkout or a bundle's own copy comes first in the path. A killed program ends a little later than the
+process that stands for it.
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -153,6 +155,7 @@ def _become(request: dict, streams: list[int], program: str) -> None:
     given = [part for part in request["env"].get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[0] = request["cwd"] if argv[0].startswith("-") else str(Path(argv[0]).resolve().parent)
     sys.path[1:1] = given
+    _forget_another("maisi_tools")
     import torch
 
     torch.set_num_threads(int(request["env"].get("OMP_NUM_THREADS", torch.get_num_threads())))
@@ -177,6 +180,15 @@ def _become(request: dict, streams: list[int], program: str) -> None:
         code = 1
     finally:
         _finish(code)
+
+
+def _forget_another(package: str) -> None:
+    """Let a package be imported anew, unless it is the one that the path finds."""
+    found = importlib.machinery.PathFinder.find_spec(package, sys.path)
+    loaded = sys.modules.get(package)
+    if found is not None and loaded is not None and found.origin != loaded.__file__:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
 
 
 def _finish(code: int) -> None:

@@ -292,14 +292,15 @@ def given(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workplace(given, tmp_path) -> Path:
-    """A checkout's data rooms, whose files are the repository's, with the reader's files in its root."""
+def workplace(given, tiny_bundles, tmp_path) -> Path:
+    """A checkout's data rooms, its bundles with narrow networks, with the reader's files in its root."""
     shutil.copytree(given, tmp_path, dirs_exist_ok=True)
-    for room in ("bundles/maisi_vae", "bundles/maisi_ldm", "bundles/maisi_controlnet", "evaluation/segmentation"):
-        (tmp_path / room).mkdir(parents=True)
-        for inside in (ROOT / room).iterdir():
+    for room in (*tiny_bundles.iterdir(), ROOT / "evaluation" / "segmentation"):
+        here = tmp_path / room.parent.name / room.name
+        here.mkdir(parents=True)
+        for inside in room.iterdir():
             if inside.name in PARTS:
-                (tmp_path / room / inside.name).symlink_to(inside)
+                (here / inside.name).symlink_to(inside)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     return tmp_path
 

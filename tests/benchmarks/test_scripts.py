@@ -21,7 +21,7 @@ Gpu = Callable[..., subprocess.CompletedProcess[str]]
 def run(python: str, repo_root: Path) -> Run:
     """``run("tsp_cpu.py", "--quick")`` returns what a script prints."""
 
-    def run(script: str, *options: str, python: str = python) -> str:
+    def run(script: str, *options: str) -> str:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [python, str(repo_root / "benchmarks" / script), *options]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -182,8 +182,7 @@ def test_the_training_of_each_stage_is_timed(run: Run) -> None:
 
 def test_two_checkouts_train_in_turns(run: Run, python: str, repo_root: Path) -> None:
     options = ["--quick", "--device", "cpu", "--threads", "1", "--stages", "maisi_ldm", "--rounds", "1"]
-    # A Python that has our package imported would not see that of the checkout.
-    found = rows(run("training.py", *options, "--against", str(repo_root), python=sys.executable))
+    found = rows(run("training.py", *options, "--against", str(repo_root)))
     assert [row[0] for row in found] == ["LDM"]
     before, now, _, _, ratio = map(float, [*found[0][1:4], found[0][4][:-2], found[0][5]])
     low, high = map(float, found[0][6].split(" - "))

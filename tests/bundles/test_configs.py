@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
+import config_lines
 from maisi_tools.diffusion.conditions import check_conditions
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
@@ -381,12 +379,12 @@ def test_no_stage_writes_over_an_input(open_bundle, cause, save, phantom_ct, bun
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_command_line_error_is_one_line_and_fails(bundles, tmp_path, elsewhere):
+def test_command_line_error_is_one_line_and_fails(python, bundles, tmp_path, elsewhere):
     root = bundles / "maisi_vae"
     where = ["--bundle_root", str(root)] if elsewhere else []
     config = str(root / "configs" / "inference.json") if elsewhere else "configs/inference.json"
     run = subprocess.run(
-        [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *where]
+        [python, "-m", "monai.bundle", "run", "--config_file", config, *where]
         + ["--input", str(tmp_path / "nothing.nii.gz"), "--output_dir", str(tmp_path / "out")],
         cwd=tmp_path if elsewhere else root,
         capture_output=True,
@@ -399,10 +397,7 @@ def test_command_line_error_is_one_line_and_fails(bundles, tmp_path, elsewhere):
 
 def test_the_configs_repeat_no_more_than_they_did():
     """The line may come down, not up: what never varies is a default of our classes, what an overlay adds is a hook."""
-    spec = importlib.util.spec_from_file_location("config_lines", Path(__file__).parents[1] / "config_lines.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.count()
+    found = config_lines.count()
     assert found["lines"] <= LINES and found["repeated"] <= REPEATED and found["longest"] <= LONGEST, found
 
 
@@ -414,8 +409,5 @@ def test_what_counts_as_repeated(tmp_path):
     second = {"a#b": 1, "+imports": ["$import os", "$import json"], "steps": [{"k": 1}, {"k": 1}]}
     for name, content in (("one", first), ("two", second), ("metadata", {"a": 1})):
         (configs / f"{name}.json").write_text(json.dumps(content, indent=1))
-    spec = importlib.util.spec_from_file_location("config_lines", Path(__file__).parents[1] / "config_lines.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.count(tmp_path)
+    found = config_lines.count(tmp_path)
     assert found["leaves"] == 10 and found["repeated"] == pytest.approx(0.3)

@@ -38,8 +38,8 @@ def write_spec(tmp_path: Path):
 
 
 @pytest.fixture(scope="session")
-def bundles(repo_root: Path) -> Path:
-    return repo_root / "bundles"
+def bundles(tiny_bundles: Path) -> Path:
+    return tiny_bundles
 
 
 def content(folder: Path) -> dict[str, bytes]:

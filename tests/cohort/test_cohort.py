@@ -1,4 +1,4 @@
-"""Cohorts of small samples, through the shipped ControlNet."""
+"""Cohorts of small samples, through a narrow ControlNet."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ def voxels(path: Path) -> np.ndarray:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_with_a_bad_file_and_again(scans, hu, tmp_path, repo_root, capsys, monkeypatch):
+def test_a_folder_with_a_bad_file_and_again(scans, hu, tmp_path, bundles, capsys, monkeypatch):
     """One bad file stops nothing; what is done is passed over, what is gone, changed or failed is made."""
-    monkeypatch.chdir(repo_root)
+    monkeypatch.chdir(bundles.parent)
     out = tmp_path / "out"
     assert twin(scans, "--output_dir", out) == 2
     said = capsys.readouterr()
@@ -95,9 +95,9 @@ def test_a_folder_with_a_bad_file_and_again(scans, hu, tmp_path, repo_root, caps
     assert "was made with another seed" in capsys.readouterr().err
 
 
-def test_a_cut_run_goes_on(scans, tmp_path, repo_root, monkeypatch, capsys):
+def test_a_cut_run_goes_on(scans, tmp_path, bundles, monkeypatch, capsys):
     """Killed between the files and the record: the twin is made again, with the same bytes."""
-    monkeypatch.chdir(repo_root)
+    monkeypatch.chdir(bundles.parent)
     out = tmp_path / "out"
     assert twin(scans / "a.nii.gz", "--output_dir", out) == 0
     before = (out / "a_ct.nii.gz").read_bytes()
@@ -108,9 +108,9 @@ def test_a_cut_run_goes_on(scans, tmp_path, repo_root, monkeypatch, capsys):
     assert (out / "a_ct.nii.gz").read_bytes() == before and (out / "a_twin.json").read_text() == record
 
 
-def test_a_bundle_segments(scans, bundle, hu, tmp_path, repo_root, monkeypatch):
+def test_a_bundle_segments(scans, bundle, hu, tmp_path, bundles, monkeypatch):
     """Its bone is in the mask, and what completion by HU adds."""
-    monkeypatch.chdir(repo_root)
+    monkeypatch.chdir(bundles.parent)
     out = tmp_path / "out"
     assert twin(scans / "b.nii.gz", "--segmenter", bundle, "--output_dir", out) == 0
     record = json.loads((out / "b_twin.json").read_text())
@@ -120,12 +120,12 @@ def test_a_bundle_segments(scans, bundle, hu, tmp_path, repo_root, monkeypatch):
     assert (mask == BONE).sum() > 1.1 * (hu > 250).sum()  # coarse as the bundle sees it
 
 
-def test_dicom_in_dicom_out(hu, tmp_path, repo_root, monkeypatch):
+def test_dicom_in_dicom_out(hu, tmp_path, bundles, monkeypatch):
     pydicom = pytest.importorskip("pydicom")
     pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
     from maisi_tools.dicom.study import write_study
 
-    monkeypatch.chdir(repo_root)
+    monkeypatch.chdir(bundles.parent)
     write_study(tmp_path / "study", hu[::-1, ::-1], LPS)
     series = (tmp_path / "study" / "CT").rename(tmp_path / "SERIES")
     given = pydicom.dcmread(next(series.iterdir()), stop_before_pixels=True)
@@ -209,11 +209,11 @@ def test_classes_by_their_names():
         (["a.nii.gz", "a_ct.nii.gz", "--output_dir", "."], "would be written over"),
     ],
 )
-def test_wrong_use_is_one_line(scans, repo_root, arguments, message, capsys, monkeypatch):
+def test_wrong_use_is_one_line(scans, bundles, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(scans)
     os.link("a.nii.gz", "a_ct.nii.gz")
     before = sorted(scans.rglob("*"))
-    assert main(["twin", *arguments, "--bundles", str(repo_root / "bundles")]) == 2
+    assert main(["twin", *arguments, "--bundles", str(bundles)]) == 2
     assert message in capsys.readouterr().err
     assert [path for path in sorted(scans.rglob("*")) if path.is_file()] == before
 

@@ -24,6 +24,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.volumes.regions import extended
+from thorough import examples
 
 LIVER, TUMOR = label_id("liver"), label_id("hepatic tumor")
 MAISI = LABEL_MAPS["maisi"]
@@ -98,7 +99,7 @@ def bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     spacing=st.tuples(*[st.sampled_from([0.8, 1.0, 2.0, 3.7])] * 3),
     axes=st.sampled_from(list(itertools.permutations(range(3)))),

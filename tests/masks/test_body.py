@@ -19,6 +19,7 @@ from maisi_tools.masks.body import (
 )
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.phantom import make_phantom
+from thorough import examples
 
 SPACING = (4.0, 4.0, 2.5)
 SIZE = (64, 48, 40)
@@ -97,7 +98,7 @@ def test_envelope_of_air_is_empty():
     st.floats(0, 30),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 def test_envelope_of_labels_holds_every_label(size, spacing, margin, seed):
     labels = (np.random.default_rng(seed).random(size) < 0.05) * 7
     envelope = envelope_of_labels(labels, spacing, margin)

@@ -92,12 +92,12 @@ class Running:
 
 
 @pytest.fixture
-def write_settings(tmp_path, repo_root):
+def write_settings(tmp_path, tiny_bundles):
     """``write_settings(send_port, key=value)`` writes settings for a fast chain, returns (path, content)."""
 
     def write(send_port: int, **changes) -> tuple[Path, dict]:
         fast = {"num_inference_steps": 1, "progress": False}
-        step = {"bundle": str(repo_root / "bundles" / "maisi_controlnet"), "settings": fast}
+        step = {"bundle": str(tiny_bundles / "maisi_controlnet"), "settings": fast}
         content = {
             "spool": "spool",
             "send": {"ae_title": "ARCHIVE", "host": "127.0.0.1", "port": send_port},

@@ -18,6 +18,7 @@ from maisi_tools.studio.catalogue import NAMES
 from maisi_tools.studio.recipe import command_of, steps_of
 from maisi_tools.studio.requests import check_request, grid_of
 from maisi_tools.studio.uploads import checked_labels
+from thorough import examples
 
 PHANTOM = {"kind": "phantom"}
 
@@ -224,7 +225,10 @@ def strings(value):
 
 @given(content=REQUESTS | VALUES)
 @settings(
-    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(50),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_what_passes_is_words_that_are_known(content, catalogue):
     """A request is refused, or each of its texts is one of a known list: none is free."""

@@ -24,8 +24,9 @@ from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.plan import Plan
 from maisi_tools.tsp.whole import Whole
+from thorough import examples
 
-EXAMPLES = int(os.environ.get("TSP_HUNT", "200"))
+EXAMPLES = int(os.environ.get("TSP_HUNT", examples(150)))
 
 INSTRUCTIONS = st.tuples(
     st.sampled_from(list(OPERATIONS)), st.integers(0, 3), st.sampled_from([1, 0, 2, 3]), st.integers(0, 199)

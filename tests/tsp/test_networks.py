@@ -19,6 +19,7 @@ from bounds import check
 
 from maisi_tools.networks import Autoencoder
 from maisi_tools.tsp.inferer import TSPInferer
+from thorough import examples
 
 # name -> (makes the network, input channels, what divides the size, smallest size along x and along y and z)
 NETWORKS = {
@@ -106,13 +107,13 @@ def test_monai_networks_with_more_slabs_than_rows_at_the_bottom(name):
     compare((name, torch.randn(1, channels, least[0] + more, least[1], least[1]), {"splits": 9}))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=examples(12), deadline=None, derandomize=True)
 @given(runs([name for name in NETWORKS if name not in ("UNETR", "SwinUNETR", "VNet")]))
 def test_any_size_split_axis_and_batch(run):
     compare(run)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True)
+@settings(max_examples=examples(2), deadline=None, derandomize=True)
 @given(runs(["UNETR", "SwinUNETR", "VNet"]))
 def test_any_split_and_axis_of_the_larger_networks(run):
     compare(run)

@@ -17,6 +17,7 @@ from bounds import check
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.inferer import TSPInferer
+from thorough import examples
 
 
 class Function(nn.Module):
@@ -167,7 +168,7 @@ GATHERED = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=examples(4), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_rows_of_the_result_are_those_of_the_whole(name, data):
     size = [data.draw(st.integers(5, 9)) for _ in range(3)]

@@ -20,6 +20,7 @@ from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.plan import Plan
 from maisi_tools.tsp.whole import Whole
+from thorough import examples
 
 
 class Block(nn.Module):
@@ -216,7 +217,7 @@ CHANGES = [_reload, _replace, _change_in_place, _another_layer, _another_attribu
 SETTINGS = [{}, {"splits": 3}, {"splits": 2, "axis": 1}, {"dtype": "bfloat16"}, {"splits": 3, "dtype": "bfloat16"}]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=examples(8), deadline=None, derandomize=True)
 @given(data=st.data())
 def test_whatever_changed_a_call_gives_what_a_fresh_inferer_gives(data):
     """Shapes, types, arguments, settings and weights changed in random order, with inferers that are kept."""
