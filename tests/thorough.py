@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-THOROUGH = "THOROUGH" in os.environ
-
 
 def examples(few: int) -> int:
     """Hypothesis's ``max_examples``. Derandomized, the few are always the same ones."""
-    return few * (5 if THOROUGH else 1)
+    return few * (5 if "THOROUGH" in os.environ else 1)

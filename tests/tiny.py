@@ -1,8 +1,7 @@
-"""The bundles with narrow networks, for tests of what is around them: a CT takes a quarter of the time.
+"""The bundles with narrow networks and one step, for tests of what is around them: a CT takes a quarter of the time.
 
-Configs, documents and everything else are the bundles' own; the weights are a corner of the shipped ones. What they
-make is no anatomy, but it is in HU, differs from seed to seed, and follows its mask where code says so (air around a
-body, the voxels that an edit leaves).
+The weights are a corner of the shipped ones. What they make is no anatomy, but it is in HU, differs from seed to seed,
+and follows its mask where code says so (air around a body, the voxels that an edit leaves).
 """
 
 from __future__ import annotations
@@ -17,7 +16,20 @@ from monai.bundle import ConfigParser
 
 from maisi_tools.weights import save_weights
 
-NETWORKS = {"network_def": "model.pt", "autoencoder_def": "autoencoder.pt"}
+NETWORKS = {"network_def": "ckpt_path", "autoencoder_def": "autoencoder_ckpt_path"}
+"""A config's networks, and where it names their weights."""
+
+WIDE = ("maisi_vae/train.json", "maisi_vae/encode_mask.json")
+"""The linear start needs the channels for its components; the other is an overlay for weights of its own."""
+
+OF_MASKS = {
+    "prior_components": 2,
+    "output_size": [48, 48, 48],
+    "spacing": [5.0, 5.0, 3.4],
+    "spacing_range": [[5.0, 5.0], [5.0, 5.0], [3.4, 3.4]],
+    "displayable_configs::redraws": 0,
+}
+"""Changes of the mask generator's config."""
 
 
 def narrow(definition: dict[str, Any]) -> None:
@@ -26,43 +38,45 @@ def narrow(definition: dict[str, Any]) -> None:
         narrow(definition["unet"])
         definition["controlnet"]["conditioning_embedding_num_channels"] = [8, 8]
         return
-    definition["num_channels"] = [8] * (len(definition["num_channels"]) - 1) + [16]
+    channels = "channels" if "channels" in definition else "num_channels"
+    definition[channels] = [8] * (len(definition[channels]) - 1) + [16]
     definition["norm_num_groups"] = 4
     if "num_head_channels" in definition:
         definition["num_head_channels"] = [8 if width else 0 for width in definition["num_head_channels"]]
 
 
 def make_bundles(bundles: Path, folder: Path) -> Path:
-    """Write the bundles with narrow networks and their weights into a folder, and return it.
-
-    The mask generator, which is in no config that runs often, stays as it is.
-    """
+    """Write the bundles with narrow networks and their weights into a folder, and return it."""
     for source in bundles.glob("maisi_*"):
         root = folder / source.name
         shutil.copytree(source, root, ignore=shutil.ignore_patterns("eval", "models", "input"))
         (root / "models").mkdir()
         for path in (root / "configs").glob("*.json"):
-            if (source.name, path.name) == ("maisi_vae", "train.json"):
-                continue  # the linear start needs the channels for its components
-            content = json.loads(path.read_text())
-            found = [content[name] for name in NETWORKS if "num_channels" in str(content.get(name))]
-            for definition in found:
-                narrow(definition)
-            if found:
-                path.write_text(json.dumps(content, indent=4))
-        definitions = json.loads((root / "configs" / "inference.json").read_text())
-        wide = {path.name: path for path in (source / "models").glob("*.pt")}
-        for name in NETWORKS.keys() & definitions.keys():
-            _cut(definitions[name], wide.pop(NETWORKS[name]), root / "models" / NETWORKS[name])
-        for path in wide.values():
-            (root / "models" / path.name).symlink_to(path)
+            parser = ConfigParser(json.loads(path.read_text()))
+            definitions = [name for name in NETWORKS if isinstance(parser.get(name), dict)]
+            if not definitions or f"{source.name}/{path.name}" in WIDE:
+                continue
+            for name in definitions:
+                narrow(parser[name])
+            if "num_inference_steps" in parser.get("displayable_configs", {}):
+                parser["displayable_configs::num_inference_steps"] = 1
+            for key, value in OF_MASKS.items() if path.name == "mask_inference.json" else ():
+                parser[key] = value
+            path.write_text(json.dumps(parser.get(), indent=4))
+            if path.name.endswith("inference.json"):
+                parser["bundle_root"] = str(root)
+                for name in definitions:
+                    _cut(parser, name, source)
     return folder
 
 
-def _cut(definition: dict[str, Any], wide: Path, path: Path) -> None:
-    """Save the first channels of a file's weights as those of a network."""
-    shipped = torch.load(wide, weights_only=True)
+def _cut(parser: ConfigParser, name: str, source: Path) -> None:
+    """Save a corner of a bundle's weights as those of a network of a config."""
+    path = Path(parser.get_parsed_content(NETWORKS[name]))
+    shipped = torch.load(source / "models" / path.name, weights_only=True)
     values = shipped.pop("model")
-    network = ConfigParser({"network": definition}).get_parsed_content("network")
-    state = {name: values[name][tuple(slice(n) for n in value.shape)] for name, value in network.state_dict().items()}
+    state = {
+        key: values[key][tuple(slice(n) for n in value.shape)]
+        for key, value in parser.get_parsed_content(name).state_dict().items()
+    }
     save_weights(path, state, **shipped)

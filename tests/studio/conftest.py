@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import threading
 import time
@@ -15,8 +14,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from monai.bundle import ConfigParser
 
 pytest.importorskip("fastapi", reason="needs the extra 'studio'")
 pytest.importorskip("uvicorn", reason="needs the extra 'studio'")
@@ -24,62 +21,10 @@ pytest.importorskip("uvicorn", reason="needs the extra 'studio'")
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.studio.catalogue import Catalogue
 from maisi_tools.studio.folders import Folders
-from maisi_tools.weights import save_weights
 
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
 PHANTOM = {"kind": "phantom", "size": list(SIZE), "spacing": list(SPACING)}
-
-TINY = {
-    "maisi_controlnet": {
-        "inference.json": {
-            "network_def::unet::num_channels": [8, 8, 8, 8],
-            "network_def::unet::attention_levels": [False] * 4,
-            "network_def::unet::num_head_channels": [0, 0, 0, 8],
-            "network_def::controlnet::conditioning_embedding_num_channels": [8, 8],
-            "autoencoder_def::num_channels": [4, 8],
-            "autoencoder_def::num_res_blocks": [1, 1],
-            "displayable_configs::num_inference_steps": 1,
-        }
-    },
-    "maisi_ldm": {
-        "mask_inference.json": {
-            "network_def::channels": [16, 16, 16],
-            "network_def::attention_levels": [False] * 3,
-            "network_def::num_head_channels": [0, 0, 16],
-            "autoencoder_def::num_channels": [8, 8, 8],
-            "prior_components": 2,
-            "output_size": [48, 48, 48],
-            "spacing": [5.0, 5.0, 3.4],
-            "spacing_range": [[5.0, 5.0], [5.0, 5.0], [3.4, 3.4]],
-            "displayable_configs::num_inference_steps": 1,
-            "displayable_configs::redraws": 0,
-        }
-    },
-}
-"""The bundles' configs with networks that take no time, and draw no anatomy either."""
-
-
-@pytest.fixture(scope="session")
-def tiny_bundles(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bundles as those of the repository, with the networks of :data:`TINY` and random weights."""
-    root = tmp_path_factory.mktemp("bundles")
-    for name, files in TINY.items():
-        shutil.copytree(repo_root / "bundles" / name / "configs", root / name / "configs")
-        shutil.copy(repo_root / "bundles" / name / "LICENSE", root / name / "LICENSE")
-        (root / name / "models").mkdir()
-        for file, changes in files.items():
-            path = root / name / "configs" / file
-            parser = ConfigParser(json.loads(path.read_text()))
-            for key, value in {**changes, "bundle_root": str(root / name)}.items():
-                parser[key] = value
-            path.write_text(json.dumps(parser.get() | {"bundle_root": "."}))
-            torch.manual_seed(0)
-            autoencoder, network = (parser.get_parsed_content(key) for key in ("autoencoder_def", "network_def"))
-            extra = {"scale_factor": 1.0, "factor": autoencoder.factor}
-            for key, state in (("ckpt_path", network), ("autoencoder_ckpt_path", autoencoder)):
-                save_weights(parser.get_parsed_content(key), state.state_dict(), **extra)
-    return root
 
 
 @pytest.fixture
