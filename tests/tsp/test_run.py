@@ -360,7 +360,7 @@ from maisi_tools.tsp.heap import set_heap
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def given_back():
-    blocks = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+    blocks = [torch.ones(3 * 2**20) for _ in range(32)]  # 12 MiB each
     before = held()
     del blocks[::2]
     return before - held()
@@ -371,7 +371,7 @@ print(lean, given_back())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lean, fast = map(int, found.stdout.split())
-    assert lean > 0.9 * 32 * 4 * 2**20 and fast < 0.1 * 32 * 4 * 2**20
+    assert lean > 0.9 * 16 * 12 * 2**20 and fast < 0.1 * 16 * 12 * 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
