@@ -231,7 +231,8 @@ class Call:
             return None  # autocast leaves double precision as it is
         if self.settings.dtype not in (None, torch.float16, torch.bfloat16) and self.floating != {self.settings.dtype}:
             return None
-        return whole_of(self.outputs, self.base, self.device, self.kind, self.settings.dtype, self.result_dtype)
+        held = self.recorder.holdings.most
+        return whole_of(self.outputs, self.base, held, self.device, self.kind, self.settings.dtype, self.result_dtype)
 
     def run(self, tick: Tick | None = None) -> Any:
         """Compute and return what the network returned."""
@@ -369,7 +370,7 @@ class Runner:
         if whole is not None and whole.fits(self.settings.memory_limit):
             call = None  # and with it copies of the input in the type computed in
             try:
-                result = run_whole(whole, network, args, kwargs)
+                result = run_whole(whole, network, args, kwargs, lean=self.settings.memory_limit is not None)
                 self.report = Report(whole)
                 return result
             except torch.cuda.OutOfMemoryError:

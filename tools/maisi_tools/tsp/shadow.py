@@ -81,10 +81,51 @@ class Shadow:
         """Number of dimensions."""
         return len(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return self.shape.numel() * self.dtype.itemsize
+
     def as_type(self, dtype: torch.dtype) -> Shadow:
         """Return the shadow of a copy in another type."""
         strides = torch.empty(self.shape, device="meta").stride()
         return Shadow(self.shape, strides, 0, dtype, self.device, Memory())
+
+
+class Holdings:
+    """How much the results of a network's operations take while it runs unsplit.
+
+    A result is held as long as the network's own code holds it, which is longer than it is read: a caller's variable
+    keeps a block's input. While the network is recorded its handles are held, and let go, in the same way.
+
+    Attributes:
+        most: bytes at the worst moment.
+    """
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._now = 0
+        self._taken: dict[Memory, int] = {}
+
+    def enter(self, handle: Any, shadow: Shadow, fresh: bool) -> None:
+        """Note the handle of a result; ``fresh`` if its memory is its own, and not an argument's."""
+        if fresh and shadow.memory not in self._taken:
+            self._taken[shadow.memory] = shadow.nbytes
+            self._now += shadow.nbytes
+        if shadow.memory in self._taken:
+            weakref.finalize(handle, self._leave, shadow.memory).atexit = False
+
+    def knows(self, shadow: Shadow) -> bool:
+        """Whether it is of a result that is held."""
+        return shadow.memory in self._taken
+
+    def passing(self, count: int) -> None:
+        """Note what is there after an operation, and ``count`` bytes that it takes on the way."""
+        self.most = max(self.most, self._now + count)
+
+    def _leave(self, memory: Memory) -> None:
+        if not memory.in_use():
+            self._now -= self._taken.pop(memory, 0)
 
 
 class Watch(TorchDispatchMode):

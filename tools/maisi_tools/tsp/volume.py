@@ -26,7 +26,7 @@ from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.nodes import Constants, Node, arranged, gathered, source, split, storage_of
 from maisi_tools.tsp.opened import closed, leaves_of, opened
 from maisi_tools.tsp.rules import MIXED, RULES
-from maisi_tools.tsp.shadow import Memory, Seen, Shadow, Shadows, Watch
+from maisi_tools.tsp.shadow import Holdings, Memory, Seen, Shadow, Shadows, Watch
 
 _PROPERTIES = frozenset(
     """
@@ -182,6 +182,7 @@ class Recorder:
     Attributes:
         expected: shadows of what the operation being recorded returns, for its rule; a list where it is several.
         watch: sees what happens to plain tensors; to be entered while the network is recorded.
+        holdings: what the network would hold at once if it ran unsplit.
     """
 
     expected: Any
@@ -201,6 +202,7 @@ class Recorder:
         self.constants = Constants()
         self.shadows = Shadows(device, dtype)
         self.watch = Watch(self._plain_is_written)
+        self.holdings = Holdings()
         self.gathered: dict[str, int] = {}
         """Operations without a rule -> how often they ran on a gathered tensor."""
         self.doubtful: list[Node] = []
@@ -351,6 +353,7 @@ class Recorder:
             ]
         inputs = [shadow for shadow in shadows if isinstance(shadow, Shadow)]
         given = [leaf.node for leaf in held if isinstance(leaf, Volume)]
+        args, kwargs = closed(form, iter([self._stand_in(leaf) for leaf in held]))
         nodes = self._nodes(func, name, args, kwargs, given, inputs, expected, seen.drew)
         if nodes is None:
             return self.now(*call)
@@ -358,6 +361,13 @@ class Recorder:
             self.handle(node, shadow) if part.given is None else leaves[part.given]
             for part, node, shadow in zip(seen.parts, nodes, expected, strict=True)
         ]
+        for part, handle, shadow in zip(seen.parts, handles, expected, strict=True):
+            if part.given is None:
+                self.holdings.enter(handle, shadow, fresh=part.memory[0] == "new")
+        # A convolution library copies both sides into a layout of its own.
+        computed = [leaf.shadow for leaf in held if isinstance(leaf, Volume) and leaf.node.value is None]
+        costly = any(node.cost for node in nodes)
+        self.holdings.passing(sum(shadow.nbytes for shadow in (*computed, *expected)) if costly else 0)
         return closed(seen.form, iter(handles))
 
     def _held(self, value: Any) -> Any:
@@ -375,6 +385,12 @@ class Recorder:
             return shadow
         if isinstance(value, torch.device) and value.type == "meta":
             return self.shadows.device
+        return value
+
+    def _stand_in(self, value: Any) -> Any:
+        """For a result another handle, which what is recorded may keep: the network's own says how long it holds it."""
+        if isinstance(value, Volume) and self.holdings.knows(value.shadow):
+            return Volume(value.node, self, value.shadow)
         return value
 
     def _plain_is_written(self, tensor: Tensor) -> None:

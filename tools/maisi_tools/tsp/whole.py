@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from maisi_tools.convolution import conv3d, conv_transpose3d
+from maisi_tools.tsp.heap import lean_heap
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
 from maisi_tools.tsp.moments import moments, statistics_type
 from maisi_tools.tsp.nodes import Node, arranged
@@ -74,38 +75,31 @@ class Whole:
         )
 
 
-def whole_of(outputs: Sequence[Node], base: int, *rest: Any) -> Whole:
-    """Return what it takes to compute the recorded results one operation after the other, each freed when last read.
+def whole_of(outputs: Sequence[Node], base: int, held: int, *rest: Any) -> Whole:
+    """Return what it takes to compute the recorded results one operation after the other.
 
     Args:
+        held: bytes at the worst moment, beside ``base``.
         rest: further attributes of :class:`Whole`, from ``device`` on.
     """
-    order = order_of(outputs)
-    last = {given: node for node in order for given in node.inputs}
-    kept = set(outputs)
-    alive, peak, flop, largest = 0, 0, 0.0, 0
-    for node in order:
-        if node.value is not None:
-            continue
-        size = size_of(node)
-        inputs = [given for given in dict.fromkeys(node.inputs) if given.value is None]
-        work = size + sum(map(size_of, inputs)) if node.cost else 0  # copies in the library's own layout
-        alive += size
-        peak = max(peak, alive + work)
-        largest = max(largest, size)
-        flop += node.rows * node.row_flop
-        alive -= sum(size_of(given) for given in inputs if last[given] is node and given not in kept)
-    return Whole(base, base + peak, flop, largest, *rest)
+    computed = [node for node in order_of(outputs) if node.value is None]
+    flop = sum(node.rows * node.row_flop for node in computed)
+    return Whole(base, base + held, flop, max(map(size_of, computed), default=0), *rest)
 
 
-def run_whole(whole: Whole, network: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Return ``network(*args, **kwargs)``, without gradients."""
+def run_whole(whole: Whole, network: Callable[..., Any], args: Any, kwargs: Any, lean: bool = False) -> Any:
+    """Return ``network(*args, **kwargs)``, without gradients.
+
+    Args:
+        lean: on a CPU memory goes before time, for somebody set a limit.
+    """
     half = whole.dtype if whole.dtype in (torch.float16, torch.bfloat16) else None
     cast: Any = contextlib.nullcontext()
     if half is not None:
         cast = torch.autocast(whole.device.type, half)
         args, kwargs = _volumes_as(half, args, kwargs)
-    with torch.no_grad(), cast, _ExactAndFast(half is not None):
+    heap = lean_heap() if lean and whole.device.type == "cpu" else contextlib.nullcontext()
+    with torch.no_grad(), heap, cast, _ExactAndFast(half is not None):
         result = network(*args, **kwargs)
     if half is None:
         return result
