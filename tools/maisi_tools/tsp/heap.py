@@ -4,8 +4,8 @@ Fresh memory is dear: the kernel clears every page at its first use. Were stored
 temporaries in the heap, a third of the peak would be holes between them. So a stored slab is copied into a mapping that
 an earlier slab left, and the temporaries of every step find the places of the step before. The holes that these leave
 (measured: 14 MB at a peak of 221 MB) are too many where a memory limit has to hold; there the larger temporaries are
-mapped, too. From 1 MiB on, instead of 4, a sampling step in slabs took 1.4 times as long for 3 % less memory; from 8 MiB
-on 0.9 of the time, but a decoder in slabs was 1 % above its limit.
+mapped, too. From 1 MiB on, instead of 4, a sampling step in slabs took 1.4 times as long for 3 % less memory; from 8
+MiB on 0.9 of the time, but a decoder in slabs was 1 % above its limit.
 """
 
 from __future__ import annotations
