@@ -16,13 +16,15 @@ studio: $(VENV)/.installed-studio
 notebooks: $(VENV)/.installed-all
 	$(BIN)/python docs/notebooks/run.py
 
-# A worker a core, up to four; each takes whole files, whose tests share what they have trained.
+# A worker a core, up to four; each takes whole files, whose tests share what they have trained, in the files' order: by
+# the number of their tests, the longest few would come last and run alone.
+SHARED := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-all
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest $(SHARED)
 
 # Everything, each property on five times as many random examples.
 test-thorough: $(VENV)/.installed-all
-	THOROUGH=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	THOROUGH=1 $(BIN)/python -m pytest $(SHARED)
 
 # The report and the studio in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all
