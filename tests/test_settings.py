@@ -9,7 +9,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from maisi_tools.errors import InputError
-from maisi_tools.settings import check_plain, check_stage_settings
+from maisi_tools.settings import check_plain, check_stage_settings, read_yaml
 
 CONFIG = {
     "imports": ["$import os"],
@@ -107,3 +107,12 @@ def test_a_value_in_itself_ends():
     endless.append(endless)
     with pytest.raises(InputError, match="nested deeper"):
         check_plain(endless, "ct")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("count: 2\nstage: &it\n  seed: 1\nother:\n  <<: *it\n  seed: 3\n")
+    assert read_yaml(path, "settings", "page.md") == {"count": 2, "stage": {"seed": 1}, "other": {"seed": 3}}
+    path.write_text("count: 2\nstage:\n  seed: 1\n  seed: 3\n")
+    with pytest.raises(InputError, match=r"'seed' stands there more than once(.|\n)*line 3"):
+        read_yaml(path, "settings", "page.md")

@@ -212,6 +212,22 @@ def test_a_spacing_completes_what_is_air_after_resampling(tmp_path):
     assert json.loads((tmp_path / "out" / "cases.json").read_text())[0]["image"] == case["image"]
 
 
+def test_a_grid_that_is_the_cts_by_rounding_is_the_cts_after_resampling_too(tmp_path):
+    """0.7 and 0.7001 mm are 0.04 voxels apart at most; resampled by itself, each had a size of its own."""
+    hu = np.full((256, 8, 8), -1000, dtype=np.int16)
+    hu[40:200, 2:6, 2:6] = 0
+    labels = np.zeros(hu.shape, dtype=np.uint8)
+    labels[60:90, 3:5, 3:5] = 7
+    for values, name, mm in ((hu, "ct", 0.7), (labels, "seg", 0.7001)):
+        nib.save(nib.Nifti1Image(values, np.diag([mm, 3, 3, 1])), tmp_path / f"p_{name}.nii.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"7": "liver"}))
+    case = {"image": str(tmp_path / "p_ct.nii.gz"), "label": str(tmp_path / "p_seg.nii.gz")}
+    (path,) = complete_masks([case], tmp_path / "out", tmp_path / "map.json", [1, 3, 3])
+    image = nib.load(path)
+    assert image.shape == Spacing((1, 3, 3))(read_volume(case["image"], "ct")).shape[1:]
+    assert (np.asarray(image.dataobj) == label_id("liver")).sum() == pytest.approx(30 * 0.7 * 4, rel=0.05)
+
+
 @pytest.mark.parametrize("spacing", [[2, 2], [2, 0, 2], [2, float("nan"), 2], "fine", [2, 2, "x"], 2])
 def test_a_spacing_that_is_none_is_refused_before_any_work(cases, tmp_path, spacing):
     with pytest.raises(InputError, match="three positive numbers"):

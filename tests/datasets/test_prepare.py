@@ -158,9 +158,24 @@ def test_a_datalist_keeps_its_split_unless_another_is_asked_for(tmp_path):
     assert lists["training"][0]["region"] == ["head"]
     lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}", "--held_out=c,a")
     assert names(lists["training"]) == ["b"]
+    # A list that describes its labels, too, as those of MONAI's tutorials.
+    described = {"numTraining": 2, "modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver"}}
+    (tmp_path / "described.json").write_text(json.dumps(given | {"training": given["training"][:1]} | described))
+    found, _ = prepare(tmp_path / "described.json", f"--output={tmp_path / 'found.json'}")
+    assert names(found["training"]) == ["a"] and names(found["validation"]) == found["held_out"] == ["b"]
+    assert found["training"][0]["region"] == ["head"]
     # what was written can be read again
     again, _ = prepare(tmp_path / "list.json", f"--output={tmp_path / 'again.json'}")
     assert again == lists
+
+
+def test_held_out_is_what_the_latents_are_called(tmp_path):
+    for name in ("scan78", "scan79_a", "scan80"):
+        write(tmp_path / f"{name}.nii.gz")
+    held = [{"name": "bob", "image": "scan78.nii.gz"}, {"name": "scan79", "image": "scan79_a.nii.gz"}]
+    (tmp_path / "given.json").write_text(json.dumps({"training": ["scan80.nii.gz"], "validation": held}))
+    lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}")
+    assert names(lists["validation"]) == ["bob", "scan79"] and lists["held_out"] == ["scan78", "scan79"]
 
 
 def test_msd(tmp_path, capsys):

@@ -318,3 +318,10 @@ def test_the_type_holds_the_largest_label(write, largest, dtype):
     assert labels.dtype == dtype and labels.tolist() == [0, largest]
     with pytest.raises(InputError, match="65536"):
         read_label_map(write({"65536": "liver"}))
+
+
+@pytest.mark.parametrize("text", ['{"5": "liver", "5": "spleen"}', '{"liver": 5, "liver": 7}'])
+def test_a_key_that_stands_twice_is_refused(text, tmp_path):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(InputError, match="stands there more than once"):
+        read_label_map(tmp_path / "map.json")

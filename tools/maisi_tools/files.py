@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,24 @@ def write_json(path: str | os.PathLike, content: Any, durable: bool = False) -> 
     """Write JSON, complete or not at all; see :func:`replacing`."""
     with replacing(path, durable) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Return what a user's JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or a key stands in an object twice, of which json would keep the last.
+    """
+    return json.loads(Path(path).read_text(), object_pairs_hook=_each_once)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise ValueError(f"{', '.join(map(repr, twice))} stands there more than once")
+    return found
 
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

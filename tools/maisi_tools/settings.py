@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import ipaddress
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -65,12 +66,20 @@ def read_yaml(path: Path, what: str, page: str) -> Any:
         page: of the documentation, to look it up.
 
     Raises:
-        InputError: no such file, or no YAML.
+        InputError: no such file, no YAML, or a key that stands in a mapping twice, of which yaml would keep the last.
     """
     import yaml  # not among the packages that a bundle by itself needs
 
+    class EachKeyOnce(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            if twice := [key for key, count in counts.items() if count > 1]:
+                words = f"{', '.join(map(repr, twice))} stands there more than once"
+                raise yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), EachKeyOnce)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, dates or numbers
         raise InputError(f"{what} {path} cannot be read as YAML ({error}); see {page}") from error
 

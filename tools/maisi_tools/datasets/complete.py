@@ -109,6 +109,7 @@ def _completed(item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[flo
                 f"{item['label']} lies on another grid than its CT {item['image']} (in RAS: {difference}); allowed is "
                 "one grid for both: resample the mask to the CT"
             )
+        own.affine = ct.affine  # the same to a tenth of a voxel; resampled, they would differ in size
         labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
     ct = _regrid(spacing, "bilinear")(ct)
     if labels is None:

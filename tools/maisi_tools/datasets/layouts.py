@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, stem_of
 
 CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
@@ -145,7 +146,7 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
     if isinstance(content.get("dataset"), Mapping):
         pairs = [_described(path, name, entry, int(number)) for name, entry in content["dataset"].items()]
     elif isinstance(content.get("training"), list):
-        pairs = [_listed(path, entry, number) for entry in content["training"]]
+        return _of_lists(path, content, number, channel), _label_names(content.get("labels"))
     elif isinstance(ending, str):
         images = sorted((path.parent / "imagesTr").glob(f"*_{int(number):04d}{ending}"))
         names = [image.name.removesuffix(f"_{int(number):04d}{ending}") for image in images]
@@ -159,6 +160,28 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
         for name, image, label in sorted(pairs, key=lambda pair: pair[0])
     ]
     return cases, _label_names(content.get("labels"))
+
+
+def _of_lists(path: Path, content: Mapping, number: str, channel: str) -> list[Case]:
+    """The cases of MSD's and nnU-Net v1's list, and of a validation list beside it, as MONAI's tutorials have one."""
+    listed = {name: content[name] for name in SECTIONS if isinstance(content.get(name), list) and content[name]}
+    if not listed:
+        raise InputError(f"{path} names no training case; allowed is {ALLOWED}: put the files into imagesTr")
+    cases = []
+    for section, entries in listed.items():
+        for entry in entries:
+            name, image, label = _listed(path, entry, number)
+            cases.append(
+                Case(
+                    name=str(entry.get("name") or name),
+                    image=_from(path, image),
+                    label=_from(path, label) if label else None,
+                    modality=_modality(entry.get("modality") or channel),
+                    section=section if len(listed) > 1 else None,
+                    region=tuple(entry.get("region") or ()),
+                )
+            )
+    return sorted(cases, key=lambda case: case.name)
 
 
 def _listed(path: Path, entry: Any, number: str) -> tuple[str, str | Path, str | None]:
@@ -201,7 +224,7 @@ def _mapping(content: Mapping, *keys: str) -> Mapping:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); allowed is {ALLOWED}") from error
 

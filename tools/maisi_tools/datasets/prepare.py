@@ -143,7 +143,9 @@ def split(
 
 
 def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]) -> dict[str, list]:
-    """The usable cases as a MONAI datalist; "held_out" lists the names of the validation cases, for the other stages.
+    """The usable cases as a MONAI datalist; "held_out" lists the validation cases by what their latents are called.
+
+    These are named after the file, so a name that the file's does not begin with is of no use to the other stages.
 
     Args:
         findings: see :func:`survey`.
@@ -163,7 +165,8 @@ def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]
             item["modality"] = case.modality
         lists[section].append(item)
         if section == "validation":
-            lists["held_out"].append(case.name)
+            stem = stem_of(case.image)
+            lists["held_out"].append(case.name if f"{stem}_".startswith(f"{case.name}_") else stem)
     return lists
 
 

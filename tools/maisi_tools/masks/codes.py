@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
 from maisi_tools.masks.vocabulary import BODY, PLACEHOLDER_NAMES, VOCABULARY
 
@@ -153,7 +154,7 @@ def read_roi_table(path: str | os.PathLike) -> dict[str, int]:
     path = Path(path).expanduser()
     form = 'give a JSON file such as {"Lung_L": "left lung lower lobe", "PTV": 0}'
     try:
-        entries = json.loads(path.read_text())
+        entries = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"table of ROI names {path} cannot be read as JSON ({error}); {form}") from error
     if not isinstance(entries, Mapping):

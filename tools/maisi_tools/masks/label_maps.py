@@ -18,6 +18,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.masks.data_sets import DATA_SETS
 from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
 from maisi_tools.volumes.checks import whole_labels
@@ -182,7 +183,7 @@ def read_label_map(
     if not path.is_file():
         raise InputError(f"label_map {str(label_map)!r} is neither a known name nor a file; {JSON_HELP}")
     try:
-        entries = json.loads(path.read_text())
+        entries = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"label map {path} cannot be read as JSON ({error}); {JSON_HELP}") from error
     if not isinstance(entries, dict) or not entries:
