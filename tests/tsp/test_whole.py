@@ -140,6 +140,26 @@ def test_what_a_variable_keeps_counts_by_hand():
     assert found.peak - found.base == 4000 * (2 + 2 + 2 + 4)
 
 
+def test_half_precision_counts_its_copies_of_weights_and_volumes():
+    layers = nn.Sequential(*(nn.Conv3d(64, 64, 3, padding=1) for _ in range(4))).eval()
+    volume = torch.randn(1, 64, 4, 4, 4)
+    found = TSPInferer(dtype="bfloat16").plan(volume, layers)
+    copies = 2 * (volume.numel() + sum(part.numel() for part in layers.parameters()))
+    assert found.peak - found.base > copies + 2 * 2 * volume.numel()  # and an input and a result at a time
+
+
+def test_another_number_among_the_arguments_is_another_call():
+    class Sum(nn.Module):
+        def forward(self, x, times):
+            return sum([x + number for number in range(times)])
+
+    network, volume = Sum().eval(), torch.randn(1, 4, 64, 64, 64)
+    inferer = TSPInferer(memory_limit="80MiB")
+    for times, kind in ((1, Whole), (30, Plan)):
+        torch.testing.assert_close(inferer(volume, network, times=times), network(volume, times))
+        assert isinstance(inferer.report.plan, kind)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("limit", ["", "4GiB"])
 def test_what_a_whole_run_takes_is_what_was_said(limit):

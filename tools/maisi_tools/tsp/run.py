@@ -143,6 +143,9 @@ class Call:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         tensors += [p for module in modules_of(network) for p in module.parameters()]
         self.base = _bytes(tensors, self.device) + LIBRARY_BYTES.get(self.kind, 0)
+        # Autocast keeps copies of the weights; those of the volumes are made before the call.
+        others = {id(t): t for t in tensors if t.is_floating_point() and t.dtype != settings.dtype}
+        self.half_copies = sum(2 * tensor.numel() for tensor in others.values())
         self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
@@ -232,6 +235,10 @@ class Call:
         if self.settings.dtype not in (None, torch.float16, torch.bfloat16) and self.floating != {self.settings.dtype}:
             return None
         held = self.recorder.holdings.most
+        if self.settings.dtype in (torch.float16, torch.bfloat16):
+            if self.kind == "cpu":  # where autocast has norms and softmax in float32, and bfloat16 may be none
+                held *= 2
+            held += self.half_copies
         return whole_of(self.outputs, self.base, held, self.device, self.kind, self.settings.dtype, self.result_dtype)
 
     def run(self, tick: Tick | None = None) -> Any:
@@ -400,14 +407,16 @@ class Runner:
 
 
 def _form_of(network: Callable[..., Any], args: Any, kwargs: Any) -> Hashable:
-    """What tells one kind of call from another: the function, its modules, shapes and types.
+    """What tells one kind of call from another: the function, its modules, shapes and types, and plain values.
 
     It decides whether a call that was looked at before is recorded again to see what it would take. What the call
     computes never comes from an earlier one.
     """
     leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda leaf: leaf is None)
     described = [
-        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else type(leaf)
+        (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad)
+        if isinstance(leaf, Tensor)
+        else (type(leaf), leaf if isinstance(leaf, (int, float, str)) else None)
         for leaf in leaves
     ]
     modules = [part for module in modules_of(network) for part in module.modules()]
@@ -416,7 +425,7 @@ def _form_of(network: Callable[..., Any], args: Any, kwargs: Any) -> Hashable:
     return (
         id(getattr(function, "__code__", type(function))),
         tuple((id(module), module.training) for module in modules),
-        tuple(parameter.dtype for module in modules_of(network) for parameter in module.parameters()),
+        tuple((part.dtype, part.shape) for module in modules_of(network) for part in module.parameters()),
         str(spec),
         tuple(described),
         torch.is_grad_enabled(),
