@@ -124,12 +124,13 @@ def cause() -> Callable[[BaseException], BaseException]:
 def bare_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``bare_python(folder, "-m", ...)`` runs Python in a folder, without what pip installed in editable mode.
 
-    A .pth file tells of that; `-S` leaves it unread.
+    A .pth file tells of that; `-S` leaves it unread. With ``started=python``, see preloaded.py, MONAI is imported
+    already, and this package's own folder comes later in the path: one in `folder` is taken whole in its place.
     """
 
-    def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(folder: Path, *arguments: str, started: str | None = None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-S", *arguments]
+        command = [started, *arguments] if started else [sys.executable, "-S", *arguments]
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
         )

@@ -32,7 +32,7 @@ WANTED = {"maisi_vae": None, "maisi_ldm": None, "maisi_controlnet": TAG}
 """Bundle -> version to ask MONAI for."""
 
 NAMES = tuple(WANTED)
-SIZE = (48, 48, 48)
+SIZE = (24, 24, 24)
 LARGE = ".pt"
 """Files that the server keeps in large file storage, as the Hub's does by its .gitattributes."""
 
@@ -151,7 +151,7 @@ def got(hub, bare_python, tmp_path_factory) -> tuple[Path, dict[str, str | None]
     All in one process, a real one, that has no maisi_tools but the downloaded one, of a user without a token.
     """
     folder = tmp_path_factory.mktemp("got")
-    labels = make_phantom("head_neck", SIZE, (5.0, 5.0, 3.4), 0)
+    labels = make_phantom("head_neck", (48, 48, 48), (5.0, 5.0, 3.4), 0)[12:36, 12:36, 12:36]
     nib.save(nib.Nifti1Image(flat_ct(labels), np.diag([5.0, 5.0, 3.4, 1.0])), folder / "ct.nii.gz")
     wanted = [(f"somebody/{name}", version) for name, version in WANTED.items()]
     wanted += [("nobody/maisi_vae", TAG), ("somebody/maisi_vae", "v9")]

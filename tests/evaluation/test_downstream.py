@@ -21,7 +21,9 @@ from maisi_tools.training.checkpoint import Checkpointer
 from maisi_tools.training.plateau import StopAtPlateau
 from maisi_tools.weights import read_weights, save_weights
 
+SPACING = (8.0, 8.0, 5.0)
 TINY = {
+    "spacing": list(SPACING),  # of the cases: a grid twice as fine has eight times the windows
     "patch_size": [24, 24, 24],
     "network_def#channels": [4, 8],
     "network_def#strides": [2],
@@ -37,12 +39,12 @@ def lists(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cases")
     cases = []
     for seed in range(7):
-        labels = make_phantom("head_neck", (32, 32, 32), (8.0, 8.0, 5.0), seed)
+        labels = make_phantom("head_neck", (32, 32, 32), SPACING, seed)
         numbering = np.zeros(201, np.uint8)
         numbering[[2, 121, 18, 20]] = 1, 2, 6, 7
         case = {"image": str(folder / f"p{seed}_ct.nii.gz"), "label": str(folder / f"p{seed}_seg.nii.gz")}
         for path, array in ((case["image"], flat_ct(labels)), (case["label"], numbering[labels])):
-            nib.save(nib.Nifti1Image(array, np.diag([8.0, 8.0, 5.0, 1.0])), path)
+            nib.save(nib.Nifti1Image(array, np.diag([*SPACING, 1.0])), path)
         cases.append(case)
     parts = {
         "datalist": {"training": cases[:3], "validation": cases[3:4]},

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -23,19 +26,32 @@ from maisi_tools.masks.phantom import flat_ct, make_phantom
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
 
-def make_study(folder: Path, seed: int) -> list[Path]:
-    """A CT series with its SEG and RTSTRUCT, which does not say that it is synthetic: as a hospital would send it."""
+@functools.cache
+def _made(seed: int) -> tuple[tempfile.TemporaryDirectory, list[Path]]:
+    """A study in a folder that is removed at the end, and its files."""
     import pydicom
 
+    folder = tempfile.TemporaryDirectory(prefix="maisi-")
     labels = make_phantom("head_neck", SIZE, SPACING, seed)
     affine = np.diag([*SPACING, 1.0])
     created = datetime.datetime(2026, 1, 1 + seed % 28)
-    files = write_study(folder, flat_ct(labels), affine, labels, seed=seed, created=created)
+    study = Path(folder.name) / "study"
+    files = write_study(study, flat_ct(labels), affine, labels, seed=seed, created=created)
     for path in files:
         ds = pydicom.dcmread(path)
         del ds.SyntheticData
         ds.save_as(path)
-    return files
+    return folder, [path.relative_to(study) for path in files]
+
+
+def make_study(folder: Path, seed: int) -> list[Path]:
+    """A CT series with its SEG and RTSTRUCT, which does not say that it is synthetic: as a hospital would send it.
+
+    Of a seed that was asked for before, it is a copy.
+    """
+    made, files = _made(seed)
+    shutil.copytree(Path(made.name) / "study", folder)
+    return [folder / path for path in files]
 
 
 def find_port() -> int:
