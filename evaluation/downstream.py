@@ -95,7 +95,8 @@ class Experiment:
         overrides: of its configs.
 
     Raises:
-        InputError: a case without label or file, or no such bundle.
+        InputError: a case without label or file, one that is kept out and trained or validated with, or no such
+            bundle.
     """
 
     def __init__(
@@ -114,9 +115,7 @@ class Experiment:
         self.names = {"datalist": str(datalist), "synthetic": str(synthetic)}
         self.real, self.synthetic = _labelled(datalist, "training"), _labelled(synthetic, "training")
         self.validation, self.kept_out = _labelled(datalist, "validation"), _labelled(kept_out, "validation")
-        seen = {case["image"] for case in self.real + self.validation}
-        if both := [case["image"] for case in self.kept_out if case["image"] in seen]:
-            raise InputError(f"{both[0]} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them")
+        _check_apart(datalist, kept_out)
         self.folder = check_output_dir(output_dir)
         self.overrides = dict(overrides or {})
 
@@ -369,6 +368,27 @@ def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
     if absent := [case[key] for case in cases for key in ("image", "label") if not Path(case[key]).is_file()]:
         raise InputError(f"{absent[0]}, named in {datalist}, does not exist; correct the path")
     return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
+
+
+def _check_apart(datalist: str | Path, kept_out: str | Path) -> None:
+    """Refuse a kept-out case whose file, or whose patient, is also among those of training or validation.
+
+    Patients are compared where both lists name them, as `maisi prepare` does.
+    """
+    cases = [case for section in ("training", "validation") for case in read_datalist(datalist, section)]
+    # One file may be written in two ways: relative, absolute, by a link.
+    files = {Path(case["image"]).resolve() for case in cases}
+    patients = {str(case["patient"]) for case in cases if case.get("patient")}
+    for case in read_datalist(kept_out, "validation"):
+        if Path(case["image"]).resolve() in files:
+            raise InputError(
+                f"{case['image']} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them"
+            )
+        if case.get("patient") and str(case["patient"]) in patients:
+            raise InputError(
+                f"patient {case['patient']} of {case['image']} is kept out by {kept_out}, but {datalist} has that "
+                "patient; leave the patient out of one of them, or name two patients differently"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -209,11 +209,13 @@ def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[
             elif kind == "bone out":
                 if inserted is None:
                     raise InputError("no sphere went in before")
-                scan, old = inserted
+                (scan, old), inserted = inserted, None
                 made = editor(scan, old, None, number)
                 place, wanted = made["changed"], soft
             else:
                 label = AIR if kind == "air in" else BONE
+                if kind == "bone in":
+                    inserted = None  # should this one be refused, the sphere of an earlier scan is not to be taken out
                 new = with_sphere(scan, label, random)
                 made = editor(scan, new, None, number)
                 place, wanted = made["changed"], float(np.median(scan.hu[scan.labels == label]))

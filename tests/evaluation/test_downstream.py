@@ -172,6 +172,37 @@ def test_cases_that_cannot_be_used_are_refused(experiment, lists, tmp_path):
         experiment(kept_out=lists["datalist"])
 
 
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_a_kept_out_case_is_found_however_its_path_is_written(experiment, lists, tmp_path, monkeypatch, section):
+    """Relative in one list, absolute in the other, or a link in its place."""
+    real = json.loads(lists["datalist"].read_text())
+    case, folder = real[section][0], lists["datalist"].parent
+    names = [{key: path.removeprefix(f"{folder}/") for key, path in item.items()} for item in real["training"]]
+    relative = {"training": names, "validation": [{key: path.split("/")[-1] for key, path in case.items()}]}
+    (folder / f"relative_{section}.json").write_text(json.dumps(relative))
+    other = tmp_path / "kept_out.json"
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(case["image"])
+    monkeypatch.chdir(folder)
+    for image in (case["image"], str(link)):
+        other.write_text(json.dumps({"validation": [case | {"image": image}]}))
+        with pytest.raises(InputError, match="is kept out by .* has it"):
+            experiment(datalist=f"relative_{section}.json", kept_out=other)
+
+
+def test_a_kept_out_patient_is_not_trained_with(experiment, lists, tmp_path):
+    """Another scan of one: refused where both lists name patients; without names nothing is known."""
+    datalist, other = tmp_path / "datalist.json", tmp_path / "kept_out.json"
+    real, kept = (json.loads(lists[name].read_text()) for name in ("datalist", "kept_out"))
+    datalist.write_text(json.dumps({key: [case | {"patient": "7"} for case in cases] for key, cases in real.items()}))
+    other.write_text(json.dumps({"validation": [kept["validation"][0] | {"patient": "7"}]}))
+    with pytest.raises(InputError, match="patient 7 of .* is kept out by .* has that patient; leave"):
+        experiment(datalist=datalist, kept_out=other)
+    for patient in ({"patient": "8"}, {}):
+        other.write_text(json.dumps({"validation": [kept["validation"][0] | patient]}))
+        Experiment(datalist, other, lists["synthetic"], tmp_path / "out")
+
+
 def test_seeds_draw_nested_cases_and_repeat_the_real_ones():
     real, synthetic = ([{"image": f"{kind}{i}"} for i in range(9)] for kind in "rs")
     few, more = (Arm(n, m, "mixed", 1).draw(real, synthetic) for n, m in ((3, 2), (5, 4)))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from editing import AIR, BONE, Editor, Scan, read_scan, seam_ratio, with_sphere
+from editing import AIR, BONE, KINDS, Editor, Scan, read_scan, rows_of, seam_ratio, with_sphere
+from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.vocabulary import BODY, label_id
 
@@ -63,6 +64,33 @@ def test_a_sphere_lies_in_soft_tissue():
     new = with_sphere(scan, AIR, np.random.default_rng(0))
     assert (scan.labels[new != labels] == BODY).all()
     assert (new == AIR).sum() * 12 == pytest.approx(4 / 3 * np.pi * 10**3, rel=0.1)
+
+
+@pytest.mark.parametrize("scans", ["ab", "a"])
+def test_a_sphere_is_taken_out_once_and_of_its_own_scan(tmp_path, scans):
+    """The second scan's sphere is refused: that of the first, taken out before, does not go out in its place."""
+    labels = np.full((16, 16, 16), BODY, np.uint8)
+    labels[:4], labels[4:6], labels[6:8] = label_id("liver"), AIR, BONE
+    refused = len(KINDS) + KINDS.index("bone in")
+    edited = []
+
+    class Fake:
+        def __call__(self, scan, new, edits, seed):
+            if seed == refused:
+                raise InputError("no room")
+            edited.append((seed, scan.name))
+            figures = {"hu": scan.hu, "changed": np.ones(new.shape, bool), "path": tmp_path}
+            return figures | {"outside": 0, "seam": 1.0, "seconds": 1.0}
+
+        def dices(self, *given):
+            return 1.0, 1.0
+
+    hu = np.zeros(labels.shape)
+    of = [Scan(name, hu, labels, np.diag([2.0, 2.0, 2.0, 1.0]), [label_id("liver")]) for name in scans]
+    rows = list(rows_of(Fake(), of, 2 * len(KINDS)))
+    assert [row["edit"] for row in rows if "refused" in row] == [refused, refused + 1]
+    assert rows[refused + 1]["scan"] == scans[-1] and rows[refused + 1]["refused"] == "no sphere went in before"
+    assert edited == [(row["edit"], row["scan"]) for row in rows if "refused" not in row]
 
 
 def test_an_organ_is_compared_by_its_number_in_the_data_set(tmp_path):

@@ -149,6 +149,33 @@ def test_scores_of_a_folder(run):
     assert sidecar["metrics"]["real_dice_bones"] == 1
 
 
+def test_a_class_called_as_a_tissue_has_a_row_of_its_own(run, tmp_path, mask):
+    """In all cases: a second one, whose reference has no bone, has the threshold's Dice of it alone."""
+    items, out, _, half = run
+    for suffix, array in (("ct", half), ("mask", mask)):
+        save(out / f"q_ct_mask_{suffix}.nii.gz", array)
+    (out / "q_ct_mask_ct.json").write_text("{}")
+    second = {"image": str(save(tmp_path / "masks" / "q_ct_mask.nii.gz", mask)), "ct": items[0]["ct"]}
+    second["label"] = str(save(tmp_path / "q_seg.nii.gz", np.zeros_like(mask)))
+    both = [*items, second]
+
+    class Named(Threshold):
+        classes = {"bone": 1, "air": 2}
+
+    def rows(segmenter=None):
+        return {row.pop("structure"): row for row in score_generated(both, out, segmenter)}
+
+    alone, other, named = rows(), rows(Threshold()), rows(Named())
+    assert named["bone"] == other["bones"] and named["bone"]["cases"] == 1
+    assert named["bone by threshold"] == alone["bone"] and alone["bone"]["cases"] == 2
+    assert named["bone"]["generated"] != alone["bone"]["generated"]
+    assert named["all structures"] == other["all structures"]
+    assert list(other) == [*alone, *(name for name in other if name not in alone)]  # no collision, the usual names
+    metrics = json.loads((out / "p_ct_mask_ct.json").read_text())["metrics"]
+    assert metrics["dice_bone"] == named["bone"]["generated"]
+    assert metrics["real_dice_bone_by_threshold"] == alone["bone"]["real"]
+
+
 def test_the_mask_itself_is_the_reference_without_labels(run, mask):
     items, out, _, half = run
     bare = [{"image": items[0]["image"]}]

@@ -84,6 +84,15 @@ def test_copies_are_near_and_others_are_not(training, tmp_path):
     assert max(row["to_second"] for row in copies) < 0.4 < min(row["to_second"] for row in others)
 
 
+def test_a_training_volume_that_is_there_twice_counts_once(training, tmp_path):
+    twice = [*training, save(tmp_path / "again_ct.nii.gz", patient(2))]
+    blurred = ndimage.gaussian_filter(patient(2).astype(float), 0.8)
+    queries = [coarse_volume(hu, SPACING, "copy") for hu in (patient(2), blurred)]
+    assert nearest_training(queries, twice) == nearest_training(queries, training)
+    (found,) = nearest_training(queries[1:], [twice[2], twice[4]])
+    assert found["to_second"] == 1  # there is no second one
+
+
 def test_coarse_voxels_are_averages_at_their_place():
     ramp = np.broadcast_to(np.arange(40.0)[:, None, None] * 10, (40, 40, 40))
     volume = coarse_volume(ramp, (2.0, 2.0, 2.0))
@@ -119,6 +128,11 @@ def test_table_of_samples_and_kept_out(training, tmp_path):
 def test_what_is_refused(training, tmp_path):
     with pytest.raises(InputError, match="no voxel above"):
         coarse_volume(np.full((10, 10, 10), -1000.0), SPACING)
+    speck = np.full((40, 40, 40), -1000, np.int16)
+    speck[20, 20, 20] = -200
+    sample = {"image": save(tmp_path / "speck_ct.nii.gz", speck)}
+    with pytest.raises(InputError, match="speck_ct has no tissue above .* HU that is left at 10 mm; give a CT with"):
+        score_samples([sample], [{"image": training[0]}], [{"image": training[1]}], tmp_path)
     with pytest.raises(InputError, match="at least one of each"):
         nearest_training([], training)
     with pytest.raises(InputError, match="no kept-out volume"):
@@ -141,6 +155,12 @@ def test_kept_out_volumes_that_cannot_be_compared_are_refused(tmp_path):
     assert not list((tmp_path / "out").iterdir())
     summary = score_samples([near], training, [cube("other", 2, 50), far, copy], tmp_path / "out")
     assert summary["ratio"]["mean"] == pytest.approx(2, rel=0.02)
+
+
+def test_a_volume_without_body_has_no_distance(training):
+    """One that :func:`coarse_volume` did not make: no shift has the overlap."""
+    nothing = CoarseVolume("nothing", np.zeros((6, 6, 6), np.float32), np.zeros((6, 6, 6), bool))
+    assert nearest_training([nothing], training[:2])[0]["distance_hu"] == np.inf
 
 
 @pytest.mark.parametrize(("common", "is_copy"), [(6, True), (4, False)])

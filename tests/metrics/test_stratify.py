@@ -74,6 +74,19 @@ def test_wrong_requests_are_refused(tables, change, words):
     assert not (folder / "out.csv").exists()
 
 
+def test_tables_that_excel_saved(tables):
+    """Its "CSV UTF-8" begins with a byte order mark."""
+    folder, *_ = tables
+    options = {"by": ["sex"], "output": folder / "out.csv", "case_column": "name"}
+    expected = stratify(folder / "metrics.csv", folder / "cases.csv", **options)
+    for name in ("metrics.csv", "cases.csv"):
+        (folder / name).write_text((folder / name).read_text(), encoding="utf-8-sig")
+    assert stratify(folder / "metrics.csv", folder / "cases.csv", **options) == expected
+    (folder / "cases.csv").write_text("name,sex\npt,männlich\n", encoding="cp1252")
+    with pytest.raises(InputError, match="cases.csv cannot be read .*; give a CSV file in UTF-8 with a header"):
+        stratify(folder / "metrics.csv", folder / "cases.csv", **options)
+
+
 def test_a_table_is_not_written_over(tables):
     folder, *_ = tables
     before = (folder / "cases.csv").read_bytes()

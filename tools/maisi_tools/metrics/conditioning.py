@@ -116,7 +116,8 @@ def score_generated(
         structures: name -> label in the reference; None where the reference has the segmenter's numbering.
 
     Returns:
-        Rows of the table, see :func:`conditioning_table`.
+        Rows of the table, see :func:`conditioning_table`. Where a structure of the network is called as a tissue
+        found by threshold is, the tissue's row is ``NAME by threshold``.
 
     Raises:
         InputError: a CT was not generated, a real CT and its labels have different grids, or `structures` names a
@@ -128,6 +129,9 @@ def score_generated(
             f"structures {', '.join(sorted(unknown))} are no classes of the segmentation network; allowed are "
             f"{', '.join(segmenter.classes)}"
         )
+    wanted: Mapping[str, int] = {}
+    if segmenter is not None:
+        wanted = segmenter.classes if structures is None else structures
     cases = []
     for item in tqdm(items, desc="measuring anatomy", unit="case", delay=2):
         stem = stem_of(item["image"])
@@ -139,11 +143,12 @@ def score_generated(
         case: dict[str, Any] = {kind: {} for kind in ("ml", *paths)}
         for kind, ct in volumes.items():
             on_mask = channel_of(_on_grid(ct, mask, "bilinear"))
-            case[kind] |= tissue_dice(on_mask, channel_of(mask).astype(np.uint8), [float(mm) for mm in mask.pixdim])
+            found = tissue_dice(on_mask, channel_of(mask).astype(np.uint8), [float(mm) for mm in mask.pixdim])
+            # By the names of the network, not by what it has in this case: a row has one measure in all cases.
+            case[kind] |= {f"{name} by threshold" if name in wanted else name: value for name, value in found.items()}
         case["ml"] |= {tissue: np.inf for tissue in case["generated"]}
         if segmenter is not None:
             reference = read_ras(item["label"], "mask", like=volumes.get("real")) if "label" in item else mask
-            wanted = segmenter.classes if structures is None else structures
             case["ml"] |= _volumes(reference, wanted)
             for kind, path in paths.items():
                 predicted = labels_on_grid(segmenter(path), volumes[kind])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def coarse_volume(ct: np.ndarray, spacing: Sequence[float], name: str = "") -> C
     It is cut to the slices with tissue first: some CTs are padded with air above and below.
 
     Raises:
-        InputError: there is no tissue in it.
+        InputError: there is no tissue in it, or so little that none is left on that grid.
     """
     slices = np.flatnonzero((ct > SKIN_HU).any(axis=(0, 1)))
     if not slices.size:
@@ -73,7 +74,13 @@ def coarse_volume(ct: np.ndarray, spacing: Sequence[float], name: str = "") -> C
     hu = ndimage.affine_transform(smooth, steps, (steps - 1) / 2, shape, order=1, mode="nearest") - np.float32(
         LOWEST_HU
     )
-    return CoarseVolume(name, hu, hu > SKIN_HU - LOWEST_HU)
+    body = hu > SKIN_HU - LOWEST_HU
+    if not body.any():
+        raise InputError(
+            f"{name or 'the CT'} has no tissue above {SKIN_HU:g} HU that is left at {GRID_MM:g} mm; give a CT with a "
+            "patient in it"
+        )
+    return CoarseVolume(name, hu, body)
 
 
 def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | Path]) -> list[dict[str, Any]]:
@@ -89,7 +96,8 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
 
     Returns:
         For each query ``{"case", "distance_hu", "nearest", "to_second"}``: the last is the distance over that to the
-        second nearest, far below 1 for a copy whatever the sharpness (1 where there is one training volume). The
+        second nearest, far below 1 for a copy whatever the sharpness (1 where there is one training volume), unless
+        the training volumes have a second scan of that patient; the same one under two names counts once. The
         distance is infinite where no shift has the overlap.
 
     Raises:
@@ -103,21 +111,24 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
     shape = [fft.next_fast_len(int(n), real=True) for n in largest + reach]
     spectra = [_Spectra.of(query, shape) for query in queries]
     distances = np.full((len(queries), len(training)), np.inf)
+    contents = []
     for column, path in enumerate(tqdm(training, desc="comparing", unit="volume", delay=2)):
         other = read_coarse(path)
+        contents.append((other.hu.shape, hashlib.sha256(other.hu.tobytes()).digest()))
         theirs = _Spectra.of(other, shape)
         for row, (query, ours) in enumerate(zip(queries, spectra, strict=True)):
             shift = _best_shift(ours, theirs, reach, shape)
             distances[row, column] = np.inf if shift is None else _distance(query, other, shift)
     found = []
     for query, to_training in zip(queries, distances, strict=True):
-        order = np.argsort(to_training)
-        first, second = to_training[order[0]], to_training[order[1 if len(order) > 1 else 0]]
+        nearest = int(np.argmin(to_training))
+        others = [content != contents[nearest] for content in contents]
+        first, second = to_training[nearest], min(to_training[others], default=np.inf)
         found.append(
             {
                 "case": query.name,
                 "distance_hu": round(float(first), 2),
-                "nearest": stem_of(training[order[0]]),
+                "nearest": stem_of(training[nearest]),
                 "to_second": round(float(first / second), 4) if 0 < second < np.inf else 1.0,
             }
         )
@@ -203,8 +214,8 @@ def _best_shift(a: _Spectra, b: _Spectra, reach: np.ndarray, shape: Sequence[int
     both = correlate(common)
     either = correlate(a.body * b.seen.conj() + a.seen * b.body.conj() - common)
     smaller = min(float(s.body[0, 0, 0].real) for s in (a, b))
-    # Counts come out of the transforms with a rounding error far below a quarter.
-    error = np.where(both >= OVERLAP * smaller - 0.25, squares / np.maximum(either, 1), np.inf)
+    # Counts come out of the transforms with a rounding error far below a quarter. One voxel is common at least.
+    error = np.where(both >= max(OVERLAP * smaller, 1) - 0.25, squares / np.maximum(either, 1), np.inf)
     for axis, limit in enumerate(reach):
         shifts = np.minimum(np.arange(shape[axis]), shape[axis] - np.arange(shape[axis]))
         error[(slice(None),) * axis + (shifts > limit,)] = np.inf

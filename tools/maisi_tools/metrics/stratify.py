@@ -91,10 +91,11 @@ def stratify(
 
 def _read(path: str | Path, case_column: str) -> Table:
     try:
-        with open(path, newline="") as file:
+        # Excel's "CSV UTF-8" begins with a byte order mark, which would be part of the first column's name.
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"table {path} cannot be read ({error}); give a CSV file with a header") from error
+        raise InputError(f"table {path} cannot be read ({error}); give a CSV file in UTF-8 with a header") from error
     if not rows or case_column not in rows[0]:
         columns = ", ".join(map(str, rows[0])) if rows else "none"
         raise InputError(
