@@ -35,3 +35,9 @@ def test_what_is_no_datalist_is_refused(tmp_path, text):
 def test_missing_datalist_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match="maisi prepare"):
         read_datalist(tmp_path / "none.json", "training")
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text('{"training": [{"image": "a.nii.gz"}], "training": [{"image": "b.nii.gz"}]}')
+    with pytest.raises(InputError, match="'training' stands there more than once"):
+        read_datalist(tmp_path / "list.json", "training")

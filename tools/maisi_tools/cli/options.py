@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import fire
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 
 CONTROLNET = "maisi_controlnet"
 # The phantom of the demo: a head and neck on a grid that a laptop samples in a minute or two.
@@ -219,7 +219,7 @@ def held_out_names(held_out: Any) -> set[str]:
     if not path.is_file():
         raise InputError(f"held-out list {path} does not exist; give a JSON file, or names as NAME,NAME.")
     try:
-        listed = json.loads(path.read_text())
+        listed = read_json(path)
         listed = listed["held_out"] if isinstance(listed, dict) else listed
         if not isinstance(listed, list):
             raise TypeError("no list")

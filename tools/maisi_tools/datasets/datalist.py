@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from monai.data import load_decathlon_datalist
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
+
+
+def belongs(stem: str, name: str) -> bool:
+    """Whether a file or latent called ``stem`` is one of the case ``name``."""
+    return stem == name or stem.startswith(f"{name}_")
 
 
 def read_datalist(
@@ -30,7 +35,7 @@ def read_datalist(
             "or give a MONAI datalist with --datalist"
         )
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"datalist {path} cannot be read as JSON ({error}); make one with `maisi prepare`") from error
     listed = content.get(section, []) if isinstance(content, dict) else None

@@ -118,17 +118,22 @@ def _of_datalist(path: Path, content: Any) -> list[Case]:
                     "and, where there is a mask, one under 'label'"
                 )
             stem = stem_of(image)
-            cases.append(
-                Case(
-                    name=str(entry.get("name") or stem.removesuffix(CT_SUFFIX)),
-                    image=_from(path, image),
-                    label=_from(path, label) if label else None,
-                    modality=_modality(entry.get("modality") or "ct"),
-                    section=section,
-                    region=tuple(entry.get("region") or ()),
-                )
-            )
+            cases.append(_case(path, entry, stem.removesuffix(CT_SUFFIX), image, label, "ct", section))
     return cases
+
+
+def _case(
+    path: Path, entry: Mapping, name: str, image: str | Path, label: str | None, modality: str, section: str | None
+) -> Case:
+    """The case of a list's entry, which may say its name, modality and region itself."""
+    return Case(
+        name=str(entry.get("name") or name),
+        image=_from(path, image),
+        label=_from(path, label) if label else None,
+        modality=_modality(entry.get("modality") or modality),
+        section=section,
+        region=tuple(entry.get("region") or ()),
+    )
 
 
 def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
@@ -164,23 +169,14 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
 
 def _of_lists(path: Path, content: Mapping, number: str, channel: str) -> list[Case]:
     """The cases of MSD's and nnU-Net v1's list, and of a validation list beside it, as MONAI's tutorials have one."""
-    listed = {name: content[name] for name in SECTIONS if isinstance(content.get(name), list) and content[name]}
-    if not listed:
+    if not content["training"]:
         raise InputError(f"{path} names no training case; allowed is {ALLOWED}: put the files into imagesTr")
     cases = []
-    for section, entries in listed.items():
-        for entry in entries:
+    for section in SECTIONS:
+        entries = content.get(section)
+        for entry in entries if isinstance(entries, list) else ():
             name, image, label = _listed(path, entry, number)
-            cases.append(
-                Case(
-                    name=str(entry.get("name") or name),
-                    image=_from(path, image),
-                    label=_from(path, label) if label else None,
-                    modality=_modality(entry.get("modality") or channel),
-                    section=section if len(listed) > 1 else None,
-                    region=tuple(entry.get("region") or ()),
-                )
-            )
+            cases.append(_case(path, entry, name, image, label, channel, section))
     return sorted(cases, key=lambda case: case.name)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from maisi_tools.datasets.datalist import belongs
 from maisi_tools.datasets.layouts import Case, find_cases
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError
@@ -166,7 +167,7 @@ def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]
         lists[section].append(item)
         if section == "validation":
             stem = stem_of(case.image)
-            lists["held_out"].append(case.name if f"{stem}_".startswith(f"{case.name}_") else stem)
+            lists["held_out"].append(case.name if belongs(stem, case.name) else stem)
     return lists
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from monai.transforms import MapTransform
 
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.volumes.grid import latent_affine
 from maisi_tools.volumes.inputs import stem_of
 
@@ -38,7 +38,7 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
         specs: Any = [{"seed": int(seed) + i} for i in range(int(num_samples))]
     elif isinstance(input, (str, Path)):
         try:
-            specs = json.loads(Path(input).read_text())
+            specs = read_json(input)
         except (OSError, ValueError) as error:
             raise InputError(f"input {input} is not a readable JSON list of samples ({error})") from error
     else:

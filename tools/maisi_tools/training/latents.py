@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
-from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors
+from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors, read_json
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, stem_of
@@ -231,11 +232,6 @@ def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoi
     return next(iter(by_factor))
 
 
-def belongs(stem: str, name: str) -> bool:
-    """Whether the latent ``stem`` is one of the case ``name``."""
-    return stem == name or stem.startswith(f"{name}_")
-
-
 def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
@@ -284,6 +280,6 @@ def _names(held_out: Sequence[str] | str | Path) -> list[str]:
     if not str(held_out).endswith(".json"):
         raise InputError(f"held_out is {str(held_out)!r}; give a list of names, or a JSON file with one in 'held_out'")
     try:
-        return list(json.loads(Path(held_out).read_text())["held_out"])
+        return list(read_json(held_out)["held_out"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{held_out} is no JSON file with a list of names under 'held_out' ({error!r})") from error

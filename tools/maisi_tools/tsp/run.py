@@ -143,9 +143,11 @@ class Call:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         tensors += [p for module in modules_of(network) for p in module.parameters()]
         self.base = _bytes(tensors, self.device) + LIBRARY_BYTES.get(self.kind, 0)
-        # Autocast keeps copies of the weights; those of the volumes are made before the call.
-        others = {id(t): t for t in tensors if t.is_floating_point() and t.dtype != settings.dtype}
-        self.half_copies = sum(2 * tensor.numel() for tensor in others.values())
+        self.half_copies = 0
+        if self.dtype in (torch.float16, torch.bfloat16):
+            # Autocast keeps copies of the weights; those of the volumes are made before the call.
+            others = {id(t): t for t in tensors if t.is_floating_point() and t.dtype != self.dtype}
+            self.half_copies = sum(2 * tensor.numel() for tensor in others.values())
         self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import tempfile
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.volumes.limits import check_limit
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
@@ -189,7 +189,7 @@ def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]
 
 def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except OSError as error:
         raise InputError(f"input {path} cannot be read ({error.strerror}); allowed is {ALLOWED}") from error
     except ValueError as error:
