@@ -15,12 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from maisi_tools.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LENGTH = 32
 """Hexadecimal digits of a fingerprint: 128 bits of the SHA-256, so that two contents never share one by chance."""
@@ -166,6 +166,8 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     Floating-point values count as float32: weights that are stored as fp16 have the fingerprint of the network they
     were loaded into.
     """
+    import torch  # here: the command line reads files with this module, and its help does not wait for torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu()
