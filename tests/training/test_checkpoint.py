@@ -111,6 +111,10 @@ def test_changed_settings_and_data_are_refused_by_name_and_a_checkpoint_without_
     ]
     (tmp_path / "there" / "a.nii.gz").write_text("2")
     assert fingerprint_items(moved) == data != less
+    assert fingerprint_items([{**moved[0], "region": ["chest"]}, moved[1]]) != data
+    several = [{**item, "more": [item["image"]]} for item in files]
+    there = [{**item, "more": [item["image"]]} for item in moved]
+    assert fingerprint_items(there) == fingerprint_items(several) != data
     (tmp_path / "there" / "a.nii.gz").write_text("other")
     assert fingerprint_items(moved) != data
     settings = {"learning_rate": 0.01, "sizes": (1, 2), "weights": {3: 1.0}, "data": data}

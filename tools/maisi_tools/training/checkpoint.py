@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from maisi_tools.errors import InputError, TrainingError
-from maisi_tools.files import fingerprint_text, replacing
+from maisi_tools.files import canonical_json, fingerprint_text, replacing
 from maisi_tools.training.loaders import ranks
 from maisi_tools.training.steps import is_optimizer_step
 
@@ -52,12 +52,17 @@ def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | N
 
 
 def fingerprint_items(items: Sequence[Any]) -> str:
-    """Fingerprint of a data list: of the names and sizes of its files, wherever they lie, and of its other text."""
-    names = [
-        [f"{Path(value).name} {_size(value)}" for _, value in sorted(item.items()) if isinstance(value, (str, Path))]
-        for item in items
-    ]
+    """Fingerprint of a data list: of the names and sizes of its files, wherever they lie, and of its other values."""
+    names = [[_told(value) for _, value in sorted(item.items()) if value is not None] for item in items]
     return f"{len(names)} items {fingerprint_text(json.dumps(names))}"
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, (str, Path)):
+        return f"{Path(value).name} {_size(value)}"
+    if isinstance(value, (list, tuple)):
+        return [_told(one) for one in value]
+    return canonical_json(value) if isinstance(value, (Mapping, int, float)) else None  # a tensor, say, is no text
 
 
 def _size(path: str | Path) -> int | None:
