@@ -171,6 +171,12 @@ def test_the_record_of_a_run_is_shown(run_dir, repo_root, tmp_path):
     assert record["bundle"] and record["settings"]["seed"] == 5
     # SHA-256 of "abc", FIPS 180-4 example
     assert record["weights"] == {"model.pt": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}
+    (tmp_path / "other").mkdir()
+    both = [weights, tmp_path / "other" / "model.pt"]
+    both[1].write_bytes(b"other")
+    record_run(tmp_path / "out", repo_root / "bundles" / "maisi_vae", both, {})
+    names = json.loads((tmp_path / "out" / "run.json").read_text())["weights"]
+    assert list(names) == [f"{tmp_path.name}/model.pt", "other/model.pt"]
     text = write_report(run_dir).read_text()
     assert "ba7816bf" in text and "versions torch" in text
     (run_dir / "run.json").unlink()
