@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import zipfile
@@ -128,7 +129,7 @@ def needed_files(configs: Iterable[Path]) -> set[Path]:
     while waiting:
         path = waiting.pop()
         modules.add(path)
-        imported = {name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node)}
+        imported = _imports_of(path, path.stat().st_mtime_ns)
         waiting |= {found for name in imported for found in _modules_on(name, source)} - modules
     folders = {path.parent for path in modules}
     data = {path for folder in folders for path in folder.iterdir() if path.suffix in (".json", ".csv", ".css", ".js")}
@@ -156,6 +157,12 @@ def _modules_on(name: str, source: Path) -> set[Path]:
             break
         found.add(folder / "__init__.py")
     return found
+
+
+@functools.cache
+def _imports_of(path: Path, changed: int) -> frozenset[str]:
+    """Dotted names of this package that a file imports; read once as long as it was not `changed`."""
+    return frozenset(name for node in ast.walk(ast.parse(path.read_text())) for name in _imported(node))
 
 
 def _imported(node: ast.AST) -> list[str]:
