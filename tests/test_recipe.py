@@ -15,6 +15,12 @@ import torch
 from maisi_tools.files import sha256
 from maisi_tools.masks.phantom import make_phantom
 
+SAMPLES = {
+    "autoencoder": "bundles/maisi_ldm/models/autoencoder.pt",
+    "coarse": "bundles/maisi_ldm/models/coarse.pt",
+    "ldm": "bundles/maisi_ldm/models/model.pt",
+}
+
 SHIPPED = {
     "autoencoder": "bundles/maisi_vae/models/model.pt",
     "controlnet": "bundles/maisi_controlnet/models/model.pt",
@@ -69,7 +75,8 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert not any("pt_4" in case["image"] for cases in trained.values() for case in cases)
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
-    files = [tmp_path / name for name in ("autoencoder/model.pt", "whole/model.pt", "whole/unet.pt", "ldm/model.pt")]
+    names = ("autoencoder/model.pt", "whole/model.pt", "whole/unet.pt", "coarse/model.pt", "ldm/model.pt")
+    files = [tmp_path / name for name in names]
     figures = json.loads((tmp_path / "measured.json").read_text())
     assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
     assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
@@ -78,12 +85,14 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert len(list((tmp_path / "downstream" / "cts").glob("*_ct.nii.gz"))) == 2
     assert "| redraw | 1 |" in (tmp_path / "editing" / "table.md").read_text()
     weights = [torch.load(path, weights_only=True) for path in files]
-    assert [each.get("factor") for each in weights[1:]] == [2, 2, 2]
-    assert len({each["scale_factor"] for each in weights[1:]}) == 1
-    whole, unet, ldm = (each["model"] for each in weights[1:])
+    assert [each.get("factor") for each in weights[1:]] == [2, 2, 2, 2]
+    assert weights[1]["scale_factor"] == weights[2]["scale_factor"]
+    whole, unet, coarse, ldm = (each["model"] for each in weights[1:])
     assert unet and all(torch.equal(whole[f"unet.{name}"], value) for name, value in unet.items())
-    assert ldm.keys() == unet.keys() and not all(torch.equal(ldm[name], value) for name, value in unet.items())
-    assert all(torch.allclose(ldm[name], value, atol=5e-3) for name, value in unet.items())  # two steps away
+    assert coarse["conv_in.conv.weight"].shape[1] == 16 and ldm["conv_in.conv.weight"].shape[1] == 5
+    near = json.loads((tmp_path / "samples.json").read_text())
+    assert near["ratio"]["cases"] == 1 and near["ratio"]["mean"] > 0
+    assert near["weights"] == {name: sha256(tmp_path / name / "model.pt") for name in ("autoencoder", "coarse", "ldm")}
     times = [path.stat().st_mtime_ns for path in files]
     assert run(tmp_path, "--quick").returncode == 0
     assert [path.stat().st_mtime_ns for path in files] == times
@@ -111,9 +120,9 @@ def test_packed_data_come_back_within_a_step(run, data, tmp_path):
 
 
 def test_cards_say_what_was_measured(python, repo_root, tmp_path):
-    names = [f"bundles/{bundle}/docs/README.md" for bundle in ("maisi_vae", "maisi_controlnet")]
+    names = [f"bundles/{bundle}/docs/README.md" for bundle in ("maisi_vae", "maisi_ldm", "maisi_controlnet")]
     names += ["docs/how-to/quality.md", "docs/results.md"]
-    figures = ("measured", "downstream", "editing")
+    figures = ("measured", "samples", "downstream", "editing")
     for name in [*names, *(f"docs/{name}.json" for name in figures)]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(repo_root / name, tmp_path / name)
@@ -124,6 +133,8 @@ def test_cards_say_what_was_measured(python, repo_root, tmp_path):
         assert (tmp_path / name).read_text() == (repo_root / name).read_text()
     figures = json.loads((repo_root / "docs" / "measured.json").read_text())
     assert figures["weights"] == {name: sha256(repo_root / path) for name, path in SHIPPED.items()}
+    near = json.loads((repo_root / "docs" / "samples.json").read_text())
+    assert near["weights"] == {name: sha256(repo_root / path) for name, path in SAMPLES.items()}
     settings = json.loads((repo_root / "bundles/maisi_controlnet/configs/inference.json").read_text())
     shown = settings["displayable_configs"]
     assert figures["sampling"] == {name: shown.get(name, settings[name]) for name in figures["sampling"]}

@@ -22,7 +22,7 @@ PACKAGE = Path(maisi_tools.__file__).parent
 ROOMS = (
     *("convolution", "tsp", "errors", "files", "settings", "autocast"),
     *("volumes", "masks", "dicom", "weights", "networks", "diffusion"),
-    *("datasets", "training", "mask_generator"),
+    *("datasets", "training", "mask_generator", "coarse"),
     *("bundles", "metrics", "report", "cohort", "service", "studio", "cli"),
 )
 """From the ground up; docs/architecture.md says what is in each."""

@@ -16,7 +16,11 @@ from monai.bundle import ConfigParser
 
 from maisi_tools.weights import save_weights
 
-NETWORKS = {"network_def": "ckpt_path", "autoencoder_def": "autoencoder_ckpt_path"}
+NETWORKS = {
+    "network_def": "ckpt_path",
+    "autoencoder_def": "autoencoder_ckpt_path",
+    "coarse_def": "coarse_ckpt_path",
+}
 """A config's networks, and where it names their weights."""
 
 WIDE = ("maisi_vae/train.json", "maisi_vae/encode_mask.json")
@@ -39,8 +43,11 @@ def narrow(definition: dict[str, Any]) -> None:
         definition["controlnet"]["conditioning_embedding_num_channels"] = [8, 8]
         return
     channels = "channels" if "channels" in definition else "num_channels"
-    definition[channels] = [8] * (len(definition[channels]) - 1) + [16]
+    # The lowest level's 16 for all that are as wide: a block has a shortcut of its own only between widths.
+    definition[channels] = [16 if width == definition[channels][-1] else 8 for width in definition[channels]]
     definition["norm_num_groups"] = 4
+    if definition["_target_"].endswith("CoarseUNet"):
+        definition["prior_components"] = 2
     if "num_head_channels" in definition:
         definition["num_head_channels"] = [8 if width else 0 for width in definition["num_head_channels"]]
 

@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing, sha256, write_json
+from maisi_tools.masks.body import BONE_HU, body_envelope
 from maisi_tools.volumes.inputs import stem_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,17 +26,35 @@ from ship import place, write_licences  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SAMPLING = (
-    "solver",
-    "num_inference_steps",
-    "guidance_scale",
-    "guidance_interval",
-    "guided_conditions",
-    "control_scale",
-)
+SAMPLING = {
+    "maisi_controlnet": (
+        "solver",
+        "num_inference_steps",
+        "guidance_scale",
+        "guidance_interval",
+        "guided_conditions",
+        "control_scale",
+    ),
+    "maisi_ldm": ("solver", "num_inference_steps", "guidance_scale", "output_size", "spacing", "region"),
+}
+"""Settings of a bundle's inference.json that figures depend on."""
+
+CTS = ("autoencoder", "controlnet", "judge")
+"""Weights that figures of CTs of masks depend on."""
+
+SAMPLES = ("autoencoder", "coarse", "ldm")
+"""Weights that figures of samples from noise depend on."""
 
 OVERLAYS = {"editing": ("edit.json",)}
 """Of inference.json, in a stage."""
+
+FIELDS = (
+    {"output_size": [112, 80, 112], "spacing": [4.0, 4.0, 2.5], "region": ["head", "chest"]},
+    {"output_size": [144, 112, 128], "spacing": [3.0, 3.0, 2.2], "region": ["head", "chest"]},
+    {"output_size": [64, 64, 96], "spacing": [4.0, 4.0, 2.5], "region": ["head"]},
+    {"output_size": [80, 80, 112], "spacing": [3.2, 3.2, 2.2], "region": ["head"]},
+)
+"""Of samples from noise: two fields of view, each on two grids."""
 
 BONE, AIRWAY = 120, 132
 """Labels of completed masks."""
@@ -82,48 +101,60 @@ def gather(folder: Path, kept_out: Sequence[Mapping[str, str]]) -> dict[str, Any
     }
 
 
-def files_of(runs: Path) -> dict[str, Path]:
-    """The weights of a run: `autoencoder`, `controlnet` (of the last stage there is), `judge`.
+def measure_bodies(folder: Path) -> dict[str, list[int]]:
+    """Of each CT of a folder, in the order of their names, the body's `width` (left to right, mm) and `bone` in ml."""
+    found: dict[str, list[int]] = {"width": [], "bone": []}
+    for path in sorted(folder.glob("*.nii.gz")):
+        hu, spacing = _read(path), nibabel.load(path).header.get_zooms()
+        body = body_envelope(hu, spacing)
+        columns = np.flatnonzero(body.any(axis=(1, 2)))
+        found["width"].append(round(float((columns[-1] + 1 - columns[0]) * spacing[0])) if columns.size else 0)
+        found["bone"].append(round(float((body & (hu > BONE_HU)).sum() * np.prod(spacing) / 1000)))
+    return found
+
+
+def files_of(runs: Path, names: Sequence[str] = CTS) -> dict[str, Path]:
+    """The weights of a run by the names of their stages, of the last one there is for `controlnet`.
 
     Raises:
         InputError: one is missing.
     """
-    files = {
-        "autoencoder": runs / "autoencoder" / "model.pt",
-        "controlnet": _last(runs) / "model.pt",
-        "judge": runs / "judge" / "model.pt",
-    }
+    files = {name: (_last(runs) if name == "controlnet" else runs / name) / "model.pt" for name in names}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise InputError(f"there is no {', '.join(missing)}; run the stages that make them first")
     return files
-
-
-def unet_of(runs: Path) -> Path:
-    """The U-Net that was trained with the ControlNet, of the last stage there is."""
-    return _last(runs) / "unet.pt"
 
 
 def _last(runs: Path) -> Path:
     return runs / ("whole" if (runs / "whole" / "model.pt").is_file() else "controlnet")
 
 
-def is_measured(runs: Path) -> bool:
-    """Whether `measured.json` has the figures of the weights that are there, drawn as the bundle draws now."""
-    path, these = runs / "measured.json", makers(runs)
+def is_measured(runs: Path, figures: str = "measured") -> bool:
+    """Whether `measured.json`, or `samples.json`, is of the weights that are there, drawn as the bundle draws now."""
+    path, these = runs / f"{figures}.json", makers(runs) if figures == "measured" else makers_of_samples(runs)
     return path.is_file() and {key: json.loads(path.read_text()).get(key) for key in these} == these
 
 
 def makers(runs: Path, *overlays: str) -> dict[str, dict[str, Any]]:
     """What figures depend on: `weights`, the SHA-256 of each of :func:`files_of`, and `sampling`."""
-    return {"weights": {name: sha256(path) for name, path in files_of(runs).items()}, "sampling": sampling(*overlays)}
+    return {"weights": _hashes(runs, CTS), "sampling": sampling("maisi_controlnet", *overlays)}
 
 
-def sampling(*overlays: str) -> dict[str, Any]:
-    """How the bundle draws a CT: the settings of its inference.json, under overlays."""
-    folder = ROOT / "bundles" / "maisi_controlnet" / "configs"
+def makers_of_samples(runs: Path) -> dict[str, dict[str, Any]]:
+    """The same of samples from noise."""
+    return {"weights": _hashes(runs, SAMPLES), "sampling": sampling("maisi_ldm")}
+
+
+def _hashes(runs: Path, names: Sequence[str]) -> dict[str, str]:
+    return {name: sha256(path) for name, path in files_of(runs, names).items()}
+
+
+def sampling(bundle: str, *overlays: str) -> dict[str, Any]:
+    """How a bundle draws a CT: the settings of its inference.json, under overlays."""
+    folder = ROOT / "bundles" / bundle / "configs"
     parser = ConfigParser()
     parser.read_config([str(folder / name) for name in ("inference.json", *overlays)])
-    return {name: parser.get_parsed_content(name) for name in SAMPLING}
+    return {name: parser.get_parsed_content(name) for name in SAMPLING[bundle]}
 
 
 def check_makers(runs: Path, stage: str) -> None:
@@ -149,16 +180,18 @@ def publish(runs: Path, root: Path) -> None:
     Raises:
         InputError: weights are missing, or the figures are not theirs.
     """
-    files = files_of(runs)
-    if not is_measured(runs):
-        raise InputError(
-            f"{runs / 'measured.json'} does not have the figures of these weights; run stage evaluate first"
-        )
+    files = files_of(runs, [*CTS, "coarse", "ldm"])
+    for figures, stage in (("measured", "evaluate"), ("samples", "samples")):
+        if not is_measured(runs, figures):
+            raise InputError(
+                f"{runs / figures}.json does not have the figures of these weights; run stage {stage} first"
+            )
     for name, targets in TARGETS.items():
         place(files[name], targets, ["openkbp"], root)
     with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
         shutil.copyfile(files["judge"], part)
-    write_json(root / "docs" / "measured.json", json.loads((runs / "measured.json").read_text()))
+    for figures in ("measured", "samples"):
+        write_json(root / "docs" / f"{figures}.json", json.loads((runs / f"{figures}.json").read_text()))
     if (runs / "editing" / "table.md").is_file():
         check_makers(runs, "editing")
         table = (runs / "editing" / "table.md").read_text().strip().splitlines()
@@ -173,9 +206,12 @@ def publish(runs: Path, root: Path) -> None:
 TARGETS = {
     "autoencoder": (
         "maisi_vae/models/model.pt",
+        "maisi_ldm/models/autoencoder.pt",
         "maisi_controlnet/models/autoencoder.pt",
     ),
     "controlnet": ("maisi_controlnet/models/model.pt",),
+    "coarse": ("maisi_ldm/models/coarse.pt",),
+    "ldm": ("maisi_ldm/models/model.pt",),
 }
 """Where the bundles have the weights."""
 
@@ -200,9 +236,9 @@ def gather_downstream(arms: Path) -> dict[str, Any]:
 
 
 def write_cards(root: Path) -> None:
-    """Write the figures of docs/measured.json, downstream.json and editing.json into the pages that show them."""
+    """Write the figures of docs/{measured,samples,downstream,editing}.json into the pages that show them."""
     docs = root / "docs"
-    pages = {root / "bundles" / bundle / "docs" / "README.md": (render, "measured") for bundle, render in CARDS.items()}
+    pages = {root / "bundles" / bundle / "docs" / "README.md": of for bundle, of in CARDS.items()}
     pages[docs / "how-to" / "quality.md"] = _downstream, "downstream"
     pages[docs / "results.md"] = _editing, "editing"
     for path, (render, name) in pages.items():
@@ -252,6 +288,25 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _samples(figures: Mapping[str, Any]) -> str:
+    ratio, distance, real = (figures[name] for name in ("ratio", "distance_hu", "kept_out_distance_hu"))
+    lines = ["| `output_size` | `spacing` | field of view, mm | `region` | width of the body, mm | bone, ml |"]
+    lines.append("|---|---|---|---|---|---|")
+    for field in figures["fields"]:
+        size, spacing = field["output_size"], field["spacing"]
+        mm = " x ".join(f"{n * each:.0f}" for n, each in zip(size, spacing, strict=True))
+        cells = [",".join(f"{one:g}" for one in value) for value in (size, spacing)]
+        cells += [mm, *(", ".join(map(str, field[name])) for name in ("region", "width", "bone"))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (
+        "\n\n"
+        f"Distance to the nearest training volume over that of kept-out patients, {ratio['cases']} samples: "
+        f"**{ratio['mean']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}).\n{distance['mean']:.0f} HU "
+        f"({distance['min']:.0f} to {distance['max']:.0f}), of {real['cases']} kept-out patients {real['mean']:.0f} HU "
+        f"({real['min']:.0f} to {real['max']:.0f}).\n"
+    )
+
+
 def _editing(figures: Mapping[str, Any]) -> str:
     return "\n".join(figures["table"]) + "\n"
 
@@ -272,11 +327,12 @@ def _downstream(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-CARDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "maisi_vae": _vae,
-    "maisi_controlnet": _controlnet,
+CARDS: dict[str, tuple[Callable[[Mapping[str, Any]], str], str]] = {
+    "maisi_vae": (_vae, "measured"),
+    "maisi_ldm": (_samples, "samples"),
+    "maisi_controlnet": (_controlnet, "measured"),
 }
-"""What stands in a bundle's card."""
+"""What stands in a bundle's card, and which file of docs has its figures."""
 
 
 def _two(text: str) -> str:

@@ -5,19 +5,20 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     prepare      data sets -> datalist; the patients of docs/held_out.json stay out of it
     masks        CTs and their labels -> completed masks, in the MAISI vocabulary
     autoencoder  CTs -> autoencoder at factor 2, from a linear start
-    latents      CTs -> latents
+    latents      CTs -> latents, and coarse CTs beside them
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
-    ldm          whole latents without masks: that U-Net goes on alone (by --stages: its weights are not shipped yet)
+    coarse       coarse CTs -> the network that draws the whole field of view first
+    ldm          crops of latents and coarse CTs -> the U-Net that draws latents from them
     judge        CTs and their labels -> the segmentation network that measures conditioning
     evaluate     the kept-out patients, once -> RUNS/measured.json
+    samples      a dozen CTs from noise: their bodies, how near they are to the training's -> RUNS/samples.json
     editing      a hundred edits of the kept-out patients' CTs -> RUNS/editing (by --stages)
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
 
 A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
-`RUNS/whole/{model,unet}.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/judge/model.pt`. `--ship`
-copies them (but `unet.pt`, which makes no bodies without a mask) into the bundles and `evaluation/segmentation`, and
-writes what was measured into the model cards.
+`RUNS/whole/model.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/{coarse,ldm,judge}/model.pt`.
+`--ship` copies them into the bundles and `evaluation/segmentation`, and writes what was measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
 
@@ -38,7 +39,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import check_makers, files_of, gather, is_measured, makers, publish, unet_of
+from measured import (
+    FIELDS,
+    SAMPLES,
+    check_makers,
+    files_of,
+    gather,
+    is_measured,
+    makers,
+    makers_of_samples,
+    measure_bodies,
+    publish,
+)
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -50,6 +62,9 @@ ROOT = HERE.parent.parent
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
 
+COARSE_SIZE = [48, 32, 48]
+"""Voxels of a coarse CT: 11 x 9 x 7 mm for a head and shoulders."""
+
 STAGES = (
     "prepare",
     "masks",
@@ -57,17 +72,19 @@ STAGES = (
     "latents",
     "controlnet",
     "whole",
+    "coarse",
     "ldm",
     "judge",
     "evaluate",
+    "samples",
     "editing",
     "downstream",
 )
 
-BY_NAME = ("ldm", "editing", "downstream")
+BY_NAME = ("editing", "downstream")
 """Stages that run where --stages names them, and with --quick."""
 
-AT_HOME = ("masks", "evaluate", "editing", "downstream")
+AT_HOME = ("masks", "evaluate", "samples", "editing", "downstream")
 """Stages for which a packed file has not all that they need."""
 
 
@@ -145,6 +162,7 @@ class Run:
             "input": self.out / "masks" / "cases.json",
             "output_dir": self.out / "latents",
             "ckpt_path": self.out / "autoencoder" / "model.pt",
+            "coarse_size": COARSE_SIZE,
         }
         run_bundle(ROOT / "bundles/maisi_vae", "encode.json", [], settings)
 
@@ -157,9 +175,13 @@ class Run:
         settings = {"masks_dir": self.out / "masks", "init_ckpt": self.out / "controlnet" / "model.pt"}
         self._train_diffusion("whole", "maisi_controlnet", ["controlnet.json", "whole.json"], **settings)
 
+    def coarse(self) -> None:
+        """Train what draws coarse CTs."""
+        self._train_diffusion("coarse", "maisi_ldm", ["coarse.json"], "train.json,train_coarse.json")
+
     def ldm(self) -> None:
-        """Train the U-Net alone: without masks, the labels' weights of its loss lead to too much body and bone."""
-        self._train_diffusion("ldm", "maisi_ldm", ["ldm.json"], init_ckpt=unet_of(self.out))
+        """Train the U-Net that draws latents from coarse CTs."""
+        self._train_diffusion("ldm", "maisi_ldm", ["ldm.json"])
 
     def judge(self) -> None:
         """Train the segmentation network."""
@@ -189,6 +211,37 @@ class Run:
         run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json,evaluate.json", [], settings | self.inference)
         figures = gather(folder, kept_out)
         write_json(self.out / "measured.json", {**makers(self.out), **figures})
+
+    def samples(self) -> None:
+        """Draw CTs from noise, and measure their bodies and how near they are to the training's."""
+        if is_measured(self.out, "samples"):
+            return
+        files, folder = files_of(self.out, SAMPLES), self.out / "samples"
+        weights = {"ckpt_path": files["ldm"], "autoencoder_ckpt_path": files["autoencoder"]}
+        changes = {"fields": FIELDS, "seeds": 3} | self.changes.get("samples", {})
+        fields, seeds = changes.pop("fields"), changes.pop("seeds")
+        for number, field in enumerate(fields):
+            samples = [{"seed": seed, "name": f"field{number}_seed{seed}"} for seed in range(seeds)]
+            settings = {"input": samples, "coarse_ckpt_path": files["coarse"], "output_dir": folder / f"field{number}"}
+            run_bundle(ROOT / "bundles/maisi_ldm", "inference.json", [], weights | settings | field | changes)
+        lists = {
+            "training": json.loads((self.out / "datalist.json").read_text())["training"],
+            "validation": json.loads((self.out / "kept_out.json").read_text())["validation"],
+        }
+        write_json(folder / "cases.json", lists)
+        settings = {
+            "dataset_dir": self.out / "latents",
+            "held_out": self.out / "validation.json",
+            "datalist": folder / "cases.json",
+            "samples_dir": str(folder / "field*" / "*.nii.gz"),
+            "cascade": True,
+            "output_dir": folder,
+            **{name: value for name, value in changes.items() if name.startswith("network_def#")},
+        }
+        run_bundle(ROOT / "bundles/maisi_ldm", "train.json,evaluate.json", [], weights | settings)
+        figures = json.loads((folder / "summary.json").read_text())
+        bodies = [field | measure_bodies(folder / f"field{number}") for number, field in enumerate(fields)]
+        write_json(self.out / "samples.json", {**makers_of_samples(self.out), **figures, "fields": bodies})
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""
@@ -244,20 +297,24 @@ class Run:
         }
         run_script("evaluation/downstream.py", *(f"--{name}={value}" for name, value in options.items()))
 
-    def _train_diffusion(self, stage: str, bundle: str, overlays: list[str], **settings: Any) -> None:
+    def _train_diffusion(
+        self, stage: str, bundle: str, overlays: list[str], configs: str = "train.json", **settings: Any
+    ) -> None:
         settings |= {
             "dataset_dir": self.out / "latents",
             "held_out": self.out / "validation.json",
             "autoencoder_ckpt_path": self.out / "autoencoder" / "model.pt",
         }
-        self._train(stage, f"bundles/{bundle}", overlays, **settings)
+        self._train(stage, f"bundles/{bundle}", overlays, configs, **settings)
 
-    def _train(self, stage: str, bundle: str, overlays: list[str], **settings: Any) -> None:
+    def _train(
+        self, stage: str, bundle: str, overlays: list[str], configs: str = "train.json", **settings: Any
+    ) -> None:
         folder = self.out / stage
         if (folder / "model.pt").is_file():
             return
         settings |= {"ckpt_dir": folder, "resume": True, "minutes": self.minutes}
-        run_bundle(ROOT / bundle, "train.json", overlays, settings | self.changes.get(stage, {}))
+        run_bundle(ROOT / bundle, configs, overlays, settings | self.changes.get(stage, {}))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 
-LINES, REPEATED, LONGEST = 2577, 0.507, 180
+LINES, REPEATED, LONGEST = 2681, 0.507, 180
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (
@@ -81,16 +81,12 @@ def test_monai_finds_the_properties_of_inference(open_bundle, ct_file, mask_file
 
 
 def test_networks_are_defined_alike_everywhere(bundles):
-    """A bundle is self-contained, so definitions are repeated; they may not drift apart. The LDM's are of factor 4."""
-    definitions: dict[str, list] = {"autoencoder": [], "unet": [], "controlnet": [], "mask_unet": [], "ldm unet": []}
+    """A bundle is self-contained, so definitions are repeated; they may not drift apart."""
+    kinds = ("autoencoder", "unet", "controlnet", "mask_unet", "ldm unet", "coarse unet")
+    definitions: dict[str, list] = {kind: [] for kind in kinds}
     for path in bundles.glob("*/configs/*.json"):
         config = json.loads(path.read_text())
-        if path.parts[-3] == "maisi_ldm" and config.get("network_def", {}).get("_target_", "").endswith(
-            "DiffusionUNet"
-        ):
-            definitions["ldm unet"].append(config["network_def"])
-            continue
-        for key in ("network_def", "autoencoder_def"):
+        for key in ("network_def", "autoencoder_def", "coarse_def"):
             definition = config.get(key)
             if not isinstance(definition, dict):
                 continue
@@ -98,11 +94,14 @@ def test_networks_are_defined_alike_everywhere(bundles):
             if kind == "ControlledUNet":
                 definitions["unet"].append(definition["unet"])
                 definitions["controlnet"].append(definition["controlnet"])
+            elif kind == "CoarseUNet":
+                names = ("channels", "num_head_channels", "norm_num_groups")
+                definitions["coarse unet"].append({name: definition[name] for name in names})
             elif kind == "Autoencoder":
                 if definition.get("in_channels", 1) == 1:  # the mask autoencoder's is in one place
                     definitions["autoencoder"].append(definition)
             else:
-                definitions["unet" if kind == "DiffusionUNet" else "mask_unet"].append(definition)
+                definitions["ldm unet" if kind == "DiffusionUNet" else "mask_unet"].append(definition)
     for kind, found in definitions.items():
         assert len(found) >= 2 and all(one == found[0] for one in found), kind
 
@@ -120,16 +119,16 @@ def test_weights_are_small(bundles):
 
 
 def test_copies_of_the_weights_agree(bundles):
-    """Each bundle is self-contained, so stage 1 also lies in the third; the second has that of its own factor."""
+    """Each bundle is self-contained, so stage 1 also lies in the other two."""
 
     def weights(bundle: str, name: str) -> dict:
         return torch.load(bundles / bundle / "models" / name, weights_only=True)
 
     vae = weights("maisi_vae", "model.pt")["model"]
-    copy = weights("maisi_controlnet", "autoencoder.pt")["model"]
-    assert copy.keys() == vae.keys() and all(torch.equal(copy[name], vae[name]) for name in vae)
-    paths = [bundles / bundle / "models" / "model.pt" for bundle in ("maisi_ldm", "maisi_controlnet")]
-    assert [read_factor(path) for path in paths] == [4, 2]
+    for bundle in ("maisi_ldm", "maisi_controlnet"):
+        copy = weights(bundle, "autoencoder.pt")["model"]
+        assert copy.keys() == vae.keys() and all(torch.equal(copy[name], vae[name]) for name in vae)
+        assert read_factor(bundles / bundle / "models" / "model.pt") == 2
 
 
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])

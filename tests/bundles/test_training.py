@@ -39,7 +39,8 @@ def cases(tmp_path_factory, phantom_labels, phantom_ct) -> Path:
 @pytest.fixture(scope="module")
 def latents(cases, run_bundle, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("latents")
-    run_bundle("maisi_vae", "encode.json", input=f"{cases}/*_ct.nii.gz", output_dir=str(folder), multiple=16)
+    given = {"input": f"{cases}/*_ct.nii.gz", "output_dir": str(folder)}
+    run_bundle("maisi_vae", "encode.json", **given, multiple=16, coarse_size=[16, 16, 16])
     return folder
 
 
@@ -51,9 +52,7 @@ def overrides(stage: str, cases: Path, latents: Path, bundles: Path, out: Path) 
         return {**common, "datalist": str(cases / "datalist.json"), **small}
     held_out = ["p3"]
     if stage == "maisi_ldm":
-        # latents of the VAE, not of the LDM's own autoencoder, which has another factor
-        vae = str(bundles / "maisi_vae" / "models" / "model.pt")
-        return {**common, "dataset_dir": str(latents), "held_out": held_out, "autoencoder_ckpt_path": vae}
+        return {**common, "dataset_dir": str(latents), "held_out": held_out}
     unet = str(bundles / "maisi_controlnet" / "models" / "model.pt")
     return {
         **common,
@@ -158,7 +157,8 @@ def test_ddpm_with_all_options_is_logged(run_bundle, tiny_overrides, tmp_path):
     errors = [event.value for event in accumulated.Scalars("L1")]
     assert len(errors) == 2
     configs, settings = ["train.json", "evaluate.json"], tiny_overrides("maisi_ldm", tmp_path, **options)
-    evaluation = run_bundle("maisi_ldm", configs, **settings, ckpt_path=str(tmp_path / "model.pt"))
+    own = {"ckpt_path": str(tmp_path / "model.pt"), "cascade": False}
+    evaluation = run_bundle("maisi_ldm", configs, **settings, **own)
     evaluator = evaluation.parser.get_parsed_content("validate#evaluator")
     assert evaluator.state.metrics["L1"] == pytest.approx(errors[-1], rel=1e-2)  # model.pt is float16
     with pytest.raises(RuntimeError) as error:  # once more, without saying that it goes on
@@ -245,6 +245,7 @@ def run_free_network(stage: str, bundles: Path, weights: Path) -> torch.nn.Modul
     parser = ConfigParser()
     parser.read_config(str(bundles / stage / "configs" / "inference.json"))
     parser["ckpt_path"] = str(weights)
+    parser["cascade"] = False  # as train.json trains a U-Net
     parser["device"] = "$torch.device('cpu')"
     return parser.get_parsed_content("network")
 

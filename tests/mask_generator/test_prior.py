@@ -103,6 +103,13 @@ def test_fewer_samples_than_components():
     assert torch.isfinite(prior(torch.randn(1, *SHAPE), torch.tensor([0.9]), torch.tensor([[0.5, 0.5]]))).all()
 
 
+def test_one_sample_is_its_own_mean_and_varies_in_nothing():
+    one = samples_of(1)
+    prior = ShapePrior(2, 2, SHAPE[1:], 2)
+    prior.fit(one, 1.0)
+    assert torch.equal(prior.mean, one[0]["latent"]) and not prior.directions.any() and not prior.size_slopes.any()
+
+
 def test_other_canvases_are_refused(prior):
     with pytest.raises(InputError, match=r"output_size must be \[12, 8, 8\]"):
         prior(torch.zeros(1, 2, 3, 2, 4), torch.ones(1), torch.zeros(1, 2))

@@ -113,5 +113,6 @@ def _stages(
             yield "mask embedding, once", network.embed, (image,)
             yield "U-Net and ControlNet, each step", network.denoise, (latent, embedding, timestep)
         else:
-            yield "U-Net, each step", network, (latent, timestep)
+            seen = torch.empty(1, network.in_channels, *latent.shape[2:])  # a coarse CT beside the latent, with some
+            yield "U-Net, each step", network, (seen, timestep)
         yield "decoder", autoencoder.decode, (latent,)

@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from maisi_tools import refuse_moved
 from maisi_tools.diffusion.autoencoder import LatentDecoder
@@ -79,6 +80,9 @@ class LatentSampler(Inferer):
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
         solver: see :func:`maisi_tools.diffusion.samplers.sample`.
         inferer: how the U-Net is run.
+        coarse: draws what the U-Net sees beside the noisy latent, as a fifth channel on its grid: the whole field of
+            view on few voxels, ``coarse(conditions, seed) -> (1, 1, X, Y, Z)``; None for a U-Net without. See
+            :mod:`maisi_tools.coarse`.
 
     Raises:
         InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling`,
@@ -100,6 +104,7 @@ class LatentSampler(Inferer):
         inferer: Inferer | None = None,
         solver: str = "euler",
         guidance_interval: Sequence[float] = ALWAYS,
+        coarse: Callable[[Conditions, int], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -108,6 +113,7 @@ class LatentSampler(Inferer):
         self.solver = solver
         check_sampling(self.scheduler, self.num_inference_steps, self.solver)
         self.conditions = conditions
+        self.coarse = coarse
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
@@ -128,9 +134,13 @@ class LatentSampler(Inferer):
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
         without = without_conditions(tensors, self.guided_conditions)
+        beside = []
+        if self.coarse is not None:
+            coarse = self.coarse(self.conditions, seed).to(noise)
+            beside = [interpolate(coarse, size=noise.shape[2:], mode="trilinear", align_corners=False)]
         denoiser = guided(
-            lambda x, t: self.inferer(x, network, t, **tensors),
-            lambda x, t: self.inferer(x, network, t, **without),
+            lambda x, t: self.inferer(torch.cat([x, *beside], 1), network, t, **tensors),
+            lambda x, t: self.inferer(torch.cat([x, *beside], 1), network, t, **without),
             self.guidance_scale,
             self.guidance_interval,
             self.scheduler.num_train_timesteps,

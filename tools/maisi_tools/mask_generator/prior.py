@@ -105,7 +105,7 @@ class ShapePrior(nn.Module):
         variances, vectors = variances.flip(0)[:count].clamp_min(0), vectors.flip(1)[:, :count]
         self.directions.zero_()
         self.directions[:count] = (vectors.T.float() @ apart / len(apart) ** 0.5).reshape(count, *self.mean.shape)
-        coefficients = vectors * len(apart) ** 0.5 * (variances > variances[0] * 1e-9)
+        coefficients = vectors * len(apart) ** 0.5 * (variances > variances[:1] * 1e-9)
         for organ, size in enumerate(sizes.T.double()):
             known = size != UNKNOWN
             if known.sum() < 2:
@@ -197,6 +197,7 @@ def stacked(samples: Iterable[Mapping[str, Any]], scale_factor: float) -> tuple[
     pairs = [(torch.as_tensor(one["latent"]), torch.as_tensor(one["organ_sizes"])) for one in samples]
     if len(shapes := {tuple(latent.shape) for latent, _ in pairs}) != 1:
         raise InputError(
-            f"mask latents have the shapes {sorted(shapes)}; allowed is one: encode all masks with encode_mask.json"
+            f"latents have the shapes {sorted(shapes)}; allowed is one: encode all masks with encode_mask.json, or all "
+            "CTs with one coarse_size"
         )
     return torch.stack([latent.float() for latent, _ in pairs]) * scale_factor, torch.stack([s for _, s in pairs])

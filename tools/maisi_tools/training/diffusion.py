@@ -16,7 +16,11 @@ from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 from maisi_tools.errors import InputError
-from maisi_tools.training.loaders import sample_numbers
+from maisi_tools.training.loaders import sample_numbers, seed_of
+
+COARSE = 11
+"""Purpose of the random numbers that are the noise on coarse CTs, beside those of :mod:`~maisi_tools.training.loaders`
+and of the mask generator."""
 
 
 class ConditionTensorsd(MapTransform):
@@ -88,6 +92,9 @@ class DiffusionBatch:
         label_weights: label -> weight of its voxels in the loss (the paper weights tumours with 100); 1 elsewhere.
         contrast_labels: label -> label around it, for the region-contrastive loss of MAISI-v2: a batch that
             shows such a label is doubled, and the second half sees the mask with the label replaced.
+        coarse_noise: standard deviation of the noise on the coarse CTs that the U-Net sees (``batch["coarse"]``, (B, 1,
+            d, h, w), where there are any), drawn for each sample between 0 and this: at inference they are drawn, too,
+            and not as true as in training.
 
     Raises:
         InputError: ``min_snr_gamma`` is given for rectified flow.
@@ -108,6 +115,7 @@ class DiffusionBatch:
         control_dropout: float = 0.0,
         label_weights: Mapping[int, float] | None = None,
         contrast_labels: Mapping[int, int] | None = None,
+        coarse_noise: float = 0.0,
     ) -> None:
         if min_snr_gamma is not None and isinstance(scheduler, RFlowScheduler):
             raise InputError(
@@ -127,6 +135,7 @@ class DiffusionBatch:
         self.control_dropout = float(control_dropout)
         self.label_weights = {int(label): float(weight) for label, weight in (label_weights or {}).items()}
         self.contrast_labels = {int(label): int(other) for label, other in (contrast_labels or {}).items()}
+        self.coarse_noise = float(coarse_noise)
 
     def __call__(
         self, batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **_: Any
@@ -137,6 +146,8 @@ class DiffusionBatch:
         target, weight = self._target(latent, noise, timesteps)
 
         keywords = {"timesteps": timesteps, **self._conditions(batch, chance, device)}
+        if "coarse" in batch:
+            noisy = torch.cat([noisy, self._coarse(batch, device)], 1)
         if self.mask_key is None:
             return noisy, target if weight is None else Target(target, weight), (), keywords
 
@@ -170,6 +181,18 @@ class DiffusionBatch:
             name: value * kept.to(value.dtype).reshape(-1, *[1] * (value.ndim - 1))
             for name, value in conditions.items()
         }
+
+    def _coarse(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """The coarse CTs, with noise."""
+        coarse = torch.as_tensor(batch["coarse"]).to(device).float()
+        if not self.coarse_noise:
+            return coarse
+        noised = []
+        for one, draw in zip(coarse.split(1), batch["draw"].tolist(), strict=True):
+            with sample_numbers(seed_of(self.seed, COARSE), draw, device):
+                spread = self.coarse_noise * torch.rand((), device=device)
+                noised.append(one + spread * torch.randn_like(one))
+        return torch.cat(noised)
 
     def _draw(self, latent: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (B, 4, d, h, w), timesteps (B,), and five uniform numbers for each sample (5, B)."""

@@ -31,6 +31,9 @@ SUFFIX = "_latent.nii.gz"
 SIGMA_SUFFIX = "_sigma.nii.gz"
 """What it appends for the posterior's standard deviation."""
 
+COARSE_SUFFIX = "_coarse.nii.gz"
+"""What it appends for the coarse CT, see :mod:`maisi_tools.coarse`."""
+
 MADE_FROM = ("autoencoder", "source", "settings")
 """What a latent was made from, in its sidecar: fingerprints of the encoder's weights and of the volume's file, and all
 settings that its values depend on. A latent is up to date as long as none of them changed."""
@@ -135,7 +138,8 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(item["region"])} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
-    endings = (SUFFIX, SIGMA_SUFFIX) if settings.get("sigma") else (SUFFIX,)
+    beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
+    endings = (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
     targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
     check_targets([job["image"] for job in jobs.values()], targets, output_dir)
     share = list(jobs.values())[rank::ranks]
@@ -157,6 +161,7 @@ def find_latents(
     masks_dir: str | Path | None = None,
     mask_suffix: str = "_mask.nii.gz",
     autoencoder: str | Path | None = None,
+    coarse: bool = False,
 ) -> dict[str, list[dict[str, str]]]:
     """List the cached latents, split by patient into "training" and "validation".
 
@@ -168,14 +173,15 @@ def find_latents(
         masks_dir: folder with one mask a case, ``<stem>`` + ``mask_suffix``, where a view without a mask of its own
             takes its case's; latents without a mask are left out.
         autoencoder: weights that all latents must come from.
+        coarse: whether each needs the coarse CT beside it, see :mod:`maisi_tools.coarse`.
 
     Returns:
-        Items with ``latent`` and, where there is one, ``mask`` and ``sigma``.
+        Items with ``latent`` and, where there is one, ``mask`` and ``sigma``; with ``coarse`` where that is needed.
 
     Raises:
-        InputError: no latents, or none with a mask; a latent without a sidecar; latents of different autoencoders, or
-            of another than ``autoencoder``; or a held-out name that no latent belongs to, because a misspelt name would
-            put its patient into training.
+        InputError: no latents, or none with a mask; a latent without a sidecar, or without the coarse CT it needs;
+            latents of different autoencoders, or of another than ``autoencoder``; or a held-out name that no latent
+            belongs to, because a misspelt name would put its patient into training.
     """
     root = Path(latents_dir)
     found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
@@ -191,8 +197,16 @@ def find_latents(
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
     for path, stem, sidecar in zip(found, stems, sidecars, strict=True):
         item = {"latent": str(path)}
-        if _settings_of(path, sidecar).get("sigma"):
+        settings = _settings_of(path, sidecar)
+        if settings.get("sigma"):
             item["sigma"] = str(root / f"{stem}{SIGMA_SUFFIX}")
+        if coarse:
+            item["coarse"] = str(root / f"{stem}{COARSE_SUFFIX}")
+            if not settings.get("coarse_size"):
+                raise InputError(
+                    f"{path} has no coarse CT beside it; encode with --coarse_size '[48,32,48]' of encode.json, or "
+                    "train a U-Net alone: --cascade False"
+                )
         if masks_dir is not None:
             case = stem.removesuffix(f"_{sidecar['view']}") if sidecar.get("view") else stem
             masks = [Path(masks_dir) / f"{name}{mask_suffix}" for name in (stem, case)]

@@ -1,0 +1,112 @@
+"""Stage 2 in two networks: one draws the field of view on few voxels, the U-Net the latent beside it."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+SIZE = [16, 16, 16]
+
+NARROW = {
+    "channels": [8, 8, 16],
+    "num_head_channels": [0, 0, 8],
+    "norm_num_groups": 4,
+    "prior_components": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def trained(run_bundle, phantom_ct, bundles, tmp_path_factory):
+    """Latents and coarse CTs of three phantoms, and tiny networks of both kinds trained on them for a few steps."""
+    out = tmp_path_factory.mktemp("cascade")
+    for shift, name in enumerate(("p1", "p2", "p3")):
+        image = nib.Nifti1Image(phantom_ct[shift : shift + 40], np.diag([5.0, 5.0, 3.4, 1.0]))
+        nib.save(image, out / f"{name}_ct.nii.gz")
+    cases = [{"image": str(path), "region": ["head"]} for path in sorted(out.glob("*_ct.nii.gz"))]
+    (out / "cases.json").write_text(json.dumps(cases))
+    latents = out / "latents"
+    run_bundle("maisi_vae", "encode.json", input=str(out / "cases.json"), output_dir=str(latents), coarse_size=SIZE)
+    common = {"dataset_dir": str(latents), "held_out": ["p3"], "tensorboard": False, "max_epochs": 1}
+    run_bundle(
+        "maisi_ldm",
+        ["train.json", "train_coarse.json"],
+        ckpt_dir=str(out / "coarse"),
+        **{f"network_def#{key}": value for key, value in NARROW.items() if key != "prior_components"},
+        prior_components=2,
+        **common,
+    )
+    run_bundle(
+        "maisi_ldm",
+        "train.json",
+        ckpt_dir=str(out / "ldm"),
+        **{"network_def#num_channels": [8, 8, 16], "network_def#num_head_channels": [0, 0, 8]},
+        **{"network_def#norm_num_groups": 4, "cascade": True},
+        **common,
+    )
+    return out
+
+
+@pytest.fixture
+def draw(run_bundle, trained, tmp_path):
+    """``draw("name", key=value)`` draws a CT with the trained networks, and returns its voxels."""
+
+    def draw(name: str, **more) -> np.ndarray:
+        settings = {
+            "output_size": [48, 48, 48],
+            "spacing": [4.0, 4.0, 3.0],
+            "region": ["head"],
+            "num_inference_steps": 2,
+            "progress": False,
+            "ckpt_path": str(trained / "ldm" / "model.pt"),
+            "network_def#num_channels": [8, 8, 16],
+            "network_def#num_head_channels": [0, 0, 8],
+            "network_def#norm_num_groups": 4,
+            "coarse_ckpt_path": str(trained / "coarse" / "model.pt"),
+            "coarse_size": SIZE,
+            **{f"coarse_def#{key}": value for key, value in NARROW.items()},
+        }
+        run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / name), **settings | more)
+        return np.asarray(nib.load(tmp_path / name / "sample_seed0.nii.gz").dataobj).astype(int)
+
+    return draw
+
+
+def test_encoding_writes_the_coarse_ct_beside_the_latent(trained):
+    for name in ("p1", "p2", "p3"):
+        coarse = nib.load(trained / "latents" / f"{name}_ct_coarse.nii.gz")
+        assert coarse.shape == tuple(SIZE)
+        ct = nib.load(trained / f"{name}_ct.nii.gz")
+        wanted = np.asarray(ct.dataobj, dtype=float).clip(-1000, 1000).mean() / 2000 + 0.5
+        assert np.asarray(coarse.dataobj).mean() == pytest.approx(wanted, abs=0.02)
+        lengths = [n * mm for n, mm in zip(ct.shape, ct.header.get_zooms(), strict=True)]
+        found = [n * mm for n, mm in zip(coarse.shape, coarse.header.get_zooms(), strict=True)]
+        np.testing.assert_allclose(found, lengths, rtol=1e-5)
+
+
+def test_its_prior_is_that_of_the_training_cases(trained):
+    state = torch.load(trained / "coarse" / "model.pt", weights_only=True)["model"]
+    assert state["prior.mean"].abs().sum() > 0
+    assert state["prior.directions"][0].abs().sum() > 0 and not state["prior.directions"][1].any()  # of two cases
+
+
+def test_a_sample_follows_its_coarse_ct(draw, tmp_path):
+    first, again = draw("a"), draw("b")
+    np.testing.assert_array_equal(first, again)
+    assert first.min() >= -1000 and first.max() <= 1000
+    recorded = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert list(recorded["weights"]) == ["ldm/model.pt", "autoencoder.pt", "coarse/model.pt"]
+    other = {"_target_": "maisi_tools.diffusion.schedulers.rectified_flow", "base_img_size_numel": 4096}
+    assert (draw("c", **{"coarse#scheduler": other}) != first).any()
+
+
+def test_latents_without_coarse_cts_are_refused_for_training(cause, run_bundle, trained, tmp_path):
+    run_bundle("maisi_vae", "encode.json", input=str(trained / "cases.json"), output_dir=str(tmp_path / "latents"))
+    with pytest.raises(Exception) as raised:
+        run_bundle(
+            "maisi_ldm", "train.json", dataset_dir=str(tmp_path / "latents"), ckpt_dir=str(tmp_path), cascade=True
+        )
+    assert "has no coarse CT" in str(cause(raised.value)) and "--coarse_size" in str(cause(raised.value))

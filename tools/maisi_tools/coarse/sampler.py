@@ -1,0 +1,92 @@
+"""From noise to a coarse CT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from monai.networks.utils import pixelshuffle
+from torch import Tensor, nn
+
+from maisi_tools.coarse.grid import CELL, check_coarse_size
+from maisi_tools.diffusion.conditions import Conditions, draw_noise
+from maisi_tools.diffusion.noise import redraw_seeds
+from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample
+from maisi_tools.mask_generator.sizes import UNKNOWN
+
+
+@dataclass(frozen=True)
+class FieldOfView:
+    """What the network that draws coarse CTs is told: the field of view in mm, and whether the chest is in it.
+
+    Args:
+        mm: (lowest, highest) along x, y, z; they enter the network as 0 and 1, what is beyond as the nearer one.
+    """
+
+    mm: Sequence[Sequence[float]]
+
+    def vector(self, size: Sequence[int], spacing: Sequence[float], region: Sequence[str]) -> Tensor:
+        """The network's input (4,) for a volume; without a region it is not known whether the chest is in it."""
+        extents = [n * float(mm) for n, mm in zip(size, spacing, strict=True)]
+        shares = [(mm - low) / (high - low) for mm, (low, high) in zip(extents, self.mm, strict=True)]
+        chest = float("chest" in region) if region else UNKNOWN
+        return torch.tensor([*(min(max(share, 0.0), 1.0) for share in shares), chest])
+
+
+class CoarseSampler:
+    """Draws the coarse CT of a sample: ``draw(conditions, seed) -> (1, 1, X, Y, Z)`` in [0, 1].
+
+    Args:
+        network: of the cells of coarse CTs (1, 8, d, h, w), conditioned on the field of view.
+        scheduler, num_inference_steps, solver, progress: as in
+            :class:`~maisi_tools.diffusion.inferers.LatentSampler`.
+        size: voxels of a coarse CT along x, y, z.
+        field_of_view: what the network is told.
+        scale_factor: of the network's weights.
+        inferer: how the network is run.
+
+    Raises:
+        InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling` and
+            :func:`~maisi_tools.coarse.grid.check_coarse_size`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        scheduler: Scheduler,
+        num_inference_steps: int,
+        size: Sequence[int],
+        field_of_view: FieldOfView,
+        scale_factor: float,
+        progress: Progress = True,
+        inferer: Inferer | None = None,
+        solver: str = "euler",
+    ) -> None:
+        self.network = network
+        self.scheduler = scheduler
+        self.num_inference_steps = int(num_inference_steps)
+        self.solver = solver
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
+        self.size = check_coarse_size(size)
+        self.field_of_view = field_of_view
+        self.scale_factor = float(scale_factor)
+        self.progress = progress
+        self.inferer = inferer or SimpleInferer()
+
+    @torch.no_grad()
+    def __call__(self, conditions: Conditions, seed: int) -> Tensor:
+        device = next(self.network.parameters()).device
+        told = self.field_of_view.vector(conditions.size, conditions.spacing, conditions.region)[None].to(device)
+        # Another seed than the latent's noise has: the two are to have nothing to do with each other.
+        noise = draw_noise((1, CELL**3, *(n // CELL for n in self.size)), redraw_seeds(seed, 1)[1]).to(device)
+        cells = sample(
+            lambda x, t: self.inferer(x, self.network, t, organ_sizes=told),
+            noise,
+            self.scheduler,
+            self.num_inference_steps,
+            progress=self.progress,
+            solver=self.solver,
+        )
+        return pixelshuffle(cells / self.scale_factor, 3, CELL).clamp(0, 1)
