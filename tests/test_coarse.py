@@ -79,6 +79,13 @@ def test_the_network_is_told_the_field_of_view_in_mm_and_the_chest():
     assert FIELD.vector((1, 900, 100), (1, 1, 1), ()).tolist() == [0.0, 1.0, 0.0, UNKNOWN]
 
 
+def test_a_field_of_view_beyond_the_known_is_said(caplog):
+    FIELD.warn_beyond((100, 50, 100), (2, 4, 3))
+    assert not caplog.records
+    FIELD.warn_beyond((200, 50, 100), (2, 4, 3))
+    assert "400 x 200 x 300 mm is beyond" in caplog.text and "100 to 300 x" in caplog.text
+
+
 def test_cells_hold_all_of_a_coarse_ct():
     coarse = volume((8, 6, 4))
     latent = MetaTensor(torch.zeros(4, 2, 2, 2), meta={"sidecar": {"region": ["head"]}})

@@ -35,7 +35,16 @@ SAMPLING = {
         "guided_conditions",
         "control_scale",
     ),
-    "maisi_ldm": ("solver", "num_inference_steps", "guidance_scale", "output_size", "spacing", "region"),
+    "maisi_ldm": (
+        "solver",
+        "num_inference_steps",
+        "guidance_scale",
+        "guidance_interval",
+        "coarse_size",
+        "coarse#num_inference_steps",
+        "coarse#scheduler#base_img_size_numel",
+        "coarse#field_of_view#mm",
+    ),
 }
 """Settings of a bundle's inference.json that figures depend on."""
 

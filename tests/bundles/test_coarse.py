@@ -103,6 +103,43 @@ def test_a_sample_follows_its_coarse_ct(draw, tmp_path):
     assert (draw("c", **{"coarse#scheduler": other}) != first).any()
 
 
+def test_without_a_cascade_its_weights_are_not_looked_for(cause, draw, run_bundle, trained, tmp_path):
+    run_bundle(
+        "maisi_ldm",
+        "train.json",
+        dataset_dir=str(trained / "latents"),
+        ckpt_dir=str(tmp_path / "alone"),
+        max_epochs=1,
+        tensorboard=False,
+        **{"network_def#num_channels": [8, 8, 16], "network_def#num_head_channels": [0, 0, 8]},
+        **{"network_def#norm_num_groups": 4},
+    )
+    alone = {"ckpt_path": str(tmp_path / "alone" / "model.pt"), "coarse_ckpt_path": str(tmp_path / "nothing.pt")}
+    assert draw("alone", cascade=False, **alone).shape == (48, 48, 48)
+    assert list(json.loads((tmp_path / "alone" / "run.json").read_text())["weights"]) == ["model.pt", "autoencoder.pt"]
+    with pytest.raises(Exception) as raised:
+        draw("other", ckpt_path=alone["ckpt_path"])
+    assert "give --cascade False" in str(cause(raised.value))
+
+
+def test_a_coarse_ct_that_is_gone_is_made_again(cause, run_bundle, trained, tmp_path):
+    encode = {"input": str(trained / "cases.json"), "output_dir": str(tmp_path / "latents")}
+    run_bundle("maisi_vae", "encode.json", **encode, coarse_size=SIZE)
+    gone = tmp_path / "latents" / "p2_ct_coarse.nii.gz"
+    train = {"dataset_dir": str(tmp_path / "latents"), "ckpt_dir": str(tmp_path), "cascade": True}
+    gone.unlink()
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", "train.json", **train)
+    assert "p2_ct_latent.nii.gz has no coarse CT beside it" in str(cause(raised.value))
+    kept = (tmp_path / "latents" / "p1_ct_coarse.nii.gz").stat().st_mtime_ns
+    run_bundle("maisi_vae", "encode.json", **encode, coarse_size=SIZE)
+    assert gone.is_file() and (tmp_path / "latents" / "p1_ct_coarse.nii.gz").stat().st_mtime_ns == kept
+    run_bundle("maisi_vae", "encode.json", **{**encode, "input": str(trained / "p1_ct.nii.gz")}, coarse_size=[8, 8, 8])
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", "train.json", **train)
+    assert "coarse CTs of several sizes" in str(cause(raised.value))
+
+
 def test_latents_without_coarse_cts_are_refused_for_training(cause, run_bundle, trained, tmp_path):
     run_bundle("maisi_vae", "encode.json", input=str(trained / "cases.json"), output_dir=str(tmp_path / "latents"))
     with pytest.raises(Exception) as raised:

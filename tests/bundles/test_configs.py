@@ -16,7 +16,7 @@ from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 
-LINES, REPEATED, LONGEST = 2681, 0.507, 180
+LINES, REPEATED, LONGEST = 2682, 0.507, 180
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (

@@ -157,13 +157,20 @@ def test_ddpm_with_all_options_is_logged(run_bundle, tiny_overrides, tmp_path):
     errors = [event.value for event in accumulated.Scalars("L1")]
     assert len(errors) == 2
     configs, settings = ["train.json", "evaluate.json"], tiny_overrides("maisi_ldm", tmp_path, **options)
-    own = {"ckpt_path": str(tmp_path / "model.pt"), "cascade": False}
-    evaluation = run_bundle("maisi_ldm", configs, **settings, **own)
+    evaluation = run_bundle("maisi_ldm", configs, **settings, ckpt_path=str(tmp_path / "model.pt"))
     evaluator = evaluation.parser.get_parsed_content("validate#evaluator")
     assert evaluator.state.metrics["L1"] == pytest.approx(errors[-1], rel=1e-2)  # model.pt is float16
     with pytest.raises(RuntimeError) as error:  # once more, without saying that it goes on
         run_bundle("maisi_ldm", "train.json", **settings)
     assert "--resume True" in str(find_input_error(error.value))
+
+
+def test_a_cascades_unet_is_none_to_start_a_controlnet_from(bundles, open_bundle, tiny_overrides, tmp_path):
+    settings = tiny_overrides("maisi_controlnet", tmp_path)
+    settings["unet_ckpt_path"] = str(bundles / "maisi_ldm" / "models" / "model.pt")
+    with pytest.raises(Exception) as raised:
+        open_bundle("maisi_controlnet", "train.json", **settings).parser.get_parsed_content("train#trainer")
+    assert "is a U-Net that sees a coarse CT; allowed is a U-Net alone" in str(find_input_error(raised.value))
 
 
 def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_overrides, tiny_unet_file, tmp_path):

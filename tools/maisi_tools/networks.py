@@ -36,7 +36,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.convolution import Conv3d
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.weights import load_weights, read_factor
+from maisi_tools.weights import load_weights, read_factor, read_weights
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -383,6 +383,16 @@ def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_p
     load_weights(network.unet, unet_path)
     load_weights(network.controlnet, controlnet_path)
     return network
+
+
+def sees_coarse(ckpt_path: str | Path) -> bool:
+    """Whether a file's weights are of a U-Net that sees a coarse CT, as a fifth channel beside the noisy latent.
+
+    Raises:
+        InputError: the file is missing or no checkpoint.
+    """
+    first = read_weights(ckpt_path).get("conv_in.conv.weight")
+    return first is not None and first.shape[1] == 5
 
 
 def agreed_factor(

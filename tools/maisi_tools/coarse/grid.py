@@ -20,7 +20,7 @@ class Coarsend(MapTransform):
     """Adds ``coarse``, the means of an image in as many boxes as `size` says, on the grid that these boxes are.
 
     Args:
-        keys: key of the image, a ``MetaTensor`` (1, X, Y, Z).
+        keys: key of the image, a ``MetaTensor`` (1, X, Y, Z) in [0, 1]; what an MR has above is clipped.
         size: voxels along x, y, z, each a multiple of 2; None adds nothing.
     """
 
@@ -32,7 +32,7 @@ class Coarsend(MapTransform):
         if self.size is None:
             return dict(data)
         image = data[self.keys[0]]
-        values = adaptive_avg_pool3d(image.as_tensor()[None].float(), self.size)[0]
+        values = adaptive_avg_pool3d(image.as_tensor()[None].float(), self.size)[0].clamp(0, 1)
         boxes = torch.tensor([n / m for n, m in zip(image.shape[1:], self.size, strict=True)], dtype=torch.float64)
         affine = image.affine.clone().double()
         affine[:3, 3] += affine[:3, :3] @ ((boxes - 1) / 2)

@@ -9,7 +9,7 @@ from typing import Any
 from maisi_tools.coarse.grid import CELL, check_coarse_size
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.network import MaskUNet
-from maisi_tools.weights import read_weights
+from maisi_tools.networks import sees_coarse
 
 
 def check_cascade(cascade: bool, ckpt_path: str | Path) -> None:
@@ -22,11 +22,9 @@ def check_cascade(cascade: bool, ckpt_path: str | Path) -> None:
     Raises:
         InputError: they do not see it, or do.
     """
-    first = read_weights(ckpt_path).get("conv_in.conv.weight")
-    seen = None if first is None else int(first.shape[1])
-    if seen in (4, 5) and bool(cascade) != (seen == 5):
-        kind = "a U-Net that sees a coarse CT" if seen == 5 else "a U-Net alone"
-        raise InputError(f"{ckpt_path} is {kind}, and cascade is {cascade}; give --cascade {seen == 5}")
+    if bool(cascade) != (seen := sees_coarse(ckpt_path)):
+        kind = "a U-Net that sees a coarse CT" if seen else "a U-Net alone"
+        raise InputError(f"{ckpt_path} is {kind}, and cascade is {cascade}; give --cascade {seen}")
 
 
 class CoarseUNet(MaskUNet):

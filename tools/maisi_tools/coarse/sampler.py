@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample
 from maisi_tools.mask_generator.sizes import UNKNOWN
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class FieldOfView:
@@ -27,9 +30,25 @@ class FieldOfView:
 
     mm: Sequence[Sequence[float]]
 
+    @staticmethod
+    def extents(size: Sequence[int], spacing: Sequence[float]) -> list[float]:
+        """Mm along x, y, z."""
+        return [n * float(mm) for n, mm in zip(size, spacing, strict=True)]
+
+    def warn_beyond(self, size: Sequence[int], spacing: Sequence[float]) -> None:
+        """Say that a volume is larger or smaller than what the network was told of in training."""
+        extents = self.extents(size, spacing)
+        if not all(low <= mm <= high for mm, (low, high) in zip(extents, self.mm, strict=True)):
+            known = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
+            logger.warning(
+                "a field of view of %s mm is beyond that of the coarse CTs' weights, %s: the body is stretched to fit",
+                " x ".join(f"{mm:g}" for mm in extents),
+                known,
+            )
+
     def vector(self, size: Sequence[int], spacing: Sequence[float], region: Sequence[str]) -> Tensor:
         """The network's input (4,) for a volume; without a region it is not known whether the chest is in it."""
-        extents = [n * float(mm) for n, mm in zip(size, spacing, strict=True)]
+        extents = self.extents(size, spacing)
         shares = [(mm - low) / (high - low) for mm, (low, high) in zip(extents, self.mm, strict=True)]
         chest = float("chest" in region) if region else UNKNOWN
         return torch.tensor([*(min(max(share, 0.0), 1.0) for share in shares), chest])
@@ -77,6 +96,7 @@ class CoarseSampler:
 
     @torch.no_grad()
     def __call__(self, conditions: Conditions, seed: int) -> Tensor:
+        self.field_of_view.warn_beyond(conditions.size, conditions.spacing)
         device = next(self.network.parameters()).device
         told = self.field_of_view.vector(conditions.size, conditions.spacing, conditions.region)[None].to(device)
         # Another seed than the latent's noise has: the two are to have nothing to do with each other.

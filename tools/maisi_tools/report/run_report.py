@@ -29,7 +29,7 @@ from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.patching import read_stored
 from maisi_tools.volumes.reading import sidecar_path
 
-NO_CT = ("_mask", "_latent", "_sigma", "_seg", "_label", "_weight")
+NO_CT = ("_mask", "_latent", "_sigma", "_coarse", "_seg", "_label", "_weight")
 """Ends of the stems of volumes that are no CT."""
 
 MAX_VOXELS = 4_000_000

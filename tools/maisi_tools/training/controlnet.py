@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
-from maisi_tools.networks import ControlledUNet
+from maisi_tools.networks import ControlledUNet, sees_coarse
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.weights import load_weights, read_weights
 
@@ -26,9 +26,17 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> Co
     What the U-Net does not have, the mask embedding and the zero convolutions, keeps its initial value, so before the
     first step the controlled network equals the U-Net. A file of both has the U-Net taken out of it. Without a file
     (None) all weights stay as they were drawn, for a U-Net that is trained with its ControlNet.
+
+    Raises:
+        InputError: the file's U-Net sees a coarse CT (:mod:`maisi_tools.coarse`), or does not fit.
     """
     if unet_path is None:
         return network
+    if sees_coarse(unet_path):
+        raise InputError(
+            f"{unet_path} is a U-Net that sees a coarse CT; allowed is a U-Net alone: train one with train.json of "
+            "maisi_ldm as it is, or leave unet_ckpt_path as it is"
+        )
     if any(name.startswith("unet.") for name in read_weights(unet_path)):
         drawn = {name: value.clone() for name, value in network.controlnet.state_dict().items()}
         load_weights(network, unet_path)

@@ -149,7 +149,7 @@ def latents_to_encode(
         if job["image"] not in sources:
             sources[job["image"]] = fingerprint_file(job["image"])
         job["source"] = sources[job["image"]]
-        if not _is_up_to_date(Path(output_dir) / f"{job['stem']}{SUFFIX}", job):
+        if not _is_up_to_date(Path(output_dir), endings, job):
             outdated.append(job)
     logger.info("%s: %d latents up to date, %d to encode", output_dir, len(share) - len(outdated), len(outdated))
     return outdated
@@ -180,8 +180,8 @@ def find_latents(
 
     Raises:
         InputError: no latents, or none with a mask; a latent without a sidecar, or without the coarse CT it needs;
-            latents of different autoencoders, or of another than ``autoencoder``; or a held-out name that no latent
-            belongs to, because a misspelt name would put its patient into training.
+            coarse CTs of several sizes; latents of different autoencoders, or of another than ``autoencoder``; or a
+            held-out name that no latent belongs to, because a misspelt name would put its patient into training.
     """
     root = Path(latents_dir)
     found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
@@ -195,6 +195,7 @@ def find_latents(
     sidecars = [read_sidecar(path) for path in found]
     _check_autoencoder(root, dict(zip(stems, sidecars, strict=True)), autoencoder)
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
+    sizes: dict[str, Path] = {}  # of coarse CTs -> a latent beside one
     for path, stem, sidecar in zip(found, stems, sidecars, strict=True):
         item = {"latent": str(path)}
         settings = _settings_of(path, sidecar)
@@ -202,7 +203,8 @@ def find_latents(
             item["sigma"] = str(root / f"{stem}{SIGMA_SUFFIX}")
         if coarse:
             item["coarse"] = str(root / f"{stem}{COARSE_SUFFIX}")
-            if not settings.get("coarse_size"):
+            sizes[str(settings.get("coarse_size"))] = path
+            if not settings.get("coarse_size") or not Path(item["coarse"]).is_file():
                 raise InputError(
                     f"{path} has no coarse CT beside it; encode with --coarse_size '[48,32,48]' of encode.json, or "
                     "train a U-Net alone: --cascade False"
@@ -216,6 +218,11 @@ def find_latents(
             item["mask"] = str(mask)
         kept_out = any(belongs(stem, name) for name in names)
         lists["validation" if kept_out else "training"].append(item)
+    if len(sizes) > 1:
+        listed = ", ".join(f"{size} ({path.name})" for size, path in sizes.items())
+        raise InputError(
+            f"{root} has coarse CTs of several sizes: {listed}; allowed is one: encode all with one --coarse_size"
+        )
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     if not names:
@@ -246,12 +253,14 @@ def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoi
     return next(iter(by_factor))
 
 
-def _is_up_to_date(path: Path, job: Mapping[str, Any]) -> bool:
+def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
+    path = folder / f"{job['stem']}{SUFFIX}"
     try:
         sidecar = json.loads(sidecar_path(path).read_text())
     except (OSError, ValueError):
         return False
-    if not path.is_file() or any(sidecar.get(name) != job[name] for name in MADE_FROM):
+    files = [folder / f"{job['stem']}{ending}" for ending in endings]
+    if not all(file.is_file() for file in files) or any(sidecar.get(name) != job[name] for name in MADE_FROM):
         return False
     wanted = {**sidecar, "region": job.get("region", []), "modality": job["modality"]}
     if wanted != sidecar:

@@ -182,7 +182,8 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
         max_size: largest crop.
         multiple: sizes are multiples of this: 2 to the power of the U-Net's levels less one.
         whole: share of whole latents.
-        foreground: share of the crops whose middle lies in the body (the mask is not 0).
+        foreground: share of the crops whose middle lies in the body.
+        threshold: what the mask is above in the body; for a CT on the latent's grid in its place, its intensity.
     """
 
     def __init__(
@@ -194,8 +195,10 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
         multiple: int,
         whole: float = 0.0,
         foreground: float = 0.85,
+        threshold: float = 0.0,
     ) -> None:
         MapTransform.__init__(self, keys)
+        self.threshold = threshold
         self.factor = factor
         self.min_size = np.asarray(min_size)
         self.max_size = np.asarray(max_size)
@@ -210,7 +213,7 @@ class RandLatentCropd(RandomizableTransform, MapTransform):
         room = np.asarray(latent.shape[1:])
         for _ in range(PLACES_TRIED):
             middle = self.R.randint(0, room)
-            if not in_body or mask[(0, *(middle * self.factor))]:
+            if not in_body or mask[(0, *(middle * self.factor))] > self.threshold:
                 break
         if take_all:
             return dict(data)
