@@ -48,11 +48,11 @@ SAMPLING = {
 }
 """Settings of a bundle's inference.json that figures depend on."""
 
-CTS = ("autoencoder", "controlnet", "judge")
-"""Weights that figures of CTs of masks depend on."""
-
-SAMPLES = ("autoencoder", "coarse", "ldm")
-"""Weights that figures of samples from noise depend on."""
+FIGURES = {
+    "measured": ("maisi_controlnet", ("autoencoder", "controlnet", "judge"), "evaluate"),
+    "samples": ("maisi_ldm", ("autoencoder", "coarse", "ldm"), "samples"),
+}
+"""Of CTs of masks, and of samples from noise: the bundle that draws them, the weights they depend on, the stage."""
 
 OVERLAYS = {"editing": ("edit.json",)}
 """Of inference.json, in a stage."""
@@ -122,13 +122,13 @@ def measure_bodies(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-def files_of(runs: Path, names: Sequence[str] = CTS) -> dict[str, Path]:
-    """The weights of a run by the names of their stages, of the last one there is for `controlnet`.
+def files_of(runs: Path, figures: str = "measured") -> dict[str, Path]:
+    """The weights that :data:`FIGURES` depend on, by the names of their stages: of the last there is for `controlnet`.
 
     Raises:
         InputError: one is missing.
     """
-    files = {name: (_last(runs) if name == "controlnet" else runs / name) / "model.pt" for name in names}
+    files = {name: (_last(runs) if name == "controlnet" else runs / name) / "model.pt" for name in FIGURES[figures][1]}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise InputError(f"there is no {', '.join(missing)}; run the stages that make them first")
     return files
@@ -140,22 +140,14 @@ def _last(runs: Path) -> Path:
 
 def is_measured(runs: Path, figures: str = "measured") -> bool:
     """Whether `measured.json`, or `samples.json`, is of the weights that are there, drawn as the bundle draws now."""
-    path, these = runs / f"{figures}.json", makers(runs) if figures == "measured" else makers_of_samples(runs)
+    path, these = runs / f"{figures}.json", makers(runs, figures)
     return path.is_file() and {key: json.loads(path.read_text()).get(key) for key in these} == these
 
 
-def makers(runs: Path, *overlays: str) -> dict[str, dict[str, Any]]:
+def makers(runs: Path, figures: str = "measured", overlays: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """What figures depend on: `weights`, the SHA-256 of each of :func:`files_of`, and `sampling`."""
-    return {"weights": _hashes(runs, CTS), "sampling": sampling("maisi_controlnet", *overlays)}
-
-
-def makers_of_samples(runs: Path) -> dict[str, dict[str, Any]]:
-    """The same of samples from noise."""
-    return {"weights": _hashes(runs, SAMPLES), "sampling": sampling("maisi_ldm")}
-
-
-def _hashes(runs: Path, names: Sequence[str]) -> dict[str, str]:
-    return {name: sha256(path) for name, path in files_of(runs, names).items()}
+    weights = {name: sha256(path) for name, path in files_of(runs, figures).items()}
+    return {"weights": weights, "sampling": sampling(FIGURES[figures][0], *overlays)}
 
 
 def sampling(bundle: str, *overlays: str) -> dict[str, Any]:
@@ -172,7 +164,7 @@ def check_makers(runs: Path, stage: str) -> None:
     Raises:
         InputError: others.
     """
-    path, these = runs / stage / "made_by.json", makers(runs, *OVERLAYS.get(stage, ()))
+    path, these = runs / stage / "made_by.json", makers(runs, overlays=OVERLAYS.get(stage, ()))
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         write_json(path, these)
@@ -189,8 +181,8 @@ def publish(runs: Path, root: Path) -> None:
     Raises:
         InputError: weights are missing, or the figures are not theirs.
     """
-    files = files_of(runs, [*CTS, "coarse", "ldm"])
-    for figures, stage in (("measured", "evaluate"), ("samples", "samples")):
+    files = {name: path for figures in FIGURES for name, path in files_of(runs, figures).items()}
+    for figures, (_, _, stage) in FIGURES.items():
         if not is_measured(runs, figures):
             raise InputError(
                 f"{runs / figures}.json does not have the figures of these weights; run stage {stage} first"
@@ -199,7 +191,7 @@ def publish(runs: Path, root: Path) -> None:
         place(files[name], targets, ["openkbp"], root)
     with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
         shutil.copyfile(files["judge"], part)
-    for figures in ("measured", "samples"):
+    for figures in FIGURES:
         write_json(root / "docs" / f"{figures}.json", json.loads((runs / f"{figures}.json").read_text()))
     if (runs / "editing" / "table.md").is_file():
         check_makers(runs, "editing")

@@ -39,18 +39,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured import (
-    FIELDS,
-    SAMPLES,
-    check_makers,
-    files_of,
-    gather,
-    is_measured,
-    makers,
-    makers_of_samples,
-    measure_bodies,
-    publish,
-)
+from measured import FIELDS, check_makers, files_of, gather, is_measured, makers, measure_bodies, publish, sampling
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -61,9 +50,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LEAST_MINUTES = {"cpu": 5.0, "gpu": 0.5}
 """Of a stage with a time budget: what is shorter does not see the data once."""
-
-COARSE_SIZE = [48, 32, 48]
-"""Voxels of a coarse CT: 11 x 9 x 7 mm for a head and shoulders."""
 
 STAGES = (
     "prepare",
@@ -162,7 +148,7 @@ class Run:
             "input": self.out / "masks" / "cases.json",
             "output_dir": self.out / "latents",
             "ckpt_path": self.out / "autoencoder" / "model.pt",
-            "coarse_size": COARSE_SIZE,
+            "coarse_size": sampling("maisi_ldm")["coarse_size"],
         }
         run_bundle(ROOT / "bundles/maisi_vae", "encode.json", [], settings)
 
@@ -216,7 +202,7 @@ class Run:
         """Draw CTs from noise, and measure their bodies and how near they are to the training's."""
         if is_measured(self.out, "samples"):
             return
-        files, folder = files_of(self.out, SAMPLES), self.out / "samples"
+        files, folder = files_of(self.out, "samples"), self.out / "samples"
         weights = {"ckpt_path": files["ldm"], "autoencoder_ckpt_path": files["autoencoder"]}
         changes = {"fields": FIELDS, "seeds": 3} | self.changes.get("samples", {})
         fields, seeds = changes.pop("fields"), changes.pop("seeds")
@@ -234,14 +220,13 @@ class Run:
             "held_out": self.out / "validation.json",
             "datalist": folder / "cases.json",
             "samples_dir": str(folder / "field*" / "*.nii.gz"),
-            "cascade": True,
             "output_dir": folder,
             **{name: value for name, value in changes.items() if name.startswith("network_def#")},
         }
         run_bundle(ROOT / "bundles/maisi_ldm", "train.json,evaluate.json", [], weights | settings)
         figures = json.loads((folder / "summary.json").read_text())
         bodies = [field | measure_bodies(folder / f"field{number}") for number, field in enumerate(fields)]
-        write_json(self.out / "samples.json", {**makers_of_samples(self.out), **figures, "fields": bodies})
+        write_json(self.out / "samples.json", {**makers(self.out, "samples"), **figures, "fields": bodies})
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""

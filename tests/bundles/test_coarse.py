@@ -19,6 +19,13 @@ NARROW = {
 }
 
 
+NARROW_UNET = {
+    "network_def#num_channels": [8, 8, 16],
+    "network_def#num_head_channels": [0, 0, 8],
+    "network_def#norm_num_groups": 4,
+}
+
+
 @pytest.fixture(scope="module")
 def trained(run_bundle, phantom_ct, bundles, tmp_path_factory):
     """Latents and coarse CTs of three phantoms, and tiny networks of both kinds trained on them for a few steps."""
@@ -43,8 +50,8 @@ def trained(run_bundle, phantom_ct, bundles, tmp_path_factory):
         "maisi_ldm",
         "train.json",
         ckpt_dir=str(out / "ldm"),
-        **{"network_def#num_channels": [8, 8, 16], "network_def#num_head_channels": [0, 0, 8]},
-        **{"network_def#norm_num_groups": 4, "cascade": True},
+        cascade=True,
+        **NARROW_UNET,
         **common,
     )
     return out
@@ -62,9 +69,7 @@ def draw(run_bundle, trained, tmp_path):
             "num_inference_steps": 2,
             "progress": False,
             "ckpt_path": str(trained / "ldm" / "model.pt"),
-            "network_def#num_channels": [8, 8, 16],
-            "network_def#num_head_channels": [0, 0, 8],
-            "network_def#norm_num_groups": 4,
+            **NARROW_UNET,
             "coarse_ckpt_path": str(trained / "coarse" / "model.pt"),
             "coarse_size": SIZE,
             **{f"coarse_def#{key}": value for key, value in NARROW.items()},
@@ -111,8 +116,7 @@ def test_without_a_cascade_its_weights_are_not_looked_for(cause, draw, run_bundl
         ckpt_dir=str(tmp_path / "alone"),
         max_epochs=1,
         tensorboard=False,
-        **{"network_def#num_channels": [8, 8, 16], "network_def#num_head_channels": [0, 0, 8]},
-        **{"network_def#norm_num_groups": 4},
+        **NARROW_UNET,
     )
     alone = {"ckpt_path": str(tmp_path / "alone" / "model.pt"), "coarse_ckpt_path": str(tmp_path / "nothing.pt")}
     assert draw("alone", cascade=False, **alone).shape == (48, 48, 48)

@@ -385,13 +385,14 @@ def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_p
     return network
 
 
-def sees_coarse(ckpt_path: str | Path) -> bool:
-    """Whether a file's weights are of a U-Net that sees a coarse CT, as a fifth channel beside the noisy latent.
+def sees_coarse(weights: Mapping[str, Tensor] | str | Path) -> bool:
+    """Whether weights, or those of a file, are of a U-Net that sees a coarse CT, as a channel beside the noisy latent.
 
     Raises:
         InputError: the file is missing or no checkpoint.
     """
-    first = read_weights(ckpt_path).get("conv_in.conv.weight")
+    state = weights if isinstance(weights, Mapping) else read_weights(weights)
+    first = state.get("conv_in.conv.weight")
     return first is not None and first.shape[1] == 5
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
-from monai.data import MetaTensor
-from monai.transforms import MapTransform
-from torch.nn.functional import adaptive_avg_pool3d
+from monai.transforms import MapTransform, Resize
 
 from maisi_tools.errors import InputError
 
@@ -31,14 +28,8 @@ class Coarsend(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         if self.size is None:
             return dict(data)
-        image = data[self.keys[0]]
-        values = adaptive_avg_pool3d(image.as_tensor()[None].float(), self.size)[0].clamp(0, 1)
-        boxes = torch.tensor([n / m for n, m in zip(image.shape[1:], self.size, strict=True)], dtype=torch.float64)
-        affine = image.affine.clone().double()
-        affine[:3, 3] += affine[:3, :3] @ ((boxes - 1) / 2)
-        affine[:3, :3] = affine[:3, :3] * boxes
-        meta = {"filename_or_obj": image.meta["filename_or_obj"]}
-        return {**data, "coarse": MetaTensor(values, affine=affine, meta=meta)}
+        coarse: Any = Resize(self.size, mode="area")(data[self.keys[0]])
+        return {**data, "coarse": coarse.clamp(0, 1)}
 
 
 def check_coarse_size(size: Sequence[int]) -> tuple[int, int, int]:

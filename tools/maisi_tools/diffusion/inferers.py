@@ -134,19 +134,23 @@ class LatentSampler(Inferer):
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
         without = without_conditions(tensors, self.guided_conditions)
-        beside = []
-        if self.coarse is not None:
-            coarse = self.coarse(self.conditions, seed).to(noise)
-            beside = [interpolate(coarse, size=noise.shape[2:], mode="trilinear", align_corners=False)]
         denoiser = guided(
-            lambda x, t: self.inferer(torch.cat([x, *beside], 1), network, t, **tensors),
-            lambda x, t: self.inferer(torch.cat([x, *beside], 1), network, t, **without),
+            lambda x, t: self.inferer(x, network, t, **tensors),
+            lambda x, t: self.inferer(x, network, t, **without),
             self.guidance_scale,
             self.guidance_interval,
             self.scheduler.num_train_timesteps,
         )
+        if self.coarse is not None:
+            coarse = self.coarse(self.conditions, seed).to(noise)
+            denoiser = _beside(interpolate(coarse, noise.shape[2:], mode="trilinear", align_corners=False), denoiser)
         generator = step_generator(noise, seed)
         return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver)
+
+
+def _beside(coarse: Tensor, denoiser: Denoiser) -> Denoiser:
+    """A denoiser that is shown a coarse CT (B, 1, d, h, w) as the noisy latent's last channel."""
+    return lambda x, t: denoiser(torch.cat([x, coarse], 1), t)
 
 
 class MaskToCT(Inferer):

@@ -32,12 +32,13 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> Co
     """
     if unet_path is None:
         return network
-    if sees_coarse(unet_path):
+    state = read_weights(unet_path)
+    if sees_coarse(state):
         raise InputError(
             f"{unet_path} is a U-Net that sees a coarse CT; allowed is a U-Net alone: train one with train.json of "
             "maisi_ldm as it is, or leave unet_ckpt_path as it is"
         )
-    if any(name.startswith("unet.") for name in read_weights(unet_path)):
+    if any(name.startswith("unet.") for name in state):
         drawn = {name: value.clone() for name, value in network.controlnet.state_dict().items()}
         load_weights(network, unet_path)
         network.controlnet.load_state_dict(drawn)

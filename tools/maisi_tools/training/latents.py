@@ -195,20 +195,15 @@ def find_latents(
     sidecars = [read_sidecar(path) for path in found]
     _check_autoencoder(root, dict(zip(stems, sidecars, strict=True)), autoencoder)
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
-    sizes: dict[str, Path] = {}  # of coarse CTs -> a latent beside one
-    for path, stem, sidecar in zip(found, stems, sidecars, strict=True):
+    settings = [_settings_of(path, sidecar) for path, sidecar in zip(found, sidecars, strict=True)]
+    if coarse:
+        _check_coarse(root, dict(zip(stems, settings, strict=True)))
+    for path, stem, sidecar, made in zip(found, stems, sidecars, settings, strict=True):
         item = {"latent": str(path)}
-        settings = _settings_of(path, sidecar)
-        if settings.get("sigma"):
+        if made.get("sigma"):
             item["sigma"] = str(root / f"{stem}{SIGMA_SUFFIX}")
         if coarse:
             item["coarse"] = str(root / f"{stem}{COARSE_SUFFIX}")
-            sizes[str(settings.get("coarse_size"))] = path
-            if not settings.get("coarse_size") or not Path(item["coarse"]).is_file():
-                raise InputError(
-                    f"{path} has no coarse CT beside it; encode with --coarse_size '[48,32,48]' of encode.json, or "
-                    "train a U-Net alone: --cascade False"
-                )
         if masks_dir is not None:
             case = stem.removesuffix(f"_{sidecar['view']}") if sidecar.get("view") else stem
             masks = [Path(masks_dir) / f"{name}{mask_suffix}" for name in (stem, case)]
@@ -218,11 +213,6 @@ def find_latents(
             item["mask"] = str(mask)
         kept_out = any(belongs(stem, name) for name in names)
         lists["validation" if kept_out else "training"].append(item)
-    if len(sizes) > 1:
-        listed = ", ".join(f"{size} ({path.name})" for size, path in sizes.items())
-        raise InputError(
-            f"{root} has coarse CTs of several sizes: {listed}; allowed is one: encode all with one --coarse_size"
-        )
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     if not names:
@@ -294,6 +284,23 @@ def _check_autoencoder(root: Path, sidecars: Mapping[str, Mapping], wanted: str 
         raise InputError(
             f"the latents in {root} come from an autoencoder with {name or 'unknown weights'}, not from {wanted} "
             f"({other}); {do}, or give the weights that made them"
+        )
+
+
+def _check_coarse(root: Path, settings: Mapping[str, Mapping]) -> None:
+    """Refuse latents without a coarse CT, and coarse CTs of several sizes."""
+    sizes: dict[str, str] = {}  # -> a latent beside one
+    for stem, made in settings.items():
+        sizes[str(made.get("coarse_size"))] = stem
+        if not made.get("coarse_size") or not (root / f"{stem}{COARSE_SUFFIX}").is_file():
+            raise InputError(
+                f"{root / stem}{SUFFIX} has no coarse CT beside it; encode with --coarse_size '[48,32,48]' of "
+                "encode.json, or train a U-Net alone: --cascade False"
+            )
+    if len(sizes) > 1:
+        listed = ", ".join(f"{size} ({stem}{SUFFIX})" for size, stem in sizes.items())
+        raise InputError(
+            f"{root} has coarse CTs of several sizes: {listed}; allowed is one: encode all with one --coarse_size"
         )
 
 
