@@ -586,7 +586,7 @@ def test_a_job_is_cancelled(open_page, server) -> None:
     assert page.locator("#shown .viewer").count() == 0 and not page.locator("#cancel").is_visible()
     id = page.url.rpartition("=")[2]
     assert server.ask(f"/v1/jobs/{id}")["state"] == "cancelled"
-    assert "cancelled" in page.locator("#jobs li", has=page.locator("[aria-current]")).inner_text()
+    soon(page.locator("#jobs li", has=page.locator("[aria-current]"))).to_contain_text("cancelled")  # asked for anew
 
 
 def test_a_reload_in_mid_job_and_another_page_lose_nothing(open_page) -> None:
