@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from maisi_tools.coarse.grid import Coarsend, check_coarse_size
+from maisi_tools.coarse.grid import Coarsend
 from maisi_tools.coarse.network import check_cascade
 from maisi_tools.coarse.sampler import CoarseSampler, FieldOfView
 from maisi_tools.coarse.training import CoarseCellsd, ReadCoarsed, tissue_scale_factor
@@ -50,8 +50,8 @@ def test_a_mirrored_volume_has_the_mirrored_coarse_one():
 
 @pytest.mark.parametrize("size", [[48, 32], [48, 31, 48], [48, 0, 48], "48", [48.0, 32, 48], 48])
 def test_a_size_that_is_none_is_refused(size):
-    with pytest.raises(InputError, match="three even numbers"):
-        check_coarse_size(size)
+    with pytest.raises(InputError, match="coarse_size is .* allowed are (three positive whole numbers|multiples of 2)"):
+        Coarsend("image", size)
 
 
 def test_on_a_latents_grid_it_lies_where_the_volume_does(tmp_path):
@@ -81,6 +81,7 @@ def test_the_network_is_told_the_field_of_view_in_mm_and_the_chest():
 
 def test_a_field_of_view_beyond_the_known_is_said(caplog):
     FIELD.warn_beyond((100, 50, 100), (2, 4, 3))
+    FIELD.warn_beyond((97, 73, 100), (100 / 97, 300 / 73, 3))  # rounded, 1e-14 below 100 and 6e-14 above 300
     assert not caplog.records
     FIELD.warn_beyond((200, 50, 100), (2, 4, 3))
     assert "400 x 200 x 300 mm is beyond" in caplog.text and "100 to 300 x" in caplog.text

@@ -33,9 +33,9 @@ CLASSES = {1: 2, 2: 121, 3: 11, 4: 16}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Four small head-and-neck patients, named as OpenKBP's."""
+    """Five small head-and-neck patients, named as OpenKBP's."""
     folder = tmp_path_factory.mktemp("data")
-    for number in range(1, 5):
+    for number in range(1, 6):
         labels = make_phantom("head_neck", (40, 36, 40), (8.0, 8.0, 8.0), seed=number)
         rng = np.random.default_rng(number)
         ct = np.where(labels > 0, 40 + 20 * rng.normal(size=labels.shape), -1000).astype(np.int16)
@@ -44,7 +44,7 @@ def data(tmp_path_factory) -> Path:
         affine = np.diag([8.0, 8.0, 8.0, 1.0])
         nib.save(nib.Nifti1Image(ct, affine), folder / f"pt_{number}_ct.nii.gz")
         nib.save(nib.Nifti1Image(own, affine), folder / f"pt_{number}_seg.nii.gz")
-    (folder / "split.json").write_text(json.dumps({"held_out": ["pt_4"], "validation": ["pt_3"]}))
+    (folder / "split.json").write_text(json.dumps({"held_out": ["pt_4", "pt_5"], "validation": ["pt_3"]}))
     return folder
 
 
@@ -69,16 +69,16 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
         section: sorted(Path(item["image"]).name for item in lists[section]) for section in ("training", "validation")
     }
     assert names["training"] == ["pt_1_ct.nii.gz", "pt_2_ct.nii.gz"] and names["validation"] == ["pt_3_ct.nii.gz"]
-    kept_out = {str(path.relative_to(tmp_path)).split("/")[0] for path in tmp_path.rglob("*pt_4*")}
+    kept_out = {str(path.relative_to(tmp_path)).split("/")[0] for path in tmp_path.rglob("*pt_[45]*")}
     assert kept_out == {"evaluation", "downstream"}
     trained = json.loads((tmp_path / "downstream" / "arms" / "mixed_1_2_seed0" / "datalist.json").read_text())
-    assert not any("pt_4" in case["image"] for cases in trained.values() for case in cases)
+    assert not any("pt_4" in case["image"] or "pt_5" in case["image"] for cases in trained.values() for case in cases)
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
     names = ("autoencoder/model.pt", "whole/model.pt", "whole/unet.pt", "coarse/model.pt", "ldm/model.pt")
     files = [tmp_path / name for name in names]
     figures = json.loads((tmp_path / "measured.json").read_text())
-    assert figures["patients"] == 1 and figures["vae"]["psnr_body"]["mean"] > 5
+    assert figures["patients"] == 2 and figures["vae"]["psnr_body"]["mean"] > 5
     assert {row["structure"] for row in figures["controlnet"]["table"]} > {"body", "all structures"}
     rows = json.loads((tmp_path / "downstream" / "arms" / "downstream.json").read_text())["table"]
     assert {(row["real"], row["synthetic"]) for row in rows} == {(1, 2)}
@@ -91,7 +91,9 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert unet and all(torch.equal(whole[f"unet.{name}"], value) for name, value in unet.items())
     assert coarse["conv_in.conv.weight"].shape[1] == 16 and ldm["conv_in.conv.weight"].shape[1] == 5
     near = json.loads((tmp_path / "samples.json").read_text())
-    assert near["ratio"]["cases"] == 1 and near["ratio"]["mean"] > 0
+    assert near["ratio"]["cases"] == 2 and near["ratio"]["mean"] > 0
+    assert [near["fid"][name]["cts"] for name in ("samples", "training")] == [2, 2]
+    assert near["fid"]["samples"]["fid"] > near["fid"]["training"]["fid"] > 0  # they were hardly trained
     assert near["weights"] == {name: sha256(tmp_path / name / "model.pt") for name in ("autoencoder", "coarse", "ldm")}
     times = [path.stat().st_mtime_ns for path in files]
     assert run(tmp_path, "--quick").returncode == 0
@@ -146,6 +148,6 @@ def test_cards_say_what_was_measured(python, repo_root, tmp_path):
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     short = run(tmp_path, "--minutes", "1")
     assert short.returncode == 1 and "--minutes is 1; allowed are 5 and more" in short.stderr
-    (data / "few.json").write_text(json.dumps({"held_out": ["pt_1", "pt_2"], "validation": ["pt_3"]}))
+    (data / "few.json").write_text(json.dumps({"held_out": ["pt_1", "pt_2", "pt_5"], "validation": ["pt_3"]}))
     few = run(tmp_path, "--split", str(data / "few.json"))
-    assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 2 kept out" in few.stderr
+    assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 3 kept out" in few.stderr

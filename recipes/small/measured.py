@@ -291,6 +291,7 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
 
 def _samples(figures: Mapping[str, Any]) -> str:
     ratio, distance, real = (figures[name] for name in ("ratio", "distance_hu", "kept_out_distance_hu"))
+    made, known = (figures["fid"][name] for name in ("samples", "training"))
     lines = ["| `output_size` | `spacing` | field of view, mm | `region` | width of the body, mm | bone, ml |"]
     lines.append("|---|---|---|---|---|---|")
     for field in figures["fields"]:
@@ -304,7 +305,9 @@ def _samples(figures: Mapping[str, Any]) -> str:
         f"Distance to the nearest training volume over that of kept-out patients, {ratio['cases']} samples: "
         f"**{ratio['mean']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}).\n{distance['mean']:.0f} HU "
         f"({distance['min']:.0f} to {distance['max']:.0f}), of {real['cases']} kept-out patients {real['mean']:.0f} HU "
-        f"({real['min']:.0f} to {real['max']:.0f}).\n"
+        f"({real['min']:.0f} to {real['max']:.0f}).\n\n"
+        f"FID against the kept-out patients (`maisi realism`, {made['network']}, 4 mm): samples **{made['fid']:.3f}**, "
+        f"{known['cts']} of the training patients {known['fid']:.3f}.\n"
     )
 
 

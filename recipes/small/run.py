@@ -204,8 +204,8 @@ class Run:
             return
         files, folder = files_of(self.out, "samples"), self.out / "samples"
         weights = {"ckpt_path": files["ldm"], "autoencoder_ckpt_path": files["autoencoder"]}
-        changes = {"fields": FIELDS, "seeds": 3} | self.changes.get("samples", {})
-        fields, seeds = changes.pop("fields"), changes.pop("seeds")
+        changes = {"fields": FIELDS, "seeds": 3, "fid_size": 128} | self.changes.get("samples", {})
+        fields, seeds, size = (changes.pop(name) for name in ("fields", "seeds", "fid_size"))
         for number, field in enumerate(fields):
             samples = [{"seed": seed, "name": f"field{number}_seed{seed}"} for seed in range(seeds)]
             settings = {"input": samples, "coarse_ckpt_path": files["coarse"], "output_dir": folder / f"field{number}"}
@@ -226,7 +226,21 @@ class Run:
         run_bundle(ROOT / "bundles/maisi_ldm", "train.json,evaluate.json", [], weights | settings)
         figures = json.loads((folder / "summary.json").read_text())
         bodies = [field | measure_bodies(folder / f"field{number}") for number, field in enumerate(fields)]
-        write_json(self.out / "samples.json", {**makers(self.out, "samples"), **figures, "fields": bodies})
+        drawn = [str(path) for path in sorted(folder.glob("field*/*.nii.gz"))]
+        known = [item["image"] for item in lists["training"]]
+        sets = {"samples": drawn, "training": random.Random(0).sample(known, min(len(drawn), len(known)))}
+        fid = {name: self._fid(name, cts, size) for name, cts in sets.items()}
+        write_json(self.out / "samples.json", {**makers(self.out, "samples"), **figures, "fields": bodies, "fid": fid})
+
+    def _fid(self, name: str, cts: list[str], size: int) -> dict[str, Any]:
+        """How far CTs are from the kept-out patients', in cubes of 512 mm; to compare, as many CTs each time."""
+        folder = self.out / "samples" / "realism"
+        write_json(folder / f"{name}.json", {"validation": cts})
+        options = ("--output_dir", folder, "--spacing", 512 / size, "--size", size, "--pairs", 0)
+        run_maisi("realism", self.out / "kept_out.json", folder / f"{name}.json", *options)
+        found = json.loads((folder / "realism.json").read_text())
+        network = found["network"]
+        return {"cts": len(cts), "network": network, "fid": found["figures"][f"fid@{network}"]}
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -37,24 +39,18 @@ def trained(run_bundle, phantom_ct, bundles, tmp_path_factory):
     (out / "cases.json").write_text(json.dumps(cases))
     latents = out / "latents"
     run_bundle("maisi_vae", "encode.json", input=str(out / "cases.json"), output_dir=str(latents), coarse_size=SIZE)
-    common = {"dataset_dir": str(latents), "held_out": ["p3"], "tensorboard": False, "max_epochs": 1}
-    run_bundle(
-        "maisi_ldm",
-        ["train.json", "train_coarse.json"],
-        ckpt_dir=str(out / "coarse"),
-        **{f"network_def#{key}": value for key, value in NARROW.items() if key != "prior_components"},
-        prior_components=2,
-        **common,
-    )
-    run_bundle(
-        "maisi_ldm",
-        "train.json",
-        ckpt_dir=str(out / "ldm"),
-        cascade=True,
-        **NARROW_UNET,
-        **common,
-    )
+    run_bundle("maisi_ldm", ["train.json", "train_coarse.json"], **coarse_training(out))
+    run_bundle("maisi_ldm", "train.json", ckpt_dir=str(out / "ldm"), cascade=True, **NARROW_UNET, **common(out))
     return out
+
+
+def common(out: Path) -> dict[str, Any]:
+    return {"dataset_dir": str(out / "latents"), "held_out": ["p3"], "tensorboard": False, "max_epochs": 1}
+
+
+def coarse_training(out: Path) -> dict[str, Any]:
+    narrow = {f"network_def#{key}": value for key, value in NARROW.items() if key != "prior_components"}
+    return {"ckpt_dir": str(out / "coarse"), "prior_components": 2, **narrow, **common(out)}
 
 
 @pytest.fixture
@@ -96,6 +92,13 @@ def test_its_prior_is_that_of_the_training_cases(trained):
     state = torch.load(trained / "coarse" / "model.pt", weights_only=True)["model"]
     assert state["prior.mean"].abs().sum() > 0
     assert state["prior.directions"][0].abs().sum() > 0 and not state["prior.directions"][1].any()  # of two cases
+
+
+@pytest.mark.parametrize("changed", [{"coarse_dropout": 0.1}, {"field_of_view#mm": [[0, 640], [190, 500], [140, 390]]}])
+def test_its_training_goes_on_with_the_same_settings_alone(cause, run_bundle, trained, changed):
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", ["train.json", "train_coarse.json"], **coarse_training(trained), resume=True, **changed)
+    assert f"was written with {next(iter(changed)).split('#')[0]} " in str(cause(raised.value))
 
 
 def test_a_sample_follows_its_coarse_ct(draw, tmp_path):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.coarse.grid import CELL, check_coarse_size
+from maisi_tools.coarse.grid import CELL
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.network import MaskUNet
 from maisi_tools.networks import sees_coarse
+from maisi_tools.volumes.checks import check_output_size
 
 
 def check_cascade(cascade: bool, ckpt_path: str | Path) -> None:
@@ -47,7 +48,7 @@ class CoarseUNet(MaskUNet):
                 "attention_levels": [False, False, True],
                 "num_res_blocks": 1,
                 "embed_sizes": True,
-                "latent_size": [n // CELL for n in check_coarse_size(size)],
+                "latent_size": [n // CELL for n in check_output_size(size, CELL, "coarse_size")],
                 "prior_components": prior_components,
                 **kwargs,
             }

@@ -11,11 +11,12 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 
-from maisi_tools.coarse.grid import CELL, check_coarse_size
+from maisi_tools.coarse.grid import CELL
 from maisi_tools.diffusion.conditions import Conditions, draw_noise
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample
 from maisi_tools.mask_generator.sizes import UNKNOWN
+from maisi_tools.volumes.checks import check_output_size
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,14 @@ class FieldOfView:
     def warn_beyond(self, size: Sequence[int], spacing: Sequence[float]) -> None:
         """Say that a volume is larger or smaller than what the network was told of in training."""
         extents = self.extents(size, spacing)
-        if not all(low <= mm <= high for mm, (low, high) in zip(extents, self.mm, strict=True)):
-            known = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
+        slack = [0.1 * float(step) for step in spacing]  # spacings such as 1/3 mm leave rounding errors in the product
+        known = zip(extents, self.mm, slack, strict=True)
+        if not all(low - some <= mm <= high + some for mm, (low, high), some in known):
+            trained = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
             logger.warning(
                 "a field of view of %s mm is beyond that of the coarse CTs' weights, %s: the body is stretched to fit",
                 " x ".join(f"{mm:g}" for mm in extents),
-                known,
+                trained,
             )
 
     def vector(self, size: Sequence[int], spacing: Sequence[float], region: Sequence[str]) -> Tensor:
@@ -68,7 +71,7 @@ class CoarseSampler:
 
     Raises:
         InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling` and
-            :func:`~maisi_tools.coarse.grid.check_coarse_size`.
+            :func:`~maisi_tools.volumes.checks.check_output_size`.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class CoarseSampler:
         self.num_inference_steps = int(num_inference_steps)
         self.solver = solver
         check_sampling(self.scheduler, self.num_inference_steps, self.solver)
-        self.size = check_coarse_size(size)
+        self.size = check_output_size(size, CELL, "coarse_size")
         self.field_of_view = field_of_view
         self.scale_factor = float(scale_factor)
         self.progress = progress
