@@ -224,11 +224,11 @@ def commands(page: str) -> list[str]:
 
 
 @pytest.mark.timeout(600)
-def test_the_commands_of_the_page(python, repo_root, scan, series, tmp_path):
+def test_the_commands_of_the_page(python, repo_root, tiny_bundles, scan, series, tmp_path):
     """As they stand in docs/editing.md but for the sampler's steps, in a folder that has the files they name."""
     work = tmp_path / "work"
     work.mkdir()
-    (work / "bundles").symlink_to(repo_root / "bundles")
+    (work / "bundles").symlink_to(tiny_bundles)
     (work / "scan.nii.gz").symlink_to(scan["ct"])
     (work / "labels.nii.gz").symlink_to(scan["mask"])
     (work / "SERIES").symlink_to(series / "CT")

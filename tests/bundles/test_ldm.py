@@ -13,6 +13,7 @@ FAST = {
     "spacing": [4.0, 4.0, 3.0],
     "region": ["head"],
     "num_inference_steps": 3,
+    "coarse#num_inference_steps": 2,
     "progress": False,
 }
 

@@ -9,7 +9,7 @@ import pytest
 from maisi_tools.errors import find_input_error
 
 FAST = {"num_inference_steps": 3, "progress": False}
-SAMPLE = {"output_size": [32, 48, 32], "region": ["head"], "save_latents": True}
+SAMPLE = {"output_size": [32, 48, 32], "region": ["head"], "save_latents": True, "coarse#num_inference_steps": 2}
 WHOLE = {"tsp": {"_target_": "SimpleInferer"}}
 
 
