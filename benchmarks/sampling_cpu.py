@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mask_to_ct
 import parts
+from maisi_tools.autocast import fastest_dtype
 from maisi_tools.bundles.footprint import footprints
 from mask_to_ct import SetUp
 
@@ -39,6 +40,7 @@ class Variant:
         windows: MONAI's decoder runs in windows.
         limited: the bundle runs under a memory limit.
         guided: the bundle's guidance is on; MONAI's classes have none.
+        dtype: that the bundle computes in; None for that of the weights.
         once: it takes far longer than the others, so it is measured in the first round alone.
         time: the part of MONAI's time that it may take.
         apart: HU that no voxel may be further from MONAI's.
@@ -50,6 +52,7 @@ class Variant:
     windows: bool = False
     limited: bool = False
     guided: bool = False
+    dtype: str | None = None
     once: bool = False
     time: float | None = None
     apart: float | None = None
@@ -68,17 +71,22 @@ class Figures(NamedTuple):
 def variants(shorter: int = 1) -> list[Variant]:
     """Return the ways to compare, the reference first; the small weights' solver and steps come from their config.
 
+    One computes in bfloat16, where the CPU does.
+
     Args:
         shorter: divides the steps.
     """
     euler = mask_to_ct.RELEASED_STEPS // shorter
     solver, few = mask_to_ct.solver_of(mask_to_ct.shipped())
     few = -(-few // shorter)
+    half = fastest_dtype("cpu")
+    faster = [Variant(f"bundle, {solver} {few}, {half}", few, solver, dtype=half)] if half != "float32" else []
     return [
         Variant(f"MONAI, euler {euler}", euler),
         Variant(f"MONAI, euler {euler}, windows", euler, windows=True, once=True),
         Variant(f"bundle, as shipped: {solver} {few}, guided", few, solver, guided=True),
         Variant(f"bundle, {solver} {few}", few, solver, time=0.15),
+        *faster,
         Variant(f"bundle, euler {euler}", euler, "euler", time=0.40, apart=1.0),
         Variant(f"bundle, euler {euler}, limit", euler, "euler", limited=True),
     ]
@@ -94,7 +102,7 @@ def measure(setup: SetUp, variant: Variant, limit: int, reference: str) -> Figur
         way = mask_to_ct.monais(setup, steps=variant.steps, windows=_windows if variant.windows else None)
     else:
         settings: dict[str, Any] = {"solver": variant.solver, "num_inference_steps": variant.steps}
-        settings |= {"memory_limit": limit if variant.limited else None}
+        settings |= {"memory_limit": limit if variant.limited else None, "dtype": variant.dtype}
         settings |= {} if variant.guided else {"guidance_scale": 0.0}
         way = mask_to_ct.ours(setup, **settings)
     loaded = time.perf_counter()
