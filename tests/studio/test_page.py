@@ -599,11 +599,11 @@ def test_a_reload_in_mid_job_and_another_page_lose_nothing(open_page) -> None:
     address = "/" + page.url.rpartition("/")[2]
     page.reload()
     page.wait_for_selector("#bar[value]", timeout=MAKING)
-    assert re.search(r"step \d+ of 25", page.inner_text("#state"))
+    soon(page.locator("#state")).to_have_text(re.compile(r"step \d+ of 25"))
     soon(page.locator("[name=seed]")).to_have_value("17")
     assert page.input_value("[name=num_inference_steps]") == "25"
     other = open_page(address)
-    assert other.inner_text("#result-name") == page.inner_text("#result-name")
+    soon(other.locator("#result-name")).to_have_text(page.inner_text("#result-name"))
     assert done(page) == done(other)
     assert page.inner_text("#said") == page.inner_text("#state")  # what a screen reader was told last
 
