@@ -36,12 +36,12 @@ def data(tmp_path_factory) -> Path:
     """Five small head-and-neck patients, named as OpenKBP's."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(1, 6):
-        labels = make_phantom("head_neck", (40, 36, 40), (8.0, 8.0, 8.0), seed=number)
+        labels = make_phantom("head_neck", (32, 28, 32), (9.0, 9.0, 9.0), seed=number)
         rng = np.random.default_rng(number)
         ct = np.where(labels > 0, 40 + 20 * rng.normal(size=labels.shape), -1000).astype(np.int16)
         ct[np.isin(labels, (120,))] = 700
         own = sum(np.where(labels == theirs, ours, 0) for ours, theirs in CLASSES.items()).astype(np.uint8)
-        affine = np.diag([8.0, 8.0, 8.0, 1.0])
+        affine = np.diag([9.0, 9.0, 9.0, 1.0])
         nib.save(nib.Nifti1Image(ct, affine), folder / f"pt_{number}_ct.nii.gz")
         nib.save(nib.Nifti1Image(own, affine), folder / f"pt_{number}_seg.nii.gz")
     (folder / "split.json").write_text(json.dumps({"held_out": ["pt_4", "pt_5"], "validation": ["pt_3"]}))
