@@ -306,8 +306,8 @@ def _samples(figures: Mapping[str, Any]) -> str:
         f"**{ratio['mean']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}).\n{distance['mean']:.0f} HU "
         f"({distance['min']:.0f} to {distance['max']:.0f}), of {real['cases']} kept-out patients {real['mean']:.0f} HU "
         f"({real['min']:.0f} to {real['max']:.0f}).\n\n"
-        f"FID against the kept-out patients (`maisi realism`, {made['network']}, 4 mm): samples **{made['fid']:.3f}**, "
-        f"{known['cts']} of the training patients {known['fid']:.3f}.\n"
+        f"FID against the kept-out patients (`maisi realism`, {made['network']}, {made['spacing']:g} mm): samples "
+        f"**{made['fid']:.3f}**, {known['cts']} of the training patients {known['fid']:.3f}.\n"
     )
 
 

@@ -239,8 +239,8 @@ class Run:
         options = ("--output_dir", folder, "--spacing", 512 / size, "--size", size, "--pairs", 0)
         run_maisi("realism", self.out / "kept_out.json", folder / f"{name}.json", *options)
         found = json.loads((folder / "realism.json").read_text())
-        network = found["network"]
-        return {"cts": len(cts), "network": network, "fid": found["figures"][f"fid@{network}"]}
+        fid = found["figures"][f"fid@{found['network']}"]
+        return {"cts": len(cts), "network": found["network"], "spacing": found["spacing"], "fid": fid}
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""
