@@ -16,7 +16,7 @@ from maisi_tools.diffusion.conditions import Conditions, draw_noise
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample
 from maisi_tools.mask_generator.sizes import UNKNOWN
-from maisi_tools.volumes.checks import check_output_size
+from maisi_tools.volumes.checks import check_output_size, extent_within
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,13 @@ class FieldOfView:
     def warn_beyond(self, size: Sequence[int], spacing: Sequence[float]) -> None:
         """Say that a volume is larger or smaller than what the network was told of in training."""
         extents = self.extents(size, spacing)
-        slack = [0.1 * float(step) for step in spacing]  # spacings such as 1/3 mm leave rounding errors in the product
-        known = zip(extents, self.mm, slack, strict=True)
-        if not all(low - some <= mm <= high + some for mm, (low, high), some in known):
-            trained = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
+        axes = zip(extents, self.mm, spacing, strict=True)
+        if not all(extent_within(mm, low, high, float(step)) for mm, (low, high), step in axes):
+            known = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
             logger.warning(
                 "a field of view of %s mm is beyond that of the coarse CTs' weights, %s: the body is stretched to fit",
                 " x ".join(f"{mm:g}" for mm in extents),
-                trained,
+                known,
             )
 
     def vector(self, size: Sequence[int], spacing: Sequence[float], region: Sequence[str]) -> Tensor:

@@ -324,14 +324,21 @@ def check_output_size(size: Sequence[int], multiple: int, what: str = "output_si
 def warn_field_of_view(size: Sequence[int], spacing: Sequence[float], smallest_mm: Sequence[float]) -> None:
     """Log a warning when the field of view, `size` (voxels) times `spacing` (mm), is smaller than trained on."""
     extent = [n * mm for n, mm in zip(size, spacing, strict=True)]
-    # A tenth of a voxel: spacings such as 1/3 mm leave rounding errors in the product.
-    if any(mm < low - 0.1 * step for mm, low, step in zip(extent, smallest_mm, spacing, strict=True)):
+    if not all(
+        extent_within(mm, low, math.inf, step) for mm, low, step in zip(extent, smallest_mm, spacing, strict=True)
+    ):
         logger.warning(
             "field of view %s is smaller than the smallest one trained on, %s; the volume may look wrong: "
             "use a larger size or spacing",
             _mm(extent),
             _mm(smallest_mm),
         )
+
+
+def extent_within(mm: float, low: float, high: float, step: float) -> bool:
+    """Whether an extent along an axis lies between two others; all in mm, `step` is the axis's spacing."""
+    slack = 0.1 * step  # spacings such as 1/3 mm leave rounding errors in the product
+    return low - slack <= mm <= high + slack
 
 
 def three_positive(values: Sequence[float], what: str, unit: str) -> tuple[float, ...]:
