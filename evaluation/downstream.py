@@ -29,6 +29,7 @@ from scipy.stats import bootstrap
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import write_csv, write_json
+from maisi_tools.settings import json_mapping
 from maisi_tools.training import checkpoint
 from maisi_tools.volumes.inputs import check_output_dir
 
@@ -411,20 +412,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.synthetic,
         given.output_dir,
         given.segmentation,
-        _mapping(given.settings),
+        json_mapping(given.settings, "settings"),
     )
     experiment.run(_counts(given.real), _counts(given.synthetic_counts), given.orders.split(","), given.seeds)
     print((Path(given.output_dir) / "table.md").read_text())
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f'settings {text!r} is no JSON ({error}); give for instance {{"patience": 3}}') from None
-    if not isinstance(found, dict):
-        raise InputError(f'settings is {text!r}; give a mapping of keys, for instance {{"patience": 3}}')
-    return found
 
 
 def _counts(text: str) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
 import shutil
 import statistics
@@ -29,7 +28,7 @@ from scipy import ndimage
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.datasets.datalist import read_datalist
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.codes import display_name
@@ -39,6 +38,7 @@ from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import labels_on_grid
+from maisi_tools.settings import json_mapping
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.volumes.writing import write_volume
@@ -276,7 +276,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     label_map = read_label_map(options.label_map)
     segmenter = BundleSegmenter(options.segmenter, options.ckpt) if options.segmenter else None
-    editor = Editor(folder, json.loads(options.settings), segmenter, label_map)
+    editor = Editor(folder, json_mapping(options.settings, "settings"), segmenter, label_map)
     scans = [read_scan(case, label_map) for case in read_datalist(options.datalist, options.section)]
     rows = []
     for row in rows_of(editor, scans, options.count):
@@ -294,4 +294,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    report_input_errors()
     main()

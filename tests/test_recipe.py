@@ -75,7 +75,7 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert not any("pt_4" in case["image"] or "pt_5" in case["image"] for cases in trained.values() for case in cases)
     sidecar = json.loads((tmp_path / "latents" / "pt_1_ct_latent.json").read_text())
     assert sidecar["factor"] == 2
-    names = ("autoencoder/model.pt", "whole/model.pt", "whole/unet.pt", "coarse/model.pt", "ldm/model.pt")
+    names = ("decoder/model.pt", "whole/model.pt", "whole/unet.pt", "coarse/model.pt", "ldm/model.pt")
     files = [tmp_path / name for name in names]
     figures = json.loads((tmp_path / "measured.json").read_text())
     assert figures["patients"] == 2 and figures["vae"]["psnr_body"]["mean"] > 5
@@ -85,6 +85,9 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert len(list((tmp_path / "downstream" / "cts").glob("*_ct.nii.gz"))) == 2
     assert "| redraw | 1 |" in (tmp_path / "editing" / "table.md").read_text()
     weights = [torch.load(path, weights_only=True) for path in files]
+    first = torch.load(tmp_path / "autoencoder" / "model.pt", weights_only=True)["model"]
+    went_on = {name for name, value in weights[0]["model"].items() if not torch.equal(value, first[name])}
+    assert went_on and {name.split(".")[0] for name in went_on} <= {"decoder", "post_quant_conv"}
     assert [each.get("factor") for each in weights[1:]] == [2, 2, 2, 2]
     assert weights[1]["scale_factor"] == weights[2]["scale_factor"]
     whole, unet, coarse, ldm = (each["model"] for each in weights[1:])
@@ -94,7 +97,8 @@ def test_quick_makes_every_stage_and_a_second_run_keeps_them(run, tmp_path):
     assert near["ratio"]["cases"] == 2 and near["ratio"]["mean"] > 0
     assert [near["fid"][name]["cts"] for name in ("samples", "training")] == [2, 2]
     assert near["fid"]["samples"]["fid"] > near["fid"]["training"]["fid"] > 0  # they were hardly trained
-    assert near["weights"] == {name: sha256(tmp_path / name / "model.pt") for name in ("autoencoder", "coarse", "ldm")}
+    made_by = {"autoencoder": "decoder", "coarse": "coarse", "ldm": "ldm"}
+    assert near["weights"] == {name: sha256(tmp_path / stage / "model.pt") for name, stage in made_by.items()}
     times = [path.stat().st_mtime_ns for path in files]
     assert run(tmp_path, "--quick").returncode == 0
     assert [path.stat().st_mtime_ns for path in files] == times
@@ -145,9 +149,27 @@ def test_cards_say_what_was_measured(python, repo_root, tmp_path):
     assert f"| PSNR inside the body, dB | {figures['vae']['psnr_body']['mean']:.2f} |" in card
 
 
+def test_nothing_is_shipped_beside_figures_of_other_weights(python, repo_root, tmp_path):
+    runs = tmp_path / "runs"
+    for stage in ("autoencoder", "controlnet", "coarse", "ldm", "judge", "editing"):
+        (runs / stage).mkdir(parents=True)
+        (runs / stage / "model.pt").write_bytes(stage.encode())
+    (runs / "editing" / "table.md").write_text("| of which weights? |")
+    code = f"import sys, json, pathlib; sys.path.insert(0, {str(repo_root / 'recipes' / 'small')!r}); import measured; "
+    code += f"runs = pathlib.Path({str(runs)!r}); "
+    code += "[measured.write_json(runs / f'{one}.json', measured.makers(runs, one)) for one in measured.FIGURES]; "
+    code += f"measured.publish(runs, pathlib.Path({str(tmp_path / 'root')!r}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    assert "editing does not say which weights made it" in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "root").exists()
+
+
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     short = run(tmp_path, "--minutes", "1")
     assert short.returncode == 1 and "--minutes is 1; allowed are 5 and more" in short.stderr
     (data / "few.json").write_text(json.dumps({"held_out": ["pt_1", "pt_2", "pt_5"], "validation": ["pt_3"]}))
+    (tmp_path / "empty").mkdir()
+    empty = run(tmp_path / "runs", given=tmp_path / "empty")
+    assert empty.returncode and "error: " in empty.stderr and "Traceback" not in empty.stderr
     few = run(tmp_path, "--split", str(data / "few.json"))
     assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 3 kept out" in few.stderr

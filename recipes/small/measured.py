@@ -54,6 +54,9 @@ FIGURES = {
 }
 """Of CTs of masks, and of samples from noise: the bundle that draws them, the weights they depend on, the stage."""
 
+GOES_ON = {"autoencoder": "decoder", "controlnet": "whole"}
+"""Stages whose weights another takes further."""
+
 OVERLAYS = {"editing": ("edit.json",)}
 """Of inference.json, in a stage."""
 
@@ -123,19 +126,20 @@ def measure_bodies(folder: Path) -> dict[str, list[int]]:
 
 
 def files_of(runs: Path, figures: str = "measured") -> dict[str, Path]:
-    """The weights that :data:`FIGURES` depend on, by the names of their stages: of the last there is for `controlnet`.
+    """The weights that :data:`FIGURES` depend on, by the names of their stages, or of those that went on from them.
 
     Raises:
         InputError: one is missing.
     """
-    files = {name: (_last(runs) if name == "controlnet" else runs / name) / "model.pt" for name in FIGURES[figures][1]}
+    files = {name: _last(runs, name) for name in FIGURES[figures][1]}
     if missing := [str(path) for path in files.values() if not path.is_file()]:
         raise InputError(f"there is no {', '.join(missing)}; run the stages that make them first")
     return files
 
 
-def _last(runs: Path) -> Path:
-    return runs / ("whole" if (runs / "whole" / "model.pt").is_file() else "controlnet")
+def _last(runs: Path, stage: str) -> Path:
+    later = runs / GOES_ON.get(stage, stage) / "model.pt"
+    return later if later.is_file() else runs / stage / "model.pt"
 
 
 def is_measured(runs: Path, figures: str = "measured") -> bool:
@@ -166,6 +170,8 @@ def check_makers(runs: Path, stage: str) -> None:
     """
     path, these = runs / stage / "made_by.json", makers(runs, overlays=OVERLAYS.get(stage, ()))
     if not path.is_file():
+        if path.parent.is_dir() and any(path.parent.iterdir()):
+            raise InputError(f"{path.parent} does not say which weights made it; delete it, or give another --out")
         path.parent.mkdir(exist_ok=True)
         write_json(path, these)
     elif (found := json.loads(path.read_text())) != these:
@@ -187,19 +193,21 @@ def publish(runs: Path, root: Path) -> None:
             raise InputError(
                 f"{runs / figures}.json does not have the figures of these weights; run stage {stage} first"
             )
+    pages = {"editing": runs / "editing" / "table.md", "downstream": runs / "downstream" / "arms" / "downstream.json"}
+    pages = {stage: path for stage, path in pages.items() if path.is_file()}
+    for stage in pages:  # nothing is put anywhere before all is known to fit
+        check_makers(runs, stage)
+    arms = gather_downstream(runs / "downstream" / "arms") if "downstream" in pages else None
     for name, targets in TARGETS.items():
         place(files[name], targets, ["openkbp"], root)
     with replacing(root / "evaluation" / "segmentation" / "models" / "model.pt") as part:
         shutil.copyfile(files["judge"], part)
     for figures in FIGURES:
         write_json(root / "docs" / f"{figures}.json", json.loads((runs / f"{figures}.json").read_text()))
-    if (runs / "editing" / "table.md").is_file():
-        check_makers(runs, "editing")
-        table = (runs / "editing" / "table.md").read_text().strip().splitlines()
-        write_json(root / "docs" / "editing.json", {"table": table})
-    if (runs / "downstream" / "arms" / "downstream.json").is_file():
-        check_makers(runs, "downstream")
-        write_json(root / "docs" / "downstream.json", gather_downstream(runs / "downstream" / "arms"))
+    if "editing" in pages:
+        write_json(root / "docs" / "editing.json", {"table": pages["editing"].read_text().strip().splitlines()})
+    if arms is not None:
+        write_json(root / "docs" / "downstream.json", arms)
     write_licences(root)
     write_cards(root)
 

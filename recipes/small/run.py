@@ -6,6 +6,7 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     masks        CTs and their labels -> completed masks, in the MAISI vocabulary
     autoencoder  CTs -> autoencoder at factor 2, from a linear start
     latents      CTs -> latents, and coarse CTs beside them
+    decoder      CTs -> the autoencoder's decoder goes on; its encoder, and so the latents, stay as they are
     controlnet   crops of latents and masks -> U-Net and ControlNet, trained together
     whole        whole latents: the same weights go on, at what they will see
     coarse       coarse CTs -> the network that draws the whole field of view first
@@ -16,8 +17,9 @@ Stages, each by a config of its own, trainings with an overlay that lies beside 
     editing      a hundred edits of the kept-out patients' CTs -> RUNS/editing (by --stages)
     downstream   CTs of training masks; networks trained with and without them -> RUNS/downstream (hours; by --stages)
 
-A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/autoencoder/model.pt`,
-`RUNS/whole/model.pt` (`RUNS/controlnet` while stage `whole` was not run) and `RUNS/{coarse,ldm,judge}/model.pt`.
+A stage that is done is passed over, one that was cut off goes on. The weights are those of `RUNS/decoder/model.pt`
+(`RUNS/autoencoder` while stage `decoder` was not run), `RUNS/whole/model.pt` (`RUNS/controlnet` likewise) and
+`RUNS/{coarse,ldm,judge}/model.pt`.
 `--ship` copies them into the bundles and `evaluation/segmentation`, and writes what was measured into the model cards.
 
 On a borrowed GPU, to which the data travel as one file:
@@ -56,6 +58,7 @@ STAGES = (
     "masks",
     "autoencoder",
     "latents",
+    "decoder",
     "controlnet",
     "whole",
     "coarse",
@@ -74,22 +77,29 @@ AT_HOME = ("masks", "evaluate", "samples", "editing", "downstream")
 """Stages for which a packed file has not all that they need."""
 
 
+def run_python(*arguments: object, cwd: Path | None = None) -> None:
+    """Run Python with arguments. Where that fails it has said why, and this ends with its exit status."""
+    status = subprocess.run([sys.executable, *map(str, arguments)], check=False, cwd=cwd).returncode
+    if status:
+        print(f"stopped: python {' '.join(map(str, arguments[:3]))} ... ended with {status}", file=sys.stderr)
+        sys.exit(status)
+
+
 def run_script(path: str, *arguments: object) -> None:
     """Run a script of this repository."""
-    subprocess.run([sys.executable, str(ROOT / path), *map(str, arguments)], check=True)
+    run_python(ROOT / path, *arguments)
 
 
 def run_maisi(*arguments: object) -> None:
     """Run the `maisi` command."""
-    subprocess.run([sys.executable, "-m", "maisi_tools.cli", *map(str, arguments)], check=True)
+    run_python("-m", "maisi_tools.cli", *arguments)
 
 
 def run_bundle(root: Path, configs: str, overlays: list[str], settings: Mapping[str, Any]) -> None:
     """Run a config of a bundle, or several one upon the other, with overlays of this folder on top."""
     files = [*(str(root / "configs" / name) for name in configs.split(",")), *(str(HERE / name) for name in overlays)]
     given = [text for key, value in settings.items() for text in (f"--{key}", _as_text(value))]
-    command = ["-m", "monai.bundle", "run", "--config_file", repr(files), "--bundle_root", str(root), *given]
-    subprocess.run([sys.executable, *command], check=True, cwd=root)
+    run_python("-m", "monai.bundle", "run", "--config_file", repr(files), "--bundle_root", root, *given, cwd=root)
 
 
 def _as_text(value: Any) -> str:
@@ -151,6 +161,11 @@ class Run:
             "coarse_size": sampling("maisi_ldm")["coarse_size"],
         }
         run_bundle(ROOT / "bundles/maisi_vae", "encode.json", [], settings)
+
+    def decoder(self) -> None:
+        """Train the decoder on."""
+        settings = {"datalist": self.out / "datalist.json", "init_ckpt": self.out / "autoencoder" / "model.pt"}
+        self._train("decoder", "bundles/maisi_vae", ["autoencoder.json", "decoder.json"], **settings)
 
     def controlnet(self) -> None:
         """Train U-Net and ControlNet on crops."""
