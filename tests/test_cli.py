@@ -402,6 +402,10 @@ def test_compare_of_wrong_input(kept_out, tmp_path, capsys):
     assert "'training'" in fails(["compare", kept_out, tmp_path, "--section=training"], capsys)
     given = [f"--{name}={tmp_path}" for name in ("reconstructed", "generated", "output_dir")]
     assert "a_ct_recon.nii.gz does not exist" in fails(["compare", kept_out, tmp_path, *given], capsys)
+    # Before the other stage is run for nothing.
+    given = [f"--generated={tmp_path}", f"--output_dir={tmp_path / 'out'}"]
+    assert "a_ct_mask_ct.nii.gz does not exist" in fails(["compare", kept_out, tmp_path, *given], capsys)
+    assert not list((tmp_path / "out").rglob("*_recon.nii.gz"))
 
 
 # --- edit -------------------------------------------------------------------------------------------------------------

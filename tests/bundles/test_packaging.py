@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 from monai.bundle import download
 from packaging.requirements import Requirement
 
-from maisi_tools.bundles.packaging import needed_files, package_bundle
+from maisi_tools.bundles.packaging import needed_files, package_bundle, shipped_files
 from maisi_tools.cli import main
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import flat_ct, make_phantom
@@ -88,6 +90,22 @@ def test_only_what_is_needed_is_in_it(tmp_path):
     found = {path.name for path in needed_files([tmp_path / "c.json"])}
     assert {"label_maps.py", "vocabulary.py", "roi_names.json", "errors.py"} <= found
     assert not found & {"options.py", "networks.py", "viewer.js", "inferer.py"}
+
+
+def test_what_others_put_beside_the_weights_is_not_shipped(repo_root, tmp_path, caplog):
+    """Released weights under another licence, also as links, a broken download, caches: MR's page puts them there."""
+    root = tmp_path / "maisi_ldm"
+    own = shutil.copytree(repo_root / "bundles" / "maisi_ldm", root, copy_function=os.symlink) and shipped_files(root)
+    (tmp_path / "released.pt").write_bytes(b"released")
+    for name in ("diff_unet_3d_rflow-mr.pt", "autoencoder_v2.pt", "autoencoder_v1.pt.part"):
+        (root / "models" / name).write_bytes(b"theirs")
+    (root / "models" / "diff_unet_3d_rflow-ct.pt").symlink_to(tmp_path / "released.pt")
+    for name in ("docs/.ipynb_checkpoints/README.md", "scripts/__pycache__/a.pyc"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(b"left behind")
+    assert shipped_files(root).keys() == own.keys()
+    assert {"models/coarse.pt", "models/mask_model.pt", "models/model.pt"} < own.keys()
+    assert "models/autoencoder_v2.pt of maisi_ldm is left out" in caplog.text and "rflow-ct" not in caplog.text
 
 
 def test_what_is_no_bundle_is_refused(repo_root, tmp_path, capsys):

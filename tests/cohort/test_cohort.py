@@ -21,10 +21,12 @@ import pytest
 from maisi_tools.cli import main
 from maisi_tools.cohort.run import make_cohort
 from maisi_tools.cohort.spec import read_spec
+from maisi_tools.cohort.worker import numbered_labels
 from maisi_tools.errors import InputError
 from maisi_tools.files import sha256
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.masks.vocabulary import label_id
 
 
 def made(write_spec, bundles, folder: Path, engine: str = "process", workers: int = 1, **changes: str) -> Path:
@@ -46,6 +48,7 @@ def test_an_nnunet_data_set(write_spec, bundles, tmp_path):
     folder = made(write_spec, bundles, tmp_path / "out")
     described = json.loads((folder / "dataset.json").read_text())
     assert described["numTraining"] == 3 and described["labels"]["left parotid gland"] == 4
+    assert {"bone", "airway", "lung"} < described["labels"].keys()  # all bones are merged, not the skull alone
     assert sorted(described["labels"].values()) == list(range(11))
     rows = rows_of(folder)
     assert [row["name"] for row in rows] == ["heads_0000", "heads_0001", "heads_0002"]
@@ -64,7 +67,7 @@ def test_labels_that_the_specification_keeps_have_their_names(write_spec, bundle
     """Fewer labels than the weights know: the numbers in the masks and the names in dataset.json are still a pair."""
     ct = "{num_inference_steps: 1, keep_labels: [120, 18, 200], merge_labels: {bone: 120}}"
     folder = made(write_spec, bundles, tmp_path / "out", count="1", ct=ct)
-    names = {"background": 0, "skull": 1, "left parotid gland": 2, "body": 3}
+    names = {"background": 0, "bone": 1, "left parotid gland": 2, "body": 3}
     assert json.loads((folder / "dataset.json").read_text())["labels"] == names
     labels = np.asarray(nib.load(folder / rows_of(folder)[0]["mask"]).dataobj)
     assert set(np.unique(labels)) == {0, 1, 2, 3}
@@ -89,6 +92,10 @@ def test_two_ranks_make_the_same(torchrun, write_spec, bundles, files_of, tmp_pa
     given = ["--output_dir", tmp_path / "two", "--bundles", bundles]
     done = torchrun("maisi_tools.cli", "cohort", write_spec(), *given)
     assert done.stdout.count("3 of 3 samples") == 1
+    assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
+    for path in (tmp_path / "two" / "labelsTr").glob("*"):  # lost; one rank looks for what is, for both
+        path.unlink()
+    torchrun("maisi_tools.cli", "cohort", write_spec(), *given)
     assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
 
 
@@ -122,6 +129,51 @@ def test_samples_of_one_mask_differ(write_spec, bundles, tmp_path):
     rows = rows_of(made(write_spec, bundles, tmp_path / "out", masks=masks, count="2", flip="0"))
     assert len({row["seed"] for row in rows}) == len({row["ct_sha256"] for row in rows}) == 2
     assert rows[0]["mask_sha256"] == rows[1]["mask_sha256"]
+
+
+def test_what_samples_depend_on_stays_as_it_was(write_spec, bundles, tmp_path):
+    """The masks that are drawn from, what their labels mean, the config; weights that it never loads may come."""
+    bundles = shutil.copytree(bundles, tmp_path / "bundles")
+    masks, table = tmp_path / "masks", tmp_path / "map.json"
+    masks.mkdir()
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    nib.save(nib.Nifti1Image((labels > 0).astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), masks / "a.nii.gz")
+    table.write_text('{"1": "body"}')
+    given = {"masks": f"{{source: files, path: {masks}, label_map: {table}}}", "flip": "0"}
+
+    def go_on(count: int) -> None:
+        make_cohort(read_spec(write_spec(**given, count=str(count))), tmp_path / "out", bundles)
+
+    go_on(1)
+    (bundles / "maisi_controlnet" / "models" / "released.pt").write_bytes(b"of full_rflow.json")
+    go_on(2)
+    table.write_text('{"1": "liver"}')
+    with pytest.raises(InputError, match="made with other label_map;"):
+        go_on(3)
+    table.write_text('{"1": "body"}')
+    shutil.copy(masks / "a.nii.gz", masks / "b.nii.gz")
+    with pytest.raises(InputError, match="made with other masks;"):
+        go_on(3)
+    (masks / "b.nii.gz").unlink()
+    config = bundles / "maisi_controlnet" / "configs" / "inference.json"
+    config.write_text(config.read_text().replace('"guidance_scale": 2.0', '"guidance_scale": 1.5'))
+    with pytest.raises(InputError, match="made with other config;"):
+        go_on(3)
+
+
+def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
+    """It recorded less, and the weights of all configs."""
+    folder = made(write_spec, bundles, tmp_path / "out", count="1")
+    earlier = json.loads((folder / "cohort.json").read_text())
+    for key in ("config", "numbering"):
+        del earlier[key]
+    earlier["weights"]["maisi_controlnet/models/released.pt"] = "0"
+    (folder / "cohort.json").write_text(json.dumps(earlier))
+    assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 0
+    earlier["weights"]["maisi_controlnet/models/model.pt"] = "0"
+    (folder / "cohort.json").write_text(json.dumps(earlier))
+    with pytest.raises(InputError, match="made with other weights;"):
+        make_cohort(read_spec(write_spec(count="1")), folder, bundles)
 
 
 def test_a_file_names_no_judge(write_spec, bundles, bundle, tmp_path):
@@ -385,6 +437,22 @@ def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
     assert samples(files_of(again)) == samples(files_of(folder))
 
 
+def test_scans_keep_their_labels_in_nnunets_numbering(write_spec, bundles, tmp_path):
+    """What the weights do not know is merged only where they drew the whole CT."""
+    write_scans(tmp_path)
+    folder = made(write_spec, bundles, tmp_path / "out", **{**REAL, "layout": "nnunet", "count": "1"})
+    names = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert {"brainstem", "spinal cord", "left parotid gland", "skull", "body"} < names.keys() and "airway" not in names
+    assert sorted(names.values()) == list(range(len(names)))
+    labels = np.asarray(nib.load(folder / rows_of(folder)[0]["mask"]).dataobj)
+    assert (labels == names["left parotid gland"]).sum() > 100 and labels.max() < len(names)
+    masks = "{source: real, path: scans.json, label_map: totalsegmentator}"
+    lung = "[{lesion: lung tumor, diameter_mm: 20}]"
+    spec = read_spec(write_spec(**{**REAL, "masks": masks, "resize": "{}"}, tumors=lung))
+    numbered, merged = numbered_labels(spec, {"keep_labels": [120, 200], "merge_labels": {"bone": 120}})
+    assert {label_id("lung tumor"), label_id("liver"), label_id("spleen"), 200} < set(numbered) and not merged
+
+
 @pytest.fixture
 def scanned(tmp_path) -> Path:
     """One scan as a CT series of a patient's, with OpenKBP's labels of it as NIfTI; the folder of its slices."""
@@ -480,7 +548,11 @@ def test_settings_that_an_edit_does_not_use_are_refused(write_spec, bundles, tmp
         ({"flip": "0.5"}, "not mirrored"),
         ({"resize": "{}"}, "may get no edit"),
         ({"masks": "{source: real}"}, "no masks.path"),
-        ({"masks": "{source: real, path: a, region: [head]}"}, "and no region"),
+        ({"masks": "{source: real, path: a, region: [head]}"}, "real takes label_map, path, and no use of region;"),
+        ({"masks": "{source: phantom, path: a, organ_sizes: {liver: 9}}"}, "and no use of path, organ_sizes;"),
+        ({"masks": "{source: files, path: a, settings: {seed: 1}}"}, "and no use of settings;"),
+        ({"masks": "{source: library, path: a, spacing: [1, 1, 1]}"}, "and no use of spacing;"),
+        ({"masks": "{source: generator, label_map: openkbp}"}, "and no use of label_map;"),
         ({"ct": "{edits: {redraw: liver}}"}, "the cohort sets itself"),
     ],
 )

@@ -169,6 +169,27 @@ def test_a_datalist_keeps_its_split_unless_another_is_asked_for(tmp_path):
     assert again == lists
 
 
+def test_held_out_names_are_taken_as_they_were_typed(tmp_path):
+    """As the command line's parser reads them, some are numbers, sums or octal."""
+    for given in (("pt-1", "pt-2"), ("0001", "0002"), ("1_000", "2_000"), ("LIDC-IDRI-0001", "LIDC-IDRI-0002")):
+        for name in (*given, "other"):
+            write(tmp_path / given[0] / f"{name}.nii.gz")
+        for option in (",".join(given), f"[{','.join(map(repr, given))}]"):
+            lists, _ = prepare(tmp_path / given[0], f"--output={tmp_path / 'list.json'}", f"--held_out={option}")
+            assert names(lists["validation"]) == list(given) and names(lists["training"]) == ["other"]
+
+
+def test_a_region_is_a_name_or_several(tmp_path):
+    write(tmp_path / "a.nii.gz")
+    for given in ("head", ["head"]):
+        (tmp_path / "given.json").write_text(json.dumps({"training": [{"image": "a.nii.gz", "region": given}]}))
+        lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}", "--validation=0")
+        assert [item["region"] for item in lists["training"] + lists["validation"]] == [["head"]]
+    (tmp_path / "given.json").write_text(json.dumps({"training": [{"image": "a.nii.gz", "region": "neck"}]}))
+    with pytest.raises(InputError, match="region 'neck' is not known; allowed are head, chest"):
+        find_cases(tmp_path / "given.json")
+
+
 def test_held_out_is_what_the_latents_are_called(tmp_path):
     for name in ("scan78", "scan79_a", "scan80"):
         write(tmp_path / f"{name}.nii.gz")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -125,7 +126,9 @@ def test_two_ranks_find_what_one_process_does(folder, torchrun, tmp_path):
     sets = [files(folder, name) for name in ("plain", "noisy")]
     expected = measure_realism(*sets, tmp_path / "one", SliceNetwork("resnet18"), *COARSE, 0)
     options = [*GRID, "--pairs", "0", "--output_dir", tmp_path / "two"]
-    done = torchrun("maisi_tools.cli", "realism", folder / "plain", folder / "noisy", *options)
+    made = shutil.copytree(folder / "noisy", tmp_path / "made")  # as maisi_controlnet writes them: masks lie beside
+    shutil.copy(files(folder, "plain")[0], made / "0_mask.nii.gz")
+    done = torchrun("maisi_tools.cli", "realism", folder / "plain", made, *options)
     assert done.stdout.count("fid_axial@") == 1
     assert json.loads((tmp_path / "two" / "realism.json").read_text()) == expected
 

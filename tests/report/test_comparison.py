@@ -63,6 +63,16 @@ def test_page_is_self_contained_and_shows_every_volume(case, tmp_path):
     assert second.shape[1] < first.shape[1] / 2
 
 
+def test_a_real_ct_is_any_that_the_bundles_read(case, tmp_path):
+    """As NRRD it gives the same picture."""
+    nrrd = pytest.importorskip("nrrd")
+    header = {"space": "right-anterior-superior", "space directions": np.diag(SPACING), "space origin": [0, 0, 0]}
+    nrrd.write(str(tmp_path / "real.nrrd"), block(40), header)
+    other = Comparison(case.name, {**case.volumes, "real": tmp_path / "real.nrrd"}, case.mask)
+    (one,), (two,) = (pictures(write_comparison([each], tmp_path / "page.html", "A")) for each in (case, other))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_all_volumes_are_cut_at_one_place_of_the_patient(tmp_path):
     """The second one has other voxels and another origin; a bright spot is at the same place of both."""
     fine = block(40)

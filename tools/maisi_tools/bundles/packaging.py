@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import logging
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,8 @@ import maisi_tools
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("configs", "docs", "models", "scripts", "LICENSE", "large_files.yml")
 """What of a bundle's folder is shipped; runs and outputs in it are not."""
 
@@ -25,7 +28,12 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 PACKAGE = maisi_tools.__name__
 
+LICENCES = "docs/data_license.txt"
+"""Where a bundle says of each file in ``models`` ("NAME: DATA" a line) what it was trained on."""
+
 _NAME = re.compile(r"[A-Za-z0-9][\w-]*", re.ASCII)
+
+_LICENSED = re.compile(r"^(\S+): ", re.MULTILINE)
 
 _NAMED = re.compile(rf"\b{PACKAGE}(?:\.\w+)*")
 
@@ -37,7 +45,8 @@ def package_bundle(
 
     The zip holds the folder NAME. MONAI finds the modules in it when it is the working folder, MONAI Label always does.
     Nothing is compressed (weights hardly would be), so the same content gives the same bytes everywhere. Weights that
-    ``large_files.yml`` lists are left to `maisi weights` and ``monai.bundle download_large_files``.
+    ``large_files.yml`` lists are left to `maisi weights` and ``monai.bundle download_large_files``. Others that
+    ``docs/data_license.txt`` does not name, which may be anybody's under any licence, are left out, which is said.
 
     Args:
         bundle: its folder.
@@ -137,11 +146,21 @@ def needed_files(configs: Iterable[Path]) -> set[Path]:
 
 
 def _bundle_files(root: Path) -> list[Path]:
-    listed = root / "large_files.yml"
-    large = yaml.safe_load(listed.read_text())["large_files"] if listed.is_file() else []
-    left_out = {(root / entry["path"]).resolve() for entry in large}
-    found = [path for part in PARTS for path in (root / part, *(root / part).rglob("*"))]
-    return [path for path in found if path.is_file() and path not in left_out and not path.name.startswith(".")]
+    listed, licences = root / "large_files.yml", root / LICENCES
+    large = {entry["path"] for entry in yaml.safe_load(listed.read_text())["large_files"]} if listed.is_file() else ()
+    known = set(_LICENSED.findall(licences.read_text())) if licences.is_file() else None
+    found: list[Path] = []
+    for path in (path for part in PARTS for path in (root / part, *sorted((root / part).rglob("*")))):
+        name = path.relative_to(root)
+        if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        if name.as_posix() in large:
+            continue
+        if name.parts[0] == "models" and known is not None and path.name not in known:
+            logger.warning("%s of %s is left out: %s does not say what it was trained on", name, root.name, LICENCES)
+            continue
+        found.append(path)
+    return found
 
 
 def _modules_on(name: str, source: Path) -> set[Path]:

@@ -54,6 +54,8 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
             parsers[name] = _text if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
         if name in _TEXT_OR_LISTS:
             parsers[name] = _text_or_list
+        if name == "held_out":
+            parsers[name] = _names
     return fire.decorators.SetParseFns(**parsers)(plan)
 
 
@@ -82,7 +84,7 @@ def _checked(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     command(*args, **kwargs)
 
 
-_TEXT_OR_LISTS = ("reference", "generated", "held_out", "overlay")
+_TEXT_OR_LISTS = ("reference", "generated", "overlay")
 """Options that take a path or name, or several."""
 
 
@@ -95,6 +97,11 @@ def _text(given: str) -> str | None:
 def _text_or_list(given: str) -> Any:
     value = fire.parser.DefaultParseValue(given)
     return value if isinstance(value, (str, list, tuple, dict)) or value is None else given
+
+
+def _names(given: str) -> Any:
+    """Names with commas as they were typed: Fire would take some for numbers or sums. A list in brackets is one."""
+    return _text_or_list(given) if given[:1] in ("[", "(") else _text(given)
 
 
 def bundles_folder(given: str | None) -> Path:
@@ -214,17 +221,17 @@ def held_out_names(held_out: Any) -> set[str]:
     if held_out is None:
         return set()
     if not str(held_out).endswith(".json"):
-        return {str(name) for name in (held_out if isinstance(held_out, (tuple, list)) else (held_out,))}
+        return set(listed(held_out))
     path = Path(held_out)
     if not path.is_file():
         raise InputError(f"held-out list {path} does not exist; give a JSON file, or names as NAME,NAME.")
     try:
-        listed = read_json(path)
-        listed = listed["held_out"] if isinstance(listed, dict) else listed
-        if not isinstance(listed, list):
+        found = read_json(path)
+        found = found["held_out"] if isinstance(found, dict) else found
+        if not isinstance(found, list):
             raise TypeError("no list")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{path} is no list of names ({error}); write ["NAME", ...], or that under "held_out".') from (
             error
         )
-    return {str(name) for name in listed}
+    return {str(name) for name in found}

@@ -87,6 +87,15 @@ def compare(
     for given in (reconstructed, generated):
         if given is not None and not Path(str(given)).is_dir():
             raise InputError(f"folder {given} does not exist; give the one with the CTs, or none.")
+    pages = []
+    for item in items:
+        ct, mask = Path(item["ct"]), Path(item["image"])
+        made = {"maisi_vae": f"{stem_of(ct)}_recon.nii.gz", CONTROLNET: f"{stem_of(mask)}_ct.nii.gz"}
+        places = {name: Path(str(folders[name] or output / name)) / file for name, file in made.items()}
+        if absent := [path for name, path in places.items() if folders[name] is not None and not path.is_file()]:
+            raise InputError(f"{absent[0]} does not exist; give a folder with the CTs of all cases, or none.")
+        volumes = {"real": ct, "reconstruction": places["maisi_vae"], "generated": places[CONTROLNET]}
+        pages.append(Comparison(stem_of(ct), volumes, mask))
     runs: tuple[tuple[str, str, dict[str, Any]], ...] = (("maisi_vae", "ct", {}), (CONTROLNET, "image", {"seed": seed}))
     for name, key, own in runs:
         if folders[name] is None:
@@ -96,15 +105,6 @@ def compare(
             inputs = [item[key] for item in items]
             stage = Stage(bundle_folder(name, bundles), logs=True, input=inputs, output_dir=folders[name], **own)
             stage.run()
-    pages = []
-    for item in items:
-        ct, mask = Path(item["ct"]), Path(item["image"])
-        volumes = {
-            "real": ct,
-            "reconstruction": Path(str(folders["maisi_vae"])) / f"{stem_of(ct)}_recon.nii.gz",
-            "generated": Path(str(folders[CONTROLNET])) / f"{stem_of(mask)}_ct.nii.gz",
-        }
-        pages.append(Comparison(stem_of(ct), volumes, mask))
     title = "Real CT, its reconstruction, and a CT generated from the same mask"
     print(write_comparison(pages, output / "comparison.html", title, window))
 
@@ -146,7 +146,10 @@ def realism(
     from maisi_tools.volumes.inputs import find_inputs
 
     check_device(device)
-    real, made = ([item["image"] for item in find_inputs(files)] for files in (reference, generated))
+    # Of a ControlNet's outputs and of cohorts, the CTs; masks lie beside them.
+    real, made = (
+        [item["image"] for item in find_inputs(files, prefer="_ct.nii.gz")] for files in (reference, generated)
+    )
     features = SliceNetwork(str(network), None if weights is None else str(weights))
     with process_group():
         found = measure_realism(

@@ -20,8 +20,8 @@ class Layout:
 
     Attributes:
         ct, mask: path of a sample's file, relative to the cohort's folder, with {name}.
-        consecutive: whether labels are numbered 1, 2, ... as nnU-Net asks for, and merged to those that the weights
-            know; otherwise masks keep MAISI's vocabulary.
+        consecutive: whether labels are numbered 1, 2, ... as nnU-Net asks for, see
+            :func:`~maisi_tools.cohort.worker.numbered_labels`; otherwise masks keep MAISI's vocabulary.
         describe: writes the file that names the data set, given its folder, name, sample names and labels
             (number -> name).
     """
@@ -36,13 +36,18 @@ def consecutive_labels(labels: np.ndarray, keep: Sequence[int], merge: dict[str,
     """Labels of the vocabulary -> 1, 2, ... in the order of `keep`; the others are merged first."""
     table = np.zeros(256, dtype=np.uint8)
     table[list(keep)] = np.arange(1, len(keep) + 1)
+    labels = np.ascontiguousarray(labels)  # torch takes no array that was turned around
     return table[np.asarray(merge_labels(labels, keep, merge)).astype(int)]
 
 
-def label_names(layout: Layout, keep: Sequence[int], seen: Iterable[int]) -> dict[int, str]:
-    """Number in the masks -> name: all of `keep` where they are consecutive, else the labels `seen`."""
+def label_names(layout: Layout, keep: Sequence[int], merge: dict[str, int], seen: Iterable[int]) -> dict[int, str]:
+    """Number in the masks -> name: all of `keep` where they are consecutive, else the labels `seen`.
+
+    A label that a group is merged into has the group's name: it stands for all bones, not for the skull.
+    """
     if layout.consecutive:
-        return {number: display_name(label) for number, label in enumerate(keep, start=1)}
+        groups = {label: group for group, label in merge.items()}
+        return {number: groups.get(label) or display_name(label) for number, label in enumerate(keep, start=1)}
     return {label: display_name(label) for label in sorted(seen) if label in VOCABULARY}
 
 

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from maisi_tools.bundles.settings import check_given
-from maisi_tools.bundles.stage import config_files
+from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
-from maisi_tools.cohort.spec import FIXED, CohortSpec
-from maisi_tools.cohort.worker import DONE, FAILED, LEFT_OUT, RECORDS, SCRATCH, Worker, configs_of, read_record
+from maisi_tools.cohort.spec import FIXED, CohortSpec, Masks
+from maisi_tools.cohort.worker import (
+    DONE,
+    FAILED,
+    LEFT_OUT,
+    RECORDS,
+    SCRATCH,
+    Worker,
+    configs_of,
+    mask_pool,
+    numbered_labels,
+    read_record,
+)
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
-from maisi_tools.files import LOCK, held, sha256, write_csv, write_json
-from maisi_tools.masks.label_maps import LABEL_MAPS
+from maisi_tools.files import LOCK, canonical_json, fingerprint_text, held, sha256, write_csv, write_json
+from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
 from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain
+from maisi_tools.volumes.inputs import stem_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +104,14 @@ def make_cohort(
     rank, ranks = idist.get_rank(), idist.get_world_size()
     taken = f"another run makes the cohort in {folder}; wait for its end, or give another folder"
     with held(folder, taken) if rank == 0 else contextlib.nullcontext():
+        open_ones: list[int] = []
         if rank == 0:
             _claim(spec, folder, bundles, seen)
-        idist.barrier()
-        open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
+            open_ones = [index for index in range(spec.count) if not _is_done(spec, folder, index)]
+        if ranks > 1:  # one looks for all: what a rank made meanwhile would shorten the list of the next
+            told = [open_ones]
+            torch.distributed.broadcast_object_list(told, src=0)
+            (open_ones,) = told
         share = open_ones[rank::ranks]
         arguments = (spec, folder, bundles, device, threads, chosen)
         results = _on_ray(arguments, share, workers, gpus, address) if engine == "ray" else _here(arguments, share)
@@ -115,9 +133,9 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
     write_csv(folder / MANIFEST, [{key: _text(value) for key, value in record.items()} for record in records])
     named = {one: [record["name"] for record in records if record["status"] == one] for one in (LEFT_OUT, FAILED)}
     done = [record for record in records if record["status"] == DONE]
-    keep = {**_config(bundles, "maisi_controlnet", "inference.json"), **spec.ct}["keep_labels"]
     layout = LAYOUTS[spec.layout]
-    names = label_names(layout, keep, {label for record in done for label in record["labels"]})
+    numbered = numbered_labels(spec, _config(bundles, spec))
+    names = label_names(layout, *numbered, {label for record in done for label in record["labels"]})
     layout.describe(folder, spec.name, [record["name"] for record in done], names)
     return {"done": len(done), "left_out": named[LEFT_OUT], "failed": named[FAILED]}
 
@@ -188,18 +206,38 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
                 )
 
 
-def _config(bundles: Path, bundle: str, *names: str) -> dict[str, Any]:
-    return ConfigParser.load_config_files(config_files(bundles / bundle, names))
+def _config(bundles: Path, spec: CohortSpec) -> dict[str, Any]:
+    """What makes the CTs, with the specification's settings."""
+    return {**ConfigParser.load_config_files(config_files(bundles / "maisi_controlnet", configs_of(spec))), **spec.ct}
+
+
+def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
+    """What samples depend on beside their number and the specification's text."""
+    config, weights = _config(bundles, spec), _weights(bundles / "maisi_controlnet", configs_of(spec))
+    found: dict[str, Any] = {"config": fingerprint_text(canonical_json(config))}
+    if LAYOUTS[spec.layout].consecutive:
+        found["numbering"] = numbered_labels(spec, config)[0]
+    if spec.masks.source == "generator":
+        weights |= _weights(bundles / "maisi_ldm", [CONFIG])
+    if spec.masks.path:
+        found["label_map"] = {str(label): id for label, id in read_label_map(spec.masks.label_map).ids.items()}
+        scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
+        masks = [Path(scan["mask"]) for scan in scans] or mask_pool(spec)
+        listed = [f"{stem_of(path)} {path.stat().st_size if path.is_file() else 'folder'}" for path in masks]
+        found["masks"] = fingerprint_text("\n".join([*(stem_of(scan["image"]) for scan in scans), *listed]))
+    return {**found, "weights": weights}
+
+
+def _weights(bundle: Path, names: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the weights that a bundle's configs load."""
+    files = map(Path, Stage(bundle, names).parser.get_parsed_content("weights"))
+    return {f"{bundle.name}/models/{file.name}": sha256(file) for file in files}
 
 
 def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, Any]) -> None:
     """Make the folder this cohort's, or make sure that it is."""
-    weights = {
-        str(file.relative_to(bundles)): sha256(file)
-        for bundle in ("maisi_controlnet", *(["maisi_ldm"] if spec.masks.source == "generator" else []))
-        for file in sorted((bundles / bundle / "models").glob("*.pt"))
-    }
-    content = json.loads(json.dumps({"spec": _resolved(spec.as_dict()), "weights": weights, "judge": judge}))
+    made_by = _made_by(spec, bundles)
+    content = json.loads(json.dumps({"spec": _resolved(spec.as_dict()), **made_by, "judge": judge}))
     path = folder / SPEC
     if path.is_file():
         try:
@@ -210,9 +248,11 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
             raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
         changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
-        for what in ("weights", "judge"):
-            if earlier.get(what, {}) != content[what]:
-                changed.append(what)
+        # An earlier version recorded the weights of all configs, and numbered what they know, whatever was labelled.
+        before = {name: earlier["weights"].get(name) for name in content["weights"]}
+        known = numbered_labels(dataclasses.replace(spec, masks=Masks()), _config(bundles, spec))[0]
+        earlier = {**content, "judge": {}, "numbering": known, **earlier, "weights": before}
+        changed += [what for what in content if what != "spec" and earlier[what] != content[what]]
         if changed:
             raise InputError(
                 f"{folder} holds a cohort made with other {', '.join(changed)}; only count and retries "

@@ -22,6 +22,15 @@ from maisi_tools.settings import check_plain, checked_fields, read_yaml
 SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")
 
+USED = {
+    "phantom": {"region", "organs", "field_of_view", "spacing"},
+    "files": {"path", "label_map", "region", "organs", "field_of_view"},
+    "library": {"path", "label_map", "region", "organs", "field_of_view"},
+    "generator": {"organ_sizes", "settings"},
+    "real": {"path", "label_map"},
+}
+"""What each source takes. Files are drawn from whatever they show; what of a request one does not fulfil is listed."""
+
 FIXED = (
     *("input", "output_dir", "seed", "dataset_dir", "label_map", "output_labels", "bundle_root", "data"),
     *("mask", "new_mask", "edits"),
@@ -67,9 +76,15 @@ class Masks:
         _allowed("masks.source", self.source, SOURCES)
         if self.source in ("files", "library", "real") and not self.path:
             raise InputError(f"masks.source is {self.source}, but there is no masks.path; add it")
-        if self.source in ("generator", "real") and (self.region or self.organs or self.field_of_view):
-            allowed = "organ_sizes" if self.source == "generator" else "the masks of its scans"
-            raise InputError(f"masks.source {self.source} takes {allowed}, and no region, organs or field_of_view")
+        fields = {
+            field.name: field for field in dataclasses.fields(self) if field.name not in ("source", *USED[self.source])
+        }
+        unset = {name: () if field.default is dataclasses.MISSING else field.default for name, field in fields.items()}
+        if unused := [name for name in fields if (getattr(self, name) or ()) != (unset[name] or ())]:
+            raise InputError(
+                f"masks.source {self.source} takes {', '.join(sorted(USED[self.source]))}, and no use of "
+                f"{', '.join(unused)}; leave it out, or give another source"
+            )
         for key in ("path", "label_map"):
             if not isinstance(getattr(self, key), (str, type(None))):
                 raise InputError(f"masks.{key} is {getattr(self, key)!r}; allowed is text")

@@ -31,7 +31,7 @@ from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
-from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_volume
@@ -95,9 +95,9 @@ class Worker:
             **(judge or {}),
         )
         self.ct.load()
-        self.keep = [int(label) for label in self.ct.parser.get_parsed_content("keep_labels")]
-        self.merge = dict(self.ct.parser.get_parsed_content("merge_labels"))
-        self.pool = _pool(spec)
+        config = {key: self.ct.parser.get_parsed_content(key) for key in ("keep_labels", "merge_labels")}
+        self.keep, self.merge = numbered_labels(spec, config)
+        self.pool = mask_pool(spec)
         self.scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
 
     def make(self, index: int) -> dict[str, Any]:
@@ -289,7 +289,24 @@ def configs_of(spec: CohortSpec) -> list[str]:
     return ["inference.json", *(["edit.json"] if spec.masks.source == "real" else [])]
 
 
-def _pool(spec: CohortSpec) -> list[Path]:
+def numbered_labels(spec: CohortSpec, config: Mapping[str, Any]) -> tuple[list[int], dict[str, int]]:
+    """The labels that a layout numbers 1, 2, ..., and group -> which of them stands for its others.
+
+    Of CTs that are made, they are those that the weights know. A scan shows whatever it was labelled with, and what is
+    put into it.
+
+    Args:
+        spec: the cohort.
+        config: ``keep_labels`` and ``merge_labels`` of the weights.
+    """
+    if spec.masks.source != "real":
+        return [int(label) for label in config["keep_labels"]], dict(config["merge_labels"])
+    labelled = read_label_map(spec.masks.label_map).ids.values()
+    put_in = (label_id(tumor.lesion) for tumor in spec.tumors)
+    return sorted({*labelled, *put_in, BODY} - {0}), {}
+
+
+def mask_pool(spec: CohortSpec) -> list[Path]:
     """The masks that samples draw from: all files, or what fits of a library; its nearest where nothing does."""
     masks = spec.masks
     if masks.source == "files":

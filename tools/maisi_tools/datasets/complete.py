@@ -18,7 +18,7 @@ from maisi_tools.files import canonical_json, fingerprint_file, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
-from maisi_tools.masks.vocabulary import region_of
+from maisi_tools.masks.vocabulary import checked_regions, region_of
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import check_output_dir, check_targets, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
@@ -93,7 +93,7 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
         write_sidecar(path, found)
         write_volume(path, completed, affine, "uint8")
     if item.get("region"):
-        return list(item["region"])
+        return list(checked_regions(item["region"]))
     labels = found["labels"] if found else read_volume(path, "mask").unique().tolist()
     return list(region_of(labels))
 

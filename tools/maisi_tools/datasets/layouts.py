@@ -11,6 +11,7 @@ from typing import Any
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
+from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, stem_of
 
 CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
@@ -132,7 +133,7 @@ def _case(
         label=_from(path, label) if label else None,
         modality=_modality(entry.get("modality") or modality),
         section=section,
-        region=tuple(entry.get("region") or ()),
+        region=checked_regions(entry.get("region")),
     )
 
 

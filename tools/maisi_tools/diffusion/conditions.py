@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import REGIONS as INDICATORS
+from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.volumes.checks import (
     LATENT_CHANNELS,
     check_output_size,
@@ -175,12 +176,9 @@ class Conditions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        region = (self.region,) if isinstance(self.region, str) else tuple(self.region)
         object.__setattr__(self, "size", check_output_size(self.size, 1, "size"))
         object.__setattr__(self, "spacing", three_positive(self.spacing, "spacing", "numbers in mm"))
-        if unknown := [name for name in region if name not in REGIONS]:
-            raise InputError(f"region {', '.join(map(repr, unknown))} is not known; allowed are {', '.join(REGIONS)}")
-        region = tuple(name for name in REGIONS if name in region)
+        region = checked_regions(self.region)
         if region:
             first, last = REGIONS.index(region[0]), REGIONS.index(region[-1])
             if last - first + 1 != len(region):

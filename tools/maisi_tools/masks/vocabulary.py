@@ -315,6 +315,18 @@ def region_of(labels: Iterable[int]) -> tuple[str, ...]:
     return tuple(region for region, names in REGIONS.items() if present & {label_id(name) for name in names})
 
 
+def checked_regions(region: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Body regions as a file or a user gives them, one as text or several, from top to bottom.
+
+    Raises:
+        InputError: one that is not known.
+    """
+    names = [region] if isinstance(region, str) else list(region or ())
+    if unknown := [name for name in names if name not in REGIONS]:
+        raise InputError(f"region {', '.join(map(repr, unknown))} is not known; allowed are {', '.join(REGIONS)}")
+    return tuple(name for name in REGIONS if name in names)
+
+
 def merge_labels(mask: Array, keep: Iterable[int], merge: Mapping[str, int]) -> Array:
     """Reduce a mask to the labels that weights trained on fewer classes know.
 

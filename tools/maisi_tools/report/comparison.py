@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -26,7 +27,7 @@ from maisi_tools.report.preview import (
     load_labels,
     plane,
 )
-from maisi_tools.volumes.reading import sidecar_path
+from maisi_tools.volumes.reading import read_volume, sidecar_path
 
 COLUMN_INCHES = 3.2
 
@@ -84,7 +85,7 @@ def write_comparison(
 
 def _picture(case: Comparison, window: Sequence[float]) -> bytes:
     """The PNG of one case."""
-    images = {title: load_image(path, title) for title, path in case.volumes.items()}
+    images = {title: _ct(path, title) for title, path in case.volumes.items()}
     first, last = (images[title] for title in (next(iter(images)), list(images)[-1]))
     labels = None if case.mask is None else load_labels(case.mask, last)
     reference = first if labels is None else last
@@ -113,6 +114,14 @@ def _picture(case: Comparison, window: Sequence[float]) -> bytes:
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=90)
         return buffer.getvalue()
+
+
+def _ct(path: Path, role: str) -> nib.Nifti1Image:
+    """A CT of any kind that the bundles read, turned to RAS."""
+    if path.name.lower().endswith((".nii", ".nii.gz")):
+        return load_image(path, role)
+    ct: Any = read_volume(path, "ct")
+    return nib.as_closest_canonical(nib.Nifti1Image(ct[0].numpy(), ct.affine.numpy()))
 
 
 def _figures(case: Comparison) -> list[str]:

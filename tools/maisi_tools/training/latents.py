@@ -15,6 +15,7 @@ from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors, read_json
+from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, stem_of
@@ -136,7 +137,7 @@ def latents_to_encode(
                     "rename the file or the view"
                 )
             # An empty list does not survive MONAI's collation.
-            region = {"region": list(item["region"])} if item.get("region") else {}
+            region = {"region": list(checked_regions(item["region"]))} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
     beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
     endings = (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
