@@ -50,6 +50,24 @@ def test_there_and_back(files, hu, mask, capsys):
         assert at(ct, place) == hu[voxel] and at(rt, place) == at(seg, place) == mask[voxel]
 
 
+def test_a_patients_scan_does_not_leave_as_an_invented_patient(files, capsys):
+    """An edited scan, whose JSON says what of it is synthetic, and a series; each joins its study, or is refused."""
+    assert run("dicom_write", files / "ct.nii.gz", "-o", files / "scan") == 0
+    for path in (files / "scan" / "CT").iterdir():
+        ds = pydicom.dcmread(path)
+        del ds.SyntheticData
+        ds.PatientID, ds.ImageType = "1234", ["ORIGINAL", "PRIMARY", "AXIAL"]
+        ds.save_as(path)
+    box = [[-40.0, -40.0, -40.0], [40.0, 40.0, 40.0]]
+    (files / "ct.json").write_text(json.dumps({"region": {"box_ras_mm": box}}))
+    for given in (files / "ct.nii.gz", files / "scan" / "CT"):
+        assert run("dicom_write", given, "-o", files / "out") == 2
+        assert "give the scan's series as source" in capsys.readouterr().err and not (files / "out").exists()
+    assert run("dicom_write", files / "ct.nii.gz", "-o", files / "out", "--source", files / "scan" / "CT") == 0
+    ds = pydicom.dcmread(next((files / "out" / "CT").iterdir()))
+    assert ds.PatientID == "1234" and ds.ImageType[-1] == "PARTLY_SYNTHETIC" and "between (" in ds.DerivationDescription
+
+
 def test_tilted_series_come_out_straight(files, hu, capsys):
     tilted = np.diag([-6.0, -7.0, 5.0, 1.0])
     tilted[1, 2] = 2.0

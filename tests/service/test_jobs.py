@@ -43,10 +43,46 @@ def test_failures_come_back_later_or_never(tmp_path):
     assert queue.take() is None and queue.counts()["waiting"] == 1
     queue.add("1.2", "SEG", "1", tmp_path)
     queue.fail(queue.take(), "no mask", None)
-    assert queue.counts()["dead"] == 1 and queue.in_use(tmp_path)
+    assert queue.counts()["dead"] == 1 and queue.in_use("1")
     assert [(state, job.error) for state, job in queue.listed()] == [("waiting", "no connection"), ("dead", "no mask")]
     assert queue.revive("1.2") and not queue.revive("1.1")
     assert queue.take().attempts == 1
+
+
+def test_a_dead_letter_keeps_no_study(tmp_path):
+    """A study with one object that cannot be used would fill the disk for ever."""
+    queue = JobQueue(tmp_path / "q.sqlite")
+    queue.add("1.1", "CT", "1", tmp_path)
+    assert queue.in_use("1") and not queue.in_use("2")
+    queue.fail(queue.take(), "no volume", None)
+    assert not queue.in_use("1")
+    assert queue.revive("1.1") and queue.in_use("1")
+
+
+def test_a_part_that_comes_again_is_nothing_new(tmp_path):
+    """What was done is done anew where something is there that was not before."""
+    queue = JobQueue(tmp_path / "q.sqlite")
+    queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb")
+    queue.finish(queue.take(), 1.0, "2.1")
+    assert queue.add("1.1", "CT", "1", tmp_path, "bbbbbbbb") == ""
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb") == "" and queue.superseded() == 0
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb cccccccc") == "queued anew"
+    queue.finish(queue.take(), 1.0, "2.2")
+    with queue._transaction() as file:
+        file.execute("UPDATE jobs SET content=?", ("0123456789abcdef" * 2,))  # as an earlier version wrote it
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa") == ""
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa dddddddd") == "queued anew"
+
+
+def test_attempts_that_do_not_count(tmp_path):
+    queue = JobQueue(tmp_path / "q.sqlite", attempts=2)
+    queue.add("1.1", "SEG", "1", tmp_path)
+    for _ in range(5):
+        job = queue.take()
+        assert job.attempts == 1
+        queue.fail(job, "the archive is away", 0.0, counts=False)
+    queue.take()
+    assert JobQueue(tmp_path / "q.sqlite", attempts=2).counts()["waiting"] == 1  # killed once, not twice
 
 
 def test_threads_share_it(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
 import time
 import urllib.error
 
@@ -28,12 +29,15 @@ class Archive:
     def close(self) -> None:
         self.server.shutdown()
 
+    status = 0
+    """With which it stores."""
+
     def _store(self, event) -> int:
         ds = event.dataset
         ds.file_meta = event.file_meta
         self.objects[ds.SOPInstanceUID] = ds
         self.stores += 1
-        return 0
+        return self.status
 
 
 @pytest.fixture
@@ -124,14 +128,20 @@ def test_what_cannot_be_used_is_a_dead_letter_with_the_reason(listen, archive, r
 
 
 def test_an_archive_that_is_away_is_tried_again(listen, archive, real_study, tmp_path):
-    listener = listen(archive.port)
+    """However often; its own way of saying that it coerced an element is no failure. A second listener keeps off."""
+    listener = listen(archive.port, attempts=1, retry_seconds=0.5)
     archive.close()
     files = real_study(tmp_path / "study", 2)
     assert store([path for path in files if path.name == "SEG.dcm"], listener.settings["listen"]["port"])
-    listener.wait(lambda: "again in 1 s" in listener.log.read_text(), 60)
+    listener.wait(lambda: "again in 2 s" in listener.log.read_text(), 60)
+    command = [listener.python, "-m", "maisi_tools.cli", "listen", str(listener.config)]
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert second.returncode == 2 and "another listener works on the spool" in second.stderr
+    archive.status = 0xB000
     archive.open()
     listener.wait(lambda: listener.health().get("done") == 1, 120)
     assert len(archive.objects) == archive.stores == 50
+    assert "stored the result with a warning: 0xb000" in listener.log.read_text()
 
 
 def test_two_bundles_one_after_another_for_a_ct(listen, archive, free_port, real_study, tiny_bundles, tmp_path):

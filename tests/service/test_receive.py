@@ -7,11 +7,19 @@ from pathlib import Path
 import pydicom
 import pytest
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, SegmentationStorage
 
 from maisi_tools.service import receive
 from maisi_tools.service.jobs import JobQueue
-from maisi_tools.service.receive import COUNT_SECONDS, Intake, NotTaken, forget_old_studies, keep, queue_whole_studies
+from maisi_tools.service.receive import (
+    COUNT_SECONDS,
+    Intake,
+    NotTaken,
+    forget_old_studies,
+    keep,
+    needed_series,
+    queue_whole_studies,
+)
 from maisi_tools.service.settings import read_settings
 from maisi_tools.service.troubles import Troubles
 
@@ -43,6 +51,8 @@ def make(uid: str, modality: str = "SEG", series: str | None = None, study: str 
     ds.SOPClassUID = CTImageStorage if modality == "CT" else SegmentationStorage
     ds.SOPInstanceUID, ds.StudyInstanceUID = uid, study
     ds.SeriesInstanceUID, ds.Modality = series or f"{uid}.1", modality
+    if modality == "CT":
+        ds.FrameOfReferenceUID = "5.5"
     return ds
 
 
@@ -162,11 +172,57 @@ def test_a_clock_that_is_set_stops_nothing(spool, clock, tmp_path):
     assert not (spool.incoming / "1.2").exists()
 
 
+def test_what_is_no_scan_of_the_ct_is_no_job(spool):
+    """Scouts, and captures of the modality CT; they and the scan are removed together when they are old."""
+    scout, capture = make("1.3.1", "CT", "9.1"), make("1.3.2", "CT", "9.2")
+    scout.ImageType, capture.SOPClassUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], SecondaryCaptureImageStorage
+    for ds in (scout, capture, make("1.3.3", "CT", "9.3")):
+        keep(ds, spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 1 and spool.waits() == ["9.3"]
+    spool.queue.fail(spool.queue.take(), "one slice", None)
+    late = make("1.3.4", "CT", "9.3")
+    spool.look(after=3700)
+    keep(late, spool.incoming)  # while other studies are looked at
+    forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+    assert len(list((spool.incoming / "1.2").iterdir())) == 4
+    spool.look()
+    assert spool.look(after=11) == 1
+    spool.queue.fail(spool.queue.take(), "two slices", None)
+    spool.look(after=3700)
+    forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+    assert not (spool.incoming / "1.2").exists()
+
+
+def test_a_mask_needs_the_ct_that_it_was_drawn_on(tmp_path):
+    """Not one beside an MR; a structure set, which has no grid, gets one in any case."""
+    present = {"9.1": "5.1", "9.2": "5.2"}
+    for kind, frame, named, expected in (
+        ("SEG", "5.2", None, "9.2"),
+        ("SEG", "5.3", None, ""),
+        ("SEG", "5.3", "9.2", "9.2"),
+        ("SEG", None, None, ""),
+        ("RTSTRUCT", "5.3", None, "9.1"),
+        ("RTSTRUCT", "5.2", "9.1", "9.1"),
+    ):
+        ds = make("1.7.1", kind)
+        if frame:
+            ds.FrameOfReferenceUID = frame
+        if named:
+            item = pydicom.Dataset()
+            item.SeriesInstanceUID = named
+            ds.ReferencedSeriesSequence = [item]
+        ds.save_as(tmp_path / "mask.dcm", enforce_file_format=True)
+        assert needed_series(tmp_path / "mask.dcm", present) == expected, (kind, frame, named)
+
+
 def test_a_series_that_grows_after_its_job_is_done_anew(spool):
     """6 of 12 slices, a pause, the rest; and a SEG on that series, whose CT is not the same any more."""
     for number in range(6):
         keep(make(f"1.2.{number}", "CT", "9.9"), spool.incoming)
-    keep(make("1.7.1"), spool.incoming)
+    mask = make("1.7.1")
+    mask.FrameOfReferenceUID = "5.5"
+    keep(mask, spool.incoming)
     spool.look()
     assert spool.look(after=11) == 2
     done = [spool.queue.take(), spool.queue.take()]

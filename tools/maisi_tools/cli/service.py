@@ -23,6 +23,7 @@ def listen(settings: str) -> None:
     import os
     import signal
 
+    from maisi_tools.files import held
     from maisi_tools.service.listener import Listener
     from maisi_tools.service.settings import read_settings
 
@@ -30,10 +31,12 @@ def listen(settings: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # tracebacks of what callers do; we say it in a line
     os.umask(0o077)
-    listener = Listener(wanted)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: listener.stop())
-    listener.run()
+    taken = f"another listener works on the spool {wanted.spool}; stop it, or give this one a spool of its own"
+    with held(Path(wanted.spool), taken):
+        listener = Listener(wanted)
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: listener.stop())
+        listener.run()
 
 
 def jobs(settings: str, revive: str | None = None) -> None:

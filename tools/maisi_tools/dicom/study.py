@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
@@ -26,6 +27,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
 from maisi_tools.volumes.inputs import is_dicom, stem_of
+from maisi_tools.volumes.reading import sidecar_path
 from maisi_tools.volumes.series import read_slices, slice_affine
 
 STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
@@ -128,6 +130,14 @@ def write_study(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [Path(folder).expanduser() / name for name in files]
+
+
+def edited_region(ct: str | os.PathLike) -> list[list[float]]:
+    """Of an edited scan's file the box that its sidecar names, see :func:`write_study`; empty for any other CT."""
+    sidecar = sidecar_path(ct)
+    content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    region = content.get("region") if isinstance(content, dict) else None
+    return region.get("box_ras_mm", []) if isinstance(region, dict) else []
 
 
 def read_mask(

@@ -68,12 +68,16 @@ class DicomWebArchive:
         if settings.user is not None:
             session = create_session_from_user_pass(settings.user, os.environ.get(settings.password_variable, ""))
         self.client = DICOMwebClient(settings.url, session=session)
-        self.incoming, self.troubles = incoming, troubles
+        self.incoming, self.troubles, self.days = incoming, troubles, settings.days
 
     def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
         filters = {"Modality": kind} if series is None else {"Modality": kind, "SeriesInstanceUID": series}
-        found = self.client.search_for_series(study, search_filters=filters, fields=["NumberOfSeriesRelatedInstances"])
+        if study is None and self.days is not None:
+            filters["StudyDate"] = f"{since(self.days):%Y%m%d}-"
+        fields = ["NumberOfSeriesRelatedInstances"]
+        # An archive answers with as many as it likes, and the others are asked for then.
+        found = self.client.search_for_series(study, search_filters=filters, fields=fields, get_remaining=True)
         return [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, found)]
 
     def fetch(self, study: str, series: str) -> None:
@@ -104,8 +108,7 @@ class DimseArchive:
     def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
         if study is None:
-            first = datetime.date.today() - datetime.timedelta(days=self.settings.days)
-            wanted = {"StudyDate": f"{first:%Y%m%d}-", "ModalitiesInStudy": kind}
+            wanted = {"StudyDate": f"{since(self.settings.days):%Y%m%d}-", "ModalitiesInStudy": kind}
             studies = [found.StudyInstanceUID for found in self._find("STUDY", StudyInstanceUID="", **wanted)]
         else:
             studies = [study]
@@ -139,6 +142,11 @@ class DimseArchive:
         if not answers or not answers[-1][0] or answers[-1][0].Status != SUCCESS:
             raise ConnectionError(f"{self.settings.ae_title} does not answer: {_said([a for a, _ in answers])}")
         return (found for answer, found in answers if answer.Status in PENDING and found is not None)
+
+
+def since(days: int) -> datetime.date:
+    """The day so many days ago."""
+    return datetime.date.today() - datetime.timedelta(days=days)
 
 
 def fetch_new(

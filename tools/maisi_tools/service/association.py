@@ -15,6 +15,9 @@ from maisi_tools.service.settings import Node
 SUCCESS = 0x0000
 """Status of every service that has done what it was asked (DICOM PS3.7 annex C)."""
 
+STORED_WITH_WARNING = (0xB000, 0xB006, 0xB007)
+"""Status of an object that is stored, an element of it coerced, or not of its kind (DICOM PS3.4 table B.2-1)."""
+
 PENDING = (0xFF00, 0xFF01)
 """Status of an answer after which more will come (DICOM PS3.4 tables C.4-1 and C.4-2)."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,13 +13,14 @@ import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import CTImageStorage
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.dicom.objects import recordable
-from maisi_tools.dicom.study import read_mask, write_study
+from maisi_tools.dicom.study import edited_region, read_mask, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
-from maisi_tools.service.association import SUCCESS, association
+from maisi_tools.service.association import STORED_WITH_WARNING, SUCCESS, association
 from maisi_tools.service.jobs import Job
 from maisi_tools.service.receive import needed_series
 from maisi_tools.service.settings import Chain, Node
@@ -73,9 +73,7 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
     ct: Any = nib.load(volume)
     mask_file = volume.with_name(volume.name.replace(chain.steps[-1].result, "_mask.nii.gz"))
     mask = np.asarray(nib.load(mask_file).dataobj) if mask_file.is_file() else None  # type: ignore[attr-defined]
-    sidecar = volume.with_name(volume.name.removesuffix(".nii.gz") + ".json")
-    edited = json.loads(sidecar.read_text()).get("region", {}) if sidecar.is_file() else {}
-    region = edited.get("box_ras_mm", ())
+    region = edited_region(volume)
     if job.replaces:
         ran["replaces"] = job.replaces
     files = write_study(
@@ -86,7 +84,7 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
         source=series if chain.keep_patient else None,
         conditions=ran,
         created=datetime.datetime.fromisoformat(job.received),
-        from_scan=chain.when == "CT" or bool(region),
+        from_scan=chain.when == "CT" or bool(region) or any("{series}" in str(step.settings) for step in chain.steps),
         region=region,
     )
     return Made(files, str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID))
@@ -141,12 +139,27 @@ def send(files: list[Path], node: Node, calling: str) -> None:
     """
     datasets = [pydicom.dcmread(path) for path in files]
     kinds = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}
+    warned: set[str] = set()
     with association(node, calling, kinds) as opened:
         for ds in datasets:
             status: Dataset = opened.send_c_store(ds)
-            if not status or status.Status != SUCCESS:
+            if not status or status.Status not in (SUCCESS, *STORED_WITH_WARNING):
                 code = f"status {status.Status:#06x}" if status else "no answer"
                 raise ConnectionError(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
+            if status.Status != SUCCESS:
+                warned.add(f"{status.Status:#06x}")
+    if warned:
+        logger.warning("%s stored the result with a warning: %s", node.ae_title, ", ".join(sorted(warned)))
+
+
+def check_reachable(node: Node, calling: str) -> None:
+    """Make sure that an archive would take a result, before one is computed.
+
+    Raises:
+        ConnectionError: it cannot be reached, or refuses us.
+    """
+    with association(node, calling, [(CTImageStorage,)]):
+        pass
 
 
 def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
@@ -170,15 +183,19 @@ def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
 def _series(job: Job, work: Path) -> Path | None:
     """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
     found: dict[str, list[Path]] = {}
+    frames: dict[str, str] = {}
+    tags = ["Modality", "SeriesInstanceUID", "FrameOfReferenceUID"]
     for path in sorted(Path(job.folder).glob("*.dcm")):
         try:
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SeriesInstanceUID"])
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
         except Exception as error:  # it came after the study was looked at, and the next look sets it aside
             logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
             continue
         if ds.get("Modality") == "CT":
-            found.setdefault(str(ds.get("SeriesInstanceUID", "")), []).append(path)
-    wanted = job.key if job.kind == "CT" else needed_series(_object(job), found)
+            uid = str(ds.get("SeriesInstanceUID", ""))
+            found.setdefault(uid, []).append(path)
+            frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
+    wanted = job.key if job.kind == "CT" else needed_series(_object(job), frames)
     if wanted not in found:
         return None
     folder = work / "series"

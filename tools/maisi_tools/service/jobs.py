@@ -18,6 +18,9 @@ from maisi_tools.service.troubles import printable
 
 STATES = ("waiting", "running", "done", "dead")
 
+CONTENT_LETTERS = 8
+"""Of the digest of a file's name."""
+
 COLUMNS = {
     "kind": "TEXT",
     "study": "TEXT",
@@ -46,7 +49,7 @@ class Job:
         received: ISO 8601; results carry it, so that a repeated job writes the same UIDs.
         attempts: how often it has been tried.
         error: of the last failure.
-        content: digest of what it reads, see :class:`maisi_tools.service.receive.Trigger`.
+        content: digests of what it reads, see :class:`maisi_tools.service.receive.Trigger`.
         replaces: Series Instance UID of its older result, made before the series changed; "" for none.
     """
 
@@ -106,7 +109,7 @@ class JobQueue:
     def add(self, key: str, kind: str, study: str, folder: Path, content: str = "") -> str:
         """Queue a job, unless there is or was one with this key and content.
 
-        One whose content has changed is done anew, under a new date; its older result then counts as superseded.
+        One whose content has grown is done anew, under a new date; its older result then counts as superseded.
 
         Returns:
             "queued", "queued anew", or "" where nothing is to be done.
@@ -118,10 +121,11 @@ class JobQueue:
                 file.execute("INSERT INTO jobs (key, kind, study, folder, received, content) VALUES (?,?,?,?,?,?)", row)
                 return "queued"
             state, before = found
-            if before == content:
-                return ""
-            file.execute("UPDATE jobs SET content=?, folder=? WHERE key=?", (content, str(folder), key))
-            if not before or state in ("waiting", "running"):  # a file of an older version; or `settle` will see it
+            if before and not set(content.split()) - set(before.split()):
+                return ""  # what was there before, or a part of it that came again
+            file.execute("UPDATE jobs SET content=? WHERE key=?", (content, key))
+            earlier = " " not in before and len(before) > CONTENT_LETTERS  # one digest of all; or none
+            if not before or earlier or state in ("waiting", "running"):  # of an older version; or `settle` will see it
                 return ""
             _anew(file, key)
             self._due.pop(key, None)
@@ -153,11 +157,13 @@ class JobQueue:
             )
             self._settle(file, job)
 
-    def fail(self, job: Job, error: str, retry_in: float | None) -> None:
-        """The job failed; None makes it a dead letter."""
+    def fail(self, job: Job, error: str, retry_in: float | None, counts: bool = True) -> None:
+        """The job failed; None makes it a dead letter; without `counts` it has as many attempts as at first."""
         state = "dead" if retry_in is None else "waiting"
         with self._transaction() as file:
             file.execute("UPDATE jobs SET state=?, error=? WHERE key=?", (state, printable(error), job.key))
+            if not counts:
+                file.execute("UPDATE jobs SET attempts=0 WHERE key=?", (job.key,))
             self._due[job.key] = time.monotonic() + (retry_in or 0.0)
             self._settle(file, job)
 
@@ -190,11 +196,11 @@ class JobQueue:
         with self._transaction() as file:
             return float(file.execute("SELECT COALESCE(SUM(seconds), 0) FROM jobs WHERE state='done'").fetchone()[0])
 
-    def in_use(self, folder: Path) -> bool:
-        """Whether a job that is not finished needs the folder of a study."""
+    def in_use(self, study: str) -> bool:
+        """Whether a job that is still to be done needs a study; a dead letter keeps none."""
         with self._transaction() as file:
-            query = "SELECT 1 FROM jobs WHERE folder=? AND state!='done' LIMIT 1"
-            return file.execute(query, (str(folder),)).fetchone() is not None
+            query = "SELECT 1 FROM jobs WHERE study=? AND state IN ('waiting', 'running') LIMIT 1"
+            return file.execute(query, (study,)).fetchone() is not None
 
     def listed(self) -> list[tuple[str, Job]]:
         """(state, job) of every job, oldest first; superseded results, too, with their series in place of an error."""

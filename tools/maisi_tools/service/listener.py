@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -18,7 +19,7 @@ from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.files import is_part, replacing, write_json
 from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
-from maisi_tools.service.chain import run_job, send
+from maisi_tools.service.chain import check_reachable, run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
 from maisi_tools.service.receive import Intake, forget_old_studies, queue_whole_studies, start_receiver
 from maisi_tools.service.server import Server
@@ -31,6 +32,9 @@ TICK = 0.5  # seconds between looks at the spool and the queue
 
 HTTP_SECONDS, HTTP_REQUESTS = 5.0, 16
 """How long a request of health or metrics may take, and how many are served at a time."""
+
+LONGEST_PAUSE = 900.0
+"""Seconds until a job is tried again for which the archive was away."""
 
 STOP_SECONDS = 10.0
 """For which a listener that is told to stop waits for objects that are being stored."""
@@ -63,6 +67,7 @@ class Listener:
         self.stopping = threading.Event()
         self.looked = time.monotonic()
         self._outcome: Callable[[], None] | None = None
+        self._away: dict[str, int] = {}  # job -> how often the archive was away, one time after the other
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -118,16 +123,22 @@ class Listener:
         job = self.queue.take()
         if job is None:
             return False
+        # Where an earlier listener was started elsewhere, its queue may know the folder by another path.
+        job = dataclasses.replace(job, folder=str(self.incoming / job.study))
+        calling = self.settings.listen.ae_title if self.settings.listen else "MAISI"
         start = time.perf_counter()
         try:
             chain = self.settings.chain(job.kind)
             if chain is None:
                 raise InputError(f"there is no chain for {job.kind} any more; add it, or leave the job")
+            if job.key in self._away:
+                check_reachable(self.settings.send, calling)
             made = run_job(job, chain, self.work_folder, self.settings.device)
-            send(made.files, self.settings.send, self.settings.listen.ae_title if self.settings.listen else "MAISI")
+            send(made.files, self.settings.send, calling)
         except (Exception, SystemExit) as error:  # one bad job must not stop the others, nor a bundle that exits
             self._failed(job, error)
         else:
+            self._away.pop(job.key, None)
             seconds = time.perf_counter() - start
             logger.info("%s %s done in %.1f s: %d objects stored", job.kind, job.key, seconds, len(made.files))
             self._outcome = partial(self.queue.finish, job, seconds, made.series)
@@ -173,10 +184,15 @@ class Listener:
     def _failed(self, job: Job, error: BaseException) -> None:
         known = find_input_error(error)
         text = printable(known if known else f"{type(error).__name__}: {error}")
-        # What is wrong with the data stays wrong; what is wrong with a connection may pass.
-        last = known is not None or job.attempts >= self.settings.attempts
-        pause = self.settings.retry_seconds * 2 ** (job.attempts - 1)
-        self._outcome = partial(self.queue.fail, job, text, None if last else pause)
+        # What is wrong with the data stays wrong; an archive that is away comes back, if not within the hour.
+        away = isinstance(error, ConnectionError)
+        self._away[job.key] = self._away.get(job.key, 0) + 1 if away else 0
+        last = known is not None or (not away and job.attempts >= self.settings.attempts)
+        times = self._away[job.key] or job.attempts
+        pause = min(self.settings.retry_seconds * 2 ** (times - 1), max(self.settings.retry_seconds, LONGEST_PAUSE))
+        self._outcome = partial(self.queue.fail, job, text, None if last else pause, counts=not away)
+        if not away:
+            del self._away[job.key]
         if not last:
             logger.warning("%s %s failed, again in %.0f s: %s", job.kind, job.key, pause, text)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -11,14 +12,21 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+)
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
@@ -26,7 +34,7 @@ from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 from maisi_tools.service.association import SUCCESS
-from maisi_tools.service.jobs import JobQueue
+from maisi_tools.service.jobs import CONTENT_LETTERS, JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
 from maisi_tools.service.settings import Listen, Settings
 from maisi_tools.service.troubles import Troubles, printable
@@ -47,6 +55,15 @@ COMPRESSED = (
     "1.2.840.10008.1.2.4.90",  # JPEG 2000 lossless
     "1.2.840.10008.1.2.5",  # RLE
 )
+
+CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+"""Objects of the modality CT that are slices of one; captures of screens and of dose reports have it, too."""
+
+TRIGGER_TAGS = [
+    *("Modality", "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ImageType"),
+    "SyntheticData",
+]
+"""What tells whether an object is to be worked on, and to which series it belongs."""
 
 IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 """What an object must have to be taken: all of it ends in the names of files, or in the queue's keys."""
@@ -166,7 +183,7 @@ class Trigger:
     Attributes:
         key: the job's.
         kind: its modality.
-        content: digest of all that the job will read; another one makes it a job again.
+        content: short digests of the names of all that the job will read; a new one makes it a job again.
         series: Series Instance UID of the CT it needs, and how many instances of that are here; None for no CT.
     """
 
@@ -220,10 +237,15 @@ def forget_old_studies(settings: Settings, incoming: Path, queue: JobQueue, inta
     now = time.monotonic()
     for name, (_, changed) in list(intake.seen.items()):
         folder = incoming / name
-        if now - changed > settings.keep_hours * 3600 and name in intake.queued and not queue.in_use(folder):
+        if now - changed <= settings.keep_hours * 3600 or name not in intake.queued or queue.in_use(name):
+            continue
+        with contextlib.suppress(OSError):
+            if folder.stat().st_mtime_ns != intake.stamps.get(name):  # something came since it was looked at
+                continue
             shutil.rmtree(folder, ignore_errors=True)
-            intake.seen.pop(name)
-            intake.queued.discard(name)
+        intake.seen.pop(name)
+        intake.stamps.pop(name, None)
+        intake.queued.discard(name)
 
 
 def _look_at(
@@ -285,13 +307,14 @@ def _all_here(study: str, trigger: Trigger, count: Count, intake: Intake) -> boo
 def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: Path) -> list[Trigger]:
     """What a chain waits for among the files of a study."""
     series: dict[str, list[str]] = {}
+    frames: dict[str, str] = {}
     masks: list[tuple[str, str, Path]] = []
     for path in files:
         try:
             ds = pydicom.dcmread(
                 path,
                 stop_before_pixels=True,
-                specific_tags=["Modality", "SOPInstanceUID", "SeriesInstanceUID", "SyntheticData"],
+                specific_tags=TRIGGER_TAGS,
             )
             kind, uid = str(ds.get("Modality", "")), str(ds.get("SeriesInstanceUID", ""))
             if not is_uid(uid) or not is_uid(ds.get("SOPInstanceUID", "")):
@@ -305,36 +328,51 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
         if ds.get("SyntheticData") == "YES":
             continue
         if kind == "CT":
+            if "LOCALIZER" in (ds.get("ImageType") or ()) or str(ds.get("SOPClassUID", "")) not in CT_CLASSES:
+                continue  # a scout, or a capture
             series.setdefault(uid, []).append(path.name)
+            frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
         elif settings.chain(kind) is not None:
             masks.append((str(ds.SOPInstanceUID), kind, path))
     found = []
     if settings.chain("CT") is not None:
-        found = [Trigger(uid, "CT", _digest(names), (uid, len(names))) for uid, names in series.items()]
+        found = [Trigger(uid, "CT", _digests(names), (uid, len(names))) for uid, names in series.items()]
     for key, kind, path in masks:
-        uid = needed_series(path, series)
+        uid = needed_series(path, frames)
         names = series.get(uid, [])
-        found.append(Trigger(key, kind, _digest([path.name, *names]), (uid, len(names)) if uid else None))
+        found.append(Trigger(key, kind, _digests([path.name, *names]), (uid, len(names)) if uid else None))
     return found
 
 
-def needed_series(path: Path, present: Mapping[str, Any]) -> str:
-    """Which of the CT series that are present a SEG or RTSTRUCT was drawn on, else the first one; "" for none.
+def needed_series(path: Path, present: Mapping[str, str]) -> str:
+    """Which of the CT series that are present a SEG or RTSTRUCT was drawn on; "" for none.
 
-    A file that cannot be read needs none: its job will say what is wrong with it.
+    It is the one that it names, else the first in its frame of reference. A structure set has no grid of its own, so it
+    gets the first of all where neither is there, and its job will say what does not fit; a segmentation may be drawn on
+    an MR beside that CT.
+
+    Args:
+        path: the SEG or RTSTRUCT. One that cannot be read needs none: its job will say what is wrong with it.
+        present: Series -> Frame of Reference Instance UID.
     """
     try:
-        referenced = referenced_series(path)
+        kind, referenced, frames = _references(path)
     except Exception:
-        referenced = set()
-    return next((uid for uid in present if uid in referenced), next(iter(present), ""))
+        return ""
+    named = [uid for uid in present if uid in referenced]
+    near = [uid for uid, frame in present.items() if frame and frame in frames]
+    return next(iter([*named, *near, *(present if kind != "SEG" else ())]), "")
 
 
-def referenced_series(path: Path) -> set[str]:
-    """Every Series Instance UID that stands in a SEG or RTSTRUCT as that of another series."""
-    tags = ["ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
+def _references(path: Path) -> tuple[str, set[str], set[str]]:
+    """Modality of a SEG or RTSTRUCT, and what it names: series, and frames of reference, its own included."""
+    tags = ["Modality", "FrameOfReferenceUID", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
     ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    return {str(element.value) for element in ds.iterall() if element.keyword == "SeriesInstanceUID"}
+    named: dict[str, set[str]] = {"SeriesInstanceUID": set(), "FrameOfReferenceUID": set()}
+    for element in ds.iterall():
+        if element.keyword in named and element.value:
+            named[element.keyword].add(str(element.value))
+    return str(ds.get("Modality", "")), named["SeriesInstanceUID"], named["FrameOfReferenceUID"]
 
 
 def set_aside(path: Path, dead: Path, reason: str) -> None:
@@ -345,6 +383,11 @@ def set_aside(path: Path, dead: Path, reason: str) -> None:
         f"{path.name} of study {path.parent.name}: {reason}\n", errors="backslashreplace"
     )
     os.replace(path, folder / path.name)
+
+
+def _digests(names: Sequence[str]) -> str:
+    """One short digest a name: a study that comes again in part shows by them that nothing of it is new."""
+    return " ".join(sorted(_digest([name])[:CONTENT_LETTERS] for name in names))
 
 
 def _digest(names: Any) -> str:

@@ -115,6 +115,7 @@ class Poll:
         user: for basic authentication.
         password_variable: environment variable that holds the password, so that it stands in no file.
         plain_password_to: host that may get the password without encryption, over http.
+        days: how far back studies are looked for, by their date; None for all that there are.
     """
 
     url: str
@@ -123,9 +124,12 @@ class Poll:
     user: str | None = None
     password_variable: str = "MAISI_DICOMWEB_PASSWORD"
     plain_password_to: str | None = None
+    days: int | None = None
 
     def __post_init__(self) -> None:
         _check_text("poll.url", self.url)
+        if self.days is not None:
+            check_number("poll.days", self.days, 0, 36500, whole=True)
         check_number("poll.every_seconds", self.every_seconds, 0.1, 86400)
         check_number("poll.quiet_seconds", self.quiet_seconds, 0.1, 86400)
         _check_text("poll.password_variable", self.password_variable)
@@ -332,7 +336,8 @@ def read_settings(path: str | os.PathLike) -> Settings:
     content = checked_fields(Settings, content, str(path))
 
     def near(value: Any) -> Any:
-        return None if value is None else str(path.parent / Path(str(value)).expanduser())
+        # Whole: the queue of a spool lists studies by their paths, and the next start may be from elsewhere.
+        return None if value is None else str((path.parent / Path(str(value)).expanduser()).absolute())
 
     content["spool"] = near(content["spool"])
     content["send"] = Node(**checked_fields(Node, content["send"], "send"))
