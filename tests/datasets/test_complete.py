@@ -119,10 +119,12 @@ def test_a_given_region_holds_and_names_are_unique(cases, tmp_path):
 
 def test_cases_are_listed_with_their_regions(cases, tmp_path):
     """What encode.json reads: p1 has a liver and bone, p2 bone alone ("skull" stands for all bone)."""
+    cases[0]["modality"] = "ct_contrast"
     complete_masks(cases, tmp_path, tmp_path / "map.json")
     listed = json.loads((tmp_path / "cases.json").read_text())
     assert [Path(case["image"]).name for case in listed] == ["p1_ct.nii.gz", "p2_ct.nii.gz"]
     assert [case["region"] for case in listed] == [["head", "abdomen"], ["head"]]
+    assert listed[0]["modality"] == "ct_contrast" and "modality" not in listed[1]
 
 
 def test_a_run_that_stopped_goes_on(cases, tmp_path):

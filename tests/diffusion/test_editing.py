@@ -417,6 +417,17 @@ def test_edits_that_cannot_be_made_are_refused(tmp_path, change, edits, words):
         assert word in str(raised.value)
 
 
+def test_masks_of_one_name_belong_to_their_scans(tmp_path):
+    entries = [{"image": f"{name}/ct_{name}.nii.gz", "label": f"{name}/labels.nii.gz"} for name in "ab"]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in (f"ct_{name}", "labels"):
+            (tmp_path / name / f"{file}.nii.gz").touch()
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = find_scans(tmp_path / "list.json", None)
+    assert [Path(item["mask"]).parent.name for item in found] == ["a", "b"]
+
+
 def test_scans_are_found(tmp_path):
     hu, labels = patient((8, 8, 8))
     for name in ("a", "b"):

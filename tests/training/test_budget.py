@@ -40,6 +40,16 @@ def test_minutes_end_the_run_and_its_schedule():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
 
 
+def test_minutes_end_after_a_whole_step():
+    """With two batches a step, an odd number of them would leave half a gradient behind."""
+    for length in (4, 5):
+        engine = Engine(lambda *_: time.sleep(0.02))
+        engine.accumulation_steps = 2
+        Budget(minutes=0.01 * length / 60).attach(engine)
+        engine.run(range(100), max_epochs=1)
+        assert engine.state.iteration % 2 == 0 and engine.state.iteration < 20
+
+
 def test_a_step_in_which_the_process_stood_still_counts_little():
     budget = Budget(minutes=1.0, longest_step=0.01)
     run(budget, epochs=1, length=3, seconds=0.1)

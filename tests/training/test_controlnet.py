@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet, train_parts
 from maisi_tools.volumes.grid import latent_affine
 
@@ -111,6 +113,17 @@ def test_labels_that_are_merged_away_are_refused():
     check_labels(None, label_weights={"26": 100})
     with pytest.raises(InputError, match=r"contrast_labels has 23, 26, but keep_labels .* allowed are 1, 2: add them"):
         check_labels([1, 2], label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
+
+
+def test_what_a_contrast_puts_in_a_labels_place_is_kept_too(repo_root):
+    parser = ConfigParser()
+    parser.read_config(str(repo_root / "bundles" / "maisi_controlnet" / "configs" / "train.json"))
+    place = next(i for i, line in enumerate(parser["initialize"]) if "check_labels" in str(line))
+    for keep, lost in (([1, 26, 200], False), ([26, 200], True)):
+        parser["keep_labels"], parser["contrast_labels"] = keep, {"26": 1}
+        with pytest.raises(RuntimeError) if lost else contextlib.nullcontext() as refused:
+            parser.get_parsed_content(f"initialize#{place}")
+        assert not lost or "contrast_labels has 1, but keep" in str(find_input_error(refused.value))
 
 
 def test_a_mask_embedding_of_another_factor_is_refused(tiny_controlled):

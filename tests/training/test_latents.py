@@ -42,6 +42,16 @@ def test_without_kept_out_cases_all_are_trained_on_and_it_is_said(cache, caplog)
     assert len(lists["training"]) == 5 and lists["validation"] == []
 
 
+def test_latents_that_say_nothing_of_regions_are_said(cache, caplog):
+    find_latents(cache, held_out=["pt_1"])
+    assert "no latent in" in caplog.text and "cases.json of `maisi complete_masks`" in caplog.text
+    caplog.clear()
+    sidecar = next(path for path in cache.glob("pt_2*.json"))
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "region": ["head"]}))
+    find_latents(cache, held_out=["pt_1"])
+    assert not caplog.text
+
+
 def test_only_latents_with_a_mask_serve_the_controlnet(cache, tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()

@@ -126,6 +126,9 @@ def test_a_mask_outside_the_range_goes_to_the_nearest_spacing_and_its_ct_comes_b
     inside = (given != 0).numpy()[inner]
     np.testing.assert_allclose(back["pred"].numpy()[inner][inside], ramp(given)[None][inner][inside], atol=0.05)
     assert (back["pred"].numpy()[given.numpy() == 0] == -1000).all()
+    of_mr = RestoreGridd("pred", "mask", air=0.0)({**put, "pred": pred})["pred"]  # whose numbers begin at 0
+    assert (of_mr.numpy()[given.numpy() == 0] == 0).all()
+    del caplog.records[1:]
     assert len(caplog.records) == 1 and "case.nii.gz: its spacing of" in caplog.text
 
 

@@ -29,7 +29,7 @@ MASK = "_mask"
 """What a mask's file name has after the CT's stem."""
 
 CASES = "cases.json"
-"""The datalist of CTs and regions that ``maisi_vae``'s encode.json takes as its input."""
+"""The datalist of CTs, regions and modalities that ``maisi_vae``'s encode.json takes as its input."""
 
 
 def complete_masks(
@@ -71,7 +71,9 @@ def complete_masks(
     complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
     regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
-        {"image": os.path.abspath(item["image"]), "region": region} for item, region in zip(items, regions, strict=True)
+        {"image": os.path.abspath(item["image"]), "region": region}
+        | {key: item[key] for key in ("modality",) if key in item}
+        for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)
     return targets

@@ -77,17 +77,19 @@ def find_scans(
         return label_map is not None and is_class_folder(folder, label_map)
 
     scans = find_inputs(input, "image")
-    listed = [] if mask is not None else find_inputs(input, "label", is_one) if _has_labels(scans) else None
-    if listed is None or (mask is not None and len(scans) > 1):
+    if mask is None and _has_labels(scans):  # outputs are named by the CTs alone
+        masks = [item["label"] for item in find_inputs(input, "label", is_one, unique=False)]
+    elif mask is not None and len(scans) == 1:
+        masks = [str(mask)]
+    else:
         raise InputError(
             f"input names {len(scans)} CTs and mask is {mask!r}; allowed is one CT with its mask, or a datalist whose "
             "entries have image and label"
         )
-    masks = [str(mask)] if mask is not None else [item["label"] for item in listed]
     items = [{"image": scan["image"], "mask": labels} for scan, labels in zip(scans, masks, strict=True)]
     if new_mask is True:
         items = [item | {"new_mask": new["new_label"]} for item, new in
-                 zip(items, find_inputs(input, "new_label", is_one), strict=True)]  # fmt: skip
+                 zip(items, find_inputs(input, "new_label", is_one, unique=False), strict=True)]  # fmt: skip
     elif new_mask is not None:
         if len(items) > 1:
             raise InputError(f"new_mask is {new_mask!r} for {len(items)} CTs; allowed is true: new_label in a datalist")

@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from torch.optim.lr_scheduler import LambdaLR
 
 from maisi_tools.errors import InputError
+from maisi_tools.training.steps import is_optimizer_step
 
 
 class Budget:
@@ -69,7 +70,7 @@ class Budget:
         if self.minutes is not None:
             done = max(done, self.used / (60 * self.minutes))
         self._progress.fill_(min(done, 1.0))
-        if self.minutes is not None and done >= 1:
+        if self.minutes is not None and done >= 1 and is_optimizer_step(engine):  # not in the middle of a step
             engine.terminate()
 
 

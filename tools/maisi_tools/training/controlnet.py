@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> Co
     if sees_coarse(state):
         raise InputError(
             f"{unet_path} is a U-Net that sees a coarse CT; allowed is a U-Net alone: train one with train.json of "
-            "maisi_ldm as it is, or leave unet_ckpt_path as it is"
+            "maisi_ldm with this network_def's channels, or leave unet_ckpt_path as it is"
         )
     if any(name.startswith("unet.") for name in state):
         drawn = {name: value.clone() for name, value in network.controlnet.state_dict().items()}
@@ -76,12 +76,12 @@ def train_parts(network: ControlledUNet, train_unet: bool, started: bool) -> Con
     return network
 
 
-def check_labels(keep: Sequence[int] | None, **asked: Mapping[int | str, float]) -> None:
+def check_labels(keep: Sequence[int] | None, **asked: Iterable[int | str]) -> None:
     """Refuse weights and contrasts for labels that masks no longer have after merging.
 
     Args:
         keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`, beside 0; None for all.
-        asked: config key -> {label: ...}.
+        asked: config key -> labels.
 
     Raises:
         InputError: a label is not kept.

@@ -216,6 +216,12 @@ def find_latents(
         lists["validation" if kept_out else "training"].append(item)
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
+    if not any(sidecar.get("region") for sidecar in sidecars):
+        logger.warning(
+            "no latent in %s says which body region it shows, so nothing is learnt of regions; encode from the "
+            "cases.json of `maisi complete_masks`, which has them (the latents that are there are kept)",
+            root,
+        )
     if not names:
         logger.warning("no case is held out, so nothing is validated on unseen patients; name some with held_out")
     return lists

@@ -53,6 +53,7 @@ def find_inputs(
     folder_is_one: Callable[[Path], bool] | None = None,
     all_sections: bool = False,
     prefer: str = "",
+    unique: bool = True,
 ) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
 
@@ -70,6 +71,7 @@ def find_inputs(
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
         all_sections: take all sections of a datalist instead of the first one.
         prefer: of a folder or a glob where names end so, only these are taken, such as "_latent.nii.gz".
+        unique: refuse two inputs of one stem, which outputs are named by.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
@@ -90,7 +92,7 @@ def find_inputs(
     by_stem: dict[str, str] = {}
     for item in items:
         stem = stem_of(item[key])
-        if stem in by_stem:
+        if unique and stem in by_stem:
             raise InputError(
                 f"inputs {by_stem[stem]} and {item[key]} have the same stem {stem!r}, so their outputs would overwrite "
                 "each other; allowed are different names: rename one or run them into different output folders"

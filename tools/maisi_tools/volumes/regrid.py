@@ -97,14 +97,15 @@ class RestoreGridd(MapTransform):
     log says so.
 
     Args:
-        keys: of the CT (1, X, Y, Z) in HU.
+        keys: of the CT (1, X, Y, Z) in HU, or of an MR.
         mask_key: of the mask that it was generated from.
         own_key: of the mask as it was; items without it stay as they are.
+        air: value outside of the mask.
     """
 
-    def __init__(self, keys: str, mask_key: str, own_key: str = "own_mask") -> None:
+    def __init__(self, keys: str, mask_key: str, own_key: str = "own_mask", air: float = HU_RANGE[0]) -> None:
         super().__init__(keys)
-        self.mask_key, self.own_key = mask_key, own_key
+        self.mask_key, self.own_key, self.air = mask_key, own_key, air
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
@@ -116,7 +117,7 @@ class RestoreGridd(MapTransform):
             ct = MetaTensor(array.float(), affine=mask.affine)
             resample: Any = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True)
             back = resample(ct, dst_affine=own.affine, spatial_size=own.shape[1:])
-            air = torch.full_like(back.as_tensor(), HU_RANGE[0])
+            air = torch.full_like(back.as_tensor(), self.air)
             outside = own.as_tensor().to(back.device) == 0
             items[key] = MetaTensor(torch.where(outside, air, back.as_tensor()), affine=own.affine)
         items[self.mask_key] = own
