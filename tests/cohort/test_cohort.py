@@ -155,6 +155,11 @@ def test_what_samples_depend_on_stays_as_it_was(write_spec, bundles, tmp_path):
     with pytest.raises(InputError, match="made with other masks;"):
         go_on(3)
     (masks / "b.nii.gz").unlink()
+    content = (masks / "a.nii.gz").read_bytes()
+    nib.save(nib.Nifti1Image((labels > 100).astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), masks / "a.nii.gz")
+    with pytest.raises(InputError, match="made with other masks;"):
+        go_on(3)
+    (masks / "a.nii.gz").write_bytes(content)
     config = bundles / "maisi_controlnet" / "configs" / "inference.json"
     config.write_text(config.read_text().replace('"guidance_scale": 2.0', '"guidance_scale": 1.5'))
     with pytest.raises(InputError, match="made with other config;"):
@@ -168,6 +173,7 @@ def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
     for key in ("config", "numbering"):
         del earlier[key]
     earlier["weights"]["maisi_controlnet/models/released.pt"] = "0"
+    earlier["spec"]["masks"] |= {"organ_sizes": {}, "label_map": "openkbp", "settings": {"of no": "use"}}
     (folder / "cohort.json").write_text(json.dumps(earlier))
     assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 0
     earlier["weights"]["maisi_controlnet/models/model.pt"] = "0"
@@ -552,6 +558,7 @@ def test_settings_that_an_edit_does_not_use_are_refused(write_spec, bundles, tmp
         ({"masks": "{source: phantom, path: a, organ_sizes: {liver: 9}}"}, "and no use of path, organ_sizes;"),
         ({"masks": "{source: files, path: a, settings: {seed: 1}}"}, "and no use of settings;"),
         ({"masks": "{source: library, path: a, spacing: [1, 1, 1]}"}, "and no use of spacing;"),
+        ({"masks": "{source: generator, spacing: [4.0, 4.0, 2.5]}", "count": "0"}, "count is 0"),  # as by default
         ({"masks": "{source: generator, label_map: openkbp}"}, "and no use of label_map;"),
         ({"ct": "{edits: {redraw: liver}}"}, "the cohort sets itself"),
     ],

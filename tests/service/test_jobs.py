@@ -72,6 +72,22 @@ def test_a_part_that_comes_again_is_nothing_new(tmp_path):
         file.execute("UPDATE jobs SET content=?", ("0123456789abcdef" * 2,))  # as an earlier version wrote it
     assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa") == ""
     assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa dddddddd") == "queued anew"
+    with queue._transaction() as file:
+        file.execute("UPDATE jobs SET content=?", ("0123456789abcdef" * 2,))
+    job = queue.take()
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa dddddddd") == ""  # looked at while it runs
+    queue.finish(job, 1.0, "2.3")
+    assert queue.counts()["done"] == 1
+
+
+def test_a_dead_letter_whose_study_comes_again_is_tried_again(tmp_path):
+    queue = JobQueue(tmp_path / "q.sqlite")
+    queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa")
+    queue.fail(queue.take(), "no mask", None)
+    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa") == ""
+    queue.forget("1")
+    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa") == "queued anew"
+    assert queue.take().attempts == 1 and queue.superseded() == 0
 
 
 def test_attempts_that_do_not_count(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, SegmentationStorage
 
-from maisi_tools.service import receive
+from maisi_tools.service import chain, receive
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.receive import (
     COUNT_SECONDS,
@@ -172,22 +172,33 @@ def test_a_clock_that_is_set_stops_nothing(spool, clock, tmp_path):
     assert not (spool.incoming / "1.2").exists()
 
 
-def test_what_is_no_scan_of_the_ct_is_no_job(spool):
+def test_what_is_no_scan_of_the_ct_is_no_job(spool, tmp_path):
     """Scouts, and captures of the modality CT; they and the scan are removed together when they are old."""
     scout, capture = make("1.3.1", "CT", "9.1"), make("1.3.2", "CT", "9.2")
     scout.ImageType, capture.SOPClassUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], SecondaryCaptureImageStorage
-    for ds in (scout, capture, make("1.3.3", "CT", "9.3")):
+    mask = make("1.3.0")  # which names no series
+    mask.FrameOfReferenceUID = "5.5"
+    for ds in (mask, scout, capture, make("1.3.3", "CT", "9.3")):
         keep(ds, spool.incoming)
     spool.look()
-    assert spool.look(after=11) == 1 and spool.waits() == ["9.3"]
-    spool.queue.fail(spool.queue.take(), "one slice", None)
+    assert spool.look(after=11) == 2 and spool.waits() == ["1.3.0", "9.3"]
+    (tmp_path / "work").mkdir()
+    for job in (spool.queue.take(), spool.queue.take()):
+        folder = tmp_path / "work" / job.kind
+        folder.mkdir()
+        series = chain._series(job, folder)
+        assert [path.name for path in series.iterdir()] == ["1.3.3.dcm"]
+        if job.kind == "SEG":
+            spool.queue.finish(job, 1.0)
+    spool.queue.fail(job, "one slice", None)
     late = make("1.3.4", "CT", "9.3")
     spool.look(after=3700)
     keep(late, spool.incoming)  # while other studies are looked at
     forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
-    assert len(list((spool.incoming / "1.2").iterdir())) == 4
+    assert len(list((spool.incoming / "1.2").iterdir())) == 5
     spool.look()
-    assert spool.look(after=11) == 1
+    assert spool.look(after=11) == 2
+    spool.queue.finish(spool.queue.take(), 1.0)
     spool.queue.fail(spool.queue.take(), "two slices", None)
     spool.look(after=3700)
     forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)

@@ -21,7 +21,7 @@ from maisi_tools.bundles.settings import check_given
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
-from maisi_tools.cohort.spec import FIXED, CohortSpec, Masks
+from maisi_tools.cohort.spec import FIXED, USED, CohortSpec, Masks
 from maisi_tools.cohort.worker import (
     DONE,
     FAILED,
@@ -36,7 +36,16 @@ from maisi_tools.cohort.worker import (
 )
 from maisi_tools.diffusion.editing import find_scans, is_series
 from maisi_tools.errors import InputError
-from maisi_tools.files import LOCK, canonical_json, fingerprint_text, held, sha256, write_csv, write_json
+from maisi_tools.files import (
+    LOCK,
+    canonical_json,
+    fingerprint_file,
+    fingerprint_text,
+    held,
+    sha256,
+    write_csv,
+    write_json,
+)
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
 from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain
@@ -223,9 +232,16 @@ def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
         found["label_map"] = {str(label): id for label, id in read_label_map(spec.masks.label_map).ids.items()}
         scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
         masks = [Path(scan["mask"]) for scan in scans] or mask_pool(spec)
-        listed = [f"{stem_of(path)} {path.stat().st_size if path.is_file() else 'folder'}" for path in masks]
-        found["masks"] = fingerprint_text("\n".join([*(stem_of(scan["image"]) for scan in scans), *listed]))
+        listed = [f"{stem_of(path)} {fingerprint_file(path)}" for path in masks]
+        listed += [f"{stem_of(scan['image'])} {_bytes_of(Path(scan['image']))}" for scan in scans]
+        found["masks"] = fingerprint_text("\n".join(listed))
     return {**found, "weights": weights}
+
+
+def _bytes_of(scan: Path) -> int:
+    """Of a CT's file, or of a series' files: to read them all would take as long as to edit them."""
+    files = scan.rglob("*") if scan.is_dir() else [scan]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _weights(bundle: Path, names: Sequence[str]) -> dict[str, str]:
@@ -275,10 +291,10 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
 
 
 def _resolved(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A specification whose paths are whole; an earlier version wrote some as they were seen from where it ran."""
-    masks = dict(spec["masks"])
+    """A specification whose paths are whole, of what its source takes; an earlier version wrote all, as they came."""
+    masks = {key: value for key, value in spec["masks"].items() if key in ("source", *USED[spec["masks"]["source"]])}
     for key in ("path", "label_map"):
-        if masks[key] is not None and masks[key] not in LABEL_MAPS:
+        if masks.get(key) is not None and masks[key] not in LABEL_MAPS:
             masks[key] = str(Path(masks[key]).resolve())
     return {**spec, "masks": masks}
 

@@ -80,7 +80,7 @@ class Masks:
             field.name: field for field in dataclasses.fields(self) if field.name not in ("source", *USED[self.source])
         }
         unset = {name: () if field.default is dataclasses.MISSING else field.default for name, field in fields.items()}
-        if unused := [name for name in fields if (getattr(self, name) or ()) != (unset[name] or ())]:
+        if unused := [name for name in fields if _plain(getattr(self, name)) != _plain(unset[name])]:
             raise InputError(
                 f"masks.source {self.source} takes {', '.join(sorted(USED[self.source]))}, and no use of "
                 f"{', '.join(unused)}; leave it out, or give another source"
@@ -247,6 +247,11 @@ def read_spec(path: str | Path) -> CohortSpec:
 def draw(random: np.random.Generator, value: Any) -> float:
     """A number as it is, or one from a range [lowest, highest]."""
     return float(random.uniform(*value)) if isinstance(value, (list, tuple)) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """Nothing, or a list, as a tuple."""
+    return tuple(value) if isinstance(value, (list, tuple)) else value or ()
 
 
 def _allowed(name: str, value: Any, allowed: Sequence[str]) -> None:

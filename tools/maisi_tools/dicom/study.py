@@ -134,8 +134,10 @@ def write_study(
 
 def edited_region(ct: str | os.PathLike) -> list[list[float]]:
     """Of an edited scan's file the box that its sidecar names, see :func:`write_study`; empty for any other CT."""
-    sidecar = sidecar_path(ct)
-    content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+    try:
+        content = json.loads(sidecar_path(ct).read_text())
+    except (OSError, ValueError):  # there is none, or it is somebody's own
+        content = {}
     region = content.get("region") if isinstance(content, dict) else None
     return region.get("box_ras_mm", []) if isinstance(region, dict) else []
 

@@ -75,10 +75,19 @@ class DicomWebArchive:
         filters = {"Modality": kind} if series is None else {"Modality": kind, "SeriesInstanceUID": series}
         if study is None and self.days is not None:
             filters["StudyDate"] = f"{since(self.days):%Y%m%d}-"
-        fields = ["NumberOfSeriesRelatedInstances"]
-        # An archive answers with as many as it likes, and the others are asked for then.
-        found = self.client.search_for_series(study, search_filters=filters, fields=fields, get_remaining=True)
-        return [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, found)]
+        found: dict[str, Found] = {}
+        while True:  # an archive answers with as many as it likes, and the others are asked for then
+            page = self.client.search_for_series(
+                study,
+                search_filters=filters,
+                fields=["NumberOfSeriesRelatedInstances"],
+                offset=len(found) or None,
+            )
+            answered = [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, page)]
+            before = len(found)
+            found |= {one.series: one for one in answered if one.series not in found}
+            if len(found) == before or series is not None:
+                return list(found.values())
 
     def fetch(self, study: str, series: str) -> None:
         """See :class:`Archive`."""

@@ -18,12 +18,19 @@ SUCCESS = 0x0000
 STORED_WITH_WARNING = (0xB000, 0xB006, 0xB007)
 """Status of an object that is stored, an element of it coerced, or not of its kind (DICOM PS3.4 table B.2-1)."""
 
+OUT_OF_RESOURCES = 0xA7
+"""What the status of an archive that has no room now begins with (DICOM PS3.4 table B.2-1)."""
+
 PENDING = (0xFF00, 0xFF01)
 """Status of an answer after which more will come (DICOM PS3.4 tables C.4-1 and C.4-2)."""
 
 
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 120.0
 """In which a node has to accept an association, and to answer a request."""
+
+
+class ArchiveAway(ConnectionError):
+    """A node that cannot be reached or used now, and may be later."""
 
 
 @contextmanager
@@ -36,7 +43,7 @@ def association(node: Node, calling: str, contexts: Iterable[tuple[str, ...]]) -
         contexts: SOP classes, each with its transfer syntax if it is not one of pynetdicom's own.
 
     Raises:
-        ConnectionError: it cannot be reached, or refuses us.
+        ArchiveAway: it cannot be reached, or refuses us.
     """
     ae = AE(calling)
     ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout = CONNECT_SECONDS, CONNECT_SECONDS, ANSWER_SECONDS
@@ -45,7 +52,7 @@ def association(node: Node, calling: str, contexts: Iterable[tuple[str, ...]]) -
     tls: Any = (ssl.create_default_context(), node.host) if node.tls else None
     opened = ae.associate(node.host, node.port, ae_title=node.ae_title, tls_args=tls)
     if not opened.is_established:
-        raise ConnectionError(f"{node.ae_title} at {node.host}:{node.port} cannot be reached, or refuses us")
+        raise ArchiveAway(f"{node.ae_title} at {node.host}:{node.port} cannot be reached, or refuses us")
     try:
         yield opened
     finally:

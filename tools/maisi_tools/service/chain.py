@@ -20,9 +20,15 @@ from maisi_tools.dicom.objects import recordable
 from maisi_tools.dicom.study import edited_region, read_mask, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
-from maisi_tools.service.association import STORED_WITH_WARNING, SUCCESS, association
+from maisi_tools.service.association import (
+    OUT_OF_RESOURCES,
+    STORED_WITH_WARNING,
+    SUCCESS,
+    ArchiveAway,
+    association,
+)
 from maisi_tools.service.jobs import Job
-from maisi_tools.service.receive import needed_series
+from maisi_tools.service.receive import TRIGGER_TAGS, is_slice, needed_series
 from maisi_tools.service.settings import Chain, Node
 from maisi_tools.service.troubles import printable
 from maisi_tools.volumes.grid import straighten
@@ -135,7 +141,8 @@ def send(files: list[Path], node: Node, calling: str) -> None:
     """Store files in an archive with C-STORE.
 
     Raises:
-        ConnectionError: it cannot be reached, or does not take one of them.
+        ArchiveAway: it cannot be reached, or has no room now.
+        ConnectionError: it does not take one of them.
     """
     datasets = [pydicom.dcmread(path) for path in files]
     kinds = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}
@@ -145,7 +152,9 @@ def send(files: list[Path], node: Node, calling: str) -> None:
             status: Dataset = opened.send_c_store(ds)
             if not status or status.Status not in (SUCCESS, *STORED_WITH_WARNING):
                 code = f"status {status.Status:#06x}" if status else "no answer"
-                raise ConnectionError(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
+                passing = not status or status.Status >> 8 == OUT_OF_RESOURCES
+                kind = ArchiveAway if passing else ConnectionError
+                raise kind(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
             if status.Status != SUCCESS:
                 warned.add(f"{status.Status:#06x}")
     if warned:
@@ -184,14 +193,13 @@ def _series(job: Job, work: Path) -> Path | None:
     """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
     found: dict[str, list[Path]] = {}
     frames: dict[str, str] = {}
-    tags = ["Modality", "SeriesInstanceUID", "FrameOfReferenceUID"]
     for path in sorted(Path(job.folder).glob("*.dcm")):
         try:
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TRIGGER_TAGS)
         except Exception as error:  # it came after the study was looked at, and the next look sets it aside
             logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
             continue
-        if ds.get("Modality") == "CT":
+        if is_slice(ds):
             uid = str(ds.get("SeriesInstanceUID", ""))
             found.setdefault(uid, []).append(path)
             frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))

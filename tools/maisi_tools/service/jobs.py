@@ -124,8 +124,8 @@ class JobQueue:
             if before and not set(content.split()) - set(before.split()):
                 return ""  # what was there before, or a part of it that came again
             file.execute("UPDATE jobs SET content=? WHERE key=?", (content, key))
-            earlier = " " not in before and len(before) > CONTENT_LETTERS  # one digest of all; or none
-            if not before or earlier or state in ("waiting", "running"):  # of an older version; or `settle` will see it
+            sent_again = state == "dead" and not before
+            if not sent_again and (_is_earlier(before) or state in ("waiting", "running")):  # `settle` will see it
                 return ""
             _anew(file, key)
             self._due.pop(key, None)
@@ -170,7 +170,7 @@ class JobQueue:
     def _settle(self, file: sqlite3.Connection, job: Job) -> None:
         """Do a job anew whose content has changed while it ran."""
         (content,) = file.execute("SELECT content FROM jobs WHERE key=?", (job.key,)).fetchone()
-        if content != job.content:
+        if content != job.content and not _is_earlier(job.content):
             _anew(file, job.key)
             self._due.pop(job.key, None)
 
@@ -202,6 +202,11 @@ class JobQueue:
             query = "SELECT 1 FROM jobs WHERE study=? AND state IN ('waiting', 'running') LIMIT 1"
             return file.execute(query, (study,)).fetchone() is not None
 
+    def forget(self, study: str) -> None:
+        """A study is removed: where it comes again, its dead letters are tried again."""
+        with self._transaction() as file:
+            file.execute("UPDATE jobs SET content='' WHERE study=? AND state='dead'", (study,))
+
     def listed(self) -> list[tuple[str, Job]]:
         """(state, job) of every job, oldest first; superseded results, too, with their series in place of an error."""
         with self._transaction() as file:
@@ -223,6 +228,11 @@ class JobQueue:
                 if self._file.in_transaction:  # a full disk may have ended it already
                     self._file.execute("ROLLBACK")
                 raise
+
+
+def _is_earlier(content: str) -> bool:
+    """Whether an earlier version wrote it: nothing, or one digest of all."""
+    return not content or (" " not in content and len(content) == 32)
 
 
 def _anew(file: sqlite3.Connection, key: str) -> None:

@@ -19,6 +19,7 @@ from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.files import is_part, replacing, write_json
 from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
+from maisi_tools.service.association import ArchiveAway
 from maisi_tools.service.chain import check_reachable, run_job, send
 from maisi_tools.service.jobs import Job, JobQueue
 from maisi_tools.service.receive import Intake, forget_old_studies, queue_whole_studies, start_receiver
@@ -59,7 +60,7 @@ class Listener:
         self.spool = Path(settings.spool)
         self.incoming, self.dead, self.work_folder = (self.spool / name for name in ("incoming", "dead", "work"))
         for folder in (self.spool, self.incoming, self.dead):
-            _make_private(folder)
+            make_private(folder)
         for part in [path for path in self.spool.rglob(".*") if is_part(path)]:  # of a listener that was killed
             part.unlink(missing_ok=True)
         self.queue = JobQueue(self.spool / "queue.sqlite", settings.attempts)
@@ -185,11 +186,13 @@ class Listener:
         known = find_input_error(error)
         text = printable(known if known else f"{type(error).__name__}: {error}")
         # What is wrong with the data stays wrong; an archive that is away comes back, if not within the hour.
-        away = isinstance(error, ConnectionError)
+        away = isinstance(error, ArchiveAway)
         self._away[job.key] = self._away.get(job.key, 0) + 1 if away else 0
         last = known is not None or (not away and job.attempts >= self.settings.attempts)
         times = self._away[job.key] or job.attempts
-        pause = min(self.settings.retry_seconds * 2 ** (times - 1), max(self.settings.retry_seconds, LONGEST_PAUSE))
+        pause = min(
+            self.settings.retry_seconds * 2 ** min(times - 1, 20), max(self.settings.retry_seconds, LONGEST_PAUSE)
+        )
         self._outcome = partial(self.queue.fail, job, text, None if last else pause, counts=not away)
         if not away:
             del self._away[job.key]
@@ -248,7 +251,7 @@ class Listener:
             self.looked = time.monotonic()
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Make a folder that its owner alone may enter: patients' names are in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import shutil
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,6 +244,7 @@ def forget_old_studies(settings: Settings, incoming: Path, queue: JobQueue, inta
             if folder.stat().st_mtime_ns != intake.stamps.get(name):  # something came since it was looked at
                 continue
             shutil.rmtree(folder, ignore_errors=True)
+        queue.forget(name)
         intake.seen.pop(name)
         intake.stamps.pop(name, None)
         intake.queued.discard(name)
@@ -307,6 +309,7 @@ def _all_here(study: str, trigger: Trigger, count: Count, intake: Intake) -> boo
 def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: Path) -> list[Trigger]:
     """What a chain waits for among the files of a study."""
     series: dict[str, list[str]] = {}
+    here: Counter[str] = Counter()
     frames: dict[str, str] = {}
     masks: list[tuple[str, str, Path]] = []
     for path in files:
@@ -328,20 +331,28 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
         if ds.get("SyntheticData") == "YES":
             continue
         if kind == "CT":
-            if "LOCALIZER" in (ds.get("ImageType") or ()) or str(ds.get("SOPClassUID", "")) not in CT_CLASSES:
-                continue  # a scout, or a capture
+            here[uid] += 1  # as the archive counts
+            if not is_slice(ds):
+                continue
             series.setdefault(uid, []).append(path.name)
             frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
         elif settings.chain(kind) is not None:
             masks.append((str(ds.SOPInstanceUID), kind, path))
     found = []
     if settings.chain("CT") is not None:
-        found = [Trigger(uid, "CT", _digests(names), (uid, len(names))) for uid, names in series.items()]
+        found = [Trigger(uid, "CT", _digests(names), (uid, here[uid])) for uid, names in series.items()]
     for key, kind, path in masks:
         uid = needed_series(path, frames)
         names = series.get(uid, [])
-        found.append(Trigger(key, kind, _digests([path.name, *names]), (uid, len(names)) if uid else None))
+        found.append(Trigger(key, kind, _digests([path.name, *names]), (uid, here[uid]) if uid else None))
     return found
+
+
+def is_slice(ds: Dataset) -> bool:
+    """Whether an object, of which :data:`TRIGGER_TAGS` were read, is of a scan: no scout, no capture, not synthetic."""
+    scout = "LOCALIZER" in (ds.get("ImageType") or ())
+    of_a_ct = ds.get("Modality") == "CT" and str(ds.get("SOPClassUID", "")) in CT_CLASSES
+    return of_a_ct and not scout and ds.get("SyntheticData") != "YES"
 
 
 def needed_series(path: Path, present: Mapping[str, str]) -> str:
