@@ -30,6 +30,7 @@ SAMPLING = {
     "maisi_controlnet": (
         "solver",
         "num_inference_steps",
+        "last_step",
         "guidance_scale",
         "guidance_interval",
         "guided_conditions",
@@ -38,6 +39,7 @@ SAMPLING = {
     "maisi_ldm": (
         "solver",
         "num_inference_steps",
+        "last_step",
         "guidance_scale",
         "guidance_interval",
         "coarse_size",

@@ -9,7 +9,14 @@ import torch
 from monai.bundle import ConfigParser
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
-from maisi_tools.diffusion.samplers import check_interval, guided, known_outside, sample, signal_and_noise
+from maisi_tools.diffusion.samplers import (
+    check_interval,
+    check_sampling,
+    guided,
+    known_outside,
+    sample,
+    signal_and_noise,
+)
 from maisi_tools.diffusion.schedulers import ddim
 from maisi_tools.errors import InputError
 
@@ -146,6 +153,36 @@ def test_solvers_call_the_network_as_often_as_they_say(solver, calls):
 
     sample(denoiser, torch.randn(1, 4, 4, 4, 4), flow(), 7, progress=False, solver=solver)
     assert len(seen) == calls and seen[0] == 1000 and min(seen) == pytest.approx(1000 / 7, abs=0.1)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ab2", "heun"])
+def test_the_last_step_ends_at_what_the_network_expects(solver):
+    """Timesteps below it are left out; from the first at or below it straight along the velocity there."""
+    seen: list[tuple[float, torch.Tensor, torch.Tensor]] = []
+
+    def denoiser(x, t):
+        seen.append((float(t[0]), x, torch.sin(3 * x) * float(t[0]) / 1000))
+        return seen[-1][2]
+
+    noise = torch.randn(1, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = sample(denoiser, noise, flow(), 10, progress=False, solver=solver, last_step=0.3)
+    timesteps = sorted({round(t) for t, _, _ in seen}, reverse=True)
+    assert timesteps == [1000, 900, 800, 700, 600, 500, 400, 300]
+    _, latent, velocity = seen[-1]
+    torch.testing.assert_close(found, latent + 0.3 * velocity)
+    whole = sample(denoiser, noise, flow(), 10, progress=False, solver=solver)
+    assert torch.equal(whole, sample(denoiser, noise, flow(), 10, progress=False, solver=solver, last_step=0.0))
+    assert not torch.equal(whole, found)
+    few = sample(denoiser, noise, flow(), 2, progress=False, solver=solver, last_step=0.3)  # from 0.5 to the data
+    assert torch.isfinite(few).all()
+
+
+def test_a_last_step_that_is_none_is_refused(repo_root):
+    for wrong in (1.0, -0.1, math.nan, "0.3", None):
+        with pytest.raises(InputError, match="last_step is .*; allowed is a share"):
+            check_sampling(flow(), 10, "euler", wrong)
+    with pytest.raises(InputError, match="last_step is 0.3 with DDIMScheduler, which steps itself"):
+        check_sampling(full_ddpm(repo_root, "ddim"), 10, "euler", 0.3)
 
 
 @pytest.mark.parametrize("steps", [1, 10, 20, 50, 1000])

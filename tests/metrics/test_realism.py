@@ -128,7 +128,13 @@ def test_two_ranks_find_what_one_process_does(folder, torchrun, tmp_path):
     options = [*GRID, "--pairs", "0", "--output_dir", tmp_path / "two"]
     made = shutil.copytree(folder / "noisy", tmp_path / "made")  # as maisi_controlnet writes them: masks lie beside
     shutil.copy(files(folder, "plain")[0], made / "0_mask.nii.gz")
-    done = torchrun("maisi_tools.cli", "realism", folder / "plain", made, *options)
+    (tmp_path / "other").mkdir()  # and files of one name in two folders, as samples are named by their seeds
+    reference = [
+        *files(folder, "plain")[:2],
+        shutil.copy(files(folder, "plain")[2], tmp_path / "other" / "0_ct.nii.gz"),
+    ]
+    (tmp_path / "plain.json").write_text(json.dumps(list(map(str, reference))))
+    done = torchrun("maisi_tools.cli", "realism", tmp_path / "plain.json", made, *options)
     assert done.stdout.count("fid_axial@") == 1
     assert json.loads((tmp_path / "two" / "realism.json").read_text()) == expected
 

@@ -148,7 +148,8 @@ def realism(
     check_device(device)
     # Of a ControlNet's outputs and of cohorts, the CTs; masks lie beside them.
     real, made = (
-        [item["image"] for item in find_inputs(files, prefer="_ct.nii.gz")] for files in (reference, generated)
+        [item["image"] for item in find_inputs(files, prefer="_ct.nii.gz", unique=False)]
+        for files in (reference, generated)
     )
     features = SliceNetwork(str(network), None if weights is None else str(weights))
     with process_group():

@@ -382,6 +382,7 @@ class EditedCT(SeedOfInferer):
             known,
             self.strength,
             self.resample_steps,
+            self.inferer.last_step,
         )
         drawn = crop_to(self.inferer.decoder(torch.where(hole, latent, known)), size)
         # The decoder's error where nothing was drawn goes on into the region.

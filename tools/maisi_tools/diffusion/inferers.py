@@ -78,7 +78,7 @@ class LatentSampler(Inferer):
             the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
         return_latent: return ``{"ct": ..., "latent": ...}`` instead of the CT alone.
-        solver: see :func:`maisi_tools.diffusion.samplers.sample`.
+        solver, last_step: see :func:`maisi_tools.diffusion.samplers.sample`.
         inferer: how the U-Net is run.
         coarse: draws what the U-Net sees beside the noisy latent, as a fifth channel on its grid: the whole field of
             view on few voxels, ``coarse(conditions, seed) -> (1, 1, X, Y, Z)``; None for a U-Net without. See
@@ -105,13 +105,15 @@ class LatentSampler(Inferer):
         solver: str = "euler",
         guidance_interval: Sequence[float] = ALWAYS,
         coarse: Callable[[Conditions, int], Tensor] | None = None,
+        last_step: float = 0.0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
         self.solver = solver
-        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
+        self.last_step = last_step
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver, self.last_step)
         self.conditions = conditions
         self.coarse = coarse
         self.guidance_scale = float(guidance_scale)
@@ -145,7 +147,8 @@ class LatentSampler(Inferer):
             coarse = self.coarse(self.conditions, seed).to(noise)
             denoiser = _beside(interpolate(coarse, noise.shape[2:], mode="trilinear", align_corners=False), denoiser)
         generator = step_generator(noise, seed)
-        return sample(denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver)
+        settings = self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+        return sample(denoiser, noise, *settings, last_step=self.last_step)
 
 
 def _beside(coarse: Tensor, denoiser: Denoiser) -> Denoiser:
@@ -161,7 +164,7 @@ class MaskToCT(Inferer):
     labels the weights know, as it was for their training.
 
     Args:
-        decoder, scheduler, num_inference_steps, solver: as in :class:`LatentSampler`.
+        decoder, scheduler, num_inference_steps, solver, last_step: as in :class:`LatentSampler`.
         guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise. ``guided_conditions`` may have
             "mask": the unconditional pass is the U-Net's alone, without the ControlNet; or "lesions": it sees the mask
             with its lesions replaced by what is around them, so that they stand out more the larger the scale. Without
@@ -199,13 +202,15 @@ class MaskToCT(Inferer):
         solver: str = "euler",
         guidance_interval: Sequence[float] = ALWAYS,
         trained_modalities: Sequence[str | int] | None = None,
+        last_step: float = 0.0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
         self.scheduler = scheduler
         self.num_inference_steps = int(num_inference_steps)
         self.solver = solver
-        check_sampling(self.scheduler, self.num_inference_steps, self.solver)
+        self.last_step = last_step
+        check_sampling(self.scheduler, self.num_inference_steps, self.solver, self.last_step)
         if trained_modalities is not None:
             check_modality(modality, trained_modalities)
         self.seed = int(seed)
@@ -306,9 +311,8 @@ class MaskToCT(Inferer):
         def draw(seed: int) -> Tensor:
             noise = replace(conditions, seed=seed).noise(network.factor)[None].to(labels.device)
             generator = step_generator(noise, seed)
-            latent = sample(
-                denoiser, noise, self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
-            )
+            settings = self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
+            latent = sample(denoiser, noise, *settings, last_step=self.last_step)
             ct = crop_to(self.decoder(latent), size)
             return torch.where(labels == 0, torch.zeros_like(ct), ct)
 

@@ -33,13 +33,21 @@ ALWAYS = (0.0, 1.0)
 """The guidance interval that holds every timestep."""
 
 
-def check_sampling(scheduler: Scheduler, num_inference_steps: int, solver: str) -> None:
+def check_sampling(scheduler: Scheduler, num_inference_steps: int, solver: str, last_step: float = 0.0) -> None:
     """Refuse what :func:`sample` cannot do; for the door, before networks are run.
 
     Raises:
         InputError: an unknown solver; a solver of rectified flow with another scheduler; DDPM with fewer steps than it
-            was trained with, which would silently give a poor image; no number of steps.
+            was trained with, which would silently give a poor image; no number of steps; a last step that is no share,
+            or with another scheduler than rectified flow's.
     """
+    if not (isinstance(last_step, (int, float)) and 0 <= last_step < 1):
+        raise InputError(f"last_step is {last_step!r}; allowed is a share of the noise from 0 to below 1, such as 0.3")
+    if last_step and not isinstance(scheduler, RFlowScheduler):
+        raise InputError(
+            f"last_step is {last_step} with {type(scheduler).__name__}, which steps itself; it is for rectified flow "
+            "(RFlowScheduler): leave it at 0"
+        )
     if solver not in SOLVERS:
         raise InputError(f"solver is {solver!r}; allowed are {', '.join(SOLVERS)}")
     if solver != "euler" and not isinstance(scheduler, RFlowScheduler):
@@ -184,6 +192,7 @@ def sample(
     data: Tensor | None = None,
     strength: float = 1.0,
     resample_steps: int = 0,
+    last_step: float = 0.0,
 ) -> Tensor:
     """Integrate from noise to a latent.
 
@@ -209,11 +218,14 @@ def sample(
             SDEdit); 1 takes all of them, from noise alone.
         resample_steps: how often each step is taken back, by noising its result to the level it came from, and taken
             again (RePaint, section 4.2 with jumps of one step), so that what is drawn fits what is known beside it.
+        last_step: the first timestep at or below this share of all of them goes to the data in one step of Euler's,
+            which is what the network expects the data to be: timesteps below are left out. What little noise a network
+            mistakes for signal there would stay as grain. 0 takes all timesteps.
 
     Raises:
         InputError: see :func:`check_sampling` and :func:`check_start`; or a `strength` below 1 without `data`.
     """
-    check_sampling(scheduler, num_inference_steps, solver)
+    check_sampling(scheduler, num_inference_steps, solver, last_step)
     check_start(strength, resample_steps)
     if isinstance(scheduler, RFlowScheduler):
         scheduler.set_timesteps(num_inference_steps, noise.device, math.prod(noise.shape[2:]))
@@ -228,6 +240,9 @@ def sample(
         timesteps = timesteps[min(begin, len(timesteps) - 1) :]
         signal, spread = signal_and_noise(scheduler, float(timesteps[0]))
         latent = signal * data + spread * noise
+    few = timesteps <= last_step * scheduler.num_train_timesteps
+    if few.any():
+        timesteps = timesteps[: int(few.nonzero()[0]) + 1]
     following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     lengths = (timesteps - following).tolist()
 
@@ -242,7 +257,7 @@ def sample(
             if solver == "heun" and not last:
                 ahead = latent + output * length / scheduler.num_train_timesteps
                 velocity = (output + denoiser(ahead, next_timestep.expand(len(latent)))) / 2
-            elif solver == "ab2" and before is not None:
+            elif solver == "ab2" and before is not None and not (last and last_step):
                 velocity = output + (output - before[0]) * (length / before[1] / 2)
             if length:  # float16 timesteps can coincide: such a step goes nowhere, and its slope is unknown
                 before = output, length
