@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from maisi_tools.service import archives
-from maisi_tools.service.archives import Found, fetch_new, read_seen
+from maisi_tools.service.archives import DicomWebArchive, Found, fetch_new, read_seen
+from maisi_tools.service.settings import Poll
 from maisi_tools.service.troubles import Troubles
 
 
@@ -84,3 +86,26 @@ def test_a_list_of_what_was_fetched_that_is_damaged_stops_nothing(tmp_path, capl
     for damaged in ("{", "[1]", '{"1.1": "x"}'):
         path.write_text(damaged)
         assert read_seen(path) == {} and "fetched anew" in caplog.text
+
+
+def test_series_beyond_the_first_page_are_seen(tmp_path, monkeypatch):
+    """Of an archive that answers with two at a time, and of one that knows no offset and repeats itself."""
+    uids = [f"1.2.{number}" for number in range(5)]
+    for pages in (True, False):
+        asked = []
+
+        def search(study, search_filters, fields, offset, pages=pages, asked=asked):
+            asked.append((search_filters, offset))
+            first = (offset or 0) if pages else 0
+            return [
+                {"0020000D": {"vr": "UI", "Value": ["1.1"]}, "0020000E": {"vr": "UI", "Value": [uid]}}
+                for uid in uids[first : first + 2]
+            ]
+
+        archive = DicomWebArchive(Poll("http://127.0.0.1/dicom-web", days=3), tmp_path, Troubles())
+        monkeypatch.setattr(archive.client, "search_for_series", search)
+        found = archive.search("SEG")
+        assert [one.series for one in found] == (uids if pages else uids[:2]) and len(asked) == (4 if pages else 2)
+        assert re.fullmatch(r"\d{8}-", asked[0][0]["StudyDate"])
+        archive.search("CT", "1.1", "1.2.0")
+        assert asked[-1] == ({"Modality": "CT", "SeriesInstanceUID": "1.2.0"}, None)
