@@ -52,10 +52,8 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
             plan = fire.decorators.SetParseFn(_text)(plan)
         else:
             parsers[name] = _text if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
-        if name in _TEXT_OR_LISTS:
-            parsers[name] = _text_or_list
-        if name == "held_out":
-            parsers[name] = _names
+        if name in _PARSERS:
+            parsers[name] = _PARSERS[name]
     return fire.decorators.SetParseFns(**parsers)(plan)
 
 
@@ -84,10 +82,6 @@ def _checked(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
     command(*args, **kwargs)
 
 
-_TEXT_OR_LISTS = ("reference", "generated", "overlay")
-"""Options that take a path or name, or several."""
-
-
 def _text(given: str) -> str | None:
     """An argument as it was typed, without the quotes that keep Fire from parsing it; None where it is none."""
     value = fire.parser.DefaultParseValue(given)
@@ -102,6 +96,10 @@ def _text_or_list(given: str) -> Any:
 def _names(given: str) -> Any:
     """Names with commas as they were typed: Fire would take some for numbers or sums. A list in brackets is one."""
     return _text_or_list(given) if given[:1] in ("[", "(") else _text(given)
+
+
+_PARSERS = {**dict.fromkeys(("reference", "generated", "overlay"), _text_or_list), "held_out": _names}
+"""Of options that take a path or name, or several."""
 
 
 def bundles_folder(given: str | None) -> Path:

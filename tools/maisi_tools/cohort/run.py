@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from maisi_tools.bundles.settings import check_given
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
-from maisi_tools.cohort.spec import FIXED, USED, CohortSpec, Masks
+from maisi_tools.cohort.spec import FIXED, USED, CohortSpec
 from maisi_tools.cohort.worker import (
     DONE,
     FAILED,
@@ -266,7 +265,7 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
         # An earlier version recorded the weights of all configs, and numbered what they know, whatever was labelled.
         before = {name: earlier["weights"].get(name) for name in content["weights"]}
-        known = numbered_labels(dataclasses.replace(spec, masks=Masks()), _config(bundles, spec))[0]
+        known = _config(bundles, spec)["keep_labels"]
         earlier = {**content, "judge": {}, "numbering": known, **earlier, "weights": before}
         changed += [what for what in content if what != "spec" and earlier[what] != content[what]]
         if changed:

@@ -72,7 +72,7 @@ def complete_masks(
     regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
         {"image": os.path.abspath(item["image"]), "region": region}
-        | {key: item[key] for key in ("modality",) if key in item}
+        | ({"modality": item["modality"]} if "modality" in item else {})
         for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)

@@ -27,7 +27,7 @@ from maisi_tools.report.preview import (
     load_labels,
     plane,
 )
-from maisi_tools.volumes.reading import read_volume, sidecar_path
+from maisi_tools.volumes.reading import read_ras, sidecar_path
 
 COLUMN_INCHES = 3.2
 
@@ -120,8 +120,8 @@ def _ct(path: Path, role: str) -> nib.Nifti1Image:
     """A CT of any kind that the bundles read, turned to RAS."""
     if path.name.lower().endswith((".nii", ".nii.gz")):
         return load_image(path, role)
-    ct: Any = read_volume(path, "ct")
-    return nib.as_closest_canonical(nib.Nifti1Image(ct[0].numpy(), ct.affine.numpy()))
+    ct: Any = read_ras(path, "ct")
+    return nib.Nifti1Image(ct[0].numpy(), ct.affine.numpy())
 
 
 def _figures(case: Comparison) -> list[str]:

@@ -165,7 +165,7 @@ def check_reachable(node: Node, calling: str) -> None:
     """Make sure that an archive would take a result, before one is computed.
 
     Raises:
-        ConnectionError: it cannot be reached, or refuses us.
+        ArchiveAway: it cannot be reached, or refuses us.
     """
     with association(node, calling, [(CTImageStorage,)]):
         pass

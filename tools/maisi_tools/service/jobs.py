@@ -161,9 +161,8 @@ class JobQueue:
         """The job failed; None makes it a dead letter; without `counts` it has as many attempts as at first."""
         state = "dead" if retry_in is None else "waiting"
         with self._transaction() as file:
-            file.execute("UPDATE jobs SET state=?, error=? WHERE key=?", (state, printable(error), job.key))
-            if not counts:
-                file.execute("UPDATE jobs SET attempts=0 WHERE key=?", (job.key,))
+            values = state, printable(error), counts, job.key
+            file.execute("UPDATE jobs SET state=?, error=?, attempts=attempts*? WHERE key=?", values)
             self._due[job.key] = time.monotonic() + (retry_in or 0.0)
             self._settle(file, job)
 

@@ -187,15 +187,14 @@ class Listener:
         text = printable(known if known else f"{type(error).__name__}: {error}")
         # What is wrong with the data stays wrong; an archive that is away comes back, if not within the hour.
         away = isinstance(error, ArchiveAway)
-        self._away[job.key] = self._away.get(job.key, 0) + 1 if away else 0
+        absences = self._away.pop(job.key, 0) + 1
+        if away:
+            self._away[job.key] = absences
+        times = absences if away else job.attempts
         last = known is not None or (not away and job.attempts >= self.settings.attempts)
-        times = self._away[job.key] or job.attempts
-        pause = min(
-            self.settings.retry_seconds * 2 ** min(times - 1, 20), max(self.settings.retry_seconds, LONGEST_PAUSE)
-        )
+        longest = max(self.settings.retry_seconds, LONGEST_PAUSE)
+        pause = min(self.settings.retry_seconds * 2 ** min(times - 1, 20), longest)
         self._outcome = partial(self.queue.fail, job, text, None if last else pause, counts=not away)
-        if not away:
-            del self._away[job.key]
         if not last:
             logger.warning("%s %s failed, again in %.0f s: %s", job.kind, job.key, pause, text)
             return

@@ -336,8 +336,7 @@ def read_settings(path: str | os.PathLike) -> Settings:
     content = checked_fields(Settings, content, str(path))
 
     def near(value: Any) -> Any:
-        # Whole: the queue of a spool lists studies by their paths, and the next start may be from elsewhere.
-        return None if value is None else str((path.parent / Path(str(value)).expanduser()).absolute())
+        return None if value is None else str(path.parent / Path(str(value)).expanduser())
 
     content["spool"] = near(content["spool"])
     content["send"] = Node(**checked_fields(Node, content["send"], "send"))
