@@ -35,6 +35,12 @@ from maisi_tools.weights import read_weights, save_weights
 CONFIGS = parts.ROOT / "bundles" / "maisi_controlnet" / "configs"
 RELEASED_STEPS = 30
 """Euler steps of the released scripts for rectified flow."""
+PARTS: dict[str, dict[str, Any]] = {
+    "autoencoder_def": {},
+    "network_def#unet": {"_target_": "maisi_tools.networks.DiffusionUNet"},
+    "network_def#controlnet": {},
+}
+"""A config's autoencoder, U-Net and ControlNet, and what stands for one that it leaves to the classes."""
 SCALE_FACTOR = 1.0
 """Of the random weights, whose autoencoder knows no latents."""
 
@@ -115,14 +121,23 @@ def _narrower(configs: Sequence[Path], by: int) -> dict[str, Any]:
     parser = ConfigParser()
     parser.read_config([str(path) for path in configs])
     changes: dict[str, Any] = {}
-    for part in ("network_def#unet", "network_def#controlnet", "autoencoder_def"):
-        for key in ("num_channels", "conditioning_embedding_num_channels"):
-            if (channels := parser[part].get(key)) is not None:
-                changes[f"{part}#{key}"] = [n // by for n in channels]
-        if "norm_num_groups" in parser[part]:  # the ControlNet has those of the U-Net
-            groups = min(parser[part]["norm_num_groups"], *changes[f"{part}#num_channels"])
-            changes[f"{part}#norm_num_groups"] = groups
+    for part, found in zip(PARTS, _arguments(parser), strict=True):
+        channels = [n // by for n in found["num_channels"]]
+        changes[part] = {**parser.get(part, PARTS[part]), "num_channels": channels}
+        changes[part]["norm_num_groups"] = min(found["norm_num_groups"], *channels)
+        if (embedding := found.get("conditioning_embedding_num_channels")) is not None:
+            changes[part]["conditioning_embedding_num_channels"] = [n // by for n in embedding]
     return changes
+
+
+def _arguments(parser: ConfigParser) -> tuple[dict[str, Any], ...]:
+    """Return the arguments of a config's autoencoder, U-Net and ControlNet, also those that it does not give."""
+    autoencoder, unet, controlnet = (
+        {key: value for key, value in parser.get(part, {}).items() if key != "_target_"} for part in PARTS
+    )
+    settings = unet_settings(**unet)
+    shared = {key: value for key, value in settings.items() if key in SHARED}
+    return autoencoder_settings(**autoencoder), settings, controlnet_settings(**{**shared, **controlnet})
 
 
 def _networks(parser: ConfigParser, **arguments: Any) -> tuple[Any, Any, Any]:
@@ -132,15 +147,11 @@ def _networks(parser: ConfigParser, **arguments: Any) -> tuple[Any, Any, Any]:
         parser: with the config.
         arguments: of the autoencoder, in place of the config's.
     """
-    autoencoder, unet, controlnet = (
-        {key: value for key, value in parser.get(id).items() if key != "_target_"}
-        for id in ("autoencoder_def", "network_def#unet", "network_def#controlnet")
-    )
-    shared = {key: value for key, value in unet.items() if key in SHARED}
+    autoencoder, unet, controlnet = _arguments(parser)
     return (
-        AutoencoderKlMaisi(**autoencoder_settings(**{**autoencoder, **arguments})),
-        DiffusionModelUNetMaisi(**unet_settings(**unet)),
-        ControlNetMaisi(**controlnet_settings(**{**shared, **controlnet})),
+        AutoencoderKlMaisi(**{**autoencoder, **arguments}),
+        DiffusionModelUNetMaisi(**unet),
+        ControlNetMaisi(**controlnet),
     )
 
 
@@ -220,10 +231,11 @@ def _inputs(parser: ConfigParser, mask: MetaTensor) -> tuple[Tensor, Tensor, dic
     )
     given: dict[str, Tensor | None] = {}
     given |= batch_tensors([conditions], parser.get_parsed_content("condition_scale"), labels.device)
-    if parser["network_def"]["unet"]["num_class_embeds"] is None:
+    autoencoder, unet, _ = _arguments(parser)
+    if unet["num_class_embeds"] is None:
         given["class_labels"] = None
     # Not the config's `factor`, which asks the bundle's own classes.
-    factor = 2 ** (len(parser.get_parsed_content("autoencoder_def#num_channels")) - 1)
+    factor = 2 ** (len(autoencoder["num_channels"]) - 1)
     return label_bits(labels), conditions.noise(factor)[None].to(labels.device), given
 
 

@@ -48,14 +48,9 @@ QUARTER = {"num_channels": [16, 32, 64], "num_res_blocks": [1, 2, 2], "norm_num_
 
 def settings(full: bool = False, **changes: Any) -> dict[str, Any]:
     """Return the autoencoder's constructor arguments from the bundle's configs, the small or the full-size one's."""
-    configs = ROOT / "bundles" / "maisi_vae" / "configs"
-    found = json.loads((configs / "inference.json").read_text())["network_def"]
+    config = ROOT / "bundles" / "maisi_vae" / "configs" / ("full.json" if full else "inference.json")
+    found = json.loads(config.read_text())["network_def"]
     found.pop("_target_")
-    if full:
-        prefix = "network_def#"
-        for key, value in json.loads((configs / "full.json").read_text()).items():
-            if key.startswith(prefix):
-                found[key.removeprefix(prefix)] = value
     return autoencoder_settings(**{**found, **changes})
 
 

@@ -145,6 +145,8 @@ def tiny_settings() -> dict[str, dict]:
         "num_head_channels": [0, 8],
         "num_res_blocks": 1,
         "norm_num_groups": 4,
+        "resblock_updown": False,
+        "include_fc": False,
         "num_class_embeds": 128,
     }
     unet = {**levels, "out_channels": 4, "include_spacing_input": True, "include_top_region_index_input": True}

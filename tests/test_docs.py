@@ -29,6 +29,7 @@ from maisi_tools.cli import main
 from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.networks import autoencoder_settings, unet_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("docs", "bundles", "benchmarks", "evaluation", "deploy")
@@ -394,14 +395,15 @@ def test_the_table_of_networks_is_that_of_the_configs(row):
     _, where, channels, latents, factor, multiple, spacing, _ = row
     bundle, *configs = re.findall(r"`([\w.]+)`", where)
     content = layered(bundle, configs)
-    network = content["network_def"].get("unet", content["network_def"])
-    autoencoder = content.get("autoencoder_def", network)
-    own = network.get("num_channels") or network["channels"]
-    halvings = len(autoencoder["num_channels"]) - 1
+    network, alone = content["network_def"], "autoencoder_def" not in content
+    autoencoder = autoencoder_settings(**(network if alone else content["autoencoder_def"]))["num_channels"]
+    levels = network.get("channels") or unet_settings(**network.get("unet", network))["num_channels"]
+    own = autoencoder if alone else levels
+    halvings = len(autoencoder) - 1
     assert numbers(channels) == own
-    assert numbers(latents) == ([] if autoencoder is network else autoencoder["num_channels"])
+    assert numbers(latents) == ([] if alone else autoencoder)
     assert int(factor) == 2**halvings
-    assert int(multiple) == 2 ** (halvings + (0 if autoencoder is network else len(own) - 1))
+    assert int(multiple) == 2 ** (halvings + (0 if alone else len(own) - 1))
     if ranges := content.get("spacing_range"):
         one = [mm for mm, highest in ranges if mm == highest]
         assert numbers(spacing) == (one if len(one) == 3 else [mm for axis in ranges for mm in axis])

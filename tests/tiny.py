@@ -61,7 +61,7 @@ def make_bundles(bundles: Path, folder: Path) -> Path:
         for path in (root / "configs").glob("*.json"):
             parser = ConfigParser(json.loads(path.read_text()))
             definitions = [name for name in NETWORKS if isinstance(parser.get(name), dict)]
-            if not definitions or f"{source.name}/{path.name}" in WIDE:
+            if not definitions or path.name.startswith("full") or f"{source.name}/{path.name}" in WIDE:
                 continue
             for name in definitions:
                 narrow(parser[name])

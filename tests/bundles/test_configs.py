@@ -16,7 +16,7 @@ from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 
-LINES, REPEATED, LONGEST = 2682, 0.507, 180
+LINES, REPEATED, LONGEST = 2590, 0.48, 180
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (
@@ -85,6 +85,8 @@ def test_networks_are_defined_alike_everywhere(bundles):
     kinds = ("autoencoder", "unet", "controlnet", "mask_unet", "ldm unet", "coarse unet")
     definitions: dict[str, list] = {kind: [] for kind in kinds}
     for path in bundles.glob("*/configs/*.json"):
+        if path.name.startswith("full"):
+            continue
         config = json.loads(path.read_text())
         for key in ("network_def", "autoencoder_def", "coarse_def"):
             definition = config.get(key)

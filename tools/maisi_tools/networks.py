@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -122,29 +123,36 @@ SHARED = (
 """Settings that a U-Net and the ControlNet beside it have in common, since residuals are added level by level."""
 
 
-def autoencoder_settings(num_channels: Sequence[int], **given: Any) -> dict[str, Any]:
-    """All arguments of MONAI's autoencoder, where those that are not given are as in all of MAISI's."""
-    return {
+def autoencoder_settings(**given: Any) -> dict[str, Any]:
+    """All arguments of MONAI's autoencoder; those that are not given are the released CT autoencoder's."""
+    settings = {
         **{"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4, "norm_eps": 1e-6},
+        **{"num_channels": [64, 128, 256], "num_res_blocks": [2, 2, 2], "norm_num_groups": 32},
         **{"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False},
-        "attention_levels": [False] * len(num_channels),
         **{"use_checkpointing": False, "use_convtranspose": False, "norm_float16": False},
         **{"num_splits": 1, "dim_split": 1, "save_mem": False},
-        "num_channels": num_channels,
+        **given,
+    }
+    return {"attention_levels": [False] * len(settings["num_channels"]), **settings}
+
+
+def unet_settings(**given: Any) -> dict[str, Any]:
+    """The same for MONAI's U-Net on latents, with those of the released U-Nets of rectified flow."""
+    return {
+        **{"spatial_dims": 3, "in_channels": 4, "out_channels": 4},
+        **{"num_channels": [64, 128, 256, 512], "attention_levels": [False, False, True, True]},
+        **{"num_head_channels": [0, 0, 32, 32], "num_res_blocks": 2, "norm_num_groups": 32, "resblock_updown": True},
+        **{"include_fc": True, "include_spacing_input": True, "num_class_embeds": 128},
+        "use_flash_attention": torch.cuda.is_available(),
         **given,
     }
 
 
-def unet_settings(**given: Any) -> dict[str, Any]:
-    """The same for MONAI's U-Net on latents."""
-    flash = torch.cuda.is_available()
-    return {"spatial_dims": 3, "in_channels": 4, "out_channels": 4, "use_flash_attention": flash, **given}
-
-
 def controlnet_settings(**given: Any) -> dict[str, Any]:
-    """The same for MONAI's ControlNet."""
-    common = {"spatial_dims": 3, "in_channels": 4, "use_flash_attention": torch.cuda.is_available()}
-    return {**common, "conditioning_embedding_in_channels": 8, "use_checkpointing": False, **given}
+    """The same for MONAI's ControlNet beside such a U-Net."""
+    of_unet = {name: value for name, value in unet_settings().items() if name in SHARED}
+    own = {"conditioning_embedding_in_channels": 8, "conditioning_embedding_num_channels": [8, 32, 64]}
+    return {**of_unet, **own, "use_checkpointing": False, **given}
 
 
 class Autoencoder(AutoencoderKlMaisi):
@@ -155,14 +163,12 @@ class Autoencoder(AutoencoderKlMaisi):
     reconstruction from the posterior's mean, so the result does not depend on chance.
 
     Args:
-        num_channels: of each level.
-        num_res_blocks: of each level.
-        kwargs: of MONAI's network; what is left out is as in all autoencoders of MAISI: one channel in and out, four in
-            the latent, no attention (``attention_levels`` of all False), nothing split.
+        kwargs: of MONAI's network; what is left out is as in the released one for CT: levels of 64, 128 and 256
+            channels, one channel in and out, four in the latent, no attention, nothing split.
     """
 
-    def __init__(self, *, num_channels: Sequence[int], num_res_blocks: Sequence[int], **kwargs: Any) -> None:
-        super().__init__(**autoencoder_settings(num_channels=num_channels, num_res_blocks=num_res_blocks, **kwargs))
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**autoencoder_settings(**kwargs))
         use_plain_layers(self)
 
     @property
@@ -188,8 +194,8 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
     the networks of both MAISI versions (v1 has region inputs, v2 a modality class).
 
     Args:
-        kwargs: of MONAI's network; what is left out is as in all U-Nets of MAISI: four channels in and out, and flash
-            attention where there is a GPU.
+        kwargs: of MONAI's network; what is left out is as in the released ones of rectified flow: levels of 64 to 512
+            channels, a spacing and a class of modality as conditions; and flash attention where there is a GPU.
 
     Attributes:
         levels: of these arguments those that a :class:`ControlNet` beside it shares.
@@ -200,6 +206,11 @@ class DiffusionUNet(DiffusionModelUNetMaisi):
         super().__init__(**settings)
         self.levels = {name: value for name, value in settings.items() if name in SHARED}
         use_plain_layers(self)
+
+    @property
+    def latent_multiple(self) -> int:
+        """What a latent's size must be a multiple of: 2 to the power of the levels less one."""
+        return int(2 ** (len(self.levels["num_channels"]) - 1))
 
     def forward(  # type: ignore[override]
         self,
@@ -252,8 +263,8 @@ class ControlNet(ControlNetMaisi):
     """MAISI's ControlNet, whose mask embedding can be computed apart, once for all steps of a sampler.
 
     Args:
-        kwargs: of MONAI's network; what is left out is as in all of MAISI's: eight bit planes of a mask, and as in
-            :class:`DiffusionUNet`.
+        kwargs: of MONAI's network; what is left out is as in the released ones: eight bit planes of a mask, an
+            embedding for a factor of 4, and the levels of :class:`DiffusionUNet`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -301,15 +312,18 @@ class ControlledUNet(nn.Module):
     once and calls :meth:`denoise` at each step.
 
     Args:
-        unet: generates.
+        unet: generates; the released one if it is left out.
         controlnet: steers; or only its settings, of which those that are left out are the U-Net's.
 
     Raises:
         InputError: `controlnet` is MONAI's class, which embeds the mask at each step.
     """
 
-    def __init__(self, unet: DiffusionUNet, controlnet: ControlNet | Mapping[str, Any]) -> None:
+    def __init__(
+        self, unet: DiffusionUNet | None = None, controlnet: ControlNet | Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         super().__init__()
+        unet = DiffusionUNet() if unet is None else unet
         if isinstance(controlnet, Mapping):
             controlnet = ControlNet(**{**unet.levels, **controlnet})
         if not isinstance(controlnet, ControlNet):
@@ -341,6 +355,11 @@ class ControlledUNet(nn.Module):
     def factor(self) -> int:
         """Voxels of the mask along an axis for each of the latent."""
         return self.controlnet.factor
+
+    @property
+    def latent_multiple(self) -> int:
+        """As the U-Net's."""
+        return self.unet.latent_multiple
 
     def embed(self, mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Label values (B, 1, D, H, W) -> (B, C, D/factor, ...), which no step, latent or condition changes."""
