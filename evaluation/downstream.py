@@ -28,10 +28,10 @@ from scipy.stats import bootstrap
 
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import write_csv, write_json
+from maisi_tools.files import fingerprint_file, write_csv, write_json
 from maisi_tools.settings import json_mapping
 from maisi_tools.training import checkpoint
-from maisi_tools.volumes.inputs import check_output_dir
+from maisi_tools.volumes.inputs import check_output_dir, check_stems
 
 logger = logging.getLogger(__name__)
 
@@ -116,9 +116,11 @@ class Experiment:
         self.names = {"datalist": str(datalist), "synthetic": str(synthetic)}
         self.real, self.synthetic = _labelled(datalist, "training"), _labelled(synthetic, "training")
         self.validation, self.kept_out = _labelled(datalist, "validation"), _labelled(kept_out, "validation")
-        _check_apart(datalist, kept_out)
+        _check_apart(datalist, ("training", "validation"), kept_out)
+        _check_apart(synthetic, ("training",), kept_out)
         self.folder = check_output_dir(output_dir)
         self.overrides = dict(overrides or {})
+        self.fingerprints: dict[str | Path, str] = {}
 
     def run(
         self,
@@ -227,9 +229,19 @@ class Experiment:
             "validation": self.validation,
             "kept_out": self.kept_out,
             "segmentation": str(self.root.resolve()),
+            "configs": [self._fingerprint(self.root / "configs" / name) for name in CONFIGS],
             "overrides": self.overrides,
         }
+        for name in ("training", "first", "validation", "kept_out"):
+            files = {case[key] for case in given[name] or () for key in ("image", "label")}
+            given[f"content of {name}"] = {file: self._fingerprint(file) for file in sorted(files)}
         return json.loads(json.dumps(given, default=str))
+
+    def _fingerprint(self, path: str | Path) -> str:
+        """Of a file, read once: an arm is another one when what is in its files is another."""
+        if path not in self.fingerprints:
+            self.fingerprints[path] = fingerprint_file(path)
+        return self.fingerprints[path]
 
     def _finished(self, arm: Arm) -> dict[str, Any] | None:
         """The record of an arm that is finished, or None.
@@ -368,23 +380,26 @@ def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
         raise InputError(f"{datalist} has cases without label under {section!r}, such as {missing[0]}; leave them out")
     if absent := [case[key] for case in cases for key in ("image", "label") if not Path(case[key]).is_file()]:
         raise InputError(f"{absent[0]}, named in {datalist}, does not exist; correct the path")
+    check_stems(case["image"] for case in cases)
     return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
 
 
-def _check_apart(datalist: str | Path, kept_out: str | Path) -> None:
-    """Refuse a kept-out case whose file, or whose patient, is also among those of training or validation.
+def _check_apart(datalist: str | Path, sections: Sequence[str], kept_out: str | Path) -> None:
+    """Refuse a kept-out case whose files, or whose patient, are also among those of these sections.
 
+    A synthetic CT is another file than the real one; that its labels are a kept-out case's tells where it came from.
     Patients are compared where both lists name them, as `maisi prepare` does.
     """
-    cases = [case for section in ("training", "validation") for case in read_datalist(datalist, section)]
+    cases = [case for section in sections for case in read_datalist(datalist, section)]
     # One file may be written in two ways: relative, absolute, by a link.
-    files = {Path(case["image"]).resolve() for case in cases}
+    files = {Path(case[key]).resolve() for case in cases for key in ("image", "label") if case.get(key)}
     patients = {str(case["patient"]) for case in cases if case.get("patient")}
     for case in read_datalist(kept_out, "validation"):
-        if Path(case["image"]).resolve() in files:
-            raise InputError(
-                f"{case['image']} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them"
-            )
+        for file in (case["image"], case["label"]):
+            if Path(file).resolve() in files:
+                raise InputError(
+                    f"{file} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them"
+                )
         if case.get("patient") and str(case["patient"]) in patients:
             raise InputError(
                 f"patient {case['patient']} of {case['image']} is kept out by {kept_out}, but {datalist} has that "

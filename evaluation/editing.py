@@ -31,10 +31,9 @@ from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import resize_organ
 from maisi_tools.masks.label_maps import LabelMap, read_label_map
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name, label_id
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import labels_on_grid

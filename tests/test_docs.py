@@ -26,9 +26,9 @@ import yaml
 import maisi_tools.cli
 from maisi_tools.bundles.packaging import PARTS
 from maisi_tools.cli import main
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.networks import autoencoder_settings, unet_settings
 
 ROOT = Path(__file__).resolve().parent.parent

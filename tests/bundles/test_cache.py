@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from maisi_tools.training.controlnet import FitMaskd
-from maisi_tools.training.latents import encoder_fingerprint, find_latents
+from maisi_tools.training.latents import find_latents
 from maisi_tools.volumes.reading import read_volume
+from maisi_tools.weights import encoder_fingerprint
 
 VIEWS = [{"name": ""}, {"name": "flip", "flip": True}]
 

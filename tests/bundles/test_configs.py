@@ -11,12 +11,12 @@ from monai.bundle import ConfigParser, verify_net_in_out
 
 import config_lines
 from maisi_tools.diffusion.conditions import check_conditions
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.intensity import hu_ranges
+from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 
-LINES, REPEATED, LONGEST = 2590, 0.48, 180
+LINES, REPEATED, LONGEST = 2600, 0.48, 180
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (

@@ -124,6 +124,11 @@ def configs(repo_root):
         ("maisi_vae", "multiple", "x", "multiple is 'x'"),
         ("maisi_vae", "num_workers", -1, "num_workers is -1; allowed is a whole number from 0 on"),
         ("maisi_vae", "sigma", 1, "sigma is 1; allowed is true or false"),
+        ("maisi_vae", "suffix", None, "suffix is None; allowed is text, such as '_ct'"),
+        ("maisi_vae", "output_dtype", None, "output_dtype is None; allowed is text"),
+        ("maisi_ldm", "guided_conditions", None, "guided_conditions is None; allowed is a list"),
+        ("maisi_ldm", "output_dir", None, "output_dir is None; allowed is a path, as text"),
+        ("maisi_ldm", "ckpt_path", ["x.pt"], "ckpt_path is .'x.pt'.; allowed is a path, as text"),
     ],
 )
 def test_values_of_another_kind_are_refused(configs, bundle, key, value, words):

@@ -12,8 +12,7 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
-from maisi_tools.training.latents import encoder_fingerprint
-from maisi_tools.weights import read_weights
+from maisi_tools.weights import encoder_fingerprint, read_weights
 
 models = pytest.importorskip("torchvision.models")
 pytest.importorskip("lpips")

@@ -48,6 +48,8 @@ def test_samples_from_a_list_or_its_file(tmp_path):
         ([{"seed": 1, "name": "a/x"}, {"seed": 2, "name": "b/x"}], "overwrite each other: x$"),
         ([{"seed": 1, "name": "x.nii.gz"}, {"seed": 2, "name": "x"}], "overwrite each other: x$"),
         ([{"seed": 1, "name": ""}], "no name for its files"),
+        ([{"seed": 1, "name": "run"}], "called run; allowed are names that are neither run.json's"),
+        ([{"seed": 1, "name": "x"}, {"seed": 2, "name": "x_latent.nii"}], "called x_latent; allowed"),
         ([{"seed": True}], "no integer seed"),
         ([], r"input is \[\]; allowed is a list like"),
         ({"seed": 1}, "allowed is a list like"),
@@ -56,6 +58,11 @@ def test_samples_from_a_list_or_its_file(tmp_path):
 def test_bad_lists_are_refused(specs, message):
     with pytest.raises(InputError, match=message):
         list_samples(specs, 1, 0)
+
+
+def test_a_name_that_is_null_is_none():
+    assert list_samples([{"seed": 3, "name": None}], 1, 0) == [{"seed": 3, "name": "sample_seed3"}]
+    assert len(list_samples([{"seed": 3, "name": "x_latent"}, {"seed": 4, "name": "y"}], 1, 0)) == 2
 
 
 @pytest.mark.parametrize("number", [0, -2])

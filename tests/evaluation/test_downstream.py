@@ -203,6 +203,29 @@ def test_a_kept_out_patient_is_not_trained_with(experiment, lists, tmp_path):
         Experiment(datalist, other, lists["synthetic"], tmp_path / "out")
 
 
+def test_synthetic_cases_of_kept_out_ones_are_refused(lists, tmp_path):
+    """Its CT is another file; that its labels are those to be measured on tells."""
+    kept = json.loads(lists["kept_out"].read_text())["validation"][0]
+    made = json.loads(lists["synthetic"].read_text())["training"]
+    other = tmp_path / "synthetic.json"
+    other.write_text(json.dumps({"training": [made[1], made[0] | {"label": kept["label"]}]}))
+    with pytest.raises(InputError, match="is kept out by .* has it"):
+        Experiment(**lists | {"synthetic": other}, output_dir=tmp_path / "out")
+
+
+def test_an_arm_of_other_images_is_another_arm(lists, tmp_path):
+    """Synthetic CTs that were drawn again under the same names."""
+    made = json.loads(lists["synthetic"].read_text())["training"]
+    for number, case in enumerate(made):
+        case["image"] = shutil.copy(case["image"], str(tmp_path / f"{number}_ct.nii.gz"))
+    (tmp_path / "synthetic.json").write_text(json.dumps({"training": made}))
+    given = {**lists, "synthetic": tmp_path / "synthetic.json", "output_dir": tmp_path / "out", "overrides": TINY}
+    Experiment(**given).run([2], [2], ["mixed"], 1)
+    shutil.copy(made[0]["image"], made[1]["image"])
+    with pytest.raises(InputError, match="was made with another content of training"):
+        Experiment(**given).run([2], [2], ["mixed"], 1)
+
+
 def test_seeds_draw_nested_cases_and_repeat_the_real_ones():
     real, synthetic = ([{"image": f"{kind}{i}"} for i in range(9)] for kind in "rs")
     few, more = (Arm(n, m, "mixed", 1).draw(real, synthetic) for n, m in ((3, 2), (5, 4)))

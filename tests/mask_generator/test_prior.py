@@ -111,7 +111,7 @@ def test_one_sample_is_its_own_mean_and_varies_in_nothing():
 
 
 def test_other_canvases_are_refused(prior):
-    with pytest.raises(InputError, match=r"output_size must be \[12, 8, 8\]"):
+    with pytest.raises(InputError, match=r"\(2, 3, 2, 4\); these weights know \(2, 3, 2, 2\)"):
         prior(torch.zeros(1, 2, 3, 2, 4), torch.ones(1), torch.zeros(1, 2))
     with pytest.raises(InputError, match="canvas"):
         ShapePrior(2, 2, (3, 2, 4), 2).fit(samples_of(3), 1.0)

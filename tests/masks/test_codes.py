@@ -18,13 +18,12 @@ from maisi_tools.masks.codes import (
     CODES,
     PRIVATE,
     SIDES,
-    display_name,
     label_of_code,
     label_of_name,
     read_roi_table,
     side_of_codes,
 )
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name
 
 
 def test_every_label_has_one_code_of_its_own_and_leads_back():

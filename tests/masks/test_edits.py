@@ -211,6 +211,8 @@ def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
     path = tmp_path / "map.json"
     path.write_text('{"1": "placeholder 129: left eye", "2": "placeholder 130: right eye", "3": "liver"}')
     assert twins(read_label_map(path))[129] == 130 and 18 not in twins(read_label_map(path))
+    path.write_text('{"1": 18, "2": 20, "3": "placeholder 129: face"}')
+    assert twins(read_label_map(path))[18] == 20 and 129 not in twins(read_label_map(path))
 
 
 def test_sides_of_arrays_and_tensors():
@@ -299,6 +301,16 @@ def test_an_organ_with_a_placeholder_is_resized_by_its_name(tmp_path):
     changes = edit_file(path, output, read_label_map("maisi"), resize={"left parotid gland": 0.5})
     assert (np.asarray(nib.load(output).dataobj) == 18).sum() == 32
     assert changes["left parotid gland"] == (8.0, 4.0)  # 64 and 32 voxels of 0.125 ml
+
+
+def test_a_field_of_view_keeps_a_placeholder_by_its_name(tmp_path):
+    labels = np.full((12, 12, 12), BODY, np.uint8)
+    labels[4:8, 4:8, 4:8] = 7
+    path, output, names = tmp_path / "mask.nii.gz", tmp_path / "edited.nii.gz", tmp_path / "map.json"
+    nib.save(nib.Nifti1Image(labels, np.diag([5.0, 5, 5, 1])), path)
+    names.write_text('{"7": "placeholder 129: face", "200": "body"}')
+    edit_file(path, output, read_label_map(names), size=(6, 6, 6), organs=["face"])
+    assert (np.asarray(nib.load(output).dataobj) == 129).sum() == 64
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 2.0, 4.0), (3.0, 1.0, 1.5)])

@@ -9,12 +9,12 @@ from hypothesis.extra import numpy as npst
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.vocabulary import (
     BODY,
     GROUPS,
     VOCABULARY,
     MergeLabelsd,
+    display_name,
     hosts_of,
     label_id,
     labels_in_group,

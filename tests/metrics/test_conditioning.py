@@ -11,7 +11,13 @@ from monai.data import MetaTensor
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import labels_in_group
-from maisi_tools.metrics.conditioning import conditioning_table, pair_masks, score_generated, tissue_dice
+from maisi_tools.metrics.conditioning import (
+    check_structures,
+    conditioning_table,
+    pair_masks,
+    score_generated,
+    tissue_dice,
+)
 from maisi_tools.volumes.reading import read_volume
 
 SIZE, SPACING = (48, 48, 40), (5.0, 5.0, 4.0)
@@ -196,6 +202,44 @@ def test_a_mask_on_another_grid_than_the_real_ct(run, mask):
     expected = 2 * np.count_nonzero(bone & wanted) / (bone.sum() + wanted.sum())
     assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == 1
     assert rows["body"]["real"] > 0.9
+
+
+def test_nothing_is_labelled_where_the_real_ct_and_its_labels_do_not_reach(run, mask):
+    """A mask on a larger field of view, as `--output_size` makes it: air around both, not their border drawn out."""
+    items, out, label, half = run
+    affine = np.diag([*SPACING, 1.0])
+    affine[2, 3] = -10 * SPACING[2]
+    for array, suffix, outside in ((half, "ct", -1000), (mask, "mask", 0)):
+        padded = np.pad(array, ((0, 0), (0, 0), (10, 10)), constant_values=outside)
+        nib.save(nib.Nifti1Image(padded, affine), out / f"p_ct_mask_{suffix}.nii.gz")
+    rows = {row["structure"]: row for row in score_generated(items, out, Threshold())}
+    assert label[:, :, -1].any() or label[:, :, 0].any()  # the border would grow
+    bone = half > 300
+    expected = 2 * np.count_nonzero(bone & label) / (bone.sum() + label.sum())
+    assert rows["bones"]["generated"] == pytest.approx(expected, abs=1e-4) and rows["bones"]["real"] == 1
+    assert rows["body"]["real"] > 0.97
+
+
+def test_a_mask_without_labels_is_read_by_the_names_of_the_classes(run, mask):
+    """Class 2 is no id 2: a network that finds the cord and the brainstem is right about both."""
+    items, out, *_ = run
+
+    class Perfect:
+        classes = {"brainstem": 1, "spinal_cord": 2, "something else": 3}
+
+        def __call__(self, path):
+            ct = read_volume(path, "ct")
+            return MetaTensor(np.where(mask == 2, 1, np.where(mask == 121, 2, 0))[None], affine=ct.affine)
+
+    assert (mask == 2).any() and (mask == 121).any()
+    bare = [{"image": items[0]["image"]}]
+    rows = {row["structure"]: row for row in score_generated(bare, out, Perfect())}
+    assert rows["brainstem"]["generated"] == rows["spinal_cord"]["generated"] == 1 and "something else" not in rows
+    with pytest.raises(InputError, match="the segmentation network has the classes bones, air, and the vocabulary"):
+        check_structures(bare, Threshold.classes)
+    with pytest.raises(InputError, match="structures is one numbering, and 1 of 2 cases have labels"):
+        check_structures([*items, *bare], Perfect.classes, {"brainstem": 1})
+    check_structures([*items, *bare], Perfect.classes)
 
 
 def test_a_bundle_need_not_undo_its_resampling(run):

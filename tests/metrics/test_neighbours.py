@@ -126,6 +126,8 @@ def test_table_of_samples_and_kept_out(training, tmp_path):
 
 
 def test_what_is_refused(training, tmp_path):
+    with pytest.raises(InputError, match="have the same stem 'ct'"):
+        score_samples([], [], [{"image": "1/ct.nii.gz"}, {"image": "2/ct.nii.gz"}], tmp_path / "twins")
     with pytest.raises(InputError, match="no voxel above"):
         coarse_volume(np.full((10, 10, 10), -1000.0), SPACING)
     speck = np.full((40, 40, 40), -1000, np.int16)

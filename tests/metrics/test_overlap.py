@@ -70,6 +70,9 @@ def test_what_cannot_be_scored(tmp_path):
         score_segmentations([{"image": "a_ct.nii.gz"}], tmp_path, CLASSES)
     with pytest.raises(InputError, match="another grid .*5 x 5 x 4 voxels of .* and 5 x 5 x 5 voxels"):
         score_segmentations([{"image": "a_ct.nii.gz", "label": str(label)}], tmp_path, CLASSES)
+    with pytest.raises(InputError, match="1/ct.nii.gz and 2/ct.nii.gz have the same stem 'ct'"):
+        twins = [{"image": f"{name}/ct.nii.gz", "label": str(label)} for name in (1, 2)]
+        score_segmentations(twins, tmp_path, CLASSES)
     with pytest.raises(InputError, match="b_ct_seg.nii.gz does not exist"):
         score_segmentations([{"image": "b_ct.nii.gz", "label": str(label)}], tmp_path, CLASSES)
 

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from maisi_tools.errors import InputError
 from maisi_tools.report.comparison import Comparison, write_comparison
+from maisi_tools.volumes.reading import sidecar_path
 
 SHAPE, SPACING = (32, 24, 40), (2.0, 3.0, 1.5)
 
@@ -71,6 +72,12 @@ def test_a_real_ct_is_any_that_the_bundles_read(case, tmp_path):
     other = Comparison(case.name, {**case.volumes, "real": tmp_path / "real.nrrd"}, case.mask)
     (one,), (two,) = (pictures(write_comparison([each], tmp_path / "page.html", "A")) for each in (case, other))
     np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("content", [b'{"InstitutionName": "Universit\xe4t"}', b"{", b"[1]", b'{"metrics": "good"}'])
+def test_a_json_beside_a_ct_that_is_not_ours_says_nothing(case, tmp_path, content):
+    sidecar_path(case.volumes["real"]).write_bytes(content)
+    assert "psnr_body 33.256" in write_comparison([case], tmp_path / "page.html", "A").read_text()
 
 
 def test_all_volumes_are_cut_at_one_place_of_the_patient(tmp_path):

@@ -24,8 +24,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.report.preview import label_colour, plane
 
 pytestmark = [

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.latents import encoder_fingerprint, find_latents, latents_factor, latents_to_encode
-from maisi_tools.weights import save_weights
+from maisi_tools.training.latents import find_latents, latents_factor, latents_to_encode
+from maisi_tools.weights import encoder_fingerprint, save_weights
 
 
 def add(folder: Path, *stems: str, **sidecar) -> None:
@@ -237,3 +237,23 @@ def test_latents_and_weights_of_several_factors_are_refused_with_all_values(tmp_
     both = {"training": [*find_latents(fine)["training"], *find_latents(coarse)["training"]], "validation": []}
     with pytest.raises(InputError, match="latent .* 2, latent .* 4"):
         latents_factor(both)
+
+
+def test_a_padding_that_the_factor_does_not_divide_is_refused(volumes, tmp_path, tiny_autoencoder):
+    assert tiny_autoencoder.factor == 4
+    with pytest.raises(InputError, match="multiple is 6; allowed are multiples of 4"):
+        jobs(volumes, tmp_path, tiny_autoencoder, settings={"multiple": 6})
+    assert jobs(volumes, tmp_path, tiny_autoencoder, settings={"multiple": None})
+
+
+def test_what_an_earlier_run_left_among_the_volumes_is_no_volume(volumes, tmp_path, tiny_autoencoder):
+    first = jobs(volumes, tmp_path, tiny_autoencoder)
+    made = [tmp_path / "out" / f"{name}_latent.nii.gz" for name in ("a_ct", "b_ct_flip")]
+    made += [tmp_path / "out" / "a_ct_coarse.nii.gz"]
+    made[0].parent.mkdir()
+    for path in made:
+        path.write_text("4")
+    for stem in ("a_ct", "b_ct_flip"):
+        (tmp_path / "out" / f"{stem}_latent.json").write_text('{"autoencoder": "x", "source": "y", "settings": "{}"}')
+    again = jobs([*volumes, *({"image": str(path)} for path in made)], tmp_path, tiny_autoencoder)
+    assert [job["stem"] for job in again] == [job["stem"] for job in first]

@@ -91,6 +91,12 @@ def test_the_view_of_an_item_is_shown(volume):
     assert torch.equal(plain, volume) and torch.equal(flipped, volume.flip(1))
 
 
+def test_a_spacing_that_leaves_one_voxel_is_refused(volume):
+    see = SeeViewd("image", [{"spacing": [500, 500, 500]}], 0)
+    with pytest.raises(InputError, match=r"pt_1, seen at \[500, 500, 500\] mm, is a 3D image of shape .*at least two"):
+        see({"image": volume, "case": "pt_1", "view": ""})
+
+
 @pytest.mark.parametrize(
     ("views", "said"),
     [

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+from monai.data import list_data_collate
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import check_output_dir, find_inputs, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, find_inputs, fingerprint_input, stem_of
 
-from .conftest import ct_values
+from .conftest import SHAPE, ct_values
 
 
 @pytest.fixture
@@ -47,6 +48,43 @@ def test_stem(path, stem):
 def test_stem_of_a_folder_that_is_named_like_a_file(tmp_path):
     (tmp_path / "ct.nii").mkdir()
     assert stem_of(tmp_path / "ct.nii") == "ct.nii"
+
+
+def test_stem_of_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "study" / "series").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "study" / "series")
+    assert (stem_of("."), stem_of(".."), stem_of("../../study")) == ("series", "study", "study")
+
+
+def test_what_is_null_in_a_datalist_is_left_out(folder):
+    """MONAI's collation could not carry it, and would say so after the door."""
+    entry = {"image": str(folder / "b.nii.gz"), "age": None, "of": {"site": None, "dose": 2}, "none": {}, "fold": 0}
+    (item,) = find_inputs([entry])
+    assert item == {"image": entry["image"], "of": {"dose": 2}, "fold": 0}
+    list_data_collate([item])
+
+
+def test_sections_that_are_left_out_are_said(folder, caplog):
+    path = folder / "split.json"
+    path.write_text(json.dumps({"training": ["a.nii"], "validation": ["b.nii.gz"]}))
+    with caplog.at_level("INFO"):
+        assert names(find_inputs(path)) == ["b.nii.gz"]
+    assert "'validation' is taken, 'training' left out" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        assert len(find_inputs(path, all_sections=True)) == 2
+    assert not caplog.text
+
+
+def test_results_beside_a_series_do_not_change_its_fingerprint(write_series, tmp_path):
+    series = write_series(ct_values(SHAPE))
+    before = fingerprint_input(series)
+    (series / "latents").mkdir()
+    (series / "latents" / "x_latent.json").write_text("{}")
+    assert fingerprint_input(series) == before
+    first = sorted(series.iterdir())[0]
+    first.write_bytes(first.read_bytes() + b"\0\0")
+    assert fingerprint_input(series) != before
 
 
 def test_file_folder_glob_and_list(folder):

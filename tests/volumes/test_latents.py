@@ -89,3 +89,19 @@ def test_a_latent_of_another_factor_is_not_decoded():
     latent = MetaTensor(torch.zeros(4, 2, 3, 2), meta=meta)
     with pytest.raises(InputError, match=r"old_latent\.nii\.gz has factor 4, the autoencoder that is to decode it 2"):
         UnscaleLatentd("latent", 2)({"latent": latent})
+
+
+def test_a_latent_of_another_encoder_is_not_decoded():
+    made = {"scale_factor": 1.0, "factor": 2}
+    encoders = {"ours": {"autoencoder": "aa"}, "theirs": {"autoencoder": "bb"}, "drawn": {}}
+    latents = {
+        name: MetaTensor(torch.zeros(4, 2, 3, 2), meta={"sidecar": made | encoder, "filename_or_obj": name})
+        for name, encoder in encoders.items()
+    }
+    see = UnscaleLatentd("latent", 2, encoder="aa")
+    assert see({"latent": latents["ours"]}) and see({"latent": latents["drawn"]})
+    with pytest.raises(
+        InputError, match="latent theirs comes from an autoencoder with bb, and that which is to decode it"
+    ):
+        see({"latent": latents["theirs"]})
+    assert UnscaleLatentd("latent", 2)({"latent": latents["theirs"]})

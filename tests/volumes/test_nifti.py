@@ -186,6 +186,11 @@ def test_a_gzip_file_that_was_damaged_inside_is_refused(write):
         read_volume(path, "ct")
 
 
+def test_a_header_is_not_read_as_voxels(write):
+    with pytest.raises(InputError, match="voxels begin at byte 0, inside its header of 348"):
+        read_volume(write("x.nii", sform=OBLIQUE, sform_code=1, vox_offset=0), "ct")
+
+
 def test_time_and_vector_axes_of_one_voxel_leave_three_spacings(write):
     path = write("x.nii", ct_values()[..., None], sform=OBLIQUE, sform_code=1)
     volume = read_volume(path, "ct")

@@ -410,6 +410,8 @@ def test_an_mr_needs_no_rescale(write_series, said):
     assert np.array_equal(volume.numpy()[0], stored) and not said.records
     with pytest.raises(InputError, match="modality MR; allowed is CT: choose another"):
         read_volume(folder, "ct")
+    with pytest.raises(InputError, match="modality CT; allowed is MR: choose another"):
+        read_volume(write_series(ct_values(SHAPE), "ct"), "ct", intensity_check=False, modalities=["MR"])
 
 
 def test_two_echoes_are_two_volumes(write_series):

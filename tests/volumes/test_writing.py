@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.reading import read_volume
-from maisi_tools.volumes.writing import WriteVolumed, write_shard, write_sidecar, write_volume
+from maisi_tools.volumes.writing import CheckStoredd, WriteVolumed, write_shard, write_sidecar, write_volume
 
 from .conftest import OBLIQUE, SHAPE, ct_values
 
@@ -173,3 +173,29 @@ def test_a_shard_that_does_not_fit_is_refused_before_anything_is_written(tmp_pat
     with pytest.raises(ValueError, match=message):
         write_shard(tmp_path / name, np.zeros(part), first, 2, (4, 5, 6), np.eye(4))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "intensity", "fits"),
+    [
+        ("int16", None, True),  # a CT
+        ("float32", [0.0, 1.0], True),
+        ("int16", [0.0, 1000.0], True),
+        ("uint16", [0.0, 4000.0], True),
+        ("int16", [0.0, 1.0], False),
+        ("int16", [0.0, 40000.0], False),
+        ("uint8", None, False),
+        ("uint16", None, False),
+    ],
+)
+def test_a_type_that_cannot_hold_the_values_is_refused(dtype, intensity, fits):
+    meta = {"filename_or_obj": "x_latent.nii.gz", "sidecar": {} if intensity is None else {"intensity": intensity}}
+    data = {"image": MetaTensor(torch.zeros(1, 2, 2, 2), meta=meta)}
+    check = CheckStoredd("image", dtype)
+    if fits:
+        assert check(data).keys() == data.keys()
+    else:
+        with pytest.raises(
+            InputError, match=f"x_latent.nii.gz has values from .* and output_dtype is {dtype}; allowed"
+        ):
+            check(data)

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ from maisi_tools.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+RUN_RECORD = "run.json"
+"""What a run says of itself, in its output folder (:mod:`maisi_tools.bundles.record`)."""
 
 LENGTH = 32
 """Hexadecimal digits of a fingerprint: 128 bits of the SHA-256, so that two contents never share one by chance."""
@@ -145,10 +148,11 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_file(path: str | os.PathLike) -> str:
-    """Fingerprint of a file's bytes, or of the names and bytes of all files below a folder (a DICOM series)."""
+def fingerprint_file(path: str | os.PathLike, counts: Callable[[Path], bool] | None = None) -> str:
+    """Fingerprint of a file's bytes, or of the names and bytes of those files below a folder that count."""
     path, digest = Path(path), hashlib.sha256()
-    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+    below = (one for one in path.rglob("*") if one.is_file() and (counts is None or counts(one)))
+    for file in sorted(below) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(os.fsencode(file.relative_to(path)) + b"\0")
         _update(digest, file)

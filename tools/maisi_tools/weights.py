@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing
+from maisi_tools.files import fingerprint_tensors, replacing
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
@@ -29,6 +29,7 @@ LARGE_FILES = ("large_files.yml", "large_files.yaml", "large_files.json")  # the
 LIST_FORM = "It must read `large_files:` followed by entries with path, url, hash_val and hash_type."
 HASH_TYPES = ("sha256", "sha512", "sha1", "md5")
 NAMED_KEYS = 5  # how many keys of a kind an error message names
+ENCODER = ("encoder.", "quant_conv_")  # what of an autoencoder makes a latent; another decoder leaves it valid
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte before a download is given up
 
@@ -382,3 +383,19 @@ def _digest(path: Path, kind: str) -> str:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Path) -> str:
+    """Fingerprint of what encodes, the same for a network, its state dict and its checkpoint file.
+
+    Raises:
+        InputError: the file is missing or no checkpoint, or there is no encoder in it.
+    """
+    if isinstance(autoencoder, nn.Module):
+        state: Mapping[str, Tensor] = autoencoder.state_dict()
+    else:
+        state = autoencoder if isinstance(autoencoder, Mapping) else read_weights(autoencoder)
+    encoder = {name: value for name, value in state.items() if name.startswith(ENCODER)}
+    if not encoder:
+        raise InputError(f"{autoencoder} holds no encoder; give the weights of the maisi_vae bundle")
+    return fingerprint_tensors(encoder)

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.bundles.settings import running
-from maisi_tools.files import sha256, write_json
+from maisi_tools.files import RUN_RECORD, sha256, write_json
 
 logger = logging.getLogger(__name__)
-
-RUN_RECORD = "run.json"
 
 PACKAGES = ("maisi-bundles", "monai", "torch", "numpy", "nibabel", "pytorch-ignite")
 

@@ -16,7 +16,7 @@ from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, Config
 from monai.utils import set_determinism
 
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.settings import ALSO, COUNTS, check_device, check_stage_settings, check_value, is_expression
+from maisi_tools.settings import ALSO, check_device, check_stage_settings, check_value, is_expression
 from maisi_tools.volumes.presets import presets_of
 
 DISPLAYABLE = "displayable_configs"
@@ -28,6 +28,8 @@ READ_BY_MONAI = {
 }
 """Keys that MONAI reads itself, with or without a reference to them."""
 
+_INPUTS = {"input", "dataset_dir"}
+_NEEDED_PATHS = {"output_dir", "ckpt_dir", "ckpt_path"}
 _PATHS = {"input", "dataset_dir", "datalist", "label_map", "bundle_root"}
 _PATH_ENDINGS = ("_dir", "_path", "_ckpt", "_config", "_file")
 
@@ -134,7 +136,7 @@ def _configs_in(folder: Path) -> list[dict[str, Any]]:
 def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
     """Refuse plain values of another kind than those that the files have for their keys, and numbers out of bounds.
 
-    Of a key that a file computes, any kind passes; so do expressions, components, and null where no number is needed.
+    Of a key that a file computes, any kind passes; so do expressions, components, and null where a file has it.
 
     Args:
         config: merged from its files and what was given on the command line.
@@ -157,12 +159,22 @@ def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) 
             else:
                 own.setdefault(key, []).append(value)
     for key, value in [*config.items(), *(config.get(DISPLAYABLE) or {}).items()]:
+        if is_path(key) and _is_plain(value):
+            _check_path(key, value)
         if is_path(key) or key in {*READ_BY_MONAI, DISPLAYABLE} or not _is_plain(value):
             continue
         known = own.get(shown_as.get(key, key), [None])
         if key in computed:  # of a few of these the kind is known
             known = [ALSO[key]] if isinstance(ALSO.get(key), bool) else [None]
-        check_value(key, value, [*known, value] if value is None and key not in COUNTS else known)
+        check_value(key, value, known)
+
+
+def _check_path(key: str, value: Any) -> None:
+    """Refuse what is no path, or no path where one is needed; an input may be a list, too."""
+    if value is None and key not in _NEEDED_PATHS or key in _INPUTS and isinstance(value, (list, Mapping)):
+        return
+    if not isinstance(value, (str, Path)):
+        raise InputError(f"{key} is {value!r}; allowed is a path, as text")
 
 
 def check_preset(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from maisi_tools.files import write_json
-from maisi_tools.masks.codes import display_name
-from maisi_tools.masks.vocabulary import VOCABULARY, merge_labels
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name, merge_labels
 
 
 @dataclasses.dataclass(frozen=True)

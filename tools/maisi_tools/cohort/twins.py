@@ -19,12 +19,12 @@ from tqdm import tqdm
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.diffusion.editing import check_edited, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.files import fingerprint_file, fingerprint_tensors, write_json
+from maisi_tools.files import fingerprint_tensors, write_json
 from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
-from maisi_tools.volumes.inputs import check_output_dir, find_inputs, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, find_inputs, fingerprint_input, stem_of
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -99,7 +99,7 @@ def make_twins(
         path = folder / f"{name}{RECORD}"
         record: dict[str, Any] = {"name": name, "how": how}
         try:
-            record["input"] = fingerprint_file(item["image"])
+            record["input"] = fingerprint_input(item["image"])
             if _is_done(path, record["input"]):
                 found["there"].append(name)
                 continue

@@ -14,13 +14,13 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError
-from maisi_tools.files import canonical_json, fingerprint_file, write_json
+from maisi_tools.files import canonical_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import checked_regions, region_of
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import check_output_dir, check_targets, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
@@ -84,7 +84,7 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
     path = folder / f"{stem_of(item['image'])}{MASK}.nii.gz"
     settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
     files = [item[key] for key in ("image", "label") if key in item]
-    sources = [fingerprint_file(file) for file in files if Path(file).exists()]  # reading refuses the others
+    sources = [fingerprint_input(file) for file in files if Path(file).exists()]  # reading refuses the others
     made_from = {"settings": canonical_json(settings), "sources": sources}
     beside = sidecar_path(path)
     found = read_sidecar(path) if path.is_file() and beside.is_file() else {}

@@ -238,7 +238,8 @@ def _read(case: Case, mapping: LabelMap) -> Finding:
     if case.refused is not None:
         return Finding(case, refused=case.refused)
     try:
-        image = read_volume(case.image, "ct", intensity_check=case.modality == "ct")
+        is_ct = case.modality == "ct"
+        image = read_volume(case.image, "ct", intensity_check=is_ct, modalities=("CT",) if is_ct else ("MR",))
         size, spacing = tuple(image.shape[1:]), tuple(round(float(mm), 4) for mm in image.pixdim)
         labels = None
         if case.label is not None:

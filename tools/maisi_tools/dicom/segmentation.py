@@ -24,12 +24,11 @@ from maisi_tools.masks.codes import (
     PRIVATE,
     SIDES,
     SNOMED,
-    display_name,
     label_of_code,
     label_of_name,
     side_of_codes,
 )
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name
 from maisi_tools.volumes.checks import AGREES
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.series import MAX_EXTENT_MM, slice_affine

@@ -19,8 +19,8 @@ from maisi_tools.dicom.objects import Study, new_object
 from maisi_tools.dicom.painting import Place, Structure
 from maisi_tools.dicom.segmentation import label_color
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import CODES, PRIVATE, display_name, label_of_name
-from maisi_tools.masks.vocabulary import BODY
+from maisi_tools.masks.codes import CODES, PRIVATE, label_of_name
+from maisi_tools.masks.vocabulary import BODY, display_name
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.series import slice_affine
 

@@ -25,11 +25,10 @@ from maisi_tools.diffusion.samplers import check_start, known_outside, sample, s
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU, add_body, label_from_ct
 from maisi_tools.masks.class_folder import ReadMaskd, is_class_folder
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import apply_edits
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map
 from maisi_tools.masks.slicer import is_segmentation
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
 from maisi_tools.volumes.inputs import SUFFIXES, check_targets, find_inputs, holds_dicom, is_zip, stem_of
@@ -263,7 +262,7 @@ def _labels(path: str, label_map: LabelMap, shape: tuple[int, ...], grid: np.nda
     mask: Any = ReadMaskd("mask", label_map)({"mask": path})["mask"]
     own = np.asarray(mask.affine, dtype=float)
     try:
-        labels = to_ras(apply_label_map(mask[0].numpy().astype(np.uint16), label_map), own)
+        labels = to_ras(apply_label_map(mask[0].numpy(), label_map), own)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if difference := difference_of_grids(ras_affine(own, mask.shape[1:]), labels.shape, grid, shape):
@@ -500,7 +499,7 @@ class WriteEditd(MapTransform):
     def _vocabulary(self, path: str, box: Box, after: np.ndarray, changed: np.ndarray) -> np.ndarray:
         """The whole edited mask in the vocabulary, RAS."""
         read: Any = ReadMaskd("mask", self.label_map)({"mask": path})["mask"]
-        labels = apply_label_map(read[0].numpy().astype(np.uint16), self.label_map)
+        labels = apply_label_map(read[0].numpy(), self.label_map)
         ras = to_ras(labels, np.asarray(read.affine, dtype=float))
         ras[box][changed] = after[changed]
         return ras

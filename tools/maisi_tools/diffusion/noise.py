@@ -13,9 +13,12 @@ from monai.transforms import MapTransform
 
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import RUN_RECORD, read_json
 from maisi_tools.volumes.grid import latent_affine
 from maisi_tools.volumes.inputs import stem_of
+
+LATENT = "_latent"
+"""What the name of a sample's latent ends in."""
 
 STRIDE = 1_000_003
 """Between the seeds of a sample's draws."""
@@ -29,8 +32,8 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
             JSON file with one (``name`` may be left out).
 
     Raises:
-        InputError: the list cannot be read or is empty, has an entry without an integer seed, or two samples whose
-            files would have one name.
+        InputError: the list cannot be read or is empty, has an entry without an integer seed, or samples whose
+            files would be written over each other, or over the run's record.
     """
     if input is None:
         if int(num_samples) < 1:
@@ -49,10 +52,17 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
     for spec in specs:
         if not isinstance(spec, Mapping) or type(spec.get("seed")) is not int:
             raise InputError(f'sample {spec!r} has no integer seed; give a list like [{{"seed": 0, "name": "first"}}]')
-        samples.append({"name": str(spec.get("name", f"sample_seed{spec['seed']}")), "seed": spec["seed"]})
+        name = spec.get("name")
+        samples.append({"name": f"sample_seed{spec['seed']}" if name is None else str(name), "seed": spec["seed"]})
     stems = [stem_of(sample["name"]) for sample in samples]  # what the files are called
     if not all(stems):
         raise InputError(f"sample {samples[stems.index('')]!r} has no name for its files; give a name such as first")
+    taken = {RUN_RECORD.removesuffix(".json"), *(f"{stem}{LATENT}" for stem in stems)}
+    if used := sorted(taken.intersection(stems)):
+        raise InputError(
+            f"samples are called {', '.join(used)}; allowed are names that are neither {RUN_RECORD}'s, which says what "
+            f"the run was, nor another sample's with {LATENT}, which its latent has: give other names"
+        )
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"samples whose files have the same name would overwrite each other: {', '.join(twice)}")
     return samples

@@ -154,7 +154,7 @@ class ShapePrior(nn.Module):
         if noisy.shape[1:] != self.mean.shape:
             raise InputError(
                 f"a mask latent has the shape {tuple(noisy.shape[1:])}; these weights know {tuple(self.mean.shape)}: "
-                f"output_size must be {[4 * n for n in self.mean.shape[1:]]}"
+                "give the output_size that they were trained with"
             )
         return _expected(
             noisy, share, sizes, self.mean, self.directions, self.size_mean, self.size_slopes, self.size_noise

@@ -13,7 +13,7 @@ from pathlib import Path
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
-from maisi_tools.masks.vocabulary import BODY, PLACEHOLDER_NAMES, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 
 SNOMED, PRIVATE = "SCT", "99MAISI"
 """Coding schemes: SNOMED CT, and the private one of labels that have no code there; its values are the label ids."""
@@ -75,11 +75,6 @@ def _read() -> tuple[dict[int, LabelCode], dict[tuple[str, str, str], int]]:
 
 CODES, _BY_CODE = _read()
 """Label -> code that is written. Labels without a SNOMED CT code (free placeholders, body) have a private one."""
-
-
-def display_name(label: int) -> str:
-    """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
-    return PLACEHOLDER_NAMES.get(label, VOCABULARY[label].name)
 
 
 def label_of_code(code: str, side: str = "", region: str = "") -> int | None:

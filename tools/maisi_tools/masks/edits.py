@@ -23,7 +23,6 @@ from scipy.spatial.transform import Rotation
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import add_body, checked_spacing
 from maisi_tools.masks.class_folder import read_mask
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.vocabulary import (
     ALLOWED,
@@ -31,6 +30,7 @@ from maisi_tools.masks.vocabulary import (
     HOSTS,
     VOCABULARY,
     Array,
+    display_name,
     hosts_of,
     label_id,
     labels_in_group,
@@ -611,7 +611,7 @@ def edit_file(
     if flip:
         labels = flip_sides(labels, label_map if label_map.placeholders else LABEL_MAPS["openkbp"])
     edited = MetaTensor(torch.from_numpy(labels)[None], meta=mask.meta, applied_operations=mask.applied_operations)
-    edited = fit_field_of_view(edited, spacing, size, [label_id(name) for name in organs])
+    edited = fit_field_of_view(edited, spacing, size, [structure_id(name, label_map) for name in organs])
     after = volumes_ml(edited.as_tensor()[0].numpy(), [float(value) for value in edited.pixdim])
     restored = RestoreOrientationd("mask", "reference")({"mask": edited, "reference": edited})["mask"]
     write_volume(target, restored.as_tensor()[0].numpy(), restored.affine, np.uint8)

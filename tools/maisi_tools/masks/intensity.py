@@ -9,8 +9,7 @@ import numpy as np
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import display_name
-from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
+from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, display_name, label_id, labels_in_group
 
 NOT_SOFT = ("bone", "airway", "lung", "cartilage", "bowel")
 """Groups whose voxels are not soft tissue: bowel holds gas, cartilage calcifies."""

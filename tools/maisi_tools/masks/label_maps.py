@@ -20,7 +20,7 @@ from monai.transforms import MapTransform
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.data_sets import DATA_SETS
-from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, label_id, labels_in_group
+from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, display_name, label_id, labels_in_group
 from maisi_tools.volumes.checks import whole_labels
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ def read_label_map(
         ids[label] = label_target(path, meaning)
         if label == 0 and ids[label]:
             raise InputError(f"label map {path} gives 0 a meaning, {_shown(meaning)}; 0 is always the background")
-        classes[label] = VOCABULARY[ids[label]].name if _is_number(meaning) and ids[label] else str(meaning).strip()
+        classes[label] = display_name(ids[label]) if _is_number(meaning) and ids[label] else str(meaning).strip()
     try:
         return LabelMap(str(path), ids, classes).with_placeholders(new).with_placeholders(placeholders)
     except InputError as error:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_mask
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.label_maps import LabelMap
-from maisi_tools.masks.vocabulary import REGIONS, VOCABULARY, label_id, region_of
+from maisi_tools.masks.vocabulary import REGIONS, VOCABULARY, display_name, label_id, region_of
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume
 
 logger = logging.getLogger(__name__)

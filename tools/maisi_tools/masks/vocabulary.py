@@ -278,6 +278,11 @@ def label_id(name: str) -> int:
         ) from None
 
 
+def display_name(label: int) -> str:
+    """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
+    return PLACEHOLDER_NAMES.get(label, VOCABULARY[label].name)
+
+
 def hosts_of(lesion: int) -> tuple[int, ...]:
     """The ids of the organs that a lesion lies in.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from tqdm import tqdm
@@ -19,9 +20,10 @@ from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
-from maisi_tools.metrics.segmenters import labels_on_grid
+from maisi_tools.metrics.segmenters import labels_on_grid, map_of_classes
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import find_inputs, stem_of
+from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras, read_sidecar
 from maisi_tools.volumes.writing import write_sidecar
 
@@ -95,6 +97,32 @@ def check_numbering(output_labels: str) -> None:
         raise InputError(f"output_labels is {output_labels!r}; allowed in an evaluation is 'vocabulary': leave it out")
 
 
+def check_structures(
+    items: Sequence[Mapping[str, str]], classes: Mapping[str, int], structures: Mapping[str, int] | None = None
+) -> None:
+    """Refuse structures that :func:`score_generated` could not compare with what they are meant to be.
+
+    Raises:
+        InputError: `structures` names a class that the network does not have, or is one numbering for references of
+            two; or it is None, and the network's classes have no names by which a mask can be read.
+    """
+    labelled = ["label" in item for item in items]
+    if structures is None:
+        if not all(labelled):
+            map_of_classes("the segmentation network", classes)
+        return
+    if unknown := structures.keys() - classes.keys():
+        raise InputError(
+            f"structures {', '.join(sorted(unknown))} are no classes of the segmentation network; allowed are "
+            f"{', '.join(classes)}"
+        )
+    if any(labelled) and not all(labelled):
+        raise InputError(
+            f"structures is one numbering, and {sum(labelled)} of {len(labelled)} cases have labels, the others the "
+            "mask itself; leave structures out, or evaluate cases with and without labels apart"
+        )
+
+
 def score_generated(
     items: Sequence[Mapping[str, str]],
     output_dir: str | Path,
@@ -113,36 +141,32 @@ def score_generated(
         output_dir: has ``NAME_ct.nii.gz``, its sidecar and ``NAME_mask.nii.gz`` of every mask NAME.
         segmenter: CT file -> labels, with ``classes`` (name -> label), such as
             :class:`maisi_tools.metrics.segmentation.BundleSegmenter`; None for thresholds alone.
-        structures: name -> label in the reference; None where the reference has the segmenter's numbering.
+        structures: name -> label in the reference; None where labels have the segmenter's numbering (in a mask its
+            classes are looked for by their names).
 
     Returns:
         Rows of the table, see :func:`conditioning_table`. Where a structure of the network is called as a tissue
         found by threshold is, the tissue's row is ``NAME by threshold``.
 
     Raises:
-        InputError: a CT was not generated, a real CT and its labels have different grids, or `structures` names a
-            class that the network does not have.
+        InputError: a CT was not generated, a real CT and its labels have different grids, or as
+            :func:`check_structures`.
     """
     folder = Path(output_dir).expanduser()
-    if segmenter is not None and structures is not None and (unknown := structures.keys() - segmenter.classes.keys()):
-        raise InputError(
-            f"structures {', '.join(sorted(unknown))} are no classes of the segmentation network; allowed are "
-            f"{', '.join(segmenter.classes)}"
-        )
-    wanted: Mapping[str, int] = {}
     if segmenter is not None:
-        wanted = segmenter.classes if structures is None else structures
+        check_structures(items, segmenter.classes, structures)
     cases = []
     for item in tqdm(items, desc="measuring anatomy", unit="case", delay=2):
         stem = stem_of(item["image"])
         generated = folder / f"{stem}_ct.nii.gz"
         paths = {"generated": generated} | ({"real": Path(item["ct"])} if "ct" in item else {})
         mask = read_ras(folder / f"{stem}_mask.nii.gz", "mask")
+        wanted = {} if segmenter is None else _wanted(segmenter.classes, structures, "label" in item)
         volumes = {"generated": read_ras(generated, "ct", like=mask)}
         volumes |= {kind: read_ras(path, "ct") for kind, path in paths.items() if kind != "generated"}
         case: dict[str, Any] = {kind: {} for kind in ("ml", *paths)}
         for kind, ct in volumes.items():
-            on_mask = channel_of(_on_grid(ct, mask, "bilinear"))
+            on_mask = channel_of(_on_grid(ct, mask, "bilinear", outside=HU_RANGE[0]))
             found = tissue_dice(on_mask, channel_of(mask).astype(np.uint8), [float(mm) for mm in mask.pixdim])
             # By the names of the network, not by what it has in this case: a row has one measure in all cases.
             case[kind] |= {f"{name} by threshold" if name in wanted else name: value for name, value in found.items()}
@@ -152,7 +176,7 @@ def score_generated(
             case["ml"] |= _volumes(reference, wanted)
             for kind, path in paths.items():
                 predicted = labels_on_grid(segmenter(path), volumes[kind])
-                labels = _on_grid(reference, volumes[kind], "nearest")
+                labels = _on_grid(reference, volumes[kind], "nearest", outside=0)
                 case[kind] |= structure_dice(channel_of(predicted), channel_of(labels), segmenter.classes, wanted)
         _add_metrics(generated, case)
         cases.append(case)
@@ -226,9 +250,23 @@ def _volumes(reference: MetaTensor, structures: Mapping[str, int]) -> Row:
     return {name: found[label] for name, label in structures.items() if label in found}
 
 
-def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str) -> MetaTensor:
-    """Resample a volume to the grid of another, unless it lies on it."""
+def _wanted(classes: Mapping[str, int], structures: Mapping[str, int] | None, labelled: bool) -> Mapping[str, int]:
+    """Name -> label in a case's reference, which is its labels, or else its mask in the vocabulary."""
+    if structures is not None:
+        return structures
+    if labelled:
+        return classes
+    read = map_of_classes("the segmentation network", classes)
+    return {name: read[label] for name, label in classes.items() if label in read}
+
+
+def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str, outside: float) -> MetaTensor:
+    """Resample a volume to the grid of another, unless it lies on it; `outside` where its own does not reach."""
     if same_grid(volume, like):
         return volume
-    resample: Any = SpatialResample(mode=mode, padding_mode="border", align_corners=False)
-    return resample(volume, dst_affine=like.affine, spatial_size=like.shape[1:])
+    values: Any = SpatialResample(mode=mode, padding_mode="border", align_corners=False)
+    reach: Any = SpatialResample(mode="nearest", padding_mode="zeros", align_corners=False)
+    found = values(volume, dst_affine=like.affine, spatial_size=like.shape[1:])
+    own = MetaTensor(torch.ones(volume.shape), affine=volume.affine)
+    found[reach(own, dst_affine=like.affine, spatial_size=like.shape[1:]) == 0] = outside
+    return found

@@ -13,8 +13,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.intensity import display_name, label_of
-from maisi_tools.masks.vocabulary import VOCABULARY
+from maisi_tools.masks.intensity import label_of
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
 from maisi_tools.volumes.writing import write_volume

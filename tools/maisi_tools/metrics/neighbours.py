@@ -17,7 +17,7 @@ from tqdm import tqdm
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU
 from maisi_tools.metrics.summary import tabulate
-from maisi_tools.volumes.inputs import check_output_dir, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
@@ -154,11 +154,13 @@ def score_samples(
         volumes) of the samples, and the former two as ``kept_out_...``.
 
     Raises:
-        InputError: nothing is kept out, or nothing of it that can be compared, or as :func:`nearest_training`.
+        InputError: nothing is kept out, or two volumes of one stem, or nothing that can be compared, or as
+            :func:`nearest_training`.
     """
     folder = check_output_dir(output_dir)
     if not kept_out:
         raise InputError("no kept-out volume is given, to compare the samples' distances with; give at least one")
+    check_stems(item["image"] for item in kept_out)
     queries = [read_coarse(item["image"]) for item in (*samples, *kept_out)]
     found = nearest_training(queries, [item["image"] for item in training])
     number = len(samples)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.metrics.summary import tabulate
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import check_stems, stem_of
 from maisi_tools.volumes.reading import read_ras
 
 Row = dict[str, float]
@@ -63,9 +63,10 @@ def score_segmentations(
         The summary of ``dice_NAME`` of every structure and of ``dice_mean``, a case's mean over what it has.
 
     Raises:
-        InputError: a case without ``label``, a file that is missing, or two grids.
+        InputError: a case without ``label``, a file that is missing, two grids, or two cases of one stem.
     """
     folder = Path(output_dir).expanduser()
+    check_stems(case["image"] for case in cases)
     rows: dict[str, Row] = {}
     for case in tqdm(cases, desc="measuring", unit="case", delay=2):
         stem = stem_of(case["image"])

@@ -145,12 +145,15 @@ def measure_realism(
         varied.
 
     Raises:
-        InputError: a set of fewer than two volumes, a file that cannot be read, or a `size` too small for MS-SSIM.
+        InputError: a set of fewer than two volumes, a file that cannot be read, a `size` too small for MS-SSIM,
+            or `pairs` below 0.
     """
     folder = check_output_dir(output_dir)
     for name, files in (("reference", reference), ("generated", generated)):
         if len(files) < 2:
             raise InputError(f"the {name} set has {len(files)} volumes; allowed are at least two")
+    if pairs < 0:
+        raise InputError(f"pairs is {pairs}; allowed are whole numbers from 0 up, 0 for no MS-SSIM")
     if pairs and size < SSIM_LEAST:
         raise InputError(f"size is {size}; MS-SSIM needs at least {SSIM_LEAST} voxels a side: give more, or pairs 0")
     network.to(device)

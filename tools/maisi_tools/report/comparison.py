@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from maisi_tools.report.preview import (
     load_labels,
     plane,
 )
-from maisi_tools.volumes.reading import read_ras, sidecar_path
+from maisi_tools.volumes.reading import read_ras, read_sidecar
 
 COLUMN_INCHES = 3.2
 
@@ -128,10 +127,16 @@ def _figures(case: Comparison) -> list[str]:
     """A line of figures for each CT whose sidecar has some."""
     lines = []
     for title, path in case.volumes.items():
-        sidecar = sidecar_path(path)
-        content = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-        metrics = content.get("metrics") if isinstance(content, dict) else None
-        if metrics:
-            shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items() if value is not None)
+        try:
+            metrics = read_sidecar(path).get("metrics")
+        except InputError:  # none, or somebody else's, as beside a real CT
+            continue
+        numbers = (
+            {name: value for name, value in metrics.items() if type(value) in (int, float)}
+            if isinstance(metrics, dict)
+            else {}
+        )
+        if numbers:
+            shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
             lines.append(html.escape(f"{title}: {shown}"))
     return lines

@@ -115,6 +115,8 @@ def load_image(path: str | Path, role: str) -> nib.Nifti1Image:
         InputError: it is missing, damaged or no such volume; the message names it with its `role`.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{role} {path} is a folder; give a NIfTI file, which `maisi dicom_read` makes of a series.")
     if not path.is_file():
         raise InputError(f"{role} {path} does not exist; give a NIfTI file (.nii or .nii.gz).")
     if not path.name.lower().endswith((".nii", ".nii.gz")):

@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 from matplotlib.image import imsave
 
-from maisi_tools.bundles.record import RUN_RECORD
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing
-from maisi_tools.masks.codes import display_name
+from maisi_tools.files import RUN_RECORD, replacing
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.label_maps import apply_label_map, recorded_label_map
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name, label_id
 from maisi_tools.report.preview import centre_of, load_image, load_labels, page_colour, plane
 from maisi_tools.volumes.inputs import is_volume, stem_of
 from maisi_tools.volumes.patching import read_stored

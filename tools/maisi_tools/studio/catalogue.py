@@ -16,10 +16,9 @@ from maisi_tools.bundles.footprint import Footprint, footprints
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.diffusion.samplers import SOLVERS, Scheduler
 from maisi_tools.mask_generator.sizes import OrganSizes
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.phantom import CENTERS
-from maisi_tools.masks.vocabulary import BODY, HOSTS, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, HOSTS, VOCABULARY, display_name
 from maisi_tools.studio.folders import Folders
 from maisi_tools.volumes.limits import limit
 from maisi_tools.volumes.presets import Preset, presets_of

@@ -13,10 +13,9 @@ from monai.transforms import Orientation
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_numbers
-from maisi_tools.masks.codes import display_name
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
-from maisi_tools.masks.vocabulary import VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name, label_id
 from maisi_tools.report.preview import page_colour
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, unzipping, zipped_dicom
 from maisi_tools.volumes.limits import check_limit

@@ -26,10 +26,10 @@ import numpy as np
 from scipy import ndimage
 
 import maisi_tools.networks  # noqa: F401
-from maisi_tools.bundles.record import RUN_RECORD
 from maisi_tools.errors import find_input_error
-from maisi_tools.masks.codes import display_name
+from maisi_tools.files import RUN_RECORD
 from maisi_tools.masks.intensity import hu_ranges
+from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.studio.folders import DISK_FULL, JOB, Folders
 from maisi_tools.studio.jobs import parsed
 from maisi_tools.studio.recipe import MASK, Networks, command_of, result_of, steps_of

@@ -8,21 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
-from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors, read_json
+from maisi_tools.files import canonical_json, read_json
 from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
-from maisi_tools.volumes.inputs import check_targets, stem_of
+from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.normalise import MR_PERCENTILES
 from maisi_tools.volumes.reading import read_sidecar, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar
-from maisi_tools.weights import read_factor, read_weights
+from maisi_tools.weights import encoder_fingerprint, read_factor
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ SIGMA_SUFFIX = "_sigma.nii.gz"
 COARSE_SUFFIX = "_coarse.nii.gz"
 """What it appends for the coarse CT, see :mod:`maisi_tools.coarse`."""
 
+ENDINGS = (SUFFIX, SIGMA_SUFFIX, COARSE_SUFFIX)
+
 MADE_FROM = ("autoencoder", "source", "settings")
 """What a latent was made from, in its sidecar: fingerprints of the encoder's weights and of the volume's file, and all
 settings that its values depend on. A latent is up to date as long as none of them changed."""
@@ -42,27 +44,7 @@ settings that its values depend on. A latent is up to date as long as none of th
 CACHED = ("view", *MADE_FROM)
 """What the sidecar of a cached latent holds beside :data:`maisi_tools.volumes.latents.SIDECAR`."""
 
-ENCODER = ("encoder.", "quant_conv_")
-"""Parts of the autoencoder that make a latent; another decoder leaves it valid."""
-
-
 _SCALES = {"mr": "mr.json scales MR", "ct": "encode.json without mr.json scales HU"}
-
-
-def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Path) -> str:
-    """Fingerprint of what encodes, the same for a network, its state dict and its checkpoint file.
-
-    Raises:
-        InputError: the file is missing or no checkpoint, or there is no encoder in it.
-    """
-    if isinstance(autoencoder, nn.Module):
-        state: Mapping[str, Tensor] = autoencoder.state_dict()
-    else:
-        state = autoencoder if isinstance(autoencoder, Mapping) else read_weights(autoencoder)
-    encoder = {name: value for name, value in state.items() if name.startswith(ENCODER)}
-    if not encoder:
-        raise InputError(f"{autoencoder} holds no encoder; give the weights of the maisi_vae bundle")
-    return fingerprint_tensors(encoder)
 
 
 def latents_to_encode(
@@ -82,7 +64,7 @@ def latents_to_encode(
 
     Args:
         items: volumes under ``image``, with their body ``region`` and ``modality`` (all CT, or all MR) where it is
-            known.
+            known. What an earlier run wrote beside them is passed over.
         output_dir: the cache.
         autoencoder: the network with its weights.
         views: see :func:`maisi_tools.training.views.make_views`.
@@ -96,7 +78,8 @@ def latents_to_encode(
         the latent's file name begins with) and :data:`CACHED`.
 
     Raises:
-        InputError: an unknown modality, or one that the settings' window is not for; bad views, two latents of one
+        InputError: an unknown modality, or one that the settings' window is not for; a padding that the autoencoder's
+            factor does not divide; bad views, two latents of one
             name, an MR among CTs or the reverse, a latent that would be written over an input, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
@@ -109,6 +92,12 @@ def latents_to_encode(
         raise InputError(
             f"modality is {modality!r}; {_SCALES[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
             f"{'leave out' if scaled == 'mr' else 'add'} mr.json, or correct the modality"
+        )
+    multiple, factor = settings.get("multiple"), getattr(autoencoder, "factor", 1)
+    if multiple and multiple % factor:
+        raise InputError(
+            f"multiple is {multiple}; allowed are multiples of {factor}, the autoencoder's factor: latents of others "
+            "would not cover their images"
         )
     encoder = encoder_fingerprint(autoencoder)
     seen = [
@@ -139,6 +128,11 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(checked_regions(item["region"]))} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
+    earlier = [stem for stem in jobs if _made_from(Path(output_dir, f"{stem}{SUFFIX}")).keys() >= set(MADE_FROM)]
+    written = {Path(output_dir, f"{stem}{ending}").resolve() for stem in earlier for ending in ENDINGS}
+    if own := [stem for stem, job in jobs.items() if Path(job["image"]).resolve() in written]:
+        logger.info("%s: passed over %d files that an earlier run left there", output_dir, len(own))
+        jobs = {stem: job for stem, job in jobs.items() if stem not in own}
     beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
     endings = (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
     targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
@@ -148,7 +142,7 @@ def latents_to_encode(
     outdated = []
     for job in tqdm(share, desc="comparing with the cache", unit="latent", delay=2, disable=rank > 0):
         if job["image"] not in sources:
-            sources[job["image"]] = fingerprint_file(job["image"])
+            sources[job["image"]] = fingerprint_input(job["image"])
         job["source"] = sources[job["image"]]
         if not _is_up_to_date(Path(output_dir), endings, job):
             outdated.append(job)
@@ -252,10 +246,7 @@ def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoi
 
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
     path = folder / f"{job['stem']}{SUFFIX}"
-    try:
-        sidecar = json.loads(sidecar_path(path).read_text())
-    except (OSError, ValueError):
-        return False
+    sidecar = _made_from(path)
     files = [folder / f"{job['stem']}{ending}" for ending in endings]
     if not all(file.is_file() for file in files) or any(sidecar.get(name) != job[name] for name in MADE_FROM):
         return False
@@ -263,6 +254,15 @@ def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any])
     if wanted != sidecar:
         write_sidecar(path, wanted)
     return True
+
+
+def _made_from(path: Path) -> dict[str, Any]:
+    """The sidecar of a latent that may be there; nothing where it is not."""
+    try:
+        sidecar = json.loads(sidecar_path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def _settings_of(path: Path, sidecar: Mapping[str, Any]) -> dict[str, Any]:

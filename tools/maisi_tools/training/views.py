@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
+from maisi_tools.volumes.checks import check_shape
 
 NAME_HELP = "letters, digits and hyphens, because it stands in the latent's file name"
 
@@ -130,6 +131,9 @@ class SeeViewd(MapTransform):
         seed: of what is drawn.
 
     The item's ``view`` names one of them, its ``case`` the volume.
+
+    Raises:
+        InputError: a spacing at which an axis has one voxel.
     """
 
     def __init__(self, keys: str, views: Sequence[Mapping[str, Any]], seed: int) -> None:
@@ -139,7 +143,10 @@ class SeeViewd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         view = self.views[data["view"]]
-        return {**data, **{key: view.see(data[key], self.seed, data["case"]) for key in self.key_iterator(data)}}
+        seen = {key: view.see(data[key], self.seed, data["case"]) for key in self.key_iterator(data)}
+        for volume in seen.values():
+            check_shape(volume.shape[1:], "ct", f"{data['case']}, seen at {view.spacing} mm,")
+        return {**data, **seen}
 
 
 class SeeMaskd(SeeViewd):

@@ -11,6 +11,9 @@ from maisi_tools.tsp.errors import TSPError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where the kernel tells a container its limits (cgroup v2)."""
+
 HEADROOM = 0.9
 """How much of a device's free memory is planned with; the rest is for the convolution library and fragmentation."""
 
@@ -51,8 +54,10 @@ def _available_host_memory() -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        group = Path("/sys/fs/cgroup")
-        room = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no limit, or no such group
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # Of files that were read the kernel keeps a copy, which counts as used and is given back when it is needed.
+        room = limit - used + int(parts["inactive_file"])
+    except (OSError, KeyError, ValueError):  # no limit, or no such group
         return available
-    return min(available, room)
+    return max(0, min(available, room))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import tempfile
 import zipfile
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import fingerprint_file, read_json
 from maisi_tools.volumes.limits import check_limit
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 """Volume files that are read: NIfTI and NRRD."""
@@ -43,6 +46,8 @@ IsOne = Callable[[Path], bool]
 def stem_of(path: str | os.PathLike) -> str:
     """Name that the outputs of an input carry: the file name without its volume suffix, or the folder's name."""
     name = Path(path).name
+    if name in ("", "..") and os.fspath(path):  # the folder one is in, or the one above
+        name = Path(path).resolve().name
     suffix = ".zip" if name.lower().endswith(".zip") else _volume_suffix(name)
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
@@ -89,16 +94,25 @@ def find_inputs(
     items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one, prefer)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
-    by_stem: dict[str, str] = {}
-    for item in items:
-        stem = stem_of(item[key])
-        if unique and stem in by_stem:
+    if unique:
+        check_stems(item[key] for item in items)
+    return items
+
+
+def check_stems(paths: Iterable[str | os.PathLike]) -> None:
+    """Refuse two inputs of one stem, by which outputs and rows of tables are named.
+
+    Raises:
+        InputError: there are two.
+    """
+    by_stem: dict[str, str | os.PathLike] = {}
+    for path in paths:
+        if (stem := stem_of(path)) in by_stem:
             raise InputError(
-                f"inputs {by_stem[stem]} and {item[key]} have the same stem {stem!r}, so their outputs would overwrite "
+                f"inputs {by_stem[stem]} and {path} have the same stem {stem!r}, so their outputs would overwrite "
                 "each other; allowed are different names: rename one or run them into different output folders"
             )
-        by_stem[stem] = item[key]
-    return items
+        by_stem[stem] = path
 
 
 def check_output_dir(
@@ -163,6 +177,12 @@ def check_targets(
                 )
 
 
+def fingerprint_input(path: str | os.PathLike) -> str:
+    """Fingerprint of a volume's file or folder; of a DICOM series its own files count, not what lies beside them."""
+    folder = Path(path)
+    return fingerprint_file(folder, is_dicom if folder.is_dir() and holds_dicom(folder) else None)
+
+
 def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne, prefer: str) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
@@ -186,7 +206,16 @@ def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]
     path = base / Path(entry[key]).expanduser()
     if not path.exists():
         raise InputError(f"{path} (named in a datalist) does not exist; correct the path, relative to the datalist")
-    return {**entry, key: _single(path, is_one)}
+    return {**_said(entry), key: _single(path, is_one)}
+
+
+def _said(entry: Mapping) -> dict:
+    """A datalist's entry without what is null in it, which MONAI's collation could not carry."""
+    return {
+        name: _said(value) if isinstance(value, Mapping) else value
+        for name, value in entry.items()
+        if value is not None and value != {}
+    }
 
 
 def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
@@ -204,6 +233,8 @@ def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> l
                 f"{', '.join(DATALIST_SECTIONS)}"
             )
         chosen = [content[name] for name in (sections if all_sections else sections[:1])]
+        if len(chosen) < len(sections):
+            logger.info("%s: %r is taken, %s left out", path, sections[0], ", ".join(map(repr, sections[1:])))
     else:
         chosen = [content]
     if wrong := [part for part in chosen if not isinstance(part, list)]:

@@ -146,14 +146,16 @@ class UnscaleLatentd(MapTransform):
     Args:
         keys: latents with ``meta["sidecar"]``.
         factor: of the autoencoder that is to decode them.
+        encoder: its fingerprint, see :func:`maisi_tools.weights.encoder_fingerprint`; None where it does not matter.
 
     Raises:
-        InputError: a latent of another factor.
+        InputError: a latent of another factor, or one that records another encoder (one that was drawn has none).
     """
 
-    def __init__(self, keys: KeysCollection, factor: int) -> None:
+    def __init__(self, keys: KeysCollection, factor: int, encoder: str | None = None) -> None:
         super().__init__(keys)
         self.factor = factor
+        self.encoder = encoder
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(dict(data)):
@@ -162,6 +164,12 @@ class UnscaleLatentd(MapTransform):
                 raise InputError(
                     f"latent {meta.get('filename_or_obj')} has factor {meta['sidecar']['factor']}, the autoencoder "
                     f"that is to decode it {self.factor}; give the weights that it was encoded with, or encode it again"
+                )
+            made_by = meta["sidecar"].get("autoencoder", self.encoder)
+            if self.encoder is not None and made_by != self.encoder:
+                raise InputError(
+                    f"latent {meta.get('filename_or_obj')} comes from an autoencoder with {made_by}, and that which is "
+                    f"to decode it has {self.encoder}; give the weights that it was encoded with, or encode it again"
                 )
         unscaled = {key: data[key] / data[key].meta["sidecar"]["scale_factor"] for key in self.key_iterator(data)}
         return {**data, **unscaled}

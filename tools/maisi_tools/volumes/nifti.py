@@ -50,6 +50,11 @@ def read_nifti(path: str | os.PathLike, kind: str) -> tuple[np.ndarray, np.ndarr
     shape, affine = read_nifti_grid(path, kind)
     image: Any = nib.load(path)
     stored: Any = image.dataobj
+    if stored.offset < (least := int(image.header["sizeof_hdr"])):
+        raise InputError(
+            f"{name} says that its voxels begin at byte {stored.offset}, inside its header of {least}; allowed is a "
+            "NIfTI file as the standard has it: write it anew"
+        )
     check_stored_type(stored.dtype, name)
     check_memory(shape, name)
     opened: Any = nib.openers.ImageOpener(name)

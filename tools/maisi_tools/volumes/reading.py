@@ -40,7 +40,11 @@ KINDS = ("ct", "mask", "latent")
 
 
 def read_volume(
-    path: str | os.PathLike, kind: str, intensity_check: bool = True, series_uid: str | None = None
+    path: str | os.PathLike,
+    kind: str,
+    intensity_check: bool = True,
+    series_uid: str | None = None,
+    modalities: Sequence[str] | None = None,
 ) -> MetaTensor:
     """Read one volume and check it.
 
@@ -49,6 +53,7 @@ def read_volume(
         kind: "ct" (HU), "mask" (label values) or "latent" (four channels on the file's last axis).
         intensity_check: whether it must be a CT, with values that look like HU; else it may be an MR.
         series_uid: Series Instance UID to take where a folder or zip file holds several.
+        modalities: that a DICOM series may have; by default "CT", without `intensity_check` also "MR".
 
     Returns:
         MetaTensor (C, X, Y, Z), float32, C = 1 or, for a latent, 4; affine (4, 4) from voxels to RAS in mm, the axes
@@ -64,7 +69,7 @@ def read_volume(
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     path = Path(path).expanduser()
-    values, affine = _read(path, kind, series_uid, ("CT",) if intensity_check else ("CT", "MR"))
+    values, affine = _read(path, kind, series_uid, modalities or (("CT",) if intensity_check else ("CT", "MR")))
     check_shape(values.shape, kind, str(path))
     check_affine(affine, str(path))
     check_finite(values, str(path))
@@ -117,12 +122,17 @@ class ReadVolumed(MapTransform):
     """MONAI dict transform: replaces the path under each key by the volume, see :func:`read_volume`."""
 
     def __init__(
-        self, keys: KeysCollection, kind: str, intensity_check: bool = True, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        kind: str,
+        intensity_check: bool = True,
+        allow_missing_keys: bool = False,
+        modalities: Sequence[str] | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
-        self.kind, self.intensity_check = kind, intensity_check
+        self.kind, self.intensity_check, self.modalities = kind, intensity_check, modalities
 
     def __call__(self, data: Mapping[Any, Any]) -> dict:
         """Read the keys of one item.
@@ -132,7 +142,7 @@ class ReadVolumed(MapTransform):
         """
         items = dict(data)
         for key in self.key_iterator(items):
-            items[key] = read_volume(items[key], self.kind, self.intensity_check)
+            items[key] = read_volume(items[key], self.kind, self.intensity_check, modalities=self.modalities)
         return items
 
 

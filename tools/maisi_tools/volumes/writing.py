@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from torch import distributed
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
 from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.normalise import intensity_of
 from maisi_tools.volumes.reading import sidecar_path
 
 logger = logging.getLogger(__name__)
+
+LEAST_STEPS = 255
+"""Whole numbers that an image needs between its lowest and its highest value to be stored as such."""
 
 SCANNER = 1
 """NIfTI code of a transform to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""
@@ -164,6 +168,33 @@ def write_sidecar(path: str | os.PathLike, content: Mapping[str, Any]) -> Path:
     with replacing(target) as temporary:
         temporary.write_text(text + "\n")
     return target
+
+
+class CheckStoredd(MapTransform):
+    """Refuses a type of stored voxels that could not hold the values of what becomes of a volume.
+
+    Args:
+        keys: images or latents, see :func:`intensity_of`.
+        dtype: of the voxels to be stored.
+
+    Raises:
+        InputError: an integer type that does not reach the ends of the values, or tells too few of them apart.
+    """
+
+    def __init__(self, keys: KeysCollection, dtype: DTypeLike) -> None:
+        super().__init__(keys)
+        self.dtype = _voxel_type(dtype)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)) if self.dtype.kind in "iu" else ():
+            low, high = intensity_of(data[key])
+            limits = np.iinfo(self.dtype)
+            if low < limits.min or high > limits.max or high - low < LEAST_STEPS:
+                raise InputError(
+                    f"{data[key].meta.get('filename_or_obj')} has values from {low:g} to {high:g}, and output_dtype is "
+                    f"{self.dtype}; allowed is a type that holds them: float32 (mr.json sets it)"
+                )
+        return dict(data)
 
 
 class WriteVolumed(MapTransform):
