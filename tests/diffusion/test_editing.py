@@ -417,6 +417,18 @@ def test_edits_that_cannot_be_made_are_refused(tmp_path, change, edits, words):
         assert word in str(raised.value)
 
 
+def test_a_label_that_the_map_does_not_know_is_not_another_one(tmp_path):
+    """65537 is no 1, as it would be in 16 bits."""
+    hu, labels = patient()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    wide = labels.astype(np.int32)
+    wide[labels == LIVER] += 65536
+    item = {"image": str(save(tmp_path / "ct.nii.gz", hu.astype(np.int16), affine))}
+    item["mask"] = str(save(tmp_path / "mask.nii.gz", wide, affine))
+    with pytest.raises(InputError, match=f"does not know: {65536 + LIVER}"):
+        CropEditd("image", MAISI, {"redraw": "body"}, VIEW)(item)
+
+
 def test_masks_of_one_name_belong_to_their_scans(tmp_path):
     entries = [{"image": f"{name}/ct_{name}.nii.gz", "label": f"{name}/labels.nii.gz"} for name in "ab"]
     for name in "ab":

@@ -179,6 +179,8 @@ def test_command_and_bad_input(folder, tmp_path, capsys):
     assert "fid_axial@resnet18-random0" in capsys.readouterr().out
     assert main(["realism", plain, noisy, *options[:-2]]) == 2
     assert "112 voxels" in capsys.readouterr().err
+    assert main(["realism", plain, noisy, *options[:-1], "-1"]) == 2
+    assert "pairs is -1; allowed are whole numbers from 0 up" in capsys.readouterr().err
     assert main(["realism", plain, noisy, *options, "--network", "vgg"]) == 2
     assert "resnet18, resnet50" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least two"):
