@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from torch.utils._pytree import tree_map
 
 from maisi_tools.errors import find_input_error
+from maisi_tools.training.diffusion import body_scale_factor
 from maisi_tools.weights import load_weights, read_scale_factor, save_weights
 
 NAMES = ("p1", "p2", "p3")
@@ -184,6 +185,16 @@ def test_first_step_of_the_controlnet_starts_from_the_unet(open_bundle, tiny_ove
         plain, controlled = unet(x, t, **given), network(mask, x, t, **given)
     assert plain.std() > 0.01 and torch.equal(plain, controlled)
     assert not any(parameter.requires_grad for parameter in network.unet.parameters())
+
+
+def test_a_controlnet_and_its_unet_start_from_nothing(open_bundle, tiny_overrides, tmp_path):
+    """As the card says: `unet_ckpt_path` null; latents are scaled by what varies in the body."""
+    settings = tiny_overrides("maisi_controlnet", tmp_path) | {"unet_ckpt_path": None, "train_unet": True}
+    parser = open_bundle("maisi_controlnet", "train.json", **settings).parser
+    scaled = parser.get_parsed_content("scale_factor")
+    dataset = parser.get_parsed_content("train#dataset")
+    assert scaled == pytest.approx(body_scale_factor(dataset)) and scaled > 0
+    assert all(parameter.requires_grad for parameter in parser.get_parsed_content("network").unet.parameters())
 
 
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])

@@ -80,3 +80,31 @@ def test_shapes():
     assert late_fall(0.8) == pytest.approx(0.5) and late_fall(1) == 0
     with pytest.raises(InputError, match="shape is 'linear'; allowed are cosine, late_fall"):
         by_budget(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5), Budget(), "linear")
+
+
+def test_a_run_that_its_time_ended_is_not_resumed():
+    first = Budget(minutes=0.05 / 60)
+    count, _ = run(first, epochs=1, length=50, seconds=0.02)
+    assert count < 10
+    again = Budget(minutes=0.05 / 60)
+    again.load_state_dict(first.state_dict())
+    assert run(again, epochs=1, length=50)[0] == 0
+    longer = Budget(minutes=1.0)
+    longer.load_state_dict(first.state_dict())
+    assert run(longer, epochs=1, length=3)[0] == 3
+
+
+def _of_rank(rank: int, address: str, found) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    budget = Budget(minutes=0.5 / 60)
+    count, seen = run(budget, epochs=1, length=500, seconds=0.02 + 0.02 * rank)  # the second one is slower
+    found[rank] = count, seen
+    torch.distributed.destroy_process_group()
+
+
+def test_the_first_ranks_clock_is_that_of_all(tmp_path):
+    """Of another one's, learning rates would differ, and a rank would wait for one that has ended."""
+    with torch.multiprocessing.Manager() as manager:
+        found = manager.dict()
+        torch.multiprocessing.start_processes(_of_rank, (f"file://{tmp_path}/ranks", found), 2, start_method="fork")
+        assert found[0] == found[1] and 5 < found[0][0] < 50

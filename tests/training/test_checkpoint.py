@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 
@@ -13,7 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised
 
 from maisi_tools.errors import InputError, TrainingError
-from maisi_tools.training.checkpoint import NAME, Checkpointer, find_checkpoint, fingerprint_items
+from maisi_tools.training.checkpoint import NAME, Checkpointer, constants_of, find_checkpoint, fingerprint_items
 from maisi_tools.training.loaders import TrainingLoader
 from maisi_tools.training.monitor import NanGuard, StepLog
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep
@@ -238,3 +239,18 @@ def test_figures_of_a_step(tmp_path):
         assert 0 < figures["data_share"] < 1 and figures["voxels_per_second"] > 0
     rates = [figures["learning_rate"] for figures in logs]
     assert rates[0] == rates[1] != rates[2] == rates[3]
+
+
+def test_of_a_component_its_class_and_its_own_values_count():
+    class Loss(torch.nn.Module):
+        def __init__(self, power):
+            super().__init__()
+            self.power, self.terms, self.table = power, {}, torch.zeros(3)
+
+    assert constants_of("rate", 0.1) == {"rate": 0.1} and constants_of("weights", {"a": 1}) == {"weights": {"a": 1}}
+    assert constants_of("loss", Loss(2.0)) == {"loss": "Loss", "loss#power": 2.0}
+    parts = functools.partial(max, key=3)
+    assert constants_of("schedule", parts) == {"schedule": "max", "schedule#key": 3}
+    assert constants_of("schedule", max) == {"schedule": "max"}
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.5)
+    assert constants_of("optimizer", optimizer)["optimizer#weight_decay"] == 0.5

@@ -10,6 +10,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError, find_input_error
+from maisi_tools.networks import load_controlled
 from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet, train_parts
 from maisi_tools.volumes.grid import latent_affine
 
@@ -100,6 +101,21 @@ def test_a_file_of_both_lends_its_unet_alone(tiny_controlled, unet_file, tmp_pat
     torch.save(changed, tmp_path / "both.pt")
     found = start_from_unet(tiny_controlled, tmp_path / "both.pt").state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_file_of_both_is_loaded_for_both(tiny_controlled, unet_file, tmp_path):
+    """What a training left, in the place of a released ControlNet's file."""
+    alone, unet = unet_file
+    both = {name: value + 1 for name, value in tiny_controlled.state_dict().items()}
+    torch.save({"model": both}, tmp_path / "both.pt")
+    control = {
+        name.removeprefix("controlnet."): value for name, value in both.items() if name.startswith("controlnet.")
+    }
+    torch.save({"model": control}, tmp_path / "control.pt")
+    for file, wanted in (("both.pt", both["unet.conv_in.conv.weight"]), ("control.pt", unet.conv_in.conv.weight)):
+        found = load_controlled(tiny_controlled, tmp_path / file, alone).state_dict()
+        assert torch.equal(found["unet.conv_in.conv.weight"], wanted)
+        assert all(torch.equal(found[f"controlnet.{name}"], value) for name, value in control.items())
 
 
 def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):

@@ -9,7 +9,15 @@ from scipy.ndimage import gaussian_filter
 
 from maisi_tools.errors import InputError
 from maisi_tools.networks import Autoencoder
-from maisi_tools.training.linear_start import BODY, _cropped, fit_linear_code, levels_of, start, start_linear
+from maisi_tools.training.linear_start import (
+    BODY,
+    _cropped,
+    check_init,
+    fit_linear_code,
+    levels_of,
+    start,
+    start_linear,
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +119,15 @@ def test_every_weight_can_learn(tiny_settings, images):
         optimizer.step()
     still = [name for name, p in network.named_parameters() if p.ndim == 5 and not p.grad.any()]
     assert still == []
+
+
+def test_one_start_is_given():
+    check_init(None, "model.pt")
+    check_init("linear")
+    with pytest.raises(InputError, match="init is 'nonsense'; allowed are null"):
+        check_init("nonsense", "model.pt")
+    with pytest.raises(InputError, match="init is 'linear' and init_ckpt model.pt; allowed is one start"):
+        check_init("linear", "model.pt")
 
 
 def test_start_is_chosen_by_name(tiny_settings, images):

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import gc
+import random
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvolution, MaisiGroupNorm3D
 from torch import nn
 from torch.nn import functional
 
+from maisi_tools.networks import Autoencoder
 from maisi_tools.tsp import run, whole
 from maisi_tools.tsp.errors import TSPError
-from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.tsp.inferer import TSPInferer, plain_maisi_modules
 from maisi_tools.tsp.plan import Plan
 from maisi_tools.tsp.whole import Whole
 from thorough import examples
@@ -322,3 +327,150 @@ def test_nothing_of_a_call_is_held_by_what_is_kept(network):
         del volume
         gc.collect()
         assert held() is None and inferer.report is not None
+
+
+# --- what a network does beside its result ----------------------------------------------------------------------------
+
+
+class Joined(nn.Module):
+    """Joins its input with a buffer that it writes into afterwards."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(2 if axis == 1 else 1, 2, 1)
+        self.register_buffer("more", torch.ones(1, 1, 8, 8, 8))
+        self.axis = axis
+
+    def forward(self, x):
+        joined = torch.cat([x, self.more], self.axis)
+        self.more.mul_(3)
+        return self.conv(joined)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+@pytest.mark.parametrize("given", [{}, {"splits": 2, "axis": 0}])
+def test_what_is_joined_counts_as_it_was(axis, given):
+    network, volume = Joined(axis).eval(), torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        found = TSPInferer(**given)(volume, network)
+        assert torch.equal(network.more, torch.full((1, 1, 8, 8, 8), 3.0))
+        network.more.fill_(1)
+        torch.testing.assert_close(found, network(volume))
+
+
+class Counting(nn.Module):
+    """Remembers in a way of its own how often it was called, and its result depends on that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 1, 1)
+        self.how, self.calls, self.seen, self.inner = how, {"n": 0}, [], {"deep": [0]}
+
+    def forward(self, x):
+        if self.how == "dict":
+            self.calls["n"] += 1
+            return self.conv(x) * self.calls["n"]
+        if self.how == "list":
+            self.seen.append(1)
+            return self.conv(x) * len(self.seen)
+        if self.how == "deep":
+            self.inner["deep"][0] += 1
+            return self.conv(x) * self.inner["deep"][0]
+        number = random.random() if self.how == "random" else float(np.random.rand())  # noqa: NPY002
+        return self.conv(x) * number
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "deep", "random", "numpy"])
+def test_a_network_that_remembers_is_called_once(how):
+    volume, results = torch.randn(1, 1, 8, 8, 8), []
+    for call in (lambda network: TSPInferer()(volume, network), lambda network: network(volume)):
+        torch.manual_seed(0)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002
+        network = Counting(how).eval()
+        with torch.no_grad():
+            results.append(call(network))
+        if how == "list":
+            assert network.seen == [1]
+    torch.testing.assert_close(*results)
+
+
+def test_a_hook_sees_each_call_once():
+    network, seen = nn.Sequential(nn.Conv3d(1, 1, 1)).eval(), []
+    network[0].register_forward_hook(lambda module, given, result: seen.append(tuple(result.shape)))
+    with torch.no_grad():
+        TSPInferer()(torch.randn(1, 1, 8, 8, 8), network)
+    assert seen == [(1, 1, 8, 8, 8)]
+
+
+def test_a_plan_is_not_used_for_other_rows_of_an_interpolation():
+    """At both ends and in the middle "nearest" and "nearest-exact" read the same rows of twenty."""
+
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last, self.mode = nn.Conv3d(1, 1, 1), nn.Conv3d(1, 1, 3, padding=1), "nearest-exact"
+
+        def forward(self, x):
+            y = nn.functional.interpolate(self.first(x), scale_factor=1.5, mode=self.mode)
+            return self.last(y)
+
+    network, inferer, volume = Resized().eval(), TSPInferer(splits=30, axis=0), torch.randn(1, 1, 20, 6, 6)
+    with torch.no_grad():
+        for mode in ("nearest-exact", "nearest"):
+            network.mode = mode
+            torch.testing.assert_close(inferer(volume, network), network(volume))
+
+
+def test_threads_leave_monais_classes_as_they_were():
+    small = {"num_channels": [8, 8], "num_res_blocks": [1, 1], "norm_num_groups": 4}
+    network, volume = Autoencoder(**small).eval(), torch.randn(1, 1, 8, 8, 8)
+    forwards = MaisiConvolution.forward, MaisiGroupNorm3D.forward
+    inferer = TSPInferer()
+
+    @torch.no_grad()  # which each thread has of its own
+    def infer(_):
+        return inferer(volume, network)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(infer, range(12)))
+    assert (MaisiConvolution.forward, MaisiGroupNorm3D.forward) == forwards
+    with torch.no_grad():
+        expected = network(volume)
+    for one in found:
+        torch.testing.assert_close(one, expected)
+    outer, inner = plain_maisi_modules(), plain_maisi_modules()
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert MaisiConvolution.forward is not forwards[0]  # somebody is inside
+    inner.__exit__(None, None, None)
+    assert (MaisiConvolution.forward, MaisiGroupNorm3D.forward) == forwards
+
+
+def test_a_norm_that_torch_refuses_is_refused():
+    norm = nn.GroupNorm(2, 4).eval()
+    volume = torch.randn(1, 4, 6, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    for call in (norm, lambda x: TSPInferer()(x, norm)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="mixed dtype"):
+            call(volume)
+
+
+def test_a_plan_for_which_memory_ran_out_is_not_tried_again(network, monkeypatch):
+    volume, tried = torch.randn(1, 2, 40, 16, 16), []
+    execute = run.Execution.run
+
+    def fails_once(self, nodes, tick=None):
+        tried.append(self.plan.peak)
+        if len(tried) == 1:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return execute(self, nodes, tick)
+
+    monkeypatch.setattr(run.Execution, "run", fails_once)
+    monkeypatch.setattr(run.Call, "_limit", lambda self: 2**40)
+    monkeypatch.setitem(run.LIBRARY_BYTES, "cpu", 0)
+    inferer = TSPInferer(splits=2)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(inferer(volume, network), network(volume))
+    assert len(tried) == 4 and tried[1:] == [tried[1]] * 3

@@ -398,7 +398,13 @@ class ControlledUNet(nn.Module):
 
 
 def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_path: str | Path) -> ControlledUNet:
-    """Load a :class:`ControlledUNet` from the two files in which its parts are released."""
+    """Load a :class:`ControlledUNet` from the two files in which its parts are released.
+
+    A file of both, as a training leaves it, in the place of the ControlNet's is taken for both.
+    """
+    if any(name.startswith("unet.") for name in read_weights(controlnet_path)):
+        load_weights(network, controlnet_path)
+        return network
     load_weights(network.unet, unet_path)
     load_weights(network.controlnet, controlnet_path)
     return network

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +18,8 @@ from maisi_tools.training.steps import is_optimizer_step
 
 class Budget:
     """The progress of a run from 0 to 1, which its schedules end in; where there is a time budget, it ends the run.
+
+    Of several ranks the first one's clock counts, so that all have one learning rate and end with one step.
 
     It is a handler of the trainer. A step lasts from asking for its batch to the end of its iteration: validation and
     checkpoints are not counted. A run that is resumed goes on from the time it had used, if it is among the
@@ -46,7 +49,8 @@ class Budget:
         return float(self._progress)
 
     def attach(self, engine: Engine) -> None:
-        """Measure each step."""
+        """Measure each step; a run that is resumed after its end does not go on."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._end_when_used)
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._ask)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._count)
 
@@ -59,12 +63,20 @@ class Budget:
         self.used = float(state["used"])
         self._progress.fill_(float(state["progress"]))
 
+    def _end_when_used(self, engine: Engine) -> None:
+        if self.minutes is not None and self.used >= 60 * self.minutes:
+            engine.terminate()
+
     def _ask(self, engine: Engine) -> None:
         self.asked = time.perf_counter()
 
     def _count(self, engine: Engine) -> None:
         if self.asked is not None:
             self.used += min(time.perf_counter() - self.asked, self.longest_step)
+        if self.minutes is not None and idist.get_world_size() > 1:
+            used = torch.tensor([self.used], dtype=torch.float64, device=idist.device())
+            idist.broadcast(used, src=0)  # in place
+            self.used = used.item()
         steps: Any = (engine.state.max_epochs, engine.state.epoch_length)
         done = engine.state.iteration / (steps[0] * steps[1])
         if self.minutes is not None:

@@ -57,6 +57,31 @@ def fingerprint_items(items: Sequence[Any]) -> str:
     return f"{len(names)} items {fingerprint_text(json.dumps(names))}"
 
 
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+
+
+def constants_of(name: str, part: Any) -> dict[str, Any]:
+    """What a setting is to be compared by: a plain value itself; of a component its class and its own plain values.
+
+    Args:
+        name: of the setting.
+        part: a value, an optimizer, a function (with arguments given), or any object.
+
+    Returns:
+        ``name`` -> the value or the name of the class or function, and ``name#attribute`` -> value.
+    """
+    if isinstance(part, PLAIN):
+        return {name: part}
+    made = getattr(part, "func", part)
+    values = part.keywords if made is not part else getattr(part, "defaults", None) or getattr(part, "__dict__", {})
+    own = {
+        f"{name}#{key}": value
+        for key, value in values.items()
+        if isinstance(value, PLAIN[:-2]) and key != "training" and not key.startswith("_")
+    }
+    return {name: getattr(made, "__name__", type(made).__name__), **own}
+
+
 def _told(value: Any) -> Any:
     if isinstance(value, (str, Path)):
         return f"{Path(value).name} {_size(value)}"

@@ -21,7 +21,7 @@ from torch import nn
 from maisi_tools.training.adversarial import Adversary
 from maisi_tools.training.best import BestWeights
 from maisi_tools.training.budget import Budget
-from maisi_tools.training.checkpoint import Checkpointer, fingerprint_items
+from maisi_tools.training.checkpoint import Checkpointer, constants_of, fingerprint_items
 from maisi_tools.training.monitor import LOG, NanGuard, StepLog
 from maisi_tools.training.pictures import three_planes
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep, SyncPerStep
@@ -141,7 +141,9 @@ class RecordHandlers(_InOrder):
         steps: what belongs to each step.
         log: where the figures go.
         ckpt_dir, minutes, resume_from, extra, settings: see
-            :class:`~maisi_tools.training.checkpoint.Checkpointer`; the data that are trained from are added.
+            :class:`~maisi_tools.training.checkpoint.Checkpointer`; the data that are trained from are added. Of a
+            component among the settings its constants count, see
+            :func:`~maisi_tools.training.checkpoint.constants_of`.
     """
 
     def __init__(
@@ -155,6 +157,9 @@ class RecordHandlers(_InOrder):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         data = fingerprint_items(steps.objects["data"].dataset.dataset.data)
+        wanted = {
+            key: value for name, one in (settings or {}).items() for key, value in constants_of(name, one).items()
+        }
 
         def figures(output: Any) -> Any:
             return output[LOG]
@@ -162,7 +167,7 @@ class RecordHandlers(_InOrder):
         self.handlers = [
             *([] if log.rank else [StatsHandler(output_transform=figures, key_var_format="{}: {:.4g} ")]),
             *log.handlers(output_transform=figures),
-            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra, {**(settings or {}), "data": data}),
+            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra, {**wanted, "data": data}),
         ]
 
 

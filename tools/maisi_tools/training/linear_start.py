@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,14 +158,25 @@ def fit_linear_code(sizes: Sequence[int], latent_channels: int, images: Sequence
     return LinearCode(mean, tuple(levels), components, deviations)
 
 
+def check_init(init: str | None, init_ckpt: str | Path | None = None) -> None:
+    """Refuse a start that is none of :func:`start`'s, or one beside weights to start from.
+
+    Raises:
+        InputError: with what is allowed.
+    """
+    if init not in (None, "linear"):
+        raise InputError(f"init is {init!r}; allowed are null (weights as drawn) and 'linear' (the best linear code)")
+    if init is not None and init_ckpt is not None:
+        raise InputError(f"init is {init!r} and init_ckpt {init_ckpt}; allowed is one start: leave out either")
+
+
 def start(init: str | None, network: Autoencoder, images: Iterable[Any], seed: int = 0) -> Autoencoder:
     """The network as ``init`` says: None as its weights were drawn, "linear" by :func:`start_linear`.
 
     Raises:
         InputError: another ``init``.
     """
-    if init not in (None, "linear"):
-        raise InputError(f"init is {init!r}; allowed are null (weights as drawn) and 'linear' (the best linear code)")
+    check_init(init)
     return network if init is None else start_linear(network, images, seed)
 
 

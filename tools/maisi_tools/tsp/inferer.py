@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -106,14 +107,42 @@ class TSPInferer(Inferer):
             return self.runner.plan(network, plain_args, kwargs)
 
 
+class _PlainModules:
+    """MAISI's convolution and group norm as what they compute, as long as anybody is inside."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.patches = contextlib.ExitStack()
+
+    def enter(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.patches.enter_context(patch.object(MaisiConvolution, "forward", lambda self, x: self.conv(x)))
+                self.patches.enter_context(patch.object(MaisiGroupNorm3D, "forward", nn.GroupNorm.forward))
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.patches.close()
+
+
+_plain_modules = _PlainModules()
+
+
 @contextlib.contextmanager
 def plain_maisi_modules() -> Iterator[None]:
-    """Let MAISI's convolution and group norm be what they compute, without their own splitting, loops and casts."""
-    with (
-        patch.object(MaisiConvolution, "forward", lambda self, x: self.conv(x)),
-        patch.object(MaisiGroupNorm3D, "forward", nn.GroupNorm.forward),
-    ):
+    """Let MAISI's convolution and group norm be what they compute, without their own splitting, loops and casts.
+
+    Their classes are changed, in all threads; the last one that leaves puts them back.
+    """
+    _plain_modules.enter()
+    try:
         yield
+    finally:
+        _plain_modules.leave()
 
 
 def _plain(value: Any) -> Any:

@@ -84,3 +84,11 @@ def concatenate(parts: Sequence[Moments]) -> Moments:
     return Moments(
         parts[0].count, torch.cat([part.mean for part in parts], 1), torch.cat([part.m2 for part in parts], 1)
     )
+
+
+def alike(dtype: torch.dtype, *parts: Tensor | None) -> bool:
+    """Whether a norm's parameters are of the volume's type, or float32 beside half precision: what torch takes."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return dtype.is_floating_point and all(
+        part is None or part.dtype == dtype or (half and part.dtype == torch.float32) for part in parts
+    )

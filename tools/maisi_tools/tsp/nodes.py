@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,7 @@ class Node:
             keyword ``moments``.
         channel_concat: the inputs are joined along dimension 1, so that moments join, too.
         ruled: False for an operation without a rule, which ran on the gathered tensor.
+        key: what tells ``need`` from another one that is the same at both ends and in the middle.
     """
 
     __slots__ = (
@@ -141,6 +142,7 @@ class Node:
         "dtype",
         "elementwise",
         "inputs",
+        "key",
         "moments_of",
         "name",
         "need",
@@ -165,6 +167,7 @@ class Node:
         channel_concat: bool = False,
         ruled: bool = True,
         value: Tensor | None = None,
+        key: Hashable = None,
     ) -> None:
         self.serial = next(_serial)
         self.name = name
@@ -180,6 +183,7 @@ class Node:
         self.channel_concat = channel_concat
         self.ruled = ruled
         self.value = value
+        self.key = key
 
     @property
     def rows(self) -> int:

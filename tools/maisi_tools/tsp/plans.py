@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 from maisi_tools.tsp.nodes import Node
 from maisi_tools.tsp.plan import Plan, order_of
@@ -20,6 +21,14 @@ ROOM = 1.25
 """A plan for a limit is made anew once this much more is allowed: it may be leaner and slower than it need be."""
 
 
+@dataclass
+class Planned:
+    """A plan, and its own nodes for what is to be computed."""
+
+    plan: Plan
+    outputs: list[Node]
+
+
 class Plans:
     """The latest plans, by the form of what they compute."""
 
@@ -29,8 +38,8 @@ class Plans:
     @contextlib.contextmanager
     def plan(
         self, outputs: Sequence[Node], key: Hashable, limit: int | None, make: Callable[[], Plan]
-    ) -> Iterator[tuple[Plan, list[Node]]]:
-        """A plan to compute ``outputs`` by, and the plan's own nodes for them.
+    ) -> Iterator[Planned]:
+        """A plan to compute ``outputs`` by; the one that it has in the end is kept.
 
         It is used inside the ``with`` alone: what its nodes compute is forgotten afterwards, and with it the tensors
         that it reads.
@@ -49,12 +58,13 @@ class Plans:
         for node, new in zip(own, order, strict=True):
             node.compute, node.need, node.value = new.compute, new.need, new.value
         places = {node: place for place, node in enumerate(order)}
+        planned = Planned(plan, [own[places[output]] for output in outputs])
         try:
-            yield plan, [own[places[output]] for output in outputs]
+            yield planned
         finally:
             for node in own:
                 node.forget()
-            self._kept[form] = plan, own, made_for
+            self._kept[form] = planned.plan, own, made_for
             while len(self._kept) > MOST:
                 self._kept.pop(next(iter(self._kept)))
 
@@ -66,7 +76,11 @@ def _serves(plan: Plan, made_for: int | None, limit: int | None) -> bool:
 
 
 def _form(order: Sequence[Node], outputs: Sequence[Node]) -> Hashable:
-    """All of the nodes that a plan depends on; what rows they need is compared at both ends and in the middle."""
+    """All of the nodes that a plan depends on.
+
+    What rows they need is compared at both ends and in the middle, which is all that there is to it but where a node
+    has a key.
+    """
     places = {node: place for place, node in enumerate(order)}
     forms: list[Hashable] = [tuple(places[output] for output in outputs)]
     for node in order:
@@ -86,6 +100,7 @@ def _form(order: Sequence[Node], outputs: Sequence[Node]) -> Hashable:
                     node.cost,
                     node.elementwise,
                     node.channel_concat,
+                    node.key,
                     None if node.moments_of is None else places[node.moments_of],
                     tuple(places[given] for given in node.inputs),
                     tuple(node.need(k, a, b) for k in range(len(node.inputs)) for a, b in sorted(ranges)),

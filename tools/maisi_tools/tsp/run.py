@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import operator
+import random
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -250,7 +253,9 @@ class Call:
             torch.no_grad(),
             self.plans.plan(self.outputs, self._key, limit, lambda: self._make_plan(self.outputs, limit)) as planned,
         ):
-            values = iter(self._run(*planned, tick, self.settings.gather))
+            values = iter(self._run(planned.plan, planned.outputs, tick, self.settings.gather))
+            assert self.plan is not None
+            planned.plan = self.plan  # a leaner one, where memory ran out
         own = {id(handle): tensor for tensor, handle, node in self.inputs.values() if handle.node is node}
         returned: dict[int, Memory] = {}  # storage of what was returned -> what it was returned for
 
@@ -341,6 +346,9 @@ class Call:
         return limit if self.ranks is None else self.ranks.least(limit, self.device)
 
 
+_UNKNOWN = "unknown"
+
+
 class Runner:
     """Runs calls of networks, whole or in slabs, and keeps what it found out about them for the next ones.
 
@@ -367,14 +375,13 @@ class Runner:
             TSPError, MemoryLimitError: see :class:`Call`.
         """
         form, call = _form_of(network, args, kwargs), None
-        if form in self._known:
-            whole = self._known.pop(form)
-        else:
+        whole = self._known.pop(form, _UNKNOWN)  # at once, for another thread may be here, too
+        if isinstance(whole, str):
             call = Call(self.settings, network, args, kwargs, plans=self.plans)
             whole = call.as_whole()
         self._known[form] = whole
         if len(self._known) > self.MOST:
-            self._known.pop(next(iter(self._known)))
+            self._known.pop(next(iter(list(self._known))), None)
         attempts = []
         if whole is not None and whole.fits(self.settings.memory_limit):
             call = None  # and with it copies of the input in the type computed in
@@ -465,22 +472,49 @@ def modules_of(network: Callable[..., Any]) -> list[nn.Module]:
 
 
 class _State:
-    """What a network remembers in its modules, to tell whether a call changed it."""
+    """What a network remembers in its modules, and what it draws from, to tell whether a call changed it."""
 
     def __init__(self, network: Callable[..., Any]) -> None:
-        modules = [part for outer in modules_of(network) for part in outer.modules()]
-        kept = [vars(module) for module in modules]
-        kept += [part[name] for part in list(kept) for name in ("_parameters", "_buffers", "_modules")]
-        self._kept = [(attributes, dict(attributes)) for attributes in kept]
-        tensors = [value for attributes in kept for value in attributes.values() if isinstance(value, Tensor)]
-        self._places = [(tensor, place_of(tensor)) for tensor in tensors]
+        self._modules = [part for outer in modules_of(network) for part in outer.modules()]
+        # A hook may do anything with what it is shown, so it is shown each call once.
+        self._hooked = any(vars(part).get(name) for part in self._modules for name in _HOOKS)
+        self._kept = self._contents()
+        self._places = [(value, place_of(value)) for value in self._kept if isinstance(value, Tensor)]
+        self._drawn = random.getstate(), _numpy_state()
 
     def changed(self) -> bool:
-        """Whether an attribute is another object than before, or a tensor's values are elsewhere."""
-        return any(
-            now.keys() != before.keys() or any(map(operator.is_not, now.values(), before.values()))
-            for now, before in self._kept
-        ) or any(place_of(tensor) != place for tensor, place in self._places)
+        """Whether an attribute, or what is in its lists and dictionaries, is another object, or a tensor elsewhere."""
+        now = self._contents()
+        return (
+            self._hooked
+            or len(now) != len(self._kept)
+            or any(map(operator.is_not, now, self._kept))
+            or any(place_of(tensor) != place for tensor, place in self._places)
+            or self._drawn != (random.getstate(), _numpy_state())
+        )
+
+    def _contents(self) -> list[Any]:
+        """All attributes of the modules, and what lies in their lists and dictionaries, at any depth."""
+        found: list[Any] = []
+        open_: list[Any] = [vars(module) for module in self._modules]
+        seen = set(map(id, open_))
+        while open_:
+            container = open_.pop()
+            values = [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
+            found += values
+            for value in values:
+                if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in seen:
+                    seen.add(id(value))
+                    open_.append(value)
+        return found
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return name, np.asarray(keys).tobytes(), *rest
 
 
 def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.heap import POOLED_BYTES, SlabPool
 from maisi_tools.tsp.nodes import Node, Rows
 
@@ -75,6 +76,8 @@ class DeviceStore:
                 parts.append(self.lent[lo, hi].narrow(self.axis, first - lo, last - first).to(device))
             else:
                 parts.append(self._get(self.slabs[lo, hi], first - lo, last - first, device))
+        if sum(part.shape[self.axis] for part in parts) != rows[1] - rows[0]:
+            raise TSPError(f"rows {rows[0]} to {rows[1]} were forgotten before they were read; report this")
         result = parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
         if self.away and rows[1] > seen[1]:
             self.recent[device] = (rows, result)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from maisi_tools.convolution import conv3d, conv_transpose3d
 from maisi_tools.tsp.heap import lean_heap
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
-from maisi_tools.tsp.moments import moments, statistics_type
+from maisi_tools.tsp.moments import alike, moments, statistics_type
 from maisi_tools.tsp.nodes import Node, arranged
 from maisi_tools.tsp.plan import format_bytes, order_of, size_of
 
@@ -147,7 +147,8 @@ class _ExactAndFast(TorchFunctionMode):
         bias: Tensor | None = None,
         eps: float = 1e-5,
     ) -> Tensor:
-        if type(input) is Tensor and input.device.type == "cpu" and input.ndim > 3 and not input.is_contiguous():
+        fast = type(input) is Tensor and input.device.type == "cpu" and input.ndim > 3 and not input.is_contiguous()
+        if fast and alike(input.dtype, weight, bias):
             batch, channels = input.shape[:2]
             kind = statistics_type(input.dtype)
             mean, variance = (part.reshape(-1).to(kind) for part in moments(input).of_groups(num_groups))

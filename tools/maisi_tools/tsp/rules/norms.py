@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from maisi_tools.tsp.errors import TSPError
-from maisi_tools.tsp.moments import Moments, statistics_type
+from maisi_tools.tsp.moments import Moments, alike, statistics_type
 from maisi_tools.tsp.nodes import Node
 from maisi_tools.tsp.rules.table import bind, rule
 
@@ -44,10 +43,7 @@ def _alike(recorder: Any, node: Node, *parts: Tensor | None) -> bool:
     """Whether the parameters are of the volume's type, or float32 beside half precision: what torch takes."""
     if recorder.dtype is not None:
         return True
-    half = node.dtype in (torch.float16, torch.bfloat16)
-    return node.dtype.is_floating_point and all(
-        part is None or part.dtype == node.dtype or (half and part.dtype == torch.float32) for part in parts
-    )
+    return alike(node.dtype, *parts)
 
 
 @rule("group_norm")

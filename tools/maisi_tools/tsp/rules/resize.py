@@ -91,7 +91,8 @@ def interpolate(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
         # As torch has it, not by lerp: between two infinities that is no number.
         return lower.mul_(1 - weight).addcmul_(upper, weight)
 
-    return Node("interpolation", (node,), shape, dtype, axis, compute, need)
+    key = low.tobytes(), high.tobytes()
+    return Node("interpolation", (node,), shape, dtype, axis, compute, need, key=key)
 
 
 @functools.lru_cache(256)
@@ -172,7 +173,7 @@ def _integer(
         out = functional.interpolate(slab, **inner)
         return out.narrow(axis, a - lo * factor, b - a)
 
-    return Node("interpolation", (node,), shape, dtype, axis, compute, need)
+    return Node("interpolation", (node,), shape, dtype, axis, compute, need, key=(factor, linear))
 
 
 def _planes(
