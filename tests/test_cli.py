@@ -241,6 +241,43 @@ def test_prepare_of_wrong_input(cases, capsys):
     assert not output.exists()
 
 
+def test_prepare_holds_out_many_by_name(tmp_path, capsys):
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    names = [f"patient_number_{number:03d}" for number in range(21)]
+    for name in names:
+        save(tmp_path / "cts" / f"{name}_ct.nii.gz", hu)
+    held_out = ",".join(names[1:])
+    assert main(["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--held_out", held_out]) == 0
+    assert "1 volumes of 1 patients to train on, 20 of 20 held out" in capsys.readouterr().out
+
+
+def test_prepare_holds_out_of_what_can_be_used(tmp_path, capsys):
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    save(tmp_path / "cts" / "a_ct.nii.gz", hu)
+    (tmp_path / "cts" / "b_ct.nii.gz").write_text("damaged")
+    for seed in range(3):
+        line = ["prepare", tmp_path / "cts", "-o", tmp_path / "l.json", "--validation=0.5", f"--seed={seed}"]
+        assert "validation 0.5 of 1 patients leaves none to train on" in fails(line, capsys)
+    save(tmp_path / "cts" / "c_ct.nii.gz", hu)
+    for seed in range(3):
+        line = ["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--validation=0.5", f"--seed={seed}"]
+        assert main(line) == 0
+        assert "1 volumes of 1 patients to train on, 1 of 1 held out" in capsys.readouterr().out
+
+
+def test_an_interrupted_command_says_so_in_a_word(monkeypatch, tmp_path, capsys):
+    from maisi_tools.masks import phantom
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phantom, "write_phantom", interrupted)
+    assert main(["phantom", str(tmp_path / "a.nii.gz")]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
 # --- phantom, demo ----------------------------------------------------------------------------------------------------
 
 
@@ -295,14 +332,21 @@ def test_demo_runs_the_bundle_it_is_given(tmp_path, capfd):
     for name in ("phantom_ct.nii.gz", "phantom_mask.nii.gz", "preview.png"):
         assert f"{output / name}\n" in printed and (output / name).is_file()
     assert np.asarray(nib.load(output / "phantom_ct.nii.gz").dataobj).max() == 43
+    made = {path.name for path in output.iterdir()}  # and no mask among them that a report would take for a CT
+    assert made == {"input", "phantom_ct.nii.gz", "phantom_mask.nii.gz", "preview.png"}
 
     # the command it prints does the same
     (output / "phantom_ct.nii.gz").unlink()
     subprocess.run(shlex.split(printed.strip().splitlines()[-1]), check=True, capture_output=True)
     assert np.asarray(nib.load(output / "phantom_ct.nii.gz").dataobj).max() == 43
+    made = {path.name for path in output.iterdir()}  # and no mask among them that a report would take for a CT
+    assert made == {"input", "phantom_ct.nii.gz", "phantom_mask.nii.gz", "preview.png"}
 
 
-def test_demo_of_wrong_input(tmp_path, capsys):
+def test_demo_of_wrong_input(tmp_path, capsys, repo_root):
+    line = ["demo", "--bundles", repo_root / "bundles", "--output_dir", tmp_path / "out", f"--seed={2**64}"]
+    assert "is not usable; give a whole number from 0 to" in fails(line, capsys)
+    assert not (tmp_path / "out").exists()
     assert "inference.json does not exist" in fails(["demo", "--bundles", tmp_path], capsys)
     assert "nowhere does not exist" in fails(["demo", "--bundles", tmp_path / "nowhere"], capsys)
 

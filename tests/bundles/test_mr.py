@@ -70,6 +70,7 @@ def test_a_generated_mr_is_clipped_below_alone(bundles, run_bundle, tmp_path):
     sample = np.asarray(nib.load(tmp_path / "sample_seed0.nii.gz").dataobj)
     np.testing.assert_array_equal(nib.load(tmp_path / "decoded" / "sample_seed0_latent_ct.nii.gz").dataobj, sample)
     assert sample.min() == 0 and sample.max() > 100
+    assert json.loads((tmp_path / "decoded" / "sample_seed0_latent_ct.json").read_text()) == {"from_scan": False}
 
 
 def test_a_mask_becomes_an_mr(cause, run_bundle, ct_file, mask_file, tmp_path):

@@ -100,7 +100,7 @@ def configs(repo_root):
     ("bundle", "key", "value", "words"),
     [
         ("maisi_ldm", "seed", "abc", "seed is 'abc'; allowed is a number, such as 0"),
-        ("maisi_ldm", "seed", 1.5, "seed is 1.5; allowed is a whole number from 0 on"),
+        ("maisi_ldm", "seed", 1.5, "seed is 1.5; allowed is a whole number from 0 to 4611686018427387904"),
         ("maisi_ldm", "seed", None, "seed is None"),
         ("maisi_ldm", "num_samples", 1.9, "num_samples is 1.9; allowed is a whole number from 1 on"),
         ("maisi_ldm", "num_inference_steps", True, "num_inference_steps is True"),
@@ -125,6 +125,7 @@ def configs(repo_root):
         ("maisi_vae", "num_workers", -1, "num_workers is -1; allowed is a whole number from 0 on"),
         ("maisi_vae", "sigma", 1, "sigma is 1; allowed is true or false"),
         ("maisi_vae", "suffix", None, "suffix is None; allowed is text, such as '_ct'"),
+        ("maisi_ldm", "seed", 2**63, "seed is 9223372036854775808; allowed is a whole number from 0 to"),
         ("maisi_vae", "output_dtype", None, "output_dtype is None; allowed is text"),
         ("maisi_ldm", "guided_conditions", None, "guided_conditions is None; allowed is a list"),
         ("maisi_ldm", "output_dir", None, "output_dir is None; allowed is a path, as text"),

@@ -42,6 +42,7 @@ def test_encode_then_decode_equals_inference(run_bundle, save, phantom_ct, tmp_p
     decoded = nib.load(tmp_path / "decoded" / "case_latent_ct.nii.gz")
     np.testing.assert_array_equal(np.asarray(decoded.dataobj), np.asarray(whole.dataobj))
     np.testing.assert_allclose(decoded.affine, whole.affine, atol=1e-5)
+    assert json.loads((tmp_path / "decoded" / "case_latent_ct.json").read_text()) == {"from_scan": True}
 
 
 def test_encode_can_resample_and_pad(run_bundle, ct_file, tmp_path):

@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from maisi_tools.cli import main
 from maisi_tools.cohort.twins import twin_mask
 from maisi_tools.errors import InputError
+from maisi_tools.files import held
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.metrics.segmenters import map_of_classes, open_segmenter
 
@@ -86,11 +87,14 @@ def test_a_folder_with_a_bad_file_and_again(scans, hu, tmp_path, bundles, capsys
     assert twin(scans, "--output_dir", out) == 0
     assert "3 twins made, 0 were there" in capsys.readouterr().out
     assert (out / "a_ct.nii.gz").stat().st_mtime_ns > made["a_ct.nii.gz"]
-    made = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    made = {path.name: path.stat().st_mtime_ns for path in out.glob("[abc]*")}
     assert twin(scans, "--output_dir", out) == 0
     assert "0 twins made, 3 were there" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == made
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("[abc]*")} == made
 
+    with held(out, "another run"):
+        assert twin(scans, "--output_dir", out) == 2
+    assert "another run makes twins in" in capsys.readouterr().err
     assert twin(scans, "--output_dir", out, "--seed", 1) == 2
     assert "was made with another seed" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from maisi_tools.dicom.ct import to_lps
 from maisi_tools.dicom.objects import SYNTHETIC_DATA
-from maisi_tools.dicom.study import read_mask, write_study
+from maisi_tools.dicom.study import is_of_scan, read_mask, write_study
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.reading import read_volume
 
@@ -269,6 +269,47 @@ def test_a_study_can_join_its_source(tmp_path, source, hu, mask):
         assert ds[SYNTHETIC_DATA].value == "YES" and "SECRETprivate" not in str(ds)
     found = read_mask(tmp_path / "out" / "RTSTRUCT.dcm", source)  # one frame of reference: fits the source, too
     assert np.array_equal(found[0].numpy(), to_lps(mask, oblique_affine())[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "wanted"),
+    [
+        ("x_recon.nii.gz", None, True),
+        ("x_latent_ct.nii.gz", None, True),
+        ("sample_seed0_latent_ct.nii.gz", {"from_scan": False}, False),
+        ("mine.nii.gz", {"from_scan": True}, True),
+        ("x_ct.nii.gz", {"region": {"box_ras_mm": [[0, 0, 0], [1, 1, 1]]}}, True),
+        ("x_ct.nii.gz", {"seed": 3}, False),
+        ("SERIES", None, True),
+    ],
+)
+def test_what_shows_a_patient_is_known_by_what_lies_beside_or_its_name(tmp_path, name, beside, wanted):
+    if beside is not None:
+        (tmp_path / f"{name.removesuffix('.nii.gz')}.json").write_text(json.dumps(beside))
+    assert is_of_scan(tmp_path / name) is wanted
+
+
+def test_a_reconstruction_joins_no_other_scan(tmp_path, source, hu):
+    """Of another patient, whose series lies elsewhere; one that was cropped or resampled lies inside."""
+    moved = oblique_affine()
+    moved[:3, 3] += 300
+    with pytest.raises(InputError, match=r"the CT and the source series reach from .* allowed as source is the scan"):
+        write_study(tmp_path / "out", hu, moved, source=source, from_scan=True)
+    assert not (tmp_path / "out").exists()
+    inner = oblique_affine()
+    inner[:3, 3] = (inner @ [1, 1, 1, 1])[:3]
+    write_study(tmp_path / "out", hu[1:-1, 1:-1, 1:-1], inner, source=source, from_scan=True)
+    write_study(tmp_path / "drawn", hu, moved, source=source)  # of a mask, wherever it lies
+
+
+def test_objects_of_another_kind_or_another_seed_are_others(tmp_path, hu, mask):
+    found = []
+    for name, more in (("a", {}), ("b", {"enhanced": True}), ("c", {"seed": 5})):
+        write_study(tmp_path / name, hu, oblique_affine(), mask, created=CREATED, **more)
+        found.append({(ds.SOPInstanceUID, ds.SeriesInstanceUID) for ds in objects(tmp_path / name)})
+    assert not found[0] & found[1] and not found[0] & found[2]
+    instances = [uid for uids in found for uid, _ in uids]
+    assert len(instances) == len(set(instances))
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -17,8 +18,9 @@ from monai.data import list_data_collate
 from monai.networks.schedulers import RFlowScheduler
 from scipy.spatial import cKDTree
 
+from maisi_tools.diffusion import editing
 from maisi_tools.diffusion.autoencoder import LatentDecoder, LatentEncoder
-from maisi_tools.diffusion.editing import CropEditd, EditedCT, WriteEditd, find_scans
+from maisi_tools.diffusion.editing import CropEditd, EditedCT, WriteEditd, check_edited, find_scans
 from maisi_tools.diffusion.inferers import MaskToCT
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
@@ -438,6 +440,14 @@ def test_masks_of_one_name_belong_to_their_scans(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(entries))
     found = find_scans(tmp_path / "list.json", None)
     assert [Path(item["mask"]).parent.name for item in found] == ["a", "b"]
+
+
+def test_a_series_is_refused_where_nothing_could_write_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(editing, "is_series", lambda path: "series" in str(path))
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(InputError, match="needs the extra 'dicom'; install it with: pip install"):
+        check_edited([{"image": "series"}], tmp_path)
+    check_edited([{"image": "scan.nii.gz"}], tmp_path)
 
 
 def test_scans_are_found(tmp_path):

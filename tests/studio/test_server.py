@@ -260,6 +260,7 @@ def test_dicom_says_that_it_is_synthetic(studio, made):
         ("/v1/uploads?kind=ct&name=a.nii", b"x" * 3_000_001, 413, "larger than 3000000 bytes"),
         ("/v1/uploads?name=a.nii", b"x", 422, "kind: Field required"),
         ("/v1/plan", {"size": [1, 2]}, 422, "allowed are three numbers"),
+        ("/v1/plan", {"size": [1024, 1024, 1024]}, 422, "has 1073741824 voxels"),
         ("/v1/maisi/run", {"num_output_samples": 1, "body_region": ["abdomen"]}, 422, "allowed are head"),
     ],
 )

@@ -39,6 +39,9 @@ ALSO: dict[str, Any] = {
 }
 """Further kinds that keys take, or that of keys which the configs compute, by an example."""
 
+MOST_SEED = 2**62
+"""PyTorch takes 64 bits, and further samples and draws have seeds above the first one's."""
+
 COUNTS = {
     **dict.fromkeys(("seed", "redraws", "resample_steps", "num_workers", "adversarial_start", "prior_components"), 0),
     **dict.fromkeys(("num_samples", "splits", "multiple", "max_epochs", "epoch_length", "val_interval"), 1),
@@ -134,7 +137,7 @@ def check_number(name: str, value: Any, low: float, high: float, whole: bool = F
     """
     is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
-        upto = "on" if high == math.inf else f"to {high:g}"
+        upto = "on" if high == math.inf else f"to {high if whole else f'{high:g}'}"
         raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} {upto}")
 
 
@@ -161,7 +164,8 @@ def check_value(key: str, value: Any, own: Sequence[Any], where: str = "") -> No
     if is_expression(value):
         return
     if key in COUNTS and not (key == "splits" and isinstance(value, str) and (value.isdigit() or not value)):
-        check_number(where, value, COUNTS[key], math.inf, whole=True)  # splits are text in a form of MONAI Label
+        most = MOST_SEED if key == "seed" else math.inf
+        check_number(where, value, COUNTS[key], most, whole=True)  # splits are text in a form of MONAI Label
     if key in _HIGHEST:
         check_number(where, value, 0, _HIGHEST[key])
     if isinstance(value, str) and value not in _CHOICES.get(key, (value,)):

@@ -50,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = fire.Fire(commands, arguments, name="maisi", serialize=lambda _: None)
     try:
         plan.execute()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         message = find_input_error(error)
         if message is None and not isinstance(error, OSError) and not _ours(error):

@@ -5,6 +5,7 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,11 @@ def prepare(
 
     path = Path(str(output))
     report_path = path.with_name(f"{path.stem}_report.json")
-    check_targets([name for name in (*datasets, str(held_out)) if Path(name).is_file()], [path, report_path])
+    files = [*datasets, *([held_out] if str(held_out).endswith(".json") else [])]
+    check_targets([name for name in files if Path(name).is_file()], [path, report_path])
     findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
-    placed = steps.split([finding.case for finding in findings], validation, names, patient_pattern, seed)
+    cases = [dataclasses.replace(finding.case, refused=finding.refused) for finding in findings]
+    placed = steps.split(cases, validation, names, patient_pattern, seed)
     report = steps.describe(findings, placed, str(label_map), label_names)
     write_json(report_path, report)
     print(steps.as_text(report))

@@ -74,8 +74,8 @@ def dicom_write(
         enhanced: write one Enhanced CT object instead of a series of slices.
         created: date and time to write, such as 2026-01-31T12:00:00, by default now; the same content and time give the
             same UIDs.
-        from_scan: whether the CT was computed from a patient's scan, whose --source is then needed; by default so for
-            *_recon.nii.gz, what maisi_vae writes, for an edited scan with its JSON beside it, and for DICOM.
+        from_scan: whether the CT was computed from a patient's scan, whose --source is then needed; by default as the
+            JSON beside it says, and so for *_recon.nii.gz and *_latent_ct.nii.gz, edited scans, and DICOM.
     """
     if seed is not None:
         check_seed(seed)
@@ -88,11 +88,10 @@ def dicom_write(
     import json
 
     from maisi_tools.dicom.objects import recordable
-    from maisi_tools.dicom.study import edited_region, write_study
+    from maisi_tools.dicom.study import edited_region, is_of_scan, write_study
     from maisi_tools.masks.class_folder import read_numbers
     from maisi_tools.masks.label_maps import apply_label_map, read_label_map
     from maisi_tools.volumes.grid import grid_difference
-    from maisi_tools.volumes.inputs import SUFFIXES
     from maisi_tools.volumes.reading import read_volume
 
     if conditions is not None and json.dumps(recordable(conditions), default=str) != json.dumps(
@@ -116,9 +115,8 @@ def dicom_write(
                 f"the mask {mask} is not on the grid of {ct} ({difference}); give the mask written beside the CT."
             )
         labels = apply_label_map(drawn[0].numpy(), mapping)
-    name, region = str(ct).lower(), edited_region(str(ct))
-    scan = name.endswith("_recon.nii.gz") or bool(region) or not name.endswith(SUFFIXES)
-    scan = scan if from_scan is None else from_scan
+    region = edited_region(str(ct))
+    scan = is_of_scan(str(ct)) if from_scan is None else from_scan
     files = write_study(
         str(output),
         volume[0].numpy(),

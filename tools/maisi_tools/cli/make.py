@@ -49,7 +49,8 @@ def demo(output_dir: str = "demo_output", seed: int = 0, bundles: str | None = N
     from maisi_tools.report.preview import preview
 
     start = time.perf_counter()
-    phantom = output / "phantom.nii.gz"
+    phantom = output / "input" / "phantom.nii.gz"  # apart, for what lies in `output` was made of it
+    phantom.parent.mkdir(exist_ok=True)
     write_phantom(phantom, KIND, SIZE, SPACING, seed)
     options: dict[str, Any] = {"input": str(phantom), "output_dir": str(output), "seed": seed}
     Stage(bundle, logs=True, **options).run()

@@ -165,8 +165,10 @@ def process_group() -> Any:
 
 def check_seed(seed: Any) -> None:
     """Refuse what is no seed."""
-    if not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 up.")
+    from maisi_tools.settings import MOST_SEED
+
+    if not isinstance(seed, int) or not 0 <= seed <= MOST_SEED:
+        raise InputError(f"seed {seed!r} is not usable; give a whole number from 0 to {MOST_SEED}.")
 
 
 def need_extra(extra: str, *modules: str) -> None:

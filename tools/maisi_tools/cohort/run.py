@@ -131,7 +131,9 @@ def make_cohort(
         idist.barrier()
         if rank:
             return {}
-        shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+        # Of a killed process there may be a study that it was writing (maisi_tools.dicom.study.PART), too.
+        for left in (folder / SCRATCH, *folder.glob(".part-*")):
+            shutil.rmtree(left, ignore_errors=True)
         return {**write_manifest(spec, folder, bundles), "made": len(open_ones)}
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.diffusion.editing import check_edited, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.files import fingerprint_tensors, write_json
+from maisi_tools.files import fingerprint_tensors, held, write_json
 from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
@@ -93,6 +93,14 @@ def make_twins(
     how = json.loads(json.dumps(how))
     _check_earlier(items, folder, how)
     complete = segmenter == THRESHOLDS or stage.parser.get_parsed_content("keep_labels") is not None
+    with held(folder, f"another run makes twins in {folder}"):
+        return _make(items, folder, labeller, stage, complete, how)
+
+
+def _make(
+    items: Sequence[Mapping[str, str]], folder: Path, labeller: Segmenter, stage: Stage, complete: bool, how: Any
+) -> dict[str, list[str]]:
+    """What is missing, one after the other."""
     found: dict[str, list[str]] = {"made": [], "there": [], "failed": []}
     for item in tqdm(items, desc="twins", unit="CT"):
         name = stem_of(item["image"])

@@ -34,7 +34,7 @@ from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
-from maisi_tools.volumes.writing import write_volume
+from maisi_tools.volumes.writing import write_sidecar, write_volume
 
 DONE, LEFT_OUT, FAILED = "done", "left out", "failed"
 """A sample's ``status``: made; made, but left out since a judge does not see its anatomy; or not made."""
@@ -251,7 +251,7 @@ class Worker:
         """Put the files where they belong, and return their paths and hashes.
 
         Args:
-            scan: the series that was edited, whose study a DICOM one joins.
+            scan: that was edited, a series where the format is DICOM, whose study it joins.
             region: of it, see :func:`~maisi_tools.dicom.study.write_study`.
         """
         if self.spec.format == "dicom":
@@ -280,6 +280,8 @@ class Worker:
             path = self.folder / place(pattern, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(made[what], path)
+            if what == "ct" and scan is not None:  # whose patient it shows, wherever it goes
+                write_sidecar(path, {"from_scan": True, "region": {"box_ras_mm": region}})
             stored |= {what: place(pattern, name), f"{what}_sha256": sha256(path)}
         return stored
 

@@ -69,7 +69,8 @@ class Study:
 
     def uid(self, *parts: object) -> str:
         """The UID of the part of the study that `parts` name."""
-        return name_based_uid(self.content, self.attributes["StudyInstanceUID"], self.created.isoformat(), *parts)
+        study = self.content, self.attributes["StudyInstanceUID"], self.created.isoformat(), self.description
+        return name_based_uid(*study, *parts)
 
     @property
     def description(self) -> str:
@@ -187,23 +188,27 @@ def software_version() -> str:
     return version("maisi-bundles")
 
 
-def new_object(study: Study, sop_class: str, modality: str, series: str, series_number: int, instance: int) -> Dataset:
+def new_object(
+    study: Study, sop_class: str, modality: str, series: str, series_number: int, instance: int, about: str = ""
+) -> Dataset:
     """An object with the modules that all have: patient, study, series, equipment, SOP common.
 
     Args:
         study: it belongs to.
         sop_class: UID.
         modality: CT, SEG or RTSTRUCT.
-        series: Series Description; also what the UIDs of series and instance follow from.
+        series: Series Description; what the UIDs of series and instance follow from, with class and `about`.
         series_number: in the study.
         instance: number in the series.
+        about: the class of the images that it refers to, if any.
     """
     ds = Dataset()
     ds.preamble = b"\0" * 128
-    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, study.uid(series, instance)
+    ds.SOPClassUID, ds.SOPInstanceUID = sop_class, study.uid(sop_class, about, series, instance)
     ds.InstanceNumber = instance
     ds.Modality = modality
-    ds.SeriesInstanceUID, ds.SeriesNumber, ds.SeriesDescription = study.uid(series), series_number, series
+    ds.SeriesInstanceUID = study.uid(sop_class, about, series)
+    ds.SeriesNumber, ds.SeriesDescription = series_number, series
     ds.Manufacturer, ds.ManufacturerModelName = MANUFACTURER, MODEL
     ds.DeviceSerialNumber, ds.SoftwareVersions = SERIAL_NUMBER, software_version()
     ds.file_meta = FileMetaDataset()

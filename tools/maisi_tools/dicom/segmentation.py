@@ -13,6 +13,7 @@ from matplotlib.colors import hsv_to_rgb
 from pydicom.dataset import Dataset
 from pydicom.sr._snomed_dict import mapping
 from pydicom.sr.coding import Code
+from pydicom.uid import SegmentationStorage
 
 from maisi_tools.dicom.ct import RAS_TO_LPS
 from maisi_tools.dicom.objects import MANUFACTURER, MODEL, SERIAL_NUMBER, Study, finish, software_version
@@ -64,6 +65,7 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
     if not labels:
         raise InputError("the mask is empty; allowed is a mask with at least one label: leave it out")
     series = SERIES_FROM_SCAN if study.from_scan else SERIES
+    kind = SegmentationStorage, images[0].SOPClassUID, series
     numbers = np.zeros(256, np.uint8)
     numbers[labels] = np.arange(1, len(labels) + 1)
     ds = Segmentation(
@@ -71,9 +73,9 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
         pixel_array=numbers[np.ascontiguousarray(mask.T)],
         segmentation_type="BINARY",
         segment_descriptions=[_description(number, label) for number, label in enumerate(labels, start=1)],
-        series_instance_uid=study.uid(series),
+        series_instance_uid=study.uid(*kind),
         series_number=SERIES_NUMBER,
-        sop_instance_uid=study.uid(series, 1),
+        sop_instance_uid=study.uid(*kind, 1),
         instance_number=1,
         manufacturer=MANUFACTURER,
         manufacturer_model_name=MODEL,
@@ -84,7 +86,7 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
         content_creator_name=f"{MODEL}^",  # a name of one part, as PN wants it
     )
     ds.SeriesDescription = series
-    organization = study.uid(series, "dimensions")
+    organization = study.uid(*kind, "dimensions")
     for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
     return finish(ds, study)

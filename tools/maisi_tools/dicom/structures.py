@@ -73,7 +73,7 @@ def structure_set(mask: np.ndarray, grid: Grid, images: Sequence[Dataset], study
     if not labels:
         raise InputError("the mask is empty; allowed is a mask with at least one label: leave it out")
     series = SERIES_FROM_SCAN if study.from_scan else SERIES
-    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", series, SERIES_NUMBER, 1)
+    ds = new_object(study, RTStructureSetStorage, "RTSTRUCT", series, SERIES_NUMBER, 1, images[0].SOPClassUID)
     ds.OperatorsName = ""
     ds.StructureSetLabel, ds.StructureSetName = "MAISI", series
     ds.StructureSetDate, ds.StructureSetTime = ds.InstanceCreationDate, ds.InstanceCreationTime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
-from maisi_tools.volumes.inputs import is_dicom, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, stem_of
 from maisi_tools.volumes.reading import sidecar_path
 from maisi_tools.volumes.series import read_slices, slice_affine
 
@@ -79,7 +80,7 @@ def write_study(
 
     Raises:
         InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, a source
-            that is no CT series, or none where it is needed.
+            that is no CT series, or none where it is needed, or not the scan that the CT was computed from.
     """
     target = Path(folder).expanduser().resolve()  # of a link, what it leads to
     inside = list(target.iterdir()) if target.is_dir() else []
@@ -92,6 +93,8 @@ def write_study(
     stored = stored_values(turned)
     labels = None if mask is None else to_lps(mask.astype(np.uint8), affine)[0]
     slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
+    if from_scan and slices is not None:
+        _check_place(hu, affine, slices)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
     created = (created or datetime.datetime.now()).replace(microsecond=0)
     with reading(str(source)):  # whose elements are read when they are asked for
@@ -132,14 +135,55 @@ def write_study(
     return [Path(folder).expanduser() / name for name in files]
 
 
+SCANS = ("_recon.nii.gz", "_latent_ct.nii.gz")
+"""Ends of the names of what maisi_vae makes of scans: reconstructions, and decoded latents of them."""
+
+
+def is_of_scan(ct: str | os.PathLike) -> bool:
+    """Whether a CT's file was computed from a scan, by what lies beside it, or else by its name."""
+    said = _beside(ct).get("from_scan")
+    if isinstance(said, bool):
+        return said
+    name = os.fspath(ct).lower()
+    return name.endswith(SCANS) or bool(edited_region(ct)) or not name.endswith(SUFFIXES)
+
+
 def edited_region(ct: str | os.PathLike) -> list[list[float]]:
     """Of an edited scan's file the box that its sidecar names, see :func:`write_study`; empty for any other CT."""
+    region = _beside(ct).get("region")
+    return region.get("box_ras_mm", []) if isinstance(region, dict) else []
+
+
+def _beside(ct: str | os.PathLike) -> dict[str, Any]:
     try:
         content = json.loads(sidecar_path(ct).read_text())
     except (OSError, ValueError):  # there is none, or it is somebody's own
-        content = {}
-    region = content.get("region") if isinstance(content, dict) else None
-    return region.get("box_ras_mm", []) if isinstance(region, dict) else []
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_place(hu: np.ndarray, affine: ArrayLike, slices: Sequence[Dataset]) -> None:
+    """Refuse a CT that lies outside of the scan it is said to be computed from: that is another scan's.
+
+    Raises:
+        InputError: with the two boxes.
+    """
+    shape = (int(slices[0].Columns), int(slices[0].Rows), len(slices))
+    own, scan = _box(np.asarray(affine, dtype=float), hu.shape), _box(slice_affine(slices), shape)
+    voxel = max(np.linalg.norm(part[:3, :3], axis=0).max() for part in (np.asarray(affine), slice_affine(slices)))
+    if (own[0] < scan[0] - voxel).any() or (own[1] > scan[1] + voxel).any():
+        words = " and ".join(f"from {box[0].round(1).tolist()} to {box[1].round(1).tolist()}" for box in (own, scan))
+        raise InputError(
+            f"the CT and the source series reach {words} (RAS, mm); allowed as source is the scan that the CT was "
+            "computed from, in which it lies"
+        )
+
+
+def _box(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The two corners, RAS in mm, of the box about the centres of a grid's voxels."""
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape))))
+    placed = corners @ affine[:3, :3].T + affine[:3, 3]
+    return np.stack([placed.min(0), placed.max(0)])
 
 
 def read_mask(

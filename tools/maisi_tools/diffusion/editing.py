@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -106,7 +107,7 @@ def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str
 
 
 def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:
-    """Refuse to write an edited scan over an input, whichever scan that belongs to.
+    """Refuse to write an edited scan over an input, whichever scan that belongs to; or a series that cannot be.
 
     Args:
         scans: see :func:`find_scans`.
@@ -115,6 +116,11 @@ def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLi
     Raises:
         InputError: see :func:`~maisi_tools.volumes.inputs.check_targets`.
     """
+    if any(is_series(scan["image"]) for scan in scans) and importlib.util.find_spec("highdicom") is None:
+        raise InputError(
+            "a DICOM series comes back as one, which needs the extra 'dicom'; install it with: pip install "
+            "'maisi-bundles[dicom]', or give the CT as NIfTI"
+        )
     inputs = [scan[key] for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
     targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values()]
     check_targets(inputs, targets, output_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import shutil
 import socket
@@ -40,6 +41,7 @@ from maisi_tools.studio.jobs import FINAL, Full, Job, Jobs, Worker
 from maisi_tools.studio.recipe import name_of, result_of
 from maisi_tools.studio.requests import Grid, check_memory_limit, check_request, check_triple, grid_of
 from maisi_tools.tsp.plan import format_bytes
+from maisi_tools.volumes.limits import check_limit
 
 LARGEST_BODY = 1 << 20
 """Bytes of a request that is no upload."""
@@ -90,11 +92,13 @@ def serve(
         config.load()
     except OSError as error:
         raise InputError(f"the certificate {certificate} cannot be loaded ({error}); give PEM files") from error
-    place = f"[{host}]" if ":" in host else host
+    # Of all addresses of this machine its name is what others know.
+    named = socket.getfqdn() if host in ("0.0.0.0", "::") else host
+    place = f"[{named}]" if ":" in named else named
     address = f"{'https' if certificate else 'http'}://{place}:{listening.getsockname()[1]}/"
     address += f"?token={quote(token)}" if token else ""
     print(f"MAISI Studio: {address}", flush=True)
-    if browse:
+    if browse and not token:  # a browser's arguments are seen by all who use this machine
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
@@ -108,7 +112,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         if not (folder / "upload.json").is_file():  # what a killed server had not read to its end
             shutil.rmtree(folder, ignore_errors=True)
     jobs = Jobs(folders, workers, WAITING)
-    reading = asyncio.Lock()
+    reading, planning = asyncio.Lock(), asyncio.Lock()
 
     async def alone(read: Callable[..., Result], *args: Any) -> Result:
         """What `read` returns; one at a time, so that memory holds one volume, however many clients ask."""
@@ -193,7 +197,9 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     @app.post("/v1/plan", openapi_extra=_body({"size": [96, 80, 96], "spacing": [4, 4, 2.5], "memory_limit": "1GiB"}))
     async def plan(request: Request) -> dict[str, Any]:
         """What making a CT of a size, or of a job's source, needs of a device's memory."""
-        return await run_in_threadpool(_plan, await _content(request), catalogue, mask_grid)
+        content = await _content(request)
+        async with planning:  # the cost of one is large enough
+            return await run_in_threadpool(_plan, content, catalogue, mask_grid)
 
     # --- uploads ------------------------------------------------------------------------------------------------------
 
@@ -206,6 +212,9 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
             folder.mkdir(parents=True)
             await _receive(request, folder / file, catalogue.upload_bytes)
             return await alone(uploads.describe_upload, folder, file, name, kind)
+        except InputError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise InputError(str(error).replace(str(folder / file), name[:200])) from None
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -399,6 +408,7 @@ def _plan(content: Any, catalogue: Catalogue, mask_grid: Callable[[Any], Grid]) 
     source = {"kind": "phantom"} if sized else content.get("source")
     request = check_request({"makes": "ct", "source": source, "settings": settings}, catalogue, mask_grid)
     size = content["size"] if sized else grid_of(request, catalogue, mask_grid)[0]
+    check_limit("MAISI_MAX_VOXELS", math.prod(size), f"a CT of {list(size)} has {math.prod(size)} voxels")
     given = request["settings"]
     weights = catalogue.weights[given["weights"]]
     found = catalogue.footprints(weights, tuple(size), given.get("memory_limit"), given["device"])

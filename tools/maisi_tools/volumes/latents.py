@@ -143,6 +143,8 @@ class RestoreGeometryd(MapTransform):
 class UnscaleLatentd(MapTransform):
     """Divides a latent read from disk by its sidecar's ``scale_factor``, so that the decoder can take it.
 
+    The item gets ``from_scan``: whether the latent was encoded from a scan, not drawn.
+
     Args:
         keys: latents with ``meta["sidecar"]``.
         factor: of the autoencoder that is to decode them.
@@ -172,4 +174,5 @@ class UnscaleLatentd(MapTransform):
                     f"to decode it has {self.encoder}; give the weights that it was encoded with, or encode it again"
                 )
         unscaled = {key: data[key] / data[key].meta["sidecar"]["scale_factor"] for key in self.key_iterator(data)}
-        return {**data, **unscaled}
+        from_scan = any("source" in data[key].meta["sidecar"] for key in self.key_iterator(data))
+        return {**data, **unscaled, "from_scan": from_scan}
