@@ -116,6 +116,7 @@ class Experiment:
         self.names = {"datalist": str(datalist), "synthetic": str(synthetic)}
         self.real, self.synthetic = _labelled(datalist, "training"), _labelled(synthetic, "training")
         self.validation, self.kept_out = _labelled(datalist, "validation"), _labelled(kept_out, "validation")
+        check_stems(case["image"] for case in self.kept_out)  # by which they are measured
         _check_apart(datalist, ("training", "validation"), kept_out)
         _check_apart(synthetic, ("training",), kept_out)
         self.folder = check_output_dir(output_dir)
@@ -253,7 +254,8 @@ class Experiment:
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
-        if other := [name for name, value in self._settings(arm).items() if record["settings"].get(name) != value]:
+        then = record["settings"]  # an earlier version's has less
+        if other := [name for name, value in self._settings(arm).items() if then.get(name, value) != value]:
             raise InputError(
                 f"{path.parent} was made with another {', '.join(other)}; give the same data and options again, or "
                 "another output folder"
@@ -380,7 +382,6 @@ def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
         raise InputError(f"{datalist} has cases without label under {section!r}, such as {missing[0]}; leave them out")
     if absent := [case[key] for case in cases for key in ("image", "label") if not Path(case[key]).is_file()]:
         raise InputError(f"{absent[0]}, named in {datalist}, does not exist; correct the path")
-    check_stems(case["image"] for case in cases)
     return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
 
 

@@ -267,6 +267,16 @@ def test_prepare_holds_out_of_what_can_be_used(tmp_path, capsys):
         assert "1 volumes of 1 patients to train on, 1 of 1 held out" in capsys.readouterr().out
 
 
+def test_a_damaged_file_of_a_patient_that_is_held_out_changes_nothing(tmp_path, capsys):
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    save(tmp_path / "cts" / "pt_2_a_ct.nii.gz", hu)
+    (tmp_path / "cts" / "pt_1_a_ct.nii.gz").write_text("damaged")
+    line = ["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--patient_pattern", r"pt_\d+"]
+    assert main([*line, "--held_out", "pt_1"]) == 0
+    assert "1 volumes of 1 patients to train on, 0 of 0 held out" in capsys.readouterr().out
+
+
 def test_an_interrupted_command_says_so_in_a_word(monkeypatch, tmp_path, capsys):
     from maisi_tools.masks import phantom
 

@@ -143,7 +143,7 @@ def test_values_that_are_used_pass(configs):
     for bundle, given in {
         "maisi_ldm": {"guidance_scale": 3, "region": "head", "modality": 8, "trained_modalities": [1, "ct"]},
         "maisi_controlnet": {"keep_labels": None, "spacing": [4, 4, 3], "seed": "$1 + 1", "splits": "2", "edits": ""},
-        "maisi_vae": {"resume": "a.pt", "frozen_layers": None, "intensity_weights": [[0, 1, 2.5]], "load": []},
+        "maisi_vae": {"resume": "a.pt", "frozen_layers": None, "intensity_weights": [[0, 1, 2.5]], "input": ("a", "b")},
     }.items():  # fmt: skip
         check_values(given, configs(bundle))
     for bundle in ("maisi_vae", "maisi_ldm", "maisi_controlnet"):

@@ -31,3 +31,21 @@ def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
     assert np.count_nonzero(found) == 51
     ((structure,), _, _, unknown) = segments(pydicom.dcmread(tmp_path / "seg.dcm"), {})
     assert (structure.name, structure.label, unknown) == ("x", 1, [])
+
+
+@pytest.mark.parametrize("numbers", [[5, 15], [4, 6, 8], [5, 10, 17]])
+def test_frames_with_gaps_between_them_are_the_slices_that_were_drawn(studies, tmp_path, numbers):
+    """Whether the file says how far apart slices are or not."""
+    slices = [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]
+    shares = np.zeros((len(slices), int(slices[0].Rows), int(slices[0].Columns)))
+    shares[numbers, 10:14, 8:12] = 1
+    ds = foreign_segmentation(slices, [("x", codes.SCT.Liver, shares)], segmentation_type="BINARY")
+    for said in (True, False):
+        if not said:
+            for group in (ds.SharedFunctionalGroupsSequence[0], *ds.PerFrameFunctionalGroupsSequence):
+                for measures in group.get("PixelMeasuresSequence") or ():
+                    if "SpacingBetweenSlices" in measures:
+                        del measures.SpacingBetweenSlices
+        ds.save_as(tmp_path / "seg.dcm")
+        found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
+        assert np.array_equal(found.T > 0, shares > 0)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
 
-from maisi_tools.dicom.structures import fill_polygon
+from maisi_tools.dicom.structures import fill_polygon, structures
 from maisi_tools.masks.vocabulary import BODY
 from maisi_tools.volumes.series import read_slices, slice_affine
 
@@ -35,3 +35,13 @@ def test_the_roi_of_the_body_is_the_whole_outline(written, mask):
         assert np.abs(points[:, 2] - number).max() < 1e-3
         filled[:, :, number] ^= fill_polygon(points[:, :2], filled.shape[:2])
     assert np.count_nonzero(filled) == np.count_nonzero(mask) > np.count_nonzero(mask == BODY)
+
+
+def test_an_roi_of_another_frame_of_reference_is_left_out(written, caplog):
+    ds, slices = written
+    first = ds.StructureSetROISequence[0]
+    before = {one.name for one in structures(ds, slices, {})[0]}
+    first.ReferencedFrameOfReferenceUID = "1.2.3.4"
+    after = {one.name for one in structures(ds, slices, {})[0]}
+    assert before - after == {str(first.ROIName)}
+    assert f"the ROI {first.ROIName} is left out: it was drawn in another frame of reference" in caplog.text

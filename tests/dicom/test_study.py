@@ -17,6 +17,7 @@ from maisi_tools.dicom.ct import to_lps
 from maisi_tools.dicom.objects import SYNTHETIC_DATA
 from maisi_tools.dicom.study import is_of_scan, read_mask, write_study
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.reading import read_volume
 
 from .conftest import CREATED, SIZE, SPACING, oblique_affine
@@ -300,6 +301,16 @@ def test_a_reconstruction_joins_no_other_scan(tmp_path, source, hu):
     inner[:3, 3] = (inner @ [1, 1, 1, 1])[:3]
     write_study(tmp_path / "out", hu[1:-1, 1:-1, 1:-1], inner, source=source, from_scan=True)
     write_study(tmp_path / "drawn", hu, moved, source=source)  # of a mask, wherever it lies
+
+
+@pytest.mark.parametrize("degrees", [3, 20])
+def test_a_reconstruction_of_a_tilted_scan_joins_it(tmp_path, hu, degrees):
+    """On the straight grid, which reaches beyond the tilted slices."""
+    tilted = np.diag([2.0, 2.0, 3.0, 1.0])
+    tilted[1, 2] = 3.0 * np.tan(np.radians(degrees))
+    write_study(tmp_path / "s", hu, tilted)
+    scan = straighten(read_volume(tmp_path / "s" / "CT", "ct"), "bilinear", -1000)
+    write_study(tmp_path / "out", scan[0].numpy(), scan.affine.numpy(), source=tmp_path / "s" / "CT", from_scan=True)
 
 
 def test_objects_of_another_kind_or_another_seed_are_others(tmp_path, hu, mask):

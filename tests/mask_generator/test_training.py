@@ -134,6 +134,9 @@ def test_noise_beyond_the_latest_is_not_trained_for():
     assert torch.equal(early[every <= 600], every[every <= 600])
     with pytest.raises(InputError, match=r"DDPMScheduler.*prior_components 0"):
         MaskDiffusionBatch(DDPMScheduler(), 1.0, 0, latest=0.6)
+    for none in (0, 1.5):
+        with pytest.raises(InputError, match=f"prior_until is {none}; allowed is a share of noise above 0"):
+            MaskDiffusionBatch(scheduler, 1.0, 0, latest=none)
 
 
 def samples_of(count: int, sizes: torch.Tensor) -> list[dict]:

@@ -246,9 +246,10 @@ def test_of_a_component_its_class_and_its_own_values_count():
         def __init__(self, power):
             super().__init__()
             self.power, self.terms, self.table = power, {}, torch.zeros(3)
+            self.func, self.parts, self.sizes = max, [max, torch.zeros(1)], ((1, 2), "x")
 
     assert constants_of("rate", 0.1) == {"rate": 0.1} and constants_of("weights", {"a": 1}) == {"weights": {"a": 1}}
-    assert constants_of("loss", Loss(2.0)) == {"loss": "Loss", "loss#power": 2.0}
+    assert constants_of("loss", Loss(2.0)) == {"loss": "Loss", "loss#power": 2.0, "loss#sizes": ((1, 2), "x")}
     parts = functools.partial(max, key=3)
     assert constants_of("schedule", parts) == {"schedule": "max", "schedule#key": 3}
     assert constants_of("schedule", max) == {"schedule": "max"}

@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.networks import load_controlled
+from maisi_tools.networks import file_of_unet, load_controlled
 from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet, train_parts
 from maisi_tools.volumes.grid import latent_affine
 
@@ -116,6 +116,8 @@ def test_a_file_of_both_is_loaded_for_both(tiny_controlled, unet_file, tmp_path)
         found = load_controlled(tiny_controlled, tmp_path / file, alone).state_dict()
         assert torch.equal(found["unet.conv_in.conv.weight"], wanted)
         assert all(torch.equal(found[f"controlnet.{name}"], value) for name, value in control.items())
+        of_unet = file_of_unet(tmp_path / file, alone)  # whose scale factor is that of the latents
+        assert of_unet == (tmp_path / file if file == "both.pt" else alone)
 
 
 def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):

@@ -253,7 +253,11 @@ def test_what_an_earlier_run_left_among_the_volumes_is_no_volume(volumes, tmp_pa
     made[0].parent.mkdir()
     for path in made:
         path.write_text("4")
+    made_from = {"autoencoder": "x", "source": "y", "settings": '{"coarse_size": [16, 16, 16]}'}
     for stem in ("a_ct", "b_ct_flip"):
-        (tmp_path / "out" / f"{stem}_latent.json").write_text('{"autoencoder": "x", "source": "y", "settings": "{}"}')
+        (tmp_path / "out" / f"{stem}_latent.json").write_text(json.dumps(made_from))
     again = jobs([*volumes, *({"image": str(path)} for path in made)], tmp_path, tiny_autoencoder)
     assert [job["stem"] for job in again] == [job["stem"] for job in first]
+    (tmp_path / "out" / "a_ct_latent.json").write_text(json.dumps({**made_from, "settings": "{}"}))
+    again = jobs([*volumes, {"image": str(made[2])}], tmp_path, tiny_autoencoder)  # somebody's own, of that name
+    assert len(again) == len(first) + 2

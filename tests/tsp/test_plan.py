@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.tsp.nodes import Node, clamp, source
 from maisi_tools.tsp.plan import Graph, Plan, make_plan
 from maisi_tools.tsp.run import Call, Settings
 
@@ -156,3 +157,27 @@ def test_what_torch_allocates_is_what_was_planned(splits):
         inferer(volume, network)  # what is imported and remembered at the first call is not measured
         most = allocated_at_most(lambda: inferer(volume, network))
     assert 0.75 * (plan.peak - plan.base) <= most <= 1.05 * (plan.peak - plan.base)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_what_a_rank_has_to_send_is_not_freed_before(ranks):
+    """A layer with few rows leaves some ranks without any, whose rows others still need."""
+    start = source(torch.zeros(1, 1, 8, 4, 4), 2)
+
+    def conv(name, given, rows, step):
+        def need(k, a, b):
+            return clamp(a * step - 1, (b - 1) * step + 2, given.rows)
+
+        return Node(name, (given,), (1, 1, rows, 4, 4), torch.float32, 2, lambda slabs, a, b: None, need, cost=50.0)
+
+    first = conv("first", start, 8, 1)
+    graph = Graph([conv("early", first, 8, 1), conv("down", first, 2, 4)])
+    for rank in range(ranks):
+        plan, freed, sent = Plan(graph, 0, 1 << 30, 1, rank=rank, ranks=ranks), [], 0
+        for done in plan.passes:
+            for message in (message for message in done.messages if message.source == rank):
+                sent += 1
+                for node, (a, b) in freed:
+                    assert node is not message.node or b <= message.rows[0] or a >= message.rows[1]
+            freed += [entry for step in done.steps for entry in step.free]
+        assert sent or ranks == 1

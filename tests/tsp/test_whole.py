@@ -474,3 +474,46 @@ def test_a_plan_for_which_memory_ran_out_is_not_tried_again(network, monkeypatch
         for _ in range(3):
             torch.testing.assert_close(inferer(volume, network), network(volume))
     assert len(tried) == 4 and tried[1:] == [tried[1]] * 3
+
+
+class Sized(nn.Module):
+    """Pads and joins as it is told between two convolutions."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.first, self.last, self.between = nn.Conv3d(1, 2, 1), nn.Conv3d(2, 1, 3, padding=1), between
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+def _pads(mode, *widths):
+    return lambda y: functional.pad(y, widths, mode=mode)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    "between",
+    [
+        _pads("circular", 2, -1, 2, -1, 2, -1),
+        _pads("circular", -1, 3, -1, 3, -1, 3),
+        _pads("reflect", 2, -1, 2, -1, 2, -1),
+        lambda y: torch.cat([y.half(), y.half(), y], 2) * 3000,
+        lambda y: torch.cat([y, y.half(), y.half()], 4) * 3000,
+    ],
+)
+def test_pads_of_both_signs_and_joins_of_several_types(between, axis):
+    network, volume = Sized(between).eval(), torch.randn(1, 1, 6, 7, 8)
+    expected = network(volume)
+    for splits in (1, 2, 5):
+        found = TSPInferer(splits=splits, axis=axis)(volume, network)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_plan_is_not_used_for_another_pad():
+    inferer, volume = TSPInferer(splits=5, axis=0), torch.randn(1, 1, 2, 4, 4)
+    for mode in ("replicate", "constant"):
+        network = Sized(None).eval()
+        for before in (2, 3, 4):
+            network.between = _pads(mode, 0, 0, 0, 0, before, 8 - before)
+            torch.testing.assert_close(inferer(volume, network), network(volume))

@@ -122,6 +122,21 @@ def test_regridded_mask_stays_in_place(spacing, size, expected):
     assert np.allclose(world_box(regridded), world_box(mask), atol=max(wanted) / 2)
 
 
+@pytest.mark.parametrize("origin", [0.0, 0.5, -3.0, 100.0, -100.0])
+@pytest.mark.parametrize("turned", [1, -1])
+@pytest.mark.parametrize("spacing", [0.5, 2.0, 4.0])
+def test_the_faces_of_the_grid_stay_wherever_it_begins(origin, turned, spacing):
+    affine = torch.diag(torch.tensor([turned, turned, 1.0, 1.0], dtype=torch.float64))
+    affine[:3, 3] = origin
+    mask = MetaTensor(torch.ones(1, 80, 40, 80), affine=affine)
+    found = regrid_mask(mask, spacing=(spacing,) * 3)
+    for one in (mask, found):
+        ends = np.array([[-0.5] * 3, [n - 0.5 for n in one.shape[1:]]])
+        faces = ends @ np.asarray(one.affine)[:3, :3].T + np.asarray(one.affine)[:3, 3]
+        assert np.allclose(faces, [[origin - 0.5 * turned] * 2 + [origin - 0.5],
+                                   [origin + 79.5 * turned, origin + 39.5 * turned, origin + 79.5]])  # fmt: skip
+
+
 def test_regridding_by_two_is_exact():
     mask = MetaTensor(torch.randint(0, 200, (1, 6, 5, 4)).float(), affine=torch.diag(torch.tensor([2.0, 2, 2, 1])))
     for finer in (regrid_mask(mask, spacing=(1, 1, 1)), regrid_mask(mask, size=(12, 10, 8))):

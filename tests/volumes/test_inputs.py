@@ -58,7 +58,13 @@ def test_stem_of_the_folder_one_is_in(tmp_path, monkeypatch):
 
 def test_what_is_null_in_a_datalist_is_left_out(folder):
     """MONAI's collation could not carry it, and would say so after the door."""
-    entry = {"image": str(folder / "b.nii.gz"), "age": None, "of": {"site": None, "dose": 2}, "none": {}, "fold": 0}
+    entry = {
+        "image": str(folder / "b.nii.gz"),
+        "age": None,
+        "of": {"site": None, "dose": 2},
+        "none": {"a": {"b": None}},
+        "fold": 0,
+    }
     (item,) = find_inputs([entry])
     assert item == {"image": entry["image"], "of": {"dose": 2}, "fold": 0}
     list_data_collate([item])

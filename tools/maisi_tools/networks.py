@@ -402,12 +402,22 @@ def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_p
 
     A file of both, as a training leaves it, in the place of the ControlNet's is taken for both.
     """
-    if any(name.startswith("unet.") for name in read_weights(controlnet_path)):
+    if file_of_unet(controlnet_path, unet_path) == controlnet_path:
         load_weights(network, controlnet_path)
         return network
     load_weights(network.unet, unet_path)
     load_weights(network.controlnet, controlnet_path)
     return network
+
+
+def file_of_unet(controlnet_path: str | Path, unet_path: str | Path | None) -> str | Path | None:
+    """The file that has the U-Net beside a ControlNet: a training leaves both in one, which the first then is.
+
+    Raises:
+        InputError: the first file is missing or no checkpoint.
+    """
+    both = any(name.startswith("unet.") for name in read_weights(controlnet_path))
+    return controlnet_path if both else unet_path
 
 
 def sees_coarse(weights: Mapping[str, Tensor] | str | Path) -> bool:

@@ -163,7 +163,7 @@ def check_value(key: str, value: Any, own: Sequence[Any], where: str = "") -> No
         raise InputError(f"{where} is {value!r}; allowed is {_kind(known[0])}, such as {known[0]!r:.80}")
     if is_expression(value):
         return
-    if key in COUNTS and not (key == "splits" and isinstance(value, str) and (value.isdigit() or not value)):
+    if key in COUNTS and not (key == "splits" and isinstance(value, str) and (value.isdecimal() or not value)):
         most = MOST_SEED if key == "seed" else math.inf
         check_number(where, value, COUNTS[key], most, whole=True)  # splits are text in a form of MONAI Label
     if key in _HIGHEST:

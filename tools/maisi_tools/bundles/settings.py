@@ -29,6 +29,9 @@ READ_BY_MONAI = {
 """Keys that MONAI reads itself, with or without a reference to them."""
 
 _INPUTS = {"input", "dataset_dir"}
+_SWITCHES = {"presets", "trained_modalities", "merge_labels"}
+"""Keys whose null turns off what weights of one's own need not have."""
+
 _NEEDED_PATHS = {"output_dir", "ckpt_dir", "ckpt_path"}
 _PATHS = {"input", "dataset_dir", "datalist", "label_map", "bundle_root"}
 _PATH_ENDINGS = ("_dir", "_path", "_ckpt", "_config", "_file")
@@ -159,19 +162,19 @@ def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) 
             else:
                 own.setdefault(key, []).append(value)
     for key, value in [*config.items(), *(config.get(DISPLAYABLE) or {}).items()]:
-        if is_path(key) and _is_plain(value):
+        if is_path(key) and _is_plain(value) and (key in own or key in computed):
             _check_path(key, value)
         if is_path(key) or key in {*READ_BY_MONAI, DISPLAYABLE} or not _is_plain(value):
             continue
         known = own.get(shown_as.get(key, key), [None])
         if key in computed:  # of a few of these the kind is known
             known = [ALSO[key]] if isinstance(ALSO.get(key), bool) else [None]
-        check_value(key, value, known)
+        check_value(key, value, [*known, value] if value is None and key in _SWITCHES else known)
 
 
 def _check_path(key: str, value: Any) -> None:
     """Refuse what is no path, or no path where one is needed; an input may be a list, too."""
-    if value is None and key not in _NEEDED_PATHS or key in _INPUTS and isinstance(value, (list, Mapping)):
+    if value is None and key not in _NEEDED_PATHS or key in _INPUTS and isinstance(value, (list, tuple, Mapping)):
         return
     if not isinstance(value, (str, Path)):
         raise InputError(f"{key} is {value!r}; allowed is a path, as text")

@@ -5,7 +5,6 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,8 @@ def prepare(
     files = [*datasets, *([held_out] if str(held_out).endswith(".json") else [])]
     check_targets([name for name in files if Path(name).is_file()], [path, report_path])
     findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
-    cases = [dataclasses.replace(finding.case, refused=finding.refused) for finding in findings]
-    placed = steps.split(cases, validation, names, patient_pattern, seed)
+    cases, usable = [finding.case for finding in findings], [finding.refused is None for finding in findings]
+    placed = steps.split(cases, validation, names, patient_pattern, seed, usable)
     report = steps.describe(findings, placed, str(label_map), label_names)
     write_json(report_path, report)
     print(steps.as_text(report))

@@ -72,8 +72,8 @@ def dicom_write(
         conditions: that the CT was generated with, to be recorded, such as "{'steps': 30}".
         label_map: maisi, totalsegmentator, openkbp or a JSON file: how the mask's labels are to be read.
         enhanced: write one Enhanced CT object instead of a series of slices.
-        created: date and time to write, such as 2026-01-31T12:00:00, by default now; the same content and time give the
-            same UIDs.
+        created: date and time to write, such as 2026-01-31T12:00:00, by default now; the same content, seed,
+            conditions and time give the same UIDs.
         from_scan: whether the CT was computed from a patient's scan, whose --source is then needed; by default as the
             JSON beside it says, and so for *_recon.nii.gz and *_latent_ct.nii.gz, edited scans, and DICOM.
     """

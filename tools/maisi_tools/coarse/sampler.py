@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from maisi_tools.coarse.grid import CELL
 from maisi_tools.diffusion.conditions import Conditions, draw_noise
 from maisi_tools.diffusion.noise import redraw_seeds
-from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample
+from maisi_tools.diffusion.samplers import Progress, Scheduler, check_sampling, sample, step_generator
+from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.sizes import UNKNOWN
 from maisi_tools.volumes.checks import check_output_size, extent_within
 
@@ -27,9 +29,17 @@ class FieldOfView:
 
     Args:
         mm: (lowest, highest) along x, y, z; they enter the network as 0 and 1, what is beyond as the nearer one.
+
+    Raises:
+        InputError: these are not such pairs.
     """
 
     mm: Sequence[Sequence[float]]
+
+    def __post_init__(self) -> None:
+        pairs = [tuple(pair) for pair in self.mm]
+        if len(pairs) != 3 or not all(len(pair) == 2 and 0 <= pair[0] < pair[1] < math.inf for pair in pairs):
+            raise InputError(f"field_of_view is {self.mm}; allowed are three of [lowest, highest] mm, the lowest first")
 
     @staticmethod
     def extents(size: Sequence[int], spacing: Sequence[float]) -> list[float]:
@@ -102,12 +112,14 @@ class CoarseSampler:
         device = next(self.network.parameters()).device
         told = self.field_of_view.vector(conditions.size, conditions.spacing, conditions.region)[None].to(device)
         # Another seed than the latent's noise has: the two are to have nothing to do with each other.
-        noise = draw_noise((1, CELL**3, *(n // CELL for n in self.size)), redraw_seeds(seed, 1)[1]).to(device)
+        own = redraw_seeds(seed, 1)[1]
+        noise = draw_noise((1, CELL**3, *(n // CELL for n in self.size)), own).to(device)
         cells = sample(
             lambda x, t: self.inferer(x, self.network, t, organ_sizes=told),
             noise,
             self.scheduler,
             self.num_inference_steps,
+            step_generator(noise, own),
             progress=self.progress,
             solver=self.solver,
         )

@@ -85,6 +85,7 @@ def split(
     held_out: Collection[str] = (),
     patient_pattern: str | None = None,
     seed: int = 0,
+    usable: Sequence[bool] | None = None,
 ) -> list[tuple[str, str]]:
     """The patient and the section ("training" or "validation") of each case; no patient is in both.
 
@@ -95,6 +96,7 @@ def split(
         patient_pattern: regular expression that finds the patient in a case's name, as its first group or, without
             one, as the whole match. By default a patient is a case's name.
         seed: of the choice.
+        usable: whether each case can be used, which the share is of; by default all that are not refused.
 
     Where neither ``validation`` nor ``held_out`` is given, the data sets' own split holds.
 
@@ -110,6 +112,8 @@ def split(
     if validation is not None:
         if isinstance(validation, bool) or not isinstance(validation, (int, float)) or not 0 <= validation < 1:
             raise InputError(f"validation is {validation!r}; allowed is the share of patients to hold out, such as 0.1")
+        if usable is not None:
+            everyone &= {patient for patient, can_be in zip(patients, usable, strict=True) if can_be}
         count = int(np.ceil(validation * len(everyone)))
         if count >= len(everyone):
             raise InputError(
@@ -238,8 +242,8 @@ def _read(case: Case, mapping: LabelMap) -> Finding:
     if case.refused is not None:
         return Finding(case, refused=case.refused)
     try:
-        is_ct = case.modality == "ct"
-        image = read_volume(case.image, "ct", intensity_check=is_ct, modalities=("CT",) if is_ct else ("MR",))
+        wanted = ("MR",) if case.modality.startswith("mr") else None
+        image = read_volume(case.image, "ct", intensity_check=case.modality == "ct", modalities=wanted)
         size, spacing = tuple(image.shape[1:]), tuple(round(float(mm), 4) for mm in image.pixdim)
         labels = None
         if case.label is not None:

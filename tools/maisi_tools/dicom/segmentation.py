@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -100,8 +101,8 @@ def segments(
     Args:
         ds: the Segmentation; BINARY, LABELMAP, or FRACTIONAL (from one half on).
         table: the user's names -> label, 0 to drop; looked at before codes and known names.
-        slices: of the series it was drawn on, in order. Frames that form no volume of right angles, as those on a
-            tilted gantry, are placed on them.
+        slices: of the series it was drawn on, in order, on which its frames are placed. Frames that lie on none of
+            them have to form a volume of right angles, as they have to without a series.
 
     Returns:
         The structures, each with a function that draws it as (columns, rows, slices); the affine (4, 4) from these to
@@ -114,16 +115,21 @@ def segments(
     segmentation = Segmentation.from_dataset(ds, copy=False)
     geometry = segmentation.get_volume_geometry()
     drawing: Callable[[int], Callable[[], np.ndarray]]
-    if geometry is None:
-        if slices is None:
-            raise InputError(
-                "the segmentation's frames form no regular volume; allowed are equally spaced frames, or those on the "
-                "slices of a series: give the CT series it was drawn on with --series FOLDER"
-            )
+    if geometry is None and slices is None:
+        raise InputError(
+            "the segmentation's frames form no regular volume; allowed are equally spaced frames, or those on the "
+            "slices of a series: give the CT series it was drawn on with --series FOLDER"
+        )
+    places: list[int] | None = None
+    if slices is not None:
         shape, affine = (int(slices[0].Columns), int(slices[0].Rows), len(slices)), slice_affine(slices)
-        places = _places(ds, shape, affine)
+        # Of frames with gaps between them the distance of slices is a guess, so they are placed one by one if they can.
+        with contextlib.nullcontext() if geometry is None else contextlib.suppress(InputError, AttributeError):
+            places = _places(ds, shape, affine)
+    if places is not None:
         drawing = functools.partial(_drawing_of_frames, segmentation, places, shape)
     else:
+        assert geometry is not None
         count, rows, columns = (int(size) for size in geometry.spatial_shape)
         claim = f"the segmentation has {columns} x {rows} pixels and its frames span {count} slices"
         check_limit("MAISI_MAX_VOXELS", count * rows * columns, claim)

@@ -122,7 +122,9 @@ def structures(
     shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
     affine = slice_affine(slices)
     to_voxels = np.linalg.inv(affine) @ RAS_TO_LPS
-    names = {int(roi.ROINumber): str(roi.get("ROIName", "")) for roi in ds.get("StructureSetROISequence") or ()}
+    listed = {int(roi.ROINumber): roi for roi in ds.get("StructureSetROISequence") or ()}
+    names = {number: str(roi.get("ROIName", "")) for number, roi in listed.items()}
+    frame = slices[0].get("FrameOfReferenceUID")
     drawn, unknown, unclosed = [], [], []
     for item in ds.get("ROIContourSequence") or ():
         name = names.get(int(item.ReferencedROINumber), "") or f"ROI {item.ReferencedROINumber}"
@@ -133,6 +135,10 @@ def structures(
             if str(contour.get("ContourGeometricType")) in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
         ]
         if label == 0:
+            continue
+        own = listed.get(int(item.ReferencedROINumber), {}).get("ReferencedFrameOfReferenceUID")
+        if own and frame and own != frame:  # of a fused MR or PET, say, whose coordinates are others
+            logger.warning("the ROI %s is left out: it was drawn in another frame of reference than the series'", name)
             continue
         if not contours:
             unclosed.append(name)

@@ -27,6 +27,7 @@ from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
+from maisi_tools.volumes.grid import straight_grid
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, stem_of
 from maisi_tools.volumes.reading import sidecar_path
 from maisi_tools.volumes.series import read_slices, slice_affine
@@ -163,14 +164,18 @@ def _beside(ct: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_place(hu: np.ndarray, affine: ArrayLike, slices: Sequence[Dataset]) -> None:
-    """Refuse a CT that lies outside of the scan it is said to be computed from: that is another scan's.
+    """Refuse a CT that lies outside of the scan, as it is or straightened, that it is said to be computed from.
 
     Raises:
         InputError: with the two boxes.
     """
-    shape = (int(slices[0].Columns), int(slices[0].Rows), len(slices))
-    own, scan = _box(np.asarray(affine, dtype=float), hu.shape), _box(slice_affine(slices), shape)
-    voxel = max(np.linalg.norm(part[:3, :3], axis=0).max() for part in (np.asarray(affine), slice_affine(slices)))
+    shape, grid = (int(slices[0].Columns), int(slices[0].Rows), len(slices)), slice_affine(slices)
+    own, (as_is, straight) = (
+        _box(np.asarray(affine, dtype=float), hu.shape),
+        (_box(grid, shape), _box(*straight_grid(grid, shape))),
+    )
+    scan = np.stack([np.minimum(as_is[0], straight[0]), np.maximum(as_is[1], straight[1])])
+    voxel = max(np.linalg.norm(part[:3, :3], axis=0).max() for part in (np.asarray(affine), grid))
     if (own[0] < scan[0] - voxel).any() or (own[1] > scan[1] + voxel).any():
         words = " and ".join(f"from {box[0].round(1).tolist()} to {box[1].round(1).tolist()}" for box in (own, scan))
         raise InputError(

@@ -89,13 +89,15 @@ class MaskDiffusionBatch(DiffusionBatch):
         kwargs: of :class:`~maisi_tools.training.diffusion.DiffusionBatch`.
 
     Raises:
-        InputError: `latest` below 1 with another scheduler than rectified flow's.
+        InputError: `latest` is no share of noise, or is below 1 with another scheduler than rectified flow's.
     """
 
     def __init__(self, *args: Any, size_dropout: float = 0.0, latest: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.size_dropout = float(size_dropout)
         self.latest = float(latest)
+        if not 0 < self.latest <= 1:
+            raise InputError(f"prior_until is {latest}; allowed is a share of noise above 0, up to 1")
         if self.latest < 1 and not isinstance(self.scheduler, RFlowScheduler):
             raise InputError(
                 f"prior_until is {latest} with {type(self.scheduler).__name__}; the prior is for rectified flow: give "

@@ -111,7 +111,7 @@ def label_of(name: str | int) -> int:
     Raises:
         InputError: there is none.
     """
-    if str(name).isdigit():
+    if str(name).isdecimal():
         if int(name) in VOCABULARY:
             return int(name)
         raise InputError(f"{name} is no label; {ALLOWED}")

@@ -93,7 +93,7 @@ def serve(
     except OSError as error:
         raise InputError(f"the certificate {certificate} cannot be loaded ({error}); give PEM files") from error
     # Of all addresses of this machine its name is what others know.
-    named = socket.getfqdn() if host in ("0.0.0.0", "::") else host
+    named = socket.gethostname() if host in ("0.0.0.0", "::") else host
     place = f"[{named}]" if ":" in named else named
     address = f"{'https' if certificate else 'http'}://{place}:{listening.getsockname()[1]}/"
     address += f"?token={quote(token)}" if token else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -72,14 +73,21 @@ def constants_of(name: str, part: Any) -> dict[str, Any]:
     """
     if isinstance(part, PLAIN):
         return {name: part}
-    made = getattr(part, "func", part)
-    values = part.keywords if made is not part else getattr(part, "defaults", None) or getattr(part, "__dict__", {})
+    made = part.func if isinstance(part, functools.partial) else part
+    values = part.keywords if isinstance(part, functools.partial) else vars(part) if hasattr(part, "__dict__") else {}
+    values = part.defaults if isinstance(part, torch.optim.Optimizer) else values
     own = {
         f"{name}#{key}": value
         for key, value in values.items()
-        if isinstance(value, PLAIN[:-2]) and key != "training" and not key.startswith("_")
+        if _is_constant(value) and key != "training" and not key.startswith("_")
     }
     return {name: getattr(made, "__name__", type(made).__name__), **own}
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_constant, value))
+    return isinstance(value, (bool, int, float, str))
 
 
 def _told(value: Any) -> Any:

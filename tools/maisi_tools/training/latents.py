@@ -35,8 +35,6 @@ SIGMA_SUFFIX = "_sigma.nii.gz"
 COARSE_SUFFIX = "_coarse.nii.gz"
 """What it appends for the coarse CT, see :mod:`maisi_tools.coarse`."""
 
-ENDINGS = (SUFFIX, SIGMA_SUFFIX, COARSE_SUFFIX)
-
 MADE_FROM = ("autoencoder", "source", "settings")
 """What a latent was made from, in its sidecar: fingerprints of the encoder's weights and of the volume's file, and all
 settings that its values depend on. A latent is up to date as long as none of them changed."""
@@ -79,8 +77,8 @@ def latents_to_encode(
 
     Raises:
         InputError: an unknown modality, or one that the settings' window is not for; a padding that the autoencoder's
-            factor does not divide; bad views, two latents of one
-            name, an MR among CTs or the reverse, a latent that would be written over an input, or a rank that is none.
+            factor does not divide; bad views, two latents of one name, an MR among CTs or the reverse, a latent that
+            would be written over an input, or a rank that is none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
@@ -128,13 +126,11 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(checked_regions(item["region"]))} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
-    earlier = [stem for stem in jobs if _made_from(Path(output_dir, f"{stem}{SUFFIX}")).keys() >= set(MADE_FROM)]
-    written = {Path(output_dir, f"{stem}{ending}").resolve() for stem in earlier for ending in ENDINGS}
-    if own := [stem for stem, job in jobs.items() if Path(job["image"]).resolve() in written]:
+    written = {path.resolve() for stem in jobs for path in _left_of(Path(output_dir), stem)}
+    if own := {stem for stem, job in jobs.items() if Path(job["image"]).resolve() in written}:
         logger.info("%s: passed over %d files that an earlier run left there", output_dir, len(own))
         jobs = {stem: job for stem, job in jobs.items() if stem not in own}
-    beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
-    endings = (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
+    endings = _endings(settings)
     targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
     check_targets([job["image"] for job in jobs.values()], targets, output_dir)
     share = list(jobs.values())[rank::ranks]
@@ -254,6 +250,21 @@ def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any])
     if wanted != sidecar:
         write_sidecar(path, wanted)
     return True
+
+
+def _endings(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the names of the files end in that are written with some settings."""
+    beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
+    return (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
+
+
+def _left_of(folder: Path, stem: str) -> list[Path]:
+    """The files that an earlier run wrote for a latent."""
+    path = folder / f"{stem}{SUFFIX}"
+    sidecar = _made_from(path)
+    if not sidecar.keys() >= set(MADE_FROM):
+        return []
+    return [folder / f"{stem}{ending}" for ending in _endings(_settings_of(path, sidecar))]
 
 
 def _made_from(path: Path) -> dict[str, Any]:

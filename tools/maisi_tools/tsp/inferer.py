@@ -57,7 +57,7 @@ class TSPInferer(Inferer):
     ) -> None:
         super().__init__()
         if isinstance(splits, str):
-            splits = int(splits) if splits.isdigit() else splits or None
+            splits = int(splits) if splits.isdecimal() else splits or None
         settings = Settings(splits, axis, memory_limit, offload, dtype, devices)  # type: ignore[arg-type]
         self.runner = Runner(settings)
         self.progress = progress

@@ -294,12 +294,15 @@ class Plan:
         return Step(list(ranges), probe.reads, probe.top, probe.flop), probe.widest
 
     def _free(self) -> None:
-        """Note after which step each slab is read for the last time."""
+        """Note after which step each slab is read for the last time, by this rank or to be sent to another one."""
         last = {}
         for done in self.passes:
-            for step in done.steps:
-                for node in step.reads:
-                    last[node] = done
+            for node in (
+                *(node for step in done.steps for node in step.reads),
+                *(message.node for message in done.messages if message.source == self.rank),
+            ):
+                last[node] = done
+        after = {id(done): number for number, done in enumerate(self.passes)}
         slabs = {
             target: [step.rows[place] for step in done.steps if step.rows[place] is not None]
             for done in self.passes
@@ -309,10 +312,12 @@ class Plan:
         for node, done in last.items():
             if self.where[node] in ("output", "given"):
                 continue
-            for rows in slabs[node]:
-                assert rows is not None
-                final = done.steps[0]
-                for step in done.steps:
+            # A rank without rows in a pass frees in its next one what it sent there, or keeps it to the end.
+            at = next((later for later in self.passes[after[id(done)] :] if later.steps), None)
+            for rows in slabs.get(node, ()) if at is not None else ():
+                assert rows is not None and at is not None
+                final = at.steps[0]
+                for step in at.steps:
                     a, b = step.reads.get(node, (0, 0))
                     if a < rows[1] and b > rows[0]:
                         final = step

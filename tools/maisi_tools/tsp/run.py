@@ -182,7 +182,8 @@ class Call:
                 reached.update(order_of([node]))
         self.recorder.close()
         watch = self.recorder.watch
-        self.touched = before is None or watch.drew or watch.left_a_trace() or before.changed()
+        self.drew = before is not None and before.drew()
+        self.touched = before is None or watch.drew or watch.left_a_trace() or self.drew or before.changed()
 
     def _shadow(self, leaf: Tensor | _Elsewhere) -> Shadow:
         shadows = self.recorder.shadows
@@ -379,7 +380,8 @@ class Runner:
         if isinstance(whole, str):
             call = Call(self.settings, network, args, kwargs, plans=self.plans)
             whole = call.as_whole()
-        self._known[form] = whole
+        if call is None or not call.drew:  # or it was another thread that drew: it is looked at again
+            self._known[form] = whole
         if len(self._known) > self.MOST:
             self._known.pop(next(iter(list(self._known))), None)
         attempts = []
@@ -490,8 +492,11 @@ class _State:
             or len(now) != len(self._kept)
             or any(map(operator.is_not, now, self._kept))
             or any(place_of(tensor) != place for tensor, place in self._places)
-            or self._drawn != (random.getstate(), _numpy_state())
         )
+
+    def drew(self) -> bool:
+        """Whether Python's or numpy's random numbers were drawn, by this thread or another."""
+        return self._drawn != (random.getstate(), _numpy_state())
 
     def _contents(self) -> list[Any]:
         """All attributes of the modules, and what lies in their lists and dictionaries, at any depth."""

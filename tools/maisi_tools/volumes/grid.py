@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
-from monai.transforms import Resize, ResizeWithPadOrCrop, Spacing, SpatialResample
+from monai.transforms import Resize, ResizeWithPadOrCrop, SpatialResample
 from monai.utils import ensure_tuple_rep
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -168,26 +168,34 @@ def straighten(volume: MetaTensor, mode: str, fill: float) -> MetaTensor:
         The volume itself where it is straight, to a tenth of a voxel over its whole length.
     """
     affine = np.asarray(volume.affine, dtype=float)
+    straight, size = straight_grid(affine, volume.shape[1:])
+    if straight is affine:
+        return volume
+    resample = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True, dtype=np.float64)
+    # What lies outside becomes 0.
+    resampled: Any = resample(volume - fill, dst_affine=torch.as_tensor(straight), spatial_size=list(size))
+    return resampled + fill
+
+
+def straight_grid(affine: np.ndarray, shape: Sequence[int]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Affine (4, 4) and shape of the grid that :func:`straighten` gives a volume; those given where it is straight."""
+    columns, rows, slices = (int(n) for n in shape)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     normal = np.cross(affine[:3, 0], affine[:3, 1])
     normal /= np.linalg.norm(normal)
     step = affine[:3, 2] @ normal * normal
-    shift = np.linalg.norm(affine[:3, 2] - step) * (volume.shape[-1] - 1)
+    shift = np.linalg.norm(affine[:3, 2] - step) * (slices - 1)
     if shift < 0.1 * min(spacing[:2]):
-        return volume
+        return affine, (columns, rows, slices)
     straight = affine.copy()
     straight[:3, 2] = step
-    ends = np.array([np.eye(4)[3], [0, 0, volume.shape[-1] - 1, 1]]).T
+    ends = np.array([np.eye(4)[3], [0, 0, slices - 1, 1]]).T
     # Where the first and the last slice begin on the straight grid, in voxels along x and y.
     begin = (np.linalg.inv(straight) @ affine @ ends)[:2]
     low = np.floor(begin.min(axis=1) + 1e-3)
     grow = np.ceil(begin.max(axis=1) - 1e-3) - low
     straight[:3, 3] += straight[:3, :2] @ low
-    size = [volume.shape[1] + int(grow[0]), volume.shape[2] + int(grow[1]), volume.shape[3]]
-    resample = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True, dtype=np.float64)
-    # What lies outside becomes 0.
-    resampled: Any = resample(volume - fill, dst_affine=torch.as_tensor(straight), spatial_size=size)
-    return resampled + fill
+    return straight, (columns + int(grow[0]), rows + int(grow[1]), slices)
 
 
 def regrid_mask(
@@ -206,8 +214,15 @@ def regrid_mask(
     """
     regridded: Any = mask
     if spacing is not None:
-        # scale_extent: the outer faces of the grid stay in place, not the centres of its corner voxels.
-        regridded = Spacing(spacing, mode="nearest", padding_mode="border", scale_extent=True, dtype=np.float32)(mask)
+        # The outer faces of the grid stay in place, not the centres of its corner voxels. (MONAI's Spacing with
+        # scale_extent moves them where the grid begins near 0.)
+        affine = np.asarray(mask.affine, dtype=float)
+        ratio = np.asarray(spacing, dtype=float) / np.linalg.norm(affine[:3, :3], axis=0)
+        wanted = affine @ np.diag([*ratio, 1.0])
+        wanted[:3, 3] = (affine @ [*(ratio / 2 - 0.5), 1.0])[:3]
+        shape = [max(1, round(n / one)) for n, one in zip(mask.shape[1:], ratio.tolist(), strict=True)]
+        resample: Any = SpatialResample(mode="nearest", padding_mode="border", align_corners=False, dtype=np.float32)
+        regridded = resample(mask, dst_affine=torch.as_tensor(wanted), spatial_size=shape)
         if size is not None:
             regridded = ResizeWithPadOrCrop(size, mode="constant", value=0)(regridded)
     elif size is not None and tuple(size) != tuple(mask.shape[1:]):

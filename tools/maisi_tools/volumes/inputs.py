@@ -71,7 +71,7 @@ def find_inputs(
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
               "testing", "validation" or "training" (the first one present, or `all_sections`); paths are relative to
               the JSON file;
-            - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept.
+            - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept, but for what is null.
         key: the entry of an item that holds the path.
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
         all_sections: take all sections of a datalist instead of the first one.
@@ -211,11 +211,8 @@ def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]
 
 def _said(entry: Mapping) -> dict:
     """A datalist's entry without what is null in it, which MONAI's collation could not carry."""
-    return {
-        name: _said(value) if isinstance(value, Mapping) else value
-        for name, value in entry.items()
-        if value is not None and value != {}
-    }
+    said = {name: _said(value) if isinstance(value, Mapping) else value for name, value in entry.items()}
+    return {name: value for name, value in said.items() if value is not None and value != {}}
 
 
 def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:

@@ -26,8 +26,8 @@ from maisi_tools.volumes.reading import sidecar_path
 
 logger = logging.getLogger(__name__)
 
-LEAST_STEPS = 255
-"""Whole numbers that an image needs between its lowest and its highest value to be stored as such."""
+LEAST_STEPS = 32
+"""Whole numbers that an image needs between its lowest and its highest value: what has fewer was none of them."""
 
 SCANNER = 1
 """NIfTI code of a transform to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""

@@ -44,7 +44,7 @@ def _mapped(name: str, node: Node, shape: Sequence[int], rows: np.ndarray, other
         slab = other(slabs[0])
         return slab.index_select(axis, torch.as_tensor(rows[a:b] - rows[a:b].min(), device=slab.device))
 
-    return Node(name, (node,), shape, node.dtype, axis, compute, need)
+    return Node(name, (node,), shape, node.dtype, axis, compute, need, key=rows.tobytes())
 
 
 @rule("clone", "contiguous", "detach", "alias", "requires_grad", "positive", "data", "resolve_conj", "resolve_neg")
@@ -322,7 +322,7 @@ def cat(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
             lo, hi = max(a, starts[k]), min(b, starts[k + 1])
             if lo < hi:
                 taken.append(slab.narrow(axis, lo - starts[k] - need(k, a, b)[0], hi - lo))
-        return torch.cat(taken, axis) if len(taken) > 1 else taken[0].to(meta.dtype)
+        return (torch.cat(taken, axis) if len(taken) > 1 else taken[0]).to(meta.dtype)
 
     return Node("concatenation", nodes, meta.shape, meta.dtype, axis, stacked, need)
 
@@ -377,6 +377,8 @@ def pad(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
         if given["mode"] == "replicate":
             index = index.clip(0, rows - 1)
         elif given["mode"] == "circular":
+            if min(before, after) < 0:  # torch crops first, and goes around what is left
+                return None
             index %= rows
         elif given["mode"] == "reflect":
             index = np.abs(index)
@@ -391,7 +393,7 @@ def pad(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None:
     def compute(slabs: list[Tensor], a: int, b: int) -> Tensor:
         return fit(around(slabs[0]), need(0, a, b), (a - before, b - before), axis, fill)
 
-    return Node("padding", (node,), shape, node.dtype, axis, compute, need)
+    return Node("padding", (node,), shape, node.dtype, axis, compute, need, key=(before, after))
 
 
 @rule("linear")
