@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import json
 import logging
 import statistics
@@ -46,6 +47,9 @@ steps see either kind; or first, and the real ones after them."""
 
 RESAMPLES = 9999
 """Of the kept-out cases, for a difference's interval."""
+
+CASES = ("training", "first", "validation", "kept_out")
+"""Lists of cases among an arm's settings."""
 
 CONFIGS = ("train.json", "converge.json", "inference.json", "evaluate.json", "metadata.json")
 
@@ -211,6 +215,7 @@ class Experiment:
         record = {"settings": settings, "steps": steps, "figures": _dice(folder / "kept_out" / "metrics.csv")}
         write_json(folder / ARM, record)
         last.unlink()
+        gc.collect()  # engines and their handlers refer to each other, and to the cases in memory
         return record
 
     def _most_steps(self) -> int:
@@ -229,13 +234,12 @@ class Experiment:
             "first": arm.first.draw(self.real, self.synthetic) if arm.first else None,
             "validation": self.validation,
             "kept_out": self.kept_out,
-            "segmentation": str(self.root.resolve()),
             "configs": [self._fingerprint(self.root / "configs" / name) for name in CONFIGS],
             "overrides": self.overrides,
         }
-        for name in ("training", "first", "validation", "kept_out"):
-            files = {case[key] for case in given[name] or () for key in ("image", "label")}
-            given[f"content of {name}"] = {file: self._fingerprint(file) for file in sorted(files)}
+        for name in CASES:
+            files = [case[key] for case in given[name] or () for key in ("image", "label")]
+            given[f"content of {name}"] = [self._fingerprint(file) for file in files]
         return json.loads(json.dumps(given, default=str))
 
     def _fingerprint(self, path: str | Path) -> str:
@@ -254,8 +258,8 @@ class Experiment:
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
-        then = record["settings"]  # an earlier version's has less
-        if other := [name for name, value in self._settings(arm).items() if then.get(name, value) != value]:
+        then, now = (_wherever(settings) for settings in (record["settings"], self._settings(arm)))
+        if other := [name for name, value in now.items() if then.get(name, value) != value]:  # an earlier one has less
             raise InputError(
                 f"{path.parent} was made with another {', '.join(other)}; give the same data and options again, or "
                 "another output folder"
@@ -374,6 +378,14 @@ def _dice(path: Path) -> dict[str, dict[str, float]]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return {row.pop("case"): {name: float(value) for name, value in row.items() if value.strip()} for row in rows}
+
+
+def _wherever(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's settings with the names of its cases' files alone: they may have been moved."""
+    named = {
+        name: [[Path(case[key]).name for key in ("image", "label")] for case in settings[name] or ()] for name in CASES
+    }
+    return {**settings, **named}
 
 
 def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:

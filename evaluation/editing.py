@@ -10,7 +10,7 @@ bony sphere taken out again. The masks are those of training: the data set's lab
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import logging
 import shutil
 import statistics
@@ -29,6 +29,7 @@ from scipy import ndimage
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
+from maisi_tools.files import replacing, write_csv, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.edits import resize_organ
@@ -180,10 +181,10 @@ class Editor:
         return np.asarray(labels_on_grid(self.segmenter(path), grid).cpu())[0]
 
 
-def rows_of(editor: Editor, scans: Sequence[Scan], count: int) -> Iterator[dict[str, Any]]:
-    """A row for each edit; which kind, organ and place follow from its number."""
+def rows_of(editor: Editor, scans: Sequence[Scan], count: int, first: int = 0) -> Iterator[dict[str, Any]]:
+    """A row for each edit from the `first` on; which kind, organ and place follow from its number."""
     inserted: tuple[Scan, np.ndarray] | None = None
-    for number in range(count):
+    for number in range(first, count):
         scan, kind = scans[number // len(KINDS) % len(scans)], KINDS[number % len(KINDS)]
         random = np.random.default_rng([0, number])
         row: dict[str, Any] = {"edit": number, "scan": scan.name, "kind": kind}
@@ -260,6 +261,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _begun(path: Path, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an interrupted run left.
+
+    Raises:
+        InputError: of other options.
+    """
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    if found["given"] != given:
+        raise InputError(f"{path} was begun with other options: {found['given']}; give these, or another output folder")
+    return found["rows"]
+
+
 def main() -> None:
     """Edit, measure, write edits.csv and table.md, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -277,16 +292,19 @@ def main() -> None:
     segmenter = BundleSegmenter(options.segmenter, options.ckpt) if options.segmenter else None
     editor = Editor(folder, json_mapping(options.settings, "settings"), segmenter, label_map)
     scans = [read_scan(case, label_map) for case in read_datalist(options.datalist, options.section)]
-    rows = []
-    for row in rows_of(editor, scans, options.count):
+    given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
+    there = folder / "edits.json"
+    rows = _begun(there, given)
+    if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
+        rows.pop()
+    for row in rows_of(editor, scans, options.count, len(rows)):
         rows.append(row)
+        write_json(there, {"given": given, "rows": rows})
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-    with open(folder / "edits.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "edits.csv", rows)
     lines = table(rows)
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
+    with replacing(folder / "table.md") as part:
+        part.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     for scratch in ("in", "out"):
         shutil.rmtree(folder / scratch, ignore_errors=True)

@@ -141,6 +141,11 @@ def test_cards_say_what_was_measured(python, repo_root, tmp_path):
     subprocess.run([python, "-c", code], check=True)
     for name in names:
         assert (tmp_path / name).read_text() == (repo_root / name).read_text()
+    editing = json.loads((tmp_path / "docs" / "editing.json").read_text())
+    editing.setdefault("made_by", {})["weights"] = {"autoencoder": "another"}
+    (tmp_path / "docs" / "editing.json").write_text(json.dumps(editing))
+    subprocess.run([python, "-c", code], check=True)
+    assert "(Measured with earlier weights" in (tmp_path / "docs" / "results.md").read_text()
     figures = json.loads((repo_root / "docs" / "measured.json").read_text())
     assert figures["weights"] == {name: sha256(repo_root / path) for name, path in SHIPPED.items()}
     near = json.loads((repo_root / "docs" / "samples.json").read_text())
@@ -175,5 +180,15 @@ def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     (tmp_path / "empty").mkdir()
     empty = run(tmp_path / "runs", given=tmp_path / "empty")
     assert empty.returncode and "error: " in empty.stderr and "Traceback" not in empty.stderr
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "datalist.json").write_text(json.dumps({"training": [{"image": str(data / "pt_1_ct.nii.gz")}]}))
+    (begun / "validation.json").write_text(json.dumps({"held_out": ["pt_2"]}))
+    other = run(begun, "--stages", "masks")
+    assert other.returncode and "was made with another --split than this one" in other.stderr
+    other = run(begun, "--stages", "masks", given=tmp_path / "empty")
+    assert other.returncode and f"is of the data in {data}, not of" in other.stderr
+    early = run(tmp_path / "early", "--stages", "prepare", "--pack", str(tmp_path / "early.npz"))
+    assert early.returncode and "has no masks to pack; run the stages prepare and masks first" in early.stderr
     few = run(tmp_path, "--split", str(data / "few.json"))
     assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 3 kept out" in few.stderr

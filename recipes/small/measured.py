@@ -207,11 +207,16 @@ def publish(runs: Path, root: Path) -> None:
     for figures in FIGURES:
         write_json(root / "docs" / f"{figures}.json", json.loads((runs / f"{figures}.json").read_text()))
     if "editing" in pages:
-        write_json(root / "docs" / "editing.json", {"table": pages["editing"].read_text().strip().splitlines()})
+        lines = pages["editing"].read_text().strip().splitlines()
+        write_json(root / "docs" / "editing.json", {"made_by": _made_by(runs, "editing"), "table": lines})
     if arms is not None:
-        write_json(root / "docs" / "downstream.json", arms)
+        write_json(root / "docs" / "downstream.json", {"made_by": _made_by(runs, "downstream"), **arms})
     write_licences(root)
     write_cards(root)
+
+
+def _made_by(runs: Path, stage: str) -> dict[str, Any]:
+    return json.loads((runs / stage / "made_by.json").read_text())
 
 
 TARGETS = {
@@ -254,10 +259,23 @@ def write_cards(root: Path) -> None:
     pages[docs / "results.md"] = _editing, "editing"
     for path, (render, name) in pages.items():
         figures = json.loads((docs / f"{name}.json").read_text())
+        text = render(figures)
+        if name in ("downstream", "editing") and figures.get("made_by") != _shipped(docs, figures):
+            text = f"{EARLIER}\n\n{text}"
         before, rest = path.read_text().split(BEGIN)
         _, after = rest.split(END)
         with replacing(path) as part:
-            part.write_text(before + BEGIN + "\n" + render(figures) + "\n" + END + after)
+            part.write_text(before + BEGIN + "\n" + text + "\n" + END + after)
+
+
+EARLIER = "(Measured with earlier weights, or settings of them, than those that are shipped now.)"
+
+
+def _shipped(docs: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What made figures, if it was the weights of docs/measured.json and the sampler's settings that a bundle has."""
+    weights = json.loads((docs / "measured.json").read_text())["weights"]
+    stage = "downstream" if "rows" in figures else "editing"
+    return {"weights": weights, "sampling": sampling(FIGURES["measured"][0], *OVERLAYS.get(stage, ()))}
 
 
 VAE_ROWS = {

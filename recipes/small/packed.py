@@ -33,7 +33,11 @@ VOLUMES = ("image", "label", "mask")
 
 def pack(runs: Path, file: Path) -> None:
     """Write what `datalist.json` and `masks` of a run's folder name into one file."""
+    if not (runs / "masks" / "cases.json").is_file():
+        raise InputError(f"{runs} has no masks to pack; run the stages prepare and masks first")
     lists = json.loads((runs / "datalist.json").read_text())
+    if bare := [item["image"] for key in ("training", "validation") for item in lists[key] if not item.get("label")]:
+        raise InputError(f"{bare[0]} has no labels; a packed file has those of every case: add them, or leave it out")
     cases = {case["image"]: case for case in json.loads((runs / "masks" / "cases.json").read_text())}
     items = [
         {**cases[item["image"]], "label": item["label"], "section": section}

@@ -27,7 +27,8 @@ On a borrowed GPU, to which the data travel as one file:
     python recipes/small/run.py DATA --out RUNS --stages prepare,masks --pack data.npz
     python recipes/small/run.py data.npz --out AWAY --gpu --minutes 3       # there: the trainings
 
-Then the folders of AWAY go into RUNS, and `run.py DATA --out RUNS --stages evaluate` measures them.
+Then `autoencoder`, `latents`, `decoder`, `controlnet`, `coarse`, `ldm` and `judge` of AWAY go into RUNS, and
+`run.py DATA --out RUNS --stages evaluate` measures them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,20 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
             f"and {measured} kept out; allowed are at least 2, 1 and 1: give more data, or another --split"
         )
     write_json(out / "datalist.json", lists)
+
+
+def check_data(out: Path, data: Path, split: Mapping[str, list[str]]) -> None:
+    """Refuse to go on in a folder of other data, or of another split, on which the kept-out patients hang.
+
+    Raises:
+        InputError: with both.
+    """
+    images = [Path(item["image"]) for item in json.loads((out / "datalist.json").read_text())["training"]]
+    validation = json.loads((out / "validation.json").read_text())["held_out"]
+    if not images[0].is_relative_to(data) and not images[0].is_relative_to(out):
+        raise InputError(f"{out} is of the data in {images[0].parent}, not of {data}; give these, or another --out")
+    if sorted(validation) != sorted(split["validation"]) and not images[0].is_relative_to(out):
+        raise InputError(f"{out} was made with another --split than this one; give that, or another --out")
 
 
 def _patient(item: Mapping[str, Any]) -> str:
@@ -377,6 +392,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if given.quick:
         write_json(out / "quick.json", changes)
+    if (out / "datalist.json").is_file() and not packed:
+        check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
     if not (out / "datalist.json").is_file():
         if packed:
             unpack(given.data, out)

@@ -221,6 +221,10 @@ def test_an_arm_of_other_images_is_another_arm(lists, tmp_path):
     (tmp_path / "synthetic.json").write_text(json.dumps({"training": made}))
     given = {**lists, "synthetic": tmp_path / "synthetic.json", "output_dir": tmp_path / "out", "overrides": TINY}
     Experiment(**given).run([2], [2], ["mixed"], 1)
+    moved = [case | {"image": shutil.copy(case["image"], str(tmp_path / "moved"))} for case in made
+             if (tmp_path / "moved").mkdir(exist_ok=True) is None]  # fmt: skip
+    (tmp_path / "moved.json").write_text(json.dumps({"training": moved}))
+    Experiment(**given | {"synthetic": tmp_path / "moved.json"}).run([2], [2], ["mixed"], 1)  # they may lie elsewhere
     shutil.copy(made[0]["image"], made[1]["image"])
     with pytest.raises(InputError, match="was made with another content of training"):
         Experiment(**given).run([2], [2], ["mixed"], 1)

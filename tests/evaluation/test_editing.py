@@ -8,8 +8,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from editing import AIR, BONE, KINDS, Editor, Scan, read_scan, rows_of, seam_ratio, with_sphere
+from editing import AIR, BONE, KINDS, Editor, Scan, _begun, read_scan, rows_of, seam_ratio, with_sphere
 from maisi_tools.errors import InputError
+from maisi_tools.files import write_json
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.vocabulary import BODY, label_id
 
@@ -91,6 +92,12 @@ def test_a_sphere_is_taken_out_once_and_of_its_own_scan(tmp_path, scans):
     assert [row["edit"] for row in rows if "refused" in row] == [refused, refused + 1]
     assert rows[refused + 1]["scan"] == scans[-1] and rows[refused + 1]["refused"] == "no sphere went in before"
     assert edited == [(row["edit"], row["scan"]) for row in rows if "refused" not in row]
+    # Interrupted before a sphere went out, it goes on with putting it in.
+    assert list(rows_of(Fake(), of, 2 * len(KINDS), 3)) == rows[3:]
+    write_json(tmp_path / "edits.json", {"given": {"label_map": "maisi"}, "rows": rows[:3]})
+    assert _begun(tmp_path / "edits.json", {"label_map": "maisi"}) == rows[:3] and _begun(tmp_path / "no", {}) == []
+    with pytest.raises(InputError, match="was begun with other options"):
+        _begun(tmp_path / "edits.json", {"label_map": "openkbp"})
 
 
 def test_an_organ_is_compared_by_its_number_in_the_data_set(tmp_path):

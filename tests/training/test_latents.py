@@ -261,3 +261,6 @@ def test_what_an_earlier_run_left_among_the_volumes_is_no_volume(volumes, tmp_pa
     (tmp_path / "out" / "a_ct_latent.json").write_text(json.dumps({**made_from, "settings": "{}"}))
     again = jobs([*volumes, {"image": str(made[2])}], tmp_path, tiny_autoencoder)  # somebody's own, of that name
     assert len(again) == len(first) + 2
+    (tmp_path / "out" / "a_ct_latent.json").write_text(json.dumps({**made_from, "settings": "damaged"}))
+    again = jobs([*volumes, {"image": str(made[2])}], tmp_path, tiny_autoencoder)
+    assert len(again) == len(first) + 2

@@ -127,7 +127,7 @@ def segments(
         with contextlib.nullcontext() if geometry is None else contextlib.suppress(InputError, AttributeError):
             places = _places(ds, shape, affine)
     if places is not None:
-        drawing = functools.partial(_drawing_of_frames, segmentation, places, shape)
+        drawing = functools.partial(_drawing_of_frames, segmentation, _frames_of(segmentation, places), shape)
     else:
         assert geometry is not None
         count, rows, columns = (int(size) for size in geometry.spatial_shape)
@@ -188,21 +188,32 @@ def _group(ds: Dataset, own: Dataset, keyword: str) -> Dataset:
     return (own.get(keyword) or shared.get(keyword) or [Dataset()])[0]
 
 
+Frames = Mapping[int, Sequence[tuple[int, int]]]
+"""Segment -> its frames, each by its number, from 1 on, and the slice that it lies on."""
+
+
+def _frames_of(segmentation: Segmentation, places: Sequence[int]) -> Frames:
+    """The frames of each segment; of a label map, which has all of them in each frame, under 0."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    groups = segmentation.PerFrameFunctionalGroupsSequence
+    for index, (own, place) in enumerate(zip(groups, places, strict=True), start=1):
+        of_all = str(segmentation.SegmentationType) == "LABELMAP"
+        number = 0 if of_all else _group(segmentation, own, "SegmentIdentificationSequence").ReferencedSegmentNumber
+        found.setdefault(int(number), []).append((index, place))
+    return found
+
+
 def _drawing_of_frames(
-    segmentation: Segmentation, places: Sequence[int], shape: tuple[int, int, int], number: int
+    segmentation: Segmentation, frames: Frames, shape: tuple[int, int, int], number: int
 ) -> Callable[[], np.ndarray]:
     kind = str(segmentation.SegmentationType)
     half = float(segmentation.get("MaximumFractionalValue", 1)) / 2 if kind == "FRACTIONAL" else 0.5
 
     def draw() -> np.ndarray:
         volume = np.zeros(shape, bool)
-        for index, (own, place) in enumerate(
-            zip(segmentation.PerFrameFunctionalGroupsSequence, places, strict=True), start=1
-        ):
-            if kind == "LABELMAP":
-                volume[:, :, place] |= segmentation.get_stored_frame(index).T == number
-            elif _group(segmentation, own, "SegmentIdentificationSequence").ReferencedSegmentNumber == number:
-                volume[:, :, place] |= segmentation.get_stored_frame(index).T >= half
+        for index, place in frames.get(0 if kind == "LABELMAP" else number, ()):
+            stored = segmentation.get_stored_frame(index).T
+            volume[:, :, place] |= stored == number if kind == "LABELMAP" else stored >= half
         return volume
 
     return draw

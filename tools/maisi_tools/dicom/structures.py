@@ -117,7 +117,7 @@ def structures(
 
     Returns:
         The structures, each with a function that draws it as (columns, rows, slices); the names of the ROIs that
-        neither name nor table explains; and of those that have no closed contours.
+        neither name nor table explains; and of those that have no closed contours, or another frame of reference.
     """
     shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
     affine = slice_affine(slices)
@@ -137,8 +137,10 @@ def structures(
         if label == 0:
             continue
         own = listed.get(int(item.ReferencedROINumber), {}).get("ReferencedFrameOfReferenceUID")
-        if own and frame and own != frame:  # of a fused MR or PET, say, whose coordinates are others
+        # Of a fused MR or PET, say, whose coordinates are others; unless it names the series' own slices.
+        if own and frame and own != frame and not _refers_to(contours, slices):
             logger.warning("the ROI %s is left out: it was drawn in another frame of reference than the series'", name)
+            unclosed.append(f"{name} (of another frame of reference)")
             continue
         if not contours:
             unclosed.append(name)
@@ -153,6 +155,13 @@ def structures(
         Structure(name, label, *_drawing(name, planes, shape, spacing, elsewhere)) for name, label, planes in drawn
     ]
     return found, unknown, unclosed
+
+
+def _refers_to(contours: Sequence[Dataset], slices: Sequence[Dataset]) -> bool:
+    """Whether contours name slices of a series as what they were drawn on."""
+    known = {str(one.get("SOPInstanceUID")) for one in slices}
+    named = (image for contour in contours for image in contour.get("ContourImageSequence") or ())
+    return any(str(image.get("ReferencedSOPInstanceUID")) in known for image in named)
 
 
 Plane = tuple[float, list[np.ndarray]]

@@ -264,7 +264,11 @@ def _left_of(folder: Path, stem: str) -> list[Path]:
     sidecar = _made_from(path)
     if not sidecar.keys() >= set(MADE_FROM):
         return []
-    return [folder / f"{stem}{ending}" for ending in _endings(_settings_of(path, sidecar))]
+    try:
+        settings = _settings_of(path, sidecar)
+    except InputError:  # damaged: the latent is made again
+        settings = {}
+    return [folder / f"{stem}{ending}" for ending in _endings(settings)]
 
 
 def _made_from(path: Path) -> dict[str, Any]:
