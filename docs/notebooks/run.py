@@ -45,6 +45,12 @@ def code_hash(notebook: NotebookNode) -> str:
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
+def weights_hash() -> str:
+    """SHA-256 of the weights that make the CTs of the notebooks: what was stored tells whether they are these."""
+    models = sorted((ROOT / "bundles" / "maisi_controlnet" / "models").glob("*.pt"))
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in models)).hexdigest()
+
+
 def parameters(notebook: NotebookNode) -> NotebookNode:
     """The one cell that says how a notebook runs.
 
@@ -138,7 +144,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="maisi-") as folder:
             notebook = execute(path, Path(folder), given.quick, env=env)
         found = faults(notebook)
-        notebook.metadata["code_sha256"] = code_hash(notebook)
+        notebook.metadata |= {"code_sha256": code_hash(notebook), "weights_sha256": weights_hash()}
         if not (given.quick or found):
             nbformat.write(notebook, path)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", *found, sep="\n  ")

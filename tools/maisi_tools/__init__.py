@@ -13,6 +13,7 @@ MOVED = {
     "run_settings": "bundles.settings",
     "run_record": "bundles.record",
     "packaging": "bundles.packaging",
+    "masks.codes.display_name": "masks.vocabulary.display_name",
     "networks.MaskUNet": "mask_generator.network.MaskUNet",
     "diffusion.footprint": "bundles.footprint",
     "diffusion.inferers.MaskSampler": "mask_generator.sampler.MaskSampler",

@@ -8,12 +8,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from maisi_tools import refuse_moved
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+
+__getattr__ = partial(refuse_moved, __name__)
 
 SNOMED, PRIVATE = "SCT", "99MAISI"
 """Coding schemes: SNOMED CT, and the private one of labels that have no code there; its values are the label ids."""
