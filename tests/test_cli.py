@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from maisi_tools.cli import main
+from maisi_tools.cli import COMMANDS, main
 from maisi_tools.cli.options import amounts
 
 
@@ -59,6 +59,15 @@ def test_help_of_a_command_lists_its_options(capsys):
         main(["edit", "--help"])
     assert caught.value.code == 0
     assert "--insert" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_of_a_command_offers_nothing_but_its_arguments(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = "".join(capsys.readouterr()).splitlines()
+    assert "GROUP" not in " ".join(lines)  # Fire's word for attributes
+    assert lines[lines.index("SYNOPSIS") + 1].startswith(f"    maisi {command}")
 
 
 @pytest.mark.parametrize(

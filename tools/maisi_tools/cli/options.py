@@ -15,6 +15,9 @@ import fire
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 
+# Fire keeps a command's parsers in an attribute of it, and lists public ones as what could follow it on the line.
+fire.decorators.FIRE_METADATA = "_fire_metadata"
+
 CONTROLNET = "maisi_controlnet"
 # The phantom of the demo: a head and neck on a grid that a laptop samples in a minute or two.
 KIND = "head_neck"
