@@ -383,7 +383,9 @@ def _dice(path: Path) -> dict[str, dict[str, float]]:
 def _wherever(settings: Mapping[str, Any]) -> dict[str, Any]:
     """An arm's settings with the names of its cases' files alone: they may have been moved."""
     named = {
-        name: [[Path(case[key]).name for key in ("image", "label")] for case in settings[name] or ()] for name in CASES
+        name: [[Path(case[key]).name for key in ("image", "label")] for case in settings[name] or ()]
+        for name in CASES
+        if name in settings
     }
     return {**settings, **named}
 

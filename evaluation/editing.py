@@ -29,7 +29,7 @@ from scipy import ndimage
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import replacing, write_csv, write_json
+from maisi_tools.files import fingerprint_file, replacing, write_csv, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.edits import resize_organ
@@ -271,7 +271,9 @@ def _begun(path: Path, given: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     found = json.loads(path.read_text())
     if found["given"] != given:
-        raise InputError(f"{path} was begun with other options: {found['given']}; give these, or another output folder")
+        raise InputError(
+            f"{path} was begun with other options or files: {found['given']}; give these, or another output folder"
+        )
     return found["rows"]
 
 
@@ -293,8 +295,15 @@ def main() -> None:
     editor = Editor(folder, json_mapping(options.settings, "settings"), segmenter, label_map)
     scans = [read_scan(case, label_map) for case in read_datalist(options.datalist, options.section)]
     given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
+    files = [
+        options.datalist,
+        *editor.stage.parser.get_parsed_content("weights"),
+        *([options.ckpt] if options.ckpt else []),
+    ]
+    given["content"] = {Path(path).name: fingerprint_file(path) for path in files}
     there = folder / "edits.json"
     rows = _begun(there, given)
+    rows = rows[: options.count]
     if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
         rows.pop()
     for row in rows_of(editor, scans, options.count, len(rows)):

@@ -151,7 +151,9 @@ def test_the_same_seed_draws_the_same_and_values_stay_within_the_window():
     assert first.min() == 0 and first.max() == 1
 
 
-@pytest.mark.parametrize("mm", [[[300, 300]] * 3, [[300, 100]] * 3, [[100, 300]] * 2, [[100, float("inf")]] * 3])
+@pytest.mark.parametrize(
+    "mm", [[[300, 300]] * 3, [[300, 100]] * 3, [[100, 300]] * 2, [[100, float("inf")]] * 3, [1, 2, 3], None]
+)
 def test_a_field_of_view_that_is_none_is_refused(mm):
     with pytest.raises(InputError, match=r"field_of_view is .*; allowed are three of \[lowest, highest\] mm"):
         FieldOfView(mm)

@@ -112,6 +112,9 @@ def test_packed_data_come_back_within_a_step(run, data, tmp_path):
     lists = json.loads((out / "datalist.json").read_text())
     assert [len(lists[section]) for section in ("training", "validation")] == [2, 1]
     assert json.loads((out / "validation.json").read_text()) == {"held_out": ["pt_3_ct"]}
+    (tmp_path / "other.npz").write_bytes((tmp_path / "data.npz").read_bytes() + b" ")
+    other = run(out, "--stages", "latents", given=tmp_path / "other.npz")
+    assert other.returncode and "is of other data than" in other.stderr
     bones = {}
     for number in (1, 2, 3):
         first, again = (nib.load(folder / f"pt_{number}_ct.nii.gz") for folder in (data, out / "data"))
@@ -182,10 +185,22 @@ def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     assert empty.returncode and "error: " in empty.stderr and "Traceback" not in empty.stderr
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / "datalist.json").write_text(json.dumps({"training": [{"image": str(data / "pt_1_ct.nii.gz")}]}))
-    (begun / "validation.json").write_text(json.dumps({"held_out": ["pt_2"]}))
-    other = run(begun, "--stages", "masks")
-    assert other.returncode and "was made with another --split than this one" in other.stderr
+    first, *_, last = json.loads((data / "split.json").read_text())["held_out"]
+    trained, kept = ([{"image": str(data / f"{name}_ct.nii.gz")}] for name in ("pt_1", last))
+    for training, kept_out, validation in (
+        (trained, kept, "pt_2"),
+        (trained, trained, "pt_3"),
+        ([{"image": str(data / f"{first}_ct.nii.gz")}], kept, "pt_3"),
+    ):
+        (begun / "datalist.json").write_text(json.dumps({"training": training, "validation": []}))
+        unfinished = run(begun, "--stages", "masks")
+        assert unfinished.returncode and "has a datalist.json and no validation.json" in unfinished.stderr
+        (begun / "validation.json").write_text(json.dumps({"held_out": [validation]}))
+        (begun / "kept_out.json").write_text(json.dumps({"validation": kept_out}))
+        other = run(begun, "--stages", "masks")
+        assert other.returncode and "was made with another --split than this one" in other.stderr
+        (begun / "validation.json").unlink()
+    (begun / "validation.json").write_text(json.dumps({"held_out": ["pt_3"]}))
     other = run(begun, "--stages", "masks", given=tmp_path / "empty")
     assert other.returncode and f"is of the data in {data}, not of" in other.stderr
     early = run(tmp_path / "early", "--stages", "prepare", "--pack", str(tmp_path / "early.npz"))

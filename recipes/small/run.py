@@ -46,7 +46,7 @@ from measured import FIELDS, check_makers, files_of, gather, is_measured, makers
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import write_json
+from maisi_tools.files import fingerprint_file, write_json
 from maisi_tools.volumes.inputs import stem_of
 
 HERE = Path(__file__).resolve().parent
@@ -128,17 +128,36 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
 
 
 def check_data(out: Path, data: Path, split: Mapping[str, list[str]]) -> None:
-    """Refuse to go on in a folder of other data, or of another split, on which the kept-out patients hang.
+    """Refuse to go on in a folder of other data, or of another split: of who validates, or who is kept out.
 
     Raises:
-        InputError: with both.
+        InputError: with either, or a folder that `prepare` did not finish.
     """
-    images = [Path(item["image"]) for item in json.loads((out / "datalist.json").read_text())["training"]]
+    lists = json.loads((out / "datalist.json").read_text())
+    used = [item for section in ("training", "validation") for item in lists[section]]
+    if Path(used[0]["image"]).is_relative_to(out):  # of a packed file, with none to keep out
+        return
+    if absent := [name for name in ("validation.json", "kept_out.json") if not (out / name).is_file()]:
+        raise InputError(f"{out} has a datalist.json and no {absent[0]}, which prepare writes; give another --out")
+    if not Path(used[0]["image"]).is_relative_to(data):
+        place = Path(used[0]["image"]).parent
+        raise InputError(f"{out} is of the data in {place}, not of {data}; give these, or another --out")
     validation = json.loads((out / "validation.json").read_text())["held_out"]
-    if not images[0].is_relative_to(data) and not images[0].is_relative_to(out):
-        raise InputError(f"{out} is of the data in {images[0].parent}, not of {data}; give these, or another --out")
-    if sorted(validation) != sorted(split["validation"]) and not images[0].is_relative_to(out):
+    kept_out = {_patient(item) for item in json.loads((out / "kept_out.json").read_text())["validation"]}
+    others = {_patient(item) for item in used} & set(split["held_out"]) or kept_out - set(split["held_out"])
+    if others or sorted(validation) != sorted(split["validation"]):
         raise InputError(f"{out} was made with another --split than this one; give that, or another --out")
+
+
+def check_packed(out: Path, file: Path) -> None:
+    """Refuse to go on in a folder of another packed file, or of a folder of data.
+
+    Raises:
+        InputError: it is one.
+    """
+    made_of = out / "packed.json"
+    if not made_of.is_file() or json.loads(made_of.read_text())["fingerprint"] != fingerprint_file(file):
+        raise InputError(f"{out} is of other data than {file}; give these, or another --out")
 
 
 def _patient(item: Mapping[str, Any]) -> str:
@@ -392,10 +411,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if given.quick:
         write_json(out / "quick.json", changes)
-    if (out / "datalist.json").is_file() and not packed:
-        check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
-    if not (out / "datalist.json").is_file():
+    if (out / "datalist.json").is_file():
         if packed:
+            check_packed(out, given.data)
+        else:
+            check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
+    else:
+        if packed:
+            write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
             unpack(given.data, out)
         elif "prepare" in stages:
             prepare(given.data.resolve(), out, json.loads(given.split.read_text()))

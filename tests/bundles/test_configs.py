@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,6 +350,19 @@ def test_the_generator_is_asked_as_it_was_trained(bundles):
         assert training[key] == inference[key]
     assert training["scheduler"] == {**inference["scheduler"], "sample_method": "@timestep_sampling"}
     assert (encoding["canvas"], encoding["spacing"]) == (inference["output_size"], inference["spacing"])
+
+
+@pytest.mark.parametrize("overlay", ["full_rflow.json", "full_ddpm.json"])
+def test_a_file_of_both_networks_is_recorded_alone(bundles, tmp_path, overlay):
+    """What a training left is ControlNet and U-Net; the released U-Net beside it makes nothing, or is missing."""
+    parser = parser_of(bundles, "maisi_controlnet", "inference.json", overlay)
+    unet, autoencoder = parser["unet_ckpt_path"], parser["autoencoder_ckpt_path"]
+    assert len(parser.get_parsed_content("weights")) == 3  # known before any is there
+    torch.save({"model": {"unet.a": torch.zeros(1), "controlnet.a": torch.zeros(1)}}, tmp_path / "trained.pt")
+    parser = parser_of(bundles, "maisi_controlnet", "inference.json", overlay)
+    parser["ckpt_path"] = str(tmp_path / "trained.pt")
+    names = [Path(path).name for path in parser.get_parsed_content("weights")]
+    assert names == ["trained.pt", "autoencoder_v1.pt"] and "trained.pt" not in unet + autoencoder
 
 
 def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):

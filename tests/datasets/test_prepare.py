@@ -90,10 +90,16 @@ def test_what_is_wrong_is_listed_with_its_reason_and_left_out(tmp_path, capsys):
 
 def test_nothing_usable_ends_with_an_error_and_a_report(tmp_path, capsys):
     write(tmp_path / "data" / "x_ct.nii.gz", hu=False)
-    assert main(["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "list.json")]) == 2
-    captured = capsys.readouterr()
-    assert "refused: " in captured.out and captured.err.startswith("error: none of the 1 volumes can be used")
-    assert not (tmp_path / "list.json").exists() and (tmp_path / "list_report.json").exists()
+    for share in ([], ["--validation", "0.2"]):
+        assert main(["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "list.json"), *share]) == 2
+        captured = capsys.readouterr()
+        assert "refused: " in captured.out and captured.err.startswith("error: none of the 1 volumes can be used")
+        assert not (tmp_path / "list.json").exists() and (tmp_path / "list_report.json").exists()
+    case(tmp_path / "data", "good")
+    assert main(["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "list.json"), "--validation", "0.2"]) == 2
+    assert (
+        "of 1 patients leaves none to train on; give a smaller share (1 volumes are refused" in capsys.readouterr().err
+    )
 
 
 def test_volumes_of_another_name_are_listed(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_foreign_structure_set(slices, studies, tmp_path, caplog):
     expected[12:21, 12:21, 6] = 18
     assert np.array_equal(mask, expected)
     assert "left out: PTV 70;" in caplog.text
-    assert "without closed contours, which cover nothing: Isocenter" in caplog.text
+    assert "structures that cannot be drawn: Isocenter (without closed contours)" in caplog.text
 
 
 def test_masks_that_are_refused(slices, studies, tmp_path):

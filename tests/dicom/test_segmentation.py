@@ -12,6 +12,7 @@ from pydicom.sr.codedict import codes
 
 from maisi_tools.dicom.segmentation import segments
 from maisi_tools.dicom.study import read_mask
+from maisi_tools.errors import InputError
 
 from .conftest import foreign_segmentation
 
@@ -34,8 +35,8 @@ def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
 
 
 @pytest.mark.parametrize("numbers", [[5, 15], [4, 6, 8], [5, 10, 17]])
-def test_frames_with_gaps_between_them_are_the_slices_that_were_drawn(studies, tmp_path, numbers):
-    """Whether the file says how far apart slices are or not."""
+def test_frames_with_gaps_between_them_are_the_slices_that_were_drawn_or_refused(studies, tmp_path, numbers):
+    """Whether the file says how far apart slices are or not; if not, and no series has them, none is guessed."""
     slices = [pydicom.dcmread(file) for file in sorted((studies / "slices" / "CT").iterdir())]
     shares = np.zeros((len(slices), int(slices[0].Rows), int(slices[0].Columns)))
     shares[numbers, 10:14, 8:12] = 1
@@ -49,3 +50,10 @@ def test_frames_with_gaps_between_them_are_the_slices_that_were_drawn(studies, t
         ds.save_as(tmp_path / "seg.dcm")
         found = read_mask(tmp_path / "seg.dcm", studies / "slices" / "CT")[0].numpy()
         assert np.array_equal(found.T > 0, shares > 0)
+    half = tmp_path / "half"
+    half.mkdir()
+    for one in slices[: numbers[-1]]:
+        one.save_as(half / f"{one.InstanceNumber}.dcm")
+    for series in (None, half):
+        with pytest.raises(InputError, match="mm apart and 5 mm thick|form no regular volume"):
+            read_mask(tmp_path / "seg.dcm", series)

@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("highdicom", reason="needs the extra 'dicom'")
 
 from maisi_tools.dicom.structures import fill_polygon, structures
+from maisi_tools.dicom.study import read_mask
+from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY
 from maisi_tools.volumes.series import read_slices, slice_affine
 
@@ -37,7 +39,7 @@ def test_the_roi_of_the_body_is_the_whole_outline(written, mask):
     assert np.count_nonzero(filled) == np.count_nonzero(mask) > np.count_nonzero(mask == BODY)
 
 
-def test_an_roi_of_another_frame_of_reference_is_left_out(written, caplog):
+def test_an_roi_of_another_frame_of_reference_is_left_out(written, studies, tmp_path, caplog):
     ds, slices = written
     first = ds.StructureSetROISequence[0]
     before = {one.name for one in structures(ds, slices, {})[0]}
@@ -48,4 +50,9 @@ def test_an_roi_of_another_frame_of_reference_is_left_out(written, caplog):
             del contour.ContourImageSequence
     after = {one.name for one in structures(ds, slices, {})[0]}
     assert before - after == {str(first.ROIName)}
-    assert f"the ROI {first.ROIName} is left out: it was drawn in another frame of reference" in caplog.text
+    assert structures(ds, slices, {})[2] == [f"{first.ROIName} (of another frame of reference than the series)"]
+    for roi in ds.StructureSetROISequence:
+        roi.ReferencedFrameOfReferenceUID = "1.2.3.4"
+    ds.save_as(tmp_path / "rt.dcm")
+    with pytest.raises(InputError, match="no structure that can be drawn .*another frame.* with --series"):
+        read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")

@@ -225,6 +225,11 @@ def test_an_arm_of_other_images_is_another_arm(lists, tmp_path):
              if (tmp_path / "moved").mkdir(exist_ok=True) is None]  # fmt: skip
     (tmp_path / "moved.json").write_text(json.dumps({"training": moved}))
     Experiment(**given | {"synthetic": tmp_path / "moved.json"}).run([2], [2], ["mixed"], 1)  # they may lie elsewhere
+    (record,) = (tmp_path / "out").glob("mixed_*/arm.json")
+    written = json.loads(record.read_text())
+    del written["settings"]["first"]  # as an earlier version left it
+    record.write_text(json.dumps(written))
+    Experiment(**given | {"synthetic": tmp_path / "moved.json"}).run([2], [2], ["mixed"], 1)
     shutil.copy(made[0]["image"], made[1]["image"])
     with pytest.raises(InputError, match="was made with another content of training"):
         Experiment(**given).run([2], [2], ["mixed"], 1)

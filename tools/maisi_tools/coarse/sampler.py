@@ -37,7 +37,10 @@ class FieldOfView:
     mm: Sequence[Sequence[float]]
 
     def __post_init__(self) -> None:
-        pairs = [tuple(pair) for pair in self.mm]
+        try:
+            pairs = [tuple(pair) for pair in self.mm]
+        except TypeError:
+            pairs = []
         if len(pairs) != 3 or not all(len(pair) == 2 and 0 <= pair[0] < pair[1] < math.inf for pair in pairs):
             raise InputError(f"field_of_view is {self.mm}; allowed are three of [lowest, highest] mm, the lowest first")
 

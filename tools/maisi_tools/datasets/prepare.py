@@ -115,9 +115,12 @@ def split(
         if usable is not None:
             everyone &= {patient for patient, can_be in zip(patients, usable, strict=True) if can_be}
         count = int(np.ceil(validation * len(everyone)))
-        if count >= len(everyone):
+        if everyone and count >= len(everyone):  # of none, the report says why
+            unusable = 0 if usable is None else len(usable) - sum(usable)
+            refused = f" ({unusable} volumes are refused: leave --validation out to see why)" if unusable else ""
             raise InputError(
                 f"validation {validation} of {len(everyone)} patients leaves none to train on; give a smaller share"
+                f"{refused}"
             )
         # By a hash of the name, so that a patient who is added later does not shuffle the others.
         chosen = set(sorted(everyone, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])

@@ -41,7 +41,7 @@ def paint(
     shape: tuple[int, int, int],
     unknown: Sequence[str],
     name: str,
-    unclosed: Sequence[str] = (),
+    undrawn: Sequence[str] = (),
 ) -> np.ndarray:
     """Paint structures into one mask; where they overlap, the smaller one (fewer voxels) is on top.
 
@@ -53,7 +53,7 @@ def paint(
         shape: of the grid.
         unknown: names of structures that no label is known for, for the messages.
         name: of the file, for the messages.
-        unclosed: names of structures that have no closed contours, for the messages.
+        undrawn: structures that cannot be drawn, with the reason, for the messages.
 
     Returns:
         uint8 volume of labels.
@@ -64,13 +64,18 @@ def paint(
     advice = 'name them in a JSON table, {"NAME": "liver", "OTHER": 0}, and give it with --names'
     if unknown:
         logger.warning("%s has structures that are left out: %s; to use them, %s", name, ", ".join(unknown), advice)
-    if unclosed:
-        logger.warning("%s has structures without closed contours, which cover nothing: %s", name, ", ".join(unclosed))
+    if undrawn:
+        logger.warning("%s has structures that cannot be drawn: %s", name, ", ".join(undrawn))
     if len(structures) > MAX_STRUCTURES:
         raise InputError(f"{name} has {len(structures)} structures; allowed are {MAX_STRUCTURES}: leave some out")
+    if not structures and undrawn and not unknown:
+        raise InputError(
+            f"{name} has no structure that can be drawn (it has: {', '.join(undrawn)}); allowed is at least one, with "
+            "closed contours in the series' frame of reference: give the series they were drawn on with --series"
+        )
     if not structures:
         raise InputError(
-            f"{name} has no structure of MAISI's vocabulary (it has: {', '.join([*unknown, *unclosed]) or 'none'}); "
+            f"{name} has no structure of MAISI's vocabulary (it has: {', '.join([*unknown, *undrawn]) or 'none'}); "
             f"allowed is at least one: {advice}"
         )
     counts = [int(np.count_nonzero(structure.draw())) for structure in structures]

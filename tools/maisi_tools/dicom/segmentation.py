@@ -109,8 +109,8 @@ def segments(
         RAS in mm; their shape; and the segments that no code, name or table explains.
 
     Raises:
-        InputError: frames that are not equally spaced, and not slices of the series either; or more than the limits
-            allow.
+        InputError: frames that are not equally spaced, or are farther apart than they are thick without a word of the
+            file on how far, and not slices of the series either; or more than the limits allow.
     """
     segmentation = Segmentation.from_dataset(ds, copy=False)
     geometry = segmentation.get_volume_geometry()
@@ -126,6 +126,8 @@ def segments(
         # Of frames with gaps between them the distance of slices is a guess, so they are placed one by one if they can.
         with contextlib.nullcontext() if geometry is None else contextlib.suppress(InputError, AttributeError):
             places = _places(ds, shape, affine)
+    if places is None and geometry is not None:
+        _check_distance(ds, geometry.spacing[0])
     if places is not None:
         drawing = functools.partial(_drawing_of_frames, segmentation, _frames_of(segmentation, places), shape)
     else:
@@ -180,6 +182,22 @@ def _places(ds: Dataset, shape: tuple[int, int, int], affine: np.ndarray) -> lis
             )
         places.append(place)
     return places
+
+
+def _check_distance(ds: Dataset, found: float) -> None:
+    """Refuse frames with what may be gaps between them: a slice may have no frame where nothing was drawn in it.
+
+    Raises:
+        InputError: they are farther apart than thick, in mm, and nothing says that slices are so far apart.
+    """
+    measures = [_group(ds, own, "PixelMeasuresSequence") for own in ds.get("PerFrameFunctionalGroupsSequence") or ()]
+    thick = [float(one.SliceThickness) for one in measures if one.get("SliceThickness")]
+    if not any("SpacingBetweenSlices" in one for one in measures) and thick and found > 1.01 * max(thick):
+        raise InputError(
+            f"the segmentation's frames are {found:g} mm apart and {max(thick):g} mm thick, and it says nothing of "
+            "slices between them; allowed are frames on the slices of a series: give the whole CT series it was drawn "
+            "on with --series FOLDER"
+        )
 
 
 def _group(ds: Dataset, own: Dataset, keyword: str) -> Dataset:

@@ -117,7 +117,8 @@ def structures(
 
     Returns:
         The structures, each with a function that draws it as (columns, rows, slices); the names of the ROIs that
-        neither name nor table explains; and of those that have no closed contours, or another frame of reference.
+        neither name nor table explains; and those that cannot be drawn, each with the reason: no closed contours, or
+        another frame of reference.
     """
     shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
     affine = slice_affine(slices)
@@ -125,7 +126,7 @@ def structures(
     listed = {int(roi.ROINumber): roi for roi in ds.get("StructureSetROISequence") or ()}
     names = {number: str(roi.get("ROIName", "")) for number, roi in listed.items()}
     frame = slices[0].get("FrameOfReferenceUID")
-    drawn, unknown, unclosed = [], [], []
+    drawn, unknown, undrawn = [], [], []
     for item in ds.get("ROIContourSequence") or ():
         name = names.get(int(item.ReferencedROINumber), "") or f"ROI {item.ReferencedROINumber}"
         label = table[name] if name in table else label_of_name(name)
@@ -139,11 +140,10 @@ def structures(
         own = listed.get(int(item.ReferencedROINumber), {}).get("ReferencedFrameOfReferenceUID")
         # Of a fused MR or PET, say, whose coordinates are others; unless it names the series' own slices.
         if own and frame and own != frame and not _refers_to(contours, slices):
-            logger.warning("the ROI %s is left out: it was drawn in another frame of reference than the series'", name)
-            unclosed.append(f"{name} (of another frame of reference)")
+            undrawn.append(f"{name} (of another frame of reference than the series)")
             continue
         if not contours:
-            unclosed.append(name)
+            undrawn.append(f"{name} (without closed contours)")
         elif label is None:
             unknown.append(name)
         else:
@@ -154,7 +154,7 @@ def structures(
     found = [
         Structure(name, label, *_drawing(name, planes, shape, spacing, elsewhere)) for name, label, planes in drawn
     ]
-    return found, unknown, unclosed
+    return found, unknown, undrawn
 
 
 def _refers_to(contours: Sequence[Dataset], slices: Sequence[Dataset]) -> bool:

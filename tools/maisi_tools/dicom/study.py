@@ -232,9 +232,9 @@ def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table:
                 f"{path} is a structure set, which has contours and no grid; give the CT series it was drawn on with "
                 "--series FOLDER"
             )
-        found, unknown, unclosed = structures(ds, slices, table)
+        found, unknown, undrawn = structures(ds, slices, table)
         shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
-        mask, affine = paint(found, shape, unknown, str(path), unclosed), slice_affine(slices)
+        mask, affine = paint(found, shape, unknown, str(path), undrawn), slice_affine(slices)
     meta = {"filename_or_obj": str(path)}
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(mask))[None], affine=torch.as_tensor(affine), meta=meta)
 
