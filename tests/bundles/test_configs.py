@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -354,15 +353,16 @@ def test_the_generator_is_asked_as_it_was_trained(bundles):
 
 @pytest.mark.parametrize("overlay", ["full_rflow.json", "full_ddpm.json"])
 def test_a_file_of_both_networks_is_recorded_alone(bundles, tmp_path, overlay):
-    """What a training left is ControlNet and U-Net; the released U-Net beside it makes nothing, or is missing."""
-    parser = parser_of(bundles, "maisi_controlnet", "inference.json", overlay)
-    unet, autoencoder = parser["unet_ckpt_path"], parser["autoencoder_ckpt_path"]
-    assert len(parser.get_parsed_content("weights")) == 3  # known before any is there
+    """What a training left is ControlNet and U-Net; the released U-Net makes nothing then, and may be missing."""
     torch.save({"model": {"unet.a": torch.zeros(1), "controlnet.a": torch.zeros(1)}}, tmp_path / "trained.pt")
+    (tmp_path / "decoder.pt").touch()
     parser = parser_of(bundles, "maisi_controlnet", "inference.json", overlay)
-    parser["ckpt_path"] = str(tmp_path / "trained.pt")
-    names = [Path(path).name for path in parser.get_parsed_content("weights")]
-    assert names == ["trained.pt", "autoencoder_v1.pt"] and "trained.pt" not in unet + autoencoder
+    assert len(parser.get_parsed_content("weights")) == 3  # known before any is there, and read
+    parser = parser_of(bundles, "maisi_controlnet", "inference.json", overlay)
+    given = {"ckpt_path": "trained.pt", "autoencoder_ckpt_path": "decoder.pt", "output_dir": "."}
+    parser.update({key: str(tmp_path / name) for key, name in given.items()} | {"recorded": {}})
+    found = json.loads(parser.get_parsed_content("record").read_text())
+    assert list(found["weights"]) == ["trained.pt", "decoder.pt"]
 
 
 def test_missing_full_size_weights_say_what_to_do(cause, bundles, tmp_path):

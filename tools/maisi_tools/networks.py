@@ -413,12 +413,10 @@ def load_controlled(network: ControlledUNet, controlnet_path: str | Path, unet_p
 def file_of_unet(controlnet_path: str | Path, unet_path: str | Path | None) -> str | Path | None:
     """The file that has the U-Net beside a ControlNet: a training leaves both in one, which the first then is.
 
-    Where the first is missing it is the second: the names of weights are asked for before the weights are there.
-
     Raises:
-        InputError: the first file is no checkpoint.
+        InputError: the first file is missing or no checkpoint.
     """
-    both = Path(controlnet_path).is_file() and any(name.startswith("unet.") for name in read_weights(controlnet_path))
+    both = any(name.startswith("unet.") for name in read_weights(controlnet_path))
     return controlnet_path if both else unet_path
 
 
