@@ -295,15 +295,10 @@ def main() -> None:
     editor = Editor(folder, json_mapping(options.settings, "settings"), segmenter, label_map)
     scans = [read_scan(case, label_map) for case in read_datalist(options.datalist, options.section)]
     given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
-    files = [
-        options.datalist,
-        *editor.stage.parser.get_parsed_content("weights"),
-        *([options.ckpt] if options.ckpt else []),
-    ]
-    given["content"] = {Path(path).name: fingerprint_file(path) for path in files}
+    files = [options.datalist, options.ckpt, *editor.stage.parser.get_parsed_content("weights")]
+    given["content"] = [fingerprint_file(path) for path in files if path]
     there = folder / "edits.json"
-    rows = _begun(there, given)
-    rows = rows[: options.count]
+    rows = _begun(there, given)[: options.count]
     if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
         rows.pop()
     for row in rows_of(editor, scans, options.count, len(rows)):

@@ -260,7 +260,7 @@ def write_cards(root: Path) -> None:
     for path, (render, name) in pages.items():
         figures = json.loads((docs / f"{name}.json").read_text())
         text = render(figures)
-        if name in ("downstream", "editing") and figures.get("made_by") != _shipped(docs, figures):
+        if name in ("downstream", "editing") and figures.get("made_by") != _shipped(docs, name):
             text = f"{EARLIER}\n\n{text}"
         before, rest = path.read_text().split(BEGIN)
         _, after = rest.split(END)
@@ -271,10 +271,9 @@ def write_cards(root: Path) -> None:
 EARLIER = "(Measured with earlier weights, or settings of them, than those that are shipped now.)"
 
 
-def _shipped(docs: Path, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What made figures, if it was the weights of docs/measured.json and the sampler's settings that a bundle has."""
+def _shipped(docs: Path, stage: str) -> dict[str, Any]:
+    """What made a stage's figures, if it was the weights of docs/measured.json and a bundle's own sampler settings."""
     weights = json.loads((docs / "measured.json").read_text())["weights"]
-    stage = "downstream" if "rows" in figures else "editing"
     return {"weights": weights, "sampling": sampling(FIGURES["measured"][0], *OVERLAYS.get(stage, ()))}
 
 

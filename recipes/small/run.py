@@ -411,17 +411,16 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if given.quick:
         write_json(out / "quick.json", changes)
-    if (out / "datalist.json").is_file():
-        if packed:
-            check_packed(out, given.data)
-        else:
-            check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
-    else:
-        if packed:
-            write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
-            unpack(given.data, out)
-        elif "prepare" in stages:
-            prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
+    begun = (out / "datalist.json").is_file()
+    if packed and begun:
+        check_packed(out, given.data)
+    elif packed:
+        write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
+        unpack(given.data, out)
+    elif begun:
+        check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
+    elif "prepare" in stages:
+        prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
     run = Run(out, given.minutes, changes)
     for stage in STAGES[1:]:
         if stage in stages:

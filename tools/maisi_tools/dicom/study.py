@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
@@ -29,7 +28,7 @@ from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, stem_of
-from maisi_tools.volumes.reading import sidecar_path
+from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.volumes.series import read_slices, slice_affine
 
 STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
@@ -142,7 +141,7 @@ SCANS = ("_recon.nii.gz", "_latent_ct.nii.gz")
 
 def is_of_scan(ct: str | os.PathLike) -> bool:
     """Whether a CT's file was computed from a scan, by what lies beside it, or else by its name."""
-    said = _beside(ct).get("from_scan")
+    said = sidecar_if_any(ct).get("from_scan")
     if isinstance(said, bool):
         return said
     name = os.fspath(ct).lower()
@@ -151,16 +150,8 @@ def is_of_scan(ct: str | os.PathLike) -> bool:
 
 def edited_region(ct: str | os.PathLike) -> list[list[float]]:
     """Of an edited scan's file the box that its sidecar names, see :func:`write_study`; empty for any other CT."""
-    region = _beside(ct).get("region")
+    region = sidecar_if_any(ct).get("region")
     return region.get("box_ras_mm", []) if isinstance(region, dict) else []
-
-
-def _beside(ct: str | os.PathLike) -> dict[str, Any]:
-    try:
-        content = json.loads(sidecar_path(ct).read_text())
-    except (OSError, ValueError):  # there is none, or it is somebody's own
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _check_place(hu: np.ndarray, affine: ArrayLike, slices: Sequence[Dataset]) -> None:

@@ -26,7 +26,7 @@ from maisi_tools.report.preview import (
     load_labels,
     plane,
 )
-from maisi_tools.volumes.reading import read_ras, read_sidecar
+from maisi_tools.volumes.reading import read_ras, sidecar_if_any
 
 COLUMN_INCHES = 3.2
 
@@ -127,10 +127,7 @@ def _figures(case: Comparison) -> list[str]:
     """A line of figures for each CT whose sidecar has some."""
     lines = []
     for title, path in case.volumes.items():
-        try:
-            metrics = read_sidecar(path).get("metrics")
-        except InputError:  # none, or somebody else's, as beside a real CT
-            continue
+        metrics = sidecar_if_any(path).get("metrics")
         numbers = (
             {name: value for name, value in metrics.items() if type(value) in (int, float)}
             if isinstance(metrics, dict)

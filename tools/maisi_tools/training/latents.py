@@ -20,7 +20,7 @@ from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.normalise import MR_PERCENTILES
-from maisi_tools.volumes.reading import read_sidecar, sidecar_path
+from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar
 from maisi_tools.weights import encoder_fingerprint, read_factor
 
@@ -242,7 +242,7 @@ def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoi
 
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
     path = folder / f"{job['stem']}{SUFFIX}"
-    sidecar = _made_from(path)
+    sidecar = sidecar_if_any(path)
     files = [folder / f"{job['stem']}{ending}" for ending in endings]
     if not all(file.is_file() for file in files) or any(sidecar.get(name) != job[name] for name in MADE_FROM):
         return False
@@ -261,7 +261,7 @@ def _endings(settings: Mapping[str, Any]) -> tuple[str, ...]:
 def _left_of(folder: Path, stem: str) -> list[Path]:
     """The files that an earlier run wrote for a latent."""
     path = folder / f"{stem}{SUFFIX}"
-    sidecar = _made_from(path)
+    sidecar = sidecar_if_any(path)
     if not sidecar.keys() >= set(MADE_FROM):
         return []
     try:
@@ -269,15 +269,6 @@ def _left_of(folder: Path, stem: str) -> list[Path]:
     except InputError:  # damaged: the latent is made again
         settings = {}
     return [folder / f"{stem}{ending}" for ending in _endings(settings)]
-
-
-def _made_from(path: Path) -> dict[str, Any]:
-    """The sidecar of a latent that may be there; nothing where it is not."""
-    try:
-        sidecar = json.loads(sidecar_path(path).read_text())
-    except (OSError, ValueError):
-        return {}
-    return sidecar if isinstance(sidecar, dict) else {}
 
 
 def _settings_of(path: Path, sidecar: Mapping[str, Any]) -> dict[str, Any]:

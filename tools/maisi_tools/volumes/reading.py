@@ -192,6 +192,14 @@ def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
+def sidecar_if_any(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON sidecar of the volume file `path`; nothing where there is none, or somebody's own beside a CT."""
+    try:
+        return read_sidecar(path)
+    except InputError:
+        return {}
+
+
 def _read(path: Path, kind: str, series_uid: str | None, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Values (X, Y, Z), or (X, Y, Z, C) for a latent, float32, and the affine, of any format."""
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
