@@ -21,6 +21,14 @@ def save(path, data):
     return path
 
 
+def save_bodies(folder, *names):
+    """A small body in air as ``NAME_ct.nii.gz`` for each name."""
+    hu = np.full((4, 4, 4), -1000, np.int16)
+    hu[1:3, 1:3, 1:3] = 40
+    for name in names:
+        save(folder / f"{name}_ct.nii.gz", hu)
+
+
 @pytest.fixture
 def volume(tmp_path):
     return save(tmp_path / "ct.nii.gz", np.zeros((16, 16, 16), np.int16))
@@ -251,25 +259,20 @@ def test_prepare_of_wrong_input(cases, capsys):
 
 
 def test_prepare_holds_out_many_by_name(tmp_path, capsys):
-    hu = np.full((4, 4, 4), -1000, np.int16)
-    hu[1:3, 1:3, 1:3] = 40
     names = [f"patient_number_{number:03d}" for number in range(21)]
-    for name in names:
-        save(tmp_path / "cts" / f"{name}_ct.nii.gz", hu)
+    save_bodies(tmp_path / "cts", *names)
     held_out = ",".join(names[1:])
     assert main(["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--held_out", held_out]) == 0
     assert "1 volumes of 1 patients to train on, 20 of 20 held out" in capsys.readouterr().out
 
 
 def test_prepare_holds_out_of_what_can_be_used(tmp_path, capsys):
-    hu = np.full((4, 4, 4), -1000, np.int16)
-    hu[1:3, 1:3, 1:3] = 40
-    save(tmp_path / "cts" / "a_ct.nii.gz", hu)
+    save_bodies(tmp_path / "cts", "a")
     (tmp_path / "cts" / "b_ct.nii.gz").write_text("damaged")
     for seed in range(3):
         line = ["prepare", tmp_path / "cts", "-o", tmp_path / "l.json", "--validation=0.5", f"--seed={seed}"]
         assert "validation 0.5 of 1 patients leaves none to train on" in fails(line, capsys)
-    save(tmp_path / "cts" / "c_ct.nii.gz", hu)
+    save_bodies(tmp_path / "cts", "c")
     for seed in range(3):
         line = ["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--validation=0.5", f"--seed={seed}"]
         assert main(line) == 0
@@ -277,9 +280,7 @@ def test_prepare_holds_out_of_what_can_be_used(tmp_path, capsys):
 
 
 def test_a_damaged_file_of_a_patient_that_is_held_out_changes_nothing(tmp_path, capsys):
-    hu = np.full((4, 4, 4), -1000, np.int16)
-    hu[1:3, 1:3, 1:3] = 40
-    save(tmp_path / "cts" / "pt_2_a_ct.nii.gz", hu)
+    save_bodies(tmp_path / "cts", "pt_2_a")
     (tmp_path / "cts" / "pt_1_a_ct.nii.gz").write_text("damaged")
     line = ["prepare", str(tmp_path / "cts"), "-o", str(tmp_path / "l.json"), "--patient_pattern", r"pt_\d+"]
     assert main([*line, "--held_out", "pt_1"]) == 0
