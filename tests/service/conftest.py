@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import http.client
 import json
 import os
 import shutil
@@ -94,7 +95,7 @@ class Running:
     def health(self) -> dict:
         try:
             return json.loads(self.get("/health"))
-        except OSError:
+        except (OSError, http.client.HTTPException):  # the second: it ended in the midst of an answer
             return {}
 
     def wait(self, ready, seconds: float) -> None:
