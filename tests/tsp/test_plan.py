@@ -6,6 +6,8 @@ peaks are counted in rows, above what is on the device anyway.
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.tsp.nodes import Node, clamp, source
-from maisi_tools.tsp.plan import Graph, Plan, make_plan
+from maisi_tools.tsp.plan import Graph, Plan, Step, _last_readers, make_plan
 from maisi_tools.tsp.run import Call, Settings
 
 R = 64
@@ -181,3 +183,22 @@ def test_what_a_rank_has_to_send_is_not_freed_before(ranks):
                     assert node is not message.node or b <= message.rows[0] or a >= message.rows[1]
             freed += [entry for step in done.steps for entry in step.free]
         assert sent or ranks == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_slab_is_freed_after_the_last_step_that_reads_of_it(seed):
+    """As looking at every step for every slab says; slabs and steps in any order, with gaps and overlaps."""
+    rng = random.Random(seed)
+    ends = sorted(rng.sample(range(1, 60), rng.randint(1, 20)))
+    slabs = list(zip([0, *ends[:-1]], ends, strict=True))
+    rng.shuffle(slabs)
+    node = object()
+    reads = [(a, min(a + rng.choice([1, 5, 60]), 60)) for a in rng.choices(range(60), k=12)]
+    steps = [Step([], {node: rows} if rng.random() < 0.9 else {}, 0, 0.0) for rows in reads]
+    wanted = []
+    for a, b in slabs:
+        overlap = [
+            step for step in steps if max(a, step.reads.get(node, (0, 0))[0]) < min(b, step.reads.get(node, (0, 0))[1])
+        ]
+        wanted.append(overlap[-1] if overlap else steps[0])
+    assert all(one is other for one, other in zip(_last_readers(slabs, steps, node), wanted, strict=True))

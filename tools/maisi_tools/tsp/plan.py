@@ -13,6 +13,7 @@ convolution of the inputs that takes little.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -303,8 +304,8 @@ class Plan:
             ):
                 last[node] = done
         after = {id(done): number for number, done in enumerate(self.passes)}
-        slabs = {
-            target: [step.rows[place] for step in done.steps if step.rows[place] is not None]
+        slabs: dict[Node, list[Rows]] = {
+            target: [rows for step in done.steps if (rows := step.rows[place]) is not None]
             for done in self.passes
             if done.keep
             for place, target in enumerate(done.targets)
@@ -314,14 +315,10 @@ class Plan:
                 continue
             # A rank without rows in a pass frees in its next one what it sent there, or keeps it to the end.
             at = next((later for later in self.passes[after[id(done)] :] if later.steps), None)
-            for rows in slabs.get(node, ()) if at is not None else ():
-                assert rows is not None and at is not None
-                final = at.steps[0]
-                for step in at.steps:
-                    a, b = step.reads.get(node, (0, 0))
-                    if a < rows[1] and b > rows[0]:
-                        final = step
-                final.free.append((node, rows))
+            if at is None or node not in slabs:
+                continue
+            for rows, step in zip(slabs[node], _last_readers(slabs[node], at.steps, node), strict=True):
+                step.free.append((node, rows))
 
     def _simulate(self, in_flight: int) -> tuple[int, dict[Node, int], tuple[int, int]]:
         alive: dict[Node, int] = {}
@@ -451,6 +448,31 @@ def make_plan(
         + (" with this number of splits; splits=None plans thinner slabs" if splits is not None else "")
         + ("; offload='auto' needs less, by moving results off the device" if to == "none" else "")
     )
+
+
+def _last_readers(slabs: Sequence[Rows], steps: Sequence[Step], node: Node) -> list[Step]:
+    """For each slab of a node the last step that reads of it; the first step where none does.
+
+    From the last step back, each takes the slabs it reads that no later one took; every slab is looked at once.
+    """
+    by_rows = sorted(range(len(slabs)), key=lambda i: slabs[i])
+    begins, ends = [slabs[i][0] for i in by_rows], [slabs[i][1] for i in by_rows]
+    left = list(range(len(slabs) + 1))  # from each place on, the first slab that may not have been taken yet
+    found = [steps[0]] * len(slabs)
+
+    def first_left(place: int) -> int:
+        while left[place] != place:
+            left[place] = left[left[place]]
+            place = left[place]
+        return place
+
+    for step in reversed(steps):
+        a, b = step.reads.get(node, (0, 0))
+        place, end = bisect_right(ends, a), bisect_left(begins, b)
+        while (place := first_left(place)) < end:
+            found[by_rows[place]] = step
+            left[place] = place + 1
+    return found
 
 
 class _Probe:
