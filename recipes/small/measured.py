@@ -33,6 +33,7 @@ SAMPLING = {
         "last_step",
         "guidance_scale",
         "guidance_interval",
+        "guidance_parallel",
         "guided_conditions",
         "control_scale",
     ),

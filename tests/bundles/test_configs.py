@@ -146,6 +146,8 @@ def test_each_weights_have_their_solver_and_steps(bundles, bundle, overlay, solv
     wanted = {"solver": solver, "num_inference_steps": steps, "guidance_scale": 2 if by_mask else 0}
     assert {key: shown[key] for key in wanted} == wanted
     wanted["guidance_interval"] = [0.2, 1] if by_mask else [0, 1]
+    if bundle == "maisi_controlnet":
+        wanted["guidance_parallel"] = 0.2 if by_mask else 1
     assert {key: parser.get_parsed_content(key) for key in wanted} == wanted
     assert (parser.get_parsed_content("guided_conditions") == ["mask"]) == by_mask
 

@@ -12,6 +12,7 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowSchedul
 from maisi_tools.diffusion.samplers import (
     check_interval,
     check_sampling,
+    data_and_noise,
     guided,
     known_outside,
     sample,
@@ -259,7 +260,7 @@ def test_solvers_that_do_not_fit_are_refused(repo_root):
 )
 def test_intervals_outside_0_to_1_are_refused(interval):
     with pytest.raises(InputError, match="two numbers within 0 to 1"):
-        guided(lambda x, t: x, lambda x, t: x, 2.0, interval)
+        guided(lambda x, t: x, lambda x, t: x, 2.0, flow(), interval)
 
 
 def test_intervals_within_0_to_1_are_taken():
@@ -277,8 +278,8 @@ def test_guidance_stays_within_its_interval():
 
         return denoiser
 
-    denoiser = guided(network("c", 3.0), network("u", 1.0), 5, (0.4, 0.8), num_train_timesteps=500)
     scheduler = RFlowScheduler(num_train_timesteps=500, use_discrete_timesteps=False)
+    denoiser = guided(network("c", 3.0), network("u", 1.0), 5, scheduler, (0.4, 0.8))
     noise = torch.zeros(1, 4, 4, 4, 4)
     result = sample(denoiser, noise, scheduler, 5, progress=False)
     assert seen == {"c": [1.0, 0.8, 0.6, 0.4, 0.2], "u": [0.8, 0.6, 0.4]}
@@ -297,9 +298,59 @@ def test_guidance_formula_and_cost():
         return x
 
     x, t = torch.ones(1), torch.zeros(1)
-    assert guided(conditional, unconditional, 0)(x, t).item() == 3 and calls == ["c"]
-    assert guided(conditional, unconditional, 1)(x, t).item() == 3
-    assert guided(conditional, unconditional, 5)(x, t).item() == 1 + 5 * 2
+    assert guided(conditional, unconditional, 0, flow())(x, t).item() == 3 and calls == ["c"]
+    assert guided(conditional, unconditional, 1, flow())(x, t).item() == 3
+    assert guided(conditional, unconditional, 5, flow())(x, t).item() == 1 + 5 * 2
+
+
+@pytest.mark.parametrize("kind", ["velocity", "epsilon", "sample", "v_prediction"])
+def test_guidance_without_its_parallel_part_turns_the_predicted_data_and_lengthens_none(kind):
+    """By the definition, cell for cell: of the data's change, what lies along the conditional prediction is left out."""
+    scheduler = flow() if kind == "velocity" else ddim(prediction_type=kind)
+    latent, output, base = torch.randn(3, 2, 4, 3, 2, 2, dtype=torch.float64)
+    t = torch.full((2,), 400.0)
+    signal, spread = signal_and_noise(scheduler, 400.0)
+
+    def data(prediction):
+        return data_and_noise(scheduler, latent, prediction, signal, spread)[0]
+
+    def run(parallel):
+        return guided(lambda x, t: output, lambda x, t: base, 3.0, scheduler, parallel=parallel)(latent, t)
+
+    torch.testing.assert_close(run(1.0), base + 3 * (output - base))
+    change, whole = data(run(0.0)) - data(output), data(run(1.0)) - data(output)
+    assert change.abs().min() > 1e-6
+    torch.testing.assert_close((change * data(output)).sum(1), torch.zeros(2, 3, 2, 2, dtype=torch.float64))
+    share = (whole * data(output)).sum(1, keepdim=True) / (data(output) ** 2).sum(1, keepdim=True)
+    torch.testing.assert_close(whole - change, share * data(output))
+    torch.testing.assert_close(run(0.25), 0.75 * run(0.0) + 0.25 * run(1.0))
+
+
+def test_guidance_where_no_data_are_predicted_is_all_kept():
+    """A cell of zeros has no direction."""
+    guide = guided(lambda x, t: x * 0, lambda x, t: x * 0 - 1, 3.0, flow(), parallel=0.0)
+    assert torch.equal(guide(torch.zeros(1, 4, 2, 2, 2), torch.tensor([500.0])), torch.full((1, 4, 2, 2, 2), 2.0))
+
+
+@pytest.mark.parametrize("parallel", [-0.1, 1.5, float("nan"), None, "half", True])
+def test_a_parallel_part_that_is_none_is_refused(parallel):
+    with pytest.raises(InputError, match="guidance_parallel is .*; allowed is a number from 0 to 1"):
+        guided(lambda x, t: x, lambda x, t: x, 2.0, flow(), parallel=parallel)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "epsilon", "sample", "v_prediction"])
+def test_a_prediction_is_split_into_the_data_and_noise_that_it_was_made_of(kind):
+    scheduler = flow() if kind == "velocity" else ddim(prediction_type=kind)
+    data, noise = torch.randn(2, 1, 4, 2, 2, 2, dtype=torch.float64)
+    signal, spread = signal_and_noise(scheduler, 300.0)
+    outputs = {
+        "velocity": data - noise,
+        "epsilon": noise,
+        "sample": data,
+        "v_prediction": signal * noise - spread * data,
+    }
+    found = data_and_noise(scheduler, signal * data + spread * noise, outputs[kind], signal, spread)
+    torch.testing.assert_close(found, (data, noise))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -320,7 +371,7 @@ def test_timesteps_follow_the_latents_voxels_and_not_its_channels(channels):
 
 
 def test_guidance_is_on_at_both_ends_of_its_interval():
-    guide = guided(lambda x, t: x * 0 + 1, lambda x, t: x * 0, 3.0, (0.25, 0.75), 1000)
+    guide = guided(lambda x, t: x * 0 + 1, lambda x, t: x * 0, 3.0, flow(), (0.25, 0.75))
     found = [guide(torch.zeros(1), torch.tensor([time])).item() for time in (249.0, 250.0, 500.0, 750.0, 751.0)]
     assert found == [1, 3, 3, 3, 1]
 

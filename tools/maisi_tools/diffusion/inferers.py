@@ -31,6 +31,7 @@ from maisi_tools.diffusion.samplers import (
     Progress,
     Scheduler,
     check_interval,
+    check_parallel,
     check_sampling,
     guided,
     sample,
@@ -74,6 +75,7 @@ class LatentSampler(Inferer):
         conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
         guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
         guidance_interval: shares of the timesteps between which guidance is on, likewise.
+        guidance_parallel: share of guidance along the prediction that is kept, likewise (there ``parallel``).
         guided_conditions: what the unconditional pass of guidance goes without: the conditions that were dropped in
             the weights' training (the released v2 weights: the modality alone); empty where none were.
         condition_scale: see :meth:`Conditions.tensors`.
@@ -86,7 +88,8 @@ class LatentSampler(Inferer):
 
     Raises:
         InputError: see :func:`~maisi_tools.diffusion.samplers.check_sampling`,
-            :func:`~maisi_tools.diffusion.samplers.check_interval` and
+            :func:`~maisi_tools.diffusion.samplers.check_interval`,
+            :func:`~maisi_tools.diffusion.samplers.check_parallel` and
             :func:`~maisi_tools.diffusion.conditions.check_guidance`.
     """
 
@@ -106,6 +109,7 @@ class LatentSampler(Inferer):
         guidance_interval: Sequence[float] = ALWAYS,
         coarse: Callable[[Conditions, int], Tensor] | None = None,
         last_step: float = 0.0,
+        guidance_parallel: float = 1.0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -118,6 +122,7 @@ class LatentSampler(Inferer):
         self.coarse = coarse
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
+        self.guidance_parallel = check_parallel(guidance_parallel)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions)
         self.condition_scale = float(condition_scale)
         self.return_latent = return_latent
@@ -136,16 +141,16 @@ class LatentSampler(Inferer):
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
         without = without_conditions(tensors, self.guided_conditions)
-        denoiser = guided(
+        passes: list[Denoiser] = [
             lambda x, t: self.inferer(x, network, t, **tensors),
             lambda x, t: self.inferer(x, network, t, **without),
-            self.guidance_scale,
-            self.guidance_interval,
-            self.scheduler.num_train_timesteps,
-        )
+        ]
         if self.coarse is not None:
             coarse = self.coarse(self.conditions, seed).to(noise)
-            denoiser = _beside(interpolate(coarse, noise.shape[2:], mode="trilinear", align_corners=False), denoiser)
+            coarse = interpolate(coarse, noise.shape[2:], mode="trilinear", align_corners=False)
+            passes = [_beside(coarse, one) for one in passes]
+        guidance = self.guidance_scale, self.scheduler, self.guidance_interval, self.guidance_parallel
+        denoiser = guided(passes[0], passes[1], *guidance)
         generator = step_generator(noise, seed)
         settings = self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
         return sample(denoiser, noise, *settings, last_step=self.last_step)
@@ -165,10 +170,10 @@ class MaskToCT(Inferer):
 
     Args:
         decoder, scheduler, num_inference_steps, solver, last_step: as in :class:`LatentSampler`.
-        guidance_scale, guidance_interval, guided_conditions, condition_scale: likewise. ``guided_conditions`` may have
-            "mask": the unconditional pass is the U-Net's alone, without the ControlNet; or "lesions": it sees the mask
-            with its lesions replaced by what is around them, so that they stand out more the larger the scale. Without
-            a lesion that the weights know, these guide nothing.
+        guidance_scale, guidance_interval, guidance_parallel, guided_conditions, condition_scale: likewise.
+            ``guided_conditions`` may have "mask": the unconditional pass is the U-Net's alone, without the ControlNet;
+            or "lesions": it sees the mask with its lesions replaced by what is around them, so that they stand out
+            more the larger the scale. Without a lesion that the weights know, these guide nothing.
         seed: seed of the noise, the same for every mask, so that a mask gives the same CT alone or among others.
         multiple: legal sizes are multiples of this: the factor, times 2 for each further level of the U-Net.
         spacing: mm along x, y, z; None reads it from the mask's affine.
@@ -203,6 +208,7 @@ class MaskToCT(Inferer):
         guidance_interval: Sequence[float] = ALWAYS,
         trained_modalities: Sequence[str | int] | None = None,
         last_step: float = 0.0,
+        guidance_parallel: float = 1.0,
     ) -> None:
         super().__init__()
         self.decoder = decoder
@@ -221,6 +227,7 @@ class MaskToCT(Inferer):
         self.merge_labels = merge_labels or {}
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
+        self.guidance_parallel = check_parallel(guidance_parallel)
         self.guided_conditions = check_guidance(guidance_scale, guided_conditions, (MASK, LESIONS))
         self.condition_scale = float(condition_scale)
         self.control_scale = float(control_scale)
@@ -281,8 +288,9 @@ class MaskToCT(Inferer):
             lambda x, t: self.inferer(x, network.denoise, embedding, t, self.control_scale, **tensors),
             unguided,
             scale,
+            self.scheduler,
             self.guidance_interval,
-            self.scheduler.num_train_timesteps,
+            self.guidance_parallel,
         )
         return denoiser, conditions
 

@@ -10,6 +10,7 @@ import torch
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 from monai.networks.schedulers.ddim import DDIMPredictionType
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
@@ -84,12 +85,27 @@ def check_interval(interval: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def check_parallel(parallel: float) -> float:
+    """The share of guidance along the prediction that is kept, see :func:`guided`.
+
+    Raises:
+        InputError: it is no number from 0 to 1.
+    """
+    if not isinstance(parallel, (int, float)) or isinstance(parallel, bool) or not 0 <= parallel <= 1:
+        raise InputError(
+            f"guidance_parallel is {parallel!r}; allowed is a number from 0 to 1: how much of guidance may change the "
+            "contrast of a prediction; 1 is classifier-free guidance as it is"
+        )
+    return float(parallel)
+
+
 def guided(
     conditional: Denoiser,
     unconditional: Denoiser,
     guidance_scale: float,
+    scheduler: Scheduler,
     interval: Sequence[float] = ALWAYS,
-    num_train_timesteps: int = 1000,
+    parallel: float = 1.0,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022): ``u + guidance_scale * (c - u)``.
 
@@ -97,23 +113,36 @@ def guided(
     two. (1 gives the same result at twice the cost.)
 
     Args:
+        scheduler: whose noise and prediction the denoisers were trained with.
         interval: guidance is on where ``timestep / num_train_timesteps`` lies in it, both ends included; elsewhere the
             conditional denoiser runs alone (Kynkaanniemi et al. 2024, arXiv 2404.07724).
-        num_train_timesteps: the scheduler's; what the share is taken of.
+        parallel: how much is kept of the part of ``c - u`` that is parallel to the data that ``c`` predicts. That part
+            scales what is there, so that contrast grows with the scale: bone too bright, air too dark; the rest changes
+            what is there (Sadat et al. 2024, arXiv 2410.02416, equation 8, where this is eta). They take a volume as
+            one vector; here each cell of the latent is one, of its channels, as a CT's air must not set how far its
+            bone may go. 1 keeps all.
 
     Raises:
-        InputError: see :func:`check_interval`.
+        InputError: see :func:`check_interval` and :func:`check_parallel`.
     """
     low, high = check_interval(interval)
+    parallel = check_parallel(parallel)
     if guidance_scale == 0:
         return conditional
 
     def denoiser(latent: Tensor, timesteps: Tensor) -> Tensor:
         # All samples of a batch are at the same timestep; reading it waits for the device, so only where it matters.
-        if (low, high) != ALWAYS and not low <= float(timesteps.flatten()[0]) / num_train_timesteps <= high:
+        if (low, high) != ALWAYS and not low <= float(timesteps.flatten()[0]) / scheduler.num_train_timesteps <= high:
             return conditional(latent, timesteps)
         base = unconditional(latent, timesteps)
-        return base + guidance_scale * (conditional(latent, timesteps) - base)
+        output = conditional(latent, timesteps)
+        if parallel == 1:
+            return base + guidance_scale * (output - base)
+        change = output - base
+        data, _ = data_and_noise(scheduler, latent, output, *signal_and_noise(scheduler, float(timesteps.flatten()[0])))
+        direction = normalize(data, dim=1)
+        along = (change * direction).sum(1, keepdim=True) * direction
+        return output + (guidance_scale - 1) * (change - (1 - parallel) * along)
 
     return denoiser
 
@@ -140,6 +169,19 @@ def signal_and_noise(scheduler: Scheduler, timestep: float) -> tuple[float, floa
         return 1 - spread, spread
     alpha = float(scheduler.alphas_cumprod[int(timestep)])
     return math.sqrt(alpha), math.sqrt(1 - alpha)
+
+
+def data_and_noise(
+    scheduler: Scheduler, latent: Tensor, output: Tensor, signal: float | Tensor, spread: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a network's output takes its noisy latent, ``signal * data + spread * noise``, to be made of."""
+    if isinstance(scheduler, RFlowScheduler):
+        return latent + spread * output, latent - signal * output
+    if scheduler.prediction_type == DDIMPredictionType.EPSILON:
+        return (latent - spread * output) / signal, output
+    if scheduler.prediction_type == DDIMPredictionType.SAMPLE:
+        return output, (latent - signal * output) / spread
+    return signal * latent - spread * output, signal * output + spread * latent  # v prediction
 
 
 def known_outside(denoiser: Denoiser, known: Tensor, region: Tensor, scheduler: Scheduler) -> Denoiser:
@@ -293,12 +335,7 @@ def _ddim_step(
     alpha = scheduler.alphas_cumprod[timestep]
     next_alpha = scheduler.final_alpha_cumprod if next_timestep is None else scheduler.alphas_cumprod[next_timestep]
     signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
-    if scheduler.prediction_type == DDIMPredictionType.EPSILON:
-        data, noise = (latent - spread * output) / signal, output
-    elif scheduler.prediction_type == DDIMPredictionType.SAMPLE:
-        data, noise = output, (latent - signal * output) / spread
-    else:  # v prediction
-        data, noise = signal * latent - spread * output, signal * output + spread * latent
+    data, noise = data_and_noise(scheduler, latent, output, signal, spread)
     if scheduler.clip_sample:
         data = data.clamp(*scheduler.clip_sample_values)
     return next_alpha.sqrt() * data + (1 - next_alpha).sqrt() * noise

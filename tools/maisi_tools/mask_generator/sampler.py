@@ -125,8 +125,8 @@ class MaskSampler(Inferer):
             lambda x, t: self.inferer(x, network, t, organ_sizes=sizes),
             lambda x, t: self.inferer(x, network, t, organ_sizes=torch.full_like(sizes, UNKNOWN)),
             self.guidance_scale,
+            self.scheduler,
             self.guidance_interval,
-            self.scheduler.num_train_timesteps,
         )
         generator = step_generator(noise, seed)
         latent = sample(
