@@ -43,6 +43,7 @@ def test_volumes_beyond_the_range_count_as_its_end():
         ({"left parotid": "big"}, "left parotid: 'big'; allowed are 10 to 50 ml"),
         ({"left parotid": float("nan")}, "left parotid: nan; allowed are 10 to 50 ml"),
         ([1, 2], "organ -> ml"),
+        ({"left parotid": 20, "Left Parotid": 30}, "one organ twice"),
     ],
 )
 def test_wrong_sizes_are_refused(asked, words):

@@ -156,6 +156,32 @@ def test_what_cannot_be_read_is_listed_and_the_rest_shown(run_dir, labels):
     assert len(page.find("details")) == 1
 
 
+@pytest.mark.parametrize(("value", "kind"), [(-1, np.int16), (2.0**40, np.float32), (2**32 - 1, np.uint32)])
+def test_a_mask_with_values_that_are_no_labels_is_listed_and_the_rest_shown(run_dir, labels, value, kind):
+    wrong = labels.astype(kind)
+    wrong[0, 0, 0] = value
+    nib.save(nib.Nifti1Image(wrong, np.diag([*SPACING, 1.0])), run_dir / "a_mask.nii.gz")
+    page = Page(write_report(run_dir).read_text())
+    (reason,) = page.find("p", **{"class": "bad"})
+    assert reason[2].startswith("Not shown: mask") and "allowed" in reason[2] and "a_mask.nii.gz" in reason[2]
+    assert len(page.find("details")) == 1
+
+
+def test_voxels_without_a_value_are_counted_and_shown_as_the_lowest(run_dir, volume, labels):
+    hu = volume.astype(np.float32)
+    hu[12:16, 4:9, 2:7] = np.nan  # all of the skull
+    hu[3, 4, 2], hu[4, 4, 2], hu[0, 0, 0] = np.nan, np.inf, -np.inf  # two voxels of the liver, one of the body
+    nib.save(nib.Nifti1Image(hu, np.diag([*SPACING, 1.0])), run_dir / "a_ct.nii.gz")
+    text = write_report(run_dir).read_text()
+    page, lost = Page(text), ~np.isfinite(hu)
+    np.testing.assert_array_equal(unpacked(page, "case0-ct", "<i2", SHAPE), np.where(lost, -32768, volume))
+    (note,) = page.find("p", **{"class": "bad"})
+    assert note[2].startswith("103 voxels are NaN or infinite")
+    cells = [element[2] for element in page.find("td") if "number" in element[1].get("class", "")]
+    assert f"{np.median(volume[(labels == 1) & ~lost]):.0f}" in cells and cells.count("no value") == 1
+    assert "nan" not in cells and "nan to nan" not in cells
+
+
 def test_large_volumes_are_thinned_and_many_counted(run_dir, volume, monkeypatch):
     monkeypatch.setattr(run_report, "MAX_VOXELS", volume.size // 8)
     text = write_report(run_dir, max_cases=1).read_text()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from maisi_tools.studio import app as studio_app
-from maisi_tools.studio import nvidia, results, uploads
+from maisi_tools.studio import nvidia, planner, results, uploads
 from maisi_tools.studio.app import make_app
 from maisi_tools.studio.requests import Settings
 
@@ -38,8 +40,9 @@ def store(folders, files):
 
 
 @pytest.fixture
-def open_app(folders):
+def open_app(folders, python, monkeypatch):
     """``open_app()`` gives the application of what is on disk, with a worker that never takes a job."""
+    monkeypatch.setattr(sys, "executable", python)  # of the process that plans
     return lambda: make_app(folders, [SimpleNamespace(device="cpu", pid=None, job=None)])
 
 
@@ -77,6 +80,51 @@ def test_a_label_map_never_changes_its_meaning(open_app, folders):
     assert ask(app, "POST", "/v1/label_maps", {"name": "theirs", "labels": {"7": "spleen"}})[0] == 201
 
 
+def test_an_entry_that_is_there_twice_is_refused(open_app, folders):
+    app = open_app()
+    job = (
+        b'{"makes": "mask", "source": {"kind": "phantom"}, "edits": [{"insert": {"bone lesion": 9, "bone lesion": 8}}]}'
+    )
+    label_map = b'{"name": "ours", "labels": {"1": "liver", "1": "spleen"}}'
+    for path, body, key in (("/v1/jobs", job, "'bone lesion'"), ("/v1/label_maps", label_map, "'1'")):
+        status, answer = ask(app, "POST", path, body)
+        assert status == 422 and f"{key} stands there more than once" in answer["detail"]
+    assert not (folders.root / "label_maps").exists() and not (folders.root / "jobs").exists()
+
+
+def test_a_plan_that_takes_too_long_is_refused_and_the_next_one_made(open_app, monkeypatch):
+    app = open_app()
+    monkeypatch.setattr(planner, "PLANNING", 0.01)
+    for _ in range(2):
+        status, answer = ask(app, "POST", "/v1/plan", {"size": [48, 48, 48]})
+        assert status == 422 and answer["detail"].startswith("planning a CT of 48 x 48 x 48 voxels takes longer than")
+    monkeypatch.setattr(planner, "PLANNING", 60.0)
+    status, answer = ask(app, "POST", "/v1/plan", {"size": [48, 48, 32]})
+    assert status == 200 and answer["fits"]
+
+
+def test_what_was_planned_waits_for_no_other_plan(open_app, monkeypatch):
+    app, waits = open_app(), threading.Event()
+    stages = [{"stage": "decoder", "bytes": 5, "refusal": ""}]
+    monkeypatch.setattr(planner.Planner, "_ask", lambda self, asked: {"stages": stages})
+    plan = {"size": [48, 48, 48]}
+    first = ask(app, "POST", "/v1/plan", plan)
+    monkeypatch.setattr(planner.Planner, "_ask", lambda self, asked: waits.wait(30) and {"stages": stages})
+
+    async def at_once():
+        async def asked_for(size):
+            return await asked(app, "POST", "/v1/plan", json.dumps({"size": size}).encode())
+
+        slow = asyncio.create_task(asked_for([64, 64, 64]))
+        await asyncio.sleep(0.2)
+        quick = await asyncio.wait_for(asked_for([48, 48, 48]), 10)
+        assert not slow.done()
+        waits.set()
+        return quick, (await slow)[0]
+
+    assert asyncio.run(at_once()) == (first, 200) and first[0] == 200
+
+
 ODD = [None, True, 5, 1.5, "x", "\ud800", [], [[1]], ["x"], {}, {"a": 1}, [5, 5, [5]], {"\ud800": 1}, [{"a": [{}]}]]
 
 
@@ -92,7 +140,8 @@ SOURCES = {
 def test_no_json_is_a_fault(open_app, folders):
     """Whatever is in the place of whichever field, the answer is that it is wrong, or that it is not."""
     for id, kind in (("aa", "ct"), ("bb", "mask")):
-        known = {"id": id, "kind": kind, "file": "x.nii", "size": [9, 9, 9], "spacing": [4, 4, 3], "labels": []}
+        known = {"id": id, "kind": kind, "file": "x.nii", "name": "x.nii", "size": [9, 9, 9], "spacing": [4, 4, 3]}
+        known |= {"labels": [{"value": 1, "voxels": 9}]}
         (folders.root / "uploads" / id).mkdir(parents=True)
         (folders.root / "uploads" / id / "upload.json").write_text(json.dumps(known))
     app = open_app()
@@ -211,3 +260,22 @@ def test_a_job_says_whether_there_is_dicom(open_app, store, folders, monkeypatch
     assert found == {"made": True, "edited": False, "series": True, "mask": False, "waits": False}
     monkeypatch.setattr(studio_app, "has_dicom", lambda: False)
     assert not any(job["dicom"] for job in ask(app, "GET", "/v1/jobs")[1])
+
+
+def test_an_edited_ct_is_there_without_the_upload_it_was_made_of(open_app, store, folders, files):
+    store("edited", source={"kind": "ct", "id": "aa", "mask_id": "bb"}, volumes=["ct", "mask", "before"])
+    folder = folders.root / "uploads" / "aa"
+    folder.mkdir(parents=True)
+    shutil.copy(files["ct"], folder / "scan.nii.gz")
+    (folder / "upload.json").write_text(
+        json.dumps({"id": "aa", "kind": "ct", "file": "scan.nii.gz", "name": "x.nii.gz"})
+    )
+    app = open_app()
+    assert ask(app, "GET", "/v1/jobs/edited")[1]["volumes"] == ["ct", "mask", "before"]
+    assert ask(app, "GET", "/v1/jobs/edited/volumes/before")[0] == 200
+    for remove in ((folder / "scan.nii.gz").unlink, lambda: shutil.rmtree(folder)):
+        remove()
+        assert ask(app, "GET", "/v1/jobs/edited")[1]["volumes"] == ["ct", "mask"]  # what the page asks for
+        paths = ("volumes/ct", "volumes/mask", "picture.png", "volumes/before", "dicom.zip")
+        found = [ask(app, "GET", f"/v1/jobs/edited/{path}")[0] for path in paths]
+        assert found == [200, 200, 200, 404, 404]  # it was no DICOM

@@ -9,10 +9,13 @@ import os
 import signal
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from maisi_tools.studio.folders import Folders
 from maisi_tools.studio.jobs import Full, Jobs, Worker, parsed
+from maisi_tools.studio.uploads import describe_upload
 
 PHANTOM = {"kind": "phantom", "body": "head_neck", "size": [48, 48, 48], "spacing": [5.0, 5.0, 3.4]}
 LONG = {
@@ -153,6 +156,24 @@ def test_what_goes_wrong_in_a_job_is_said_in_plain_words(play):
         assert "hepatic tumor is not in the mask" in made[2].error
         assert "Traceback" not in "".join(job.error for job in made[:3])
 
+    play(scene)
+
+
+def test_what_was_left_out_of_an_upload_is_among_the_notes_of_its_jobs(play, folders):
+    folder = folders.root / "uploads" / "aa"
+    folder.mkdir(parents=True)
+    (affine := np.diag([4.0, 4.0, 2.5, 1.0]))[0, 1] = 1.0  # a sheared grid is warned of once more when the job reads it
+    nib.save(nib.Nifti1Image(np.ones((20, 10, 6), np.uint8), affine), folder / "mask.nii.gz")
+    known = describe_upload(folder, "mask.nii.gz", "theirs.nii.gz", "mask")
+    left_out = "theirs.nii.gz: what is left out, so that it counts as body: GTV primary (27 voxels)"
+    (folder / "upload.json").write_text(json.dumps({**known, "notes": [left_out, *known["notes"]]}))
+
+    async def scene(jobs, worker):
+        job = jobs.add({**SHORT, "source": {"kind": "upload", "id": "aa", "label_map": "maisi"}}, [])
+        await jobs.finished([job])
+        assert job.state == "done" and job.notes == [left_out, *known["notes"]], (job.error, job.notes)
+
+    assert known["notes"][0].startswith("theirs.nii.gz is sheared")
     play(scene)
 
 

@@ -387,7 +387,7 @@ def test_a_new_mask_is_not_read_as_the_one_before(open_page, files, tmp_path) ->
         for name in ("liver", "spleen"):
             voxels = np.zeros((16, 16, 16), np.uint8)
             voxels[4:8, 4:8, 4:8] = name == "liver"
-            voxels[9:12, 9:12, 9:12] = name == "spleen"
+            voxels[7:12, 7:12, 7:12] |= name == "spleen"
             nib.save(nib.Nifti1Image(voxels, np.diag([4.0, 4.0, 4.0, 1.0])), tmp_path / f"{name}.nii.gz")
             archive.write(tmp_path / f"{name}.nii.gz", f"{name}.nii.gz")
     page = open_page()
@@ -397,9 +397,11 @@ def test_a_new_mask_is_not_read_as_the_one_before(open_page, files, tmp_path) ->
     part.locator("[data-label='5']").wait_for()
     assert part.locator(".label-map").input_value() == "totalsegmentator"
     assert part.get_by_label("Structure of label 5").input_value() == "liver"
+    said = "segmentations.zip: 1 voxels belong to several classes; they got the last of them"
+    assert part.locator(".notes").inner_text() == said
     part.get_by_label("Mask", exact=True).set_input_files(files["mask"])
     part.locator(f"[data-label='{PAROTID}']").wait_for()
-    assert part.locator(".label-map").input_value() == "maisi"
+    assert part.locator(".label-map").input_value() == "maisi" and part.locator(".notes").inner_text() == ""
     assert part.get_by_label(f"Structure of label {PAROTID}").input_value() == display_name(PAROTID)
 
 

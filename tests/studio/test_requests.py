@@ -133,6 +133,14 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(edits=[{"remove": []}]), "remove is"),
         (ct(edits=[{"insert": {"lung tumor": 2}, "seed": -1}]), "seed of an edit is -1"),
         (ct(edits=[{"flip": True}] * 51), "edits is no list of at most 50"),
+        (ct(edits=[{"insert": {"bone lesion": 20, "Bone Lesion": 12}}]), "'bone lesion' and 'Bone Lesion', which are"),
+        (ct(edits=[{"resize": {"left kidney": 2, "kidney_left": 2}}]), "'left kidney' and 'kidney_left'"),
+        (ct(edits=[{"remove": ["lung tumor", "lung tumor"]}]), "give it once"),
+        (ct(source={"kind": "generator", "organ_sizes": {"larynx": 20, "Larynx": 30}}), "one organ twice"),
+        (ct(edits=[{"flip": False}]), "changes nothing"),
+        (ct(edits=[{"flip": False, "seed": 3}]), "changes nothing"),
+        (ct(edits=[{"flip": True, "shift_mm": 5}]), "the lesions that augment names"),
+        (ct(edits=[{"insert": {"lung tumor": 20}, "elastic_mm": 5}]), "the lesions that augment names"),
         (ct(settings=[]), "settings is []"),
         (ct(settings={"sead": 1}), "settings has sead"),
         (ct(settings={"seed": 1.5}), "seed is 1.5"),
@@ -164,7 +172,8 @@ def test_a_real_ct_needs_edits_and_no_grid(check, folders):
         folder = folders.root / "uploads" / id
         folder.mkdir(parents=True)
         known = {"id": id, "kind": kind, "file": "x.nii.gz", "size": [9, 9, 9], "spacing": [4, 4, 3]}
-        (folder / "upload.json").write_text(json.dumps({**known, "labels": [{"value": 1, "voxels": 9}]}))
+        known |= {"name": f"{kind} of mine.nii.gz", "labels": [{"value": 1, "voxels": 9}]}
+        (folder / "upload.json").write_text(json.dumps(known))
     real = {"kind": "ct", "id": "aa", "mask_id": "bb"}
     edits = [{"redraw": "liver"}]
     assert check(ct(source=real, edits=edits))["edits"] == [{"redraw": ["liver"]}]
@@ -180,6 +189,41 @@ def test_a_real_ct_needs_edits_and_no_grid(check, folders):
         with pytest.raises(InputError) as refused:
             check(content)
         assert words in str(refused.value)
+
+
+def test_uploads_of_which_nothing_can_be_made_are_refused_at_once(check, folders):
+    def put(id, kind, **other):
+        folder = folders.root / "uploads" / id
+        folder.mkdir(parents=True, exist_ok=True)
+        known = {"id": id, "kind": kind, "name": f"my {kind}.nii.gz", "file": f"{id}.nii.gz", "size": [9, 8, 7]}
+        known |= {"spacing": [4, 4, 3], "labels": [{"value": 1, "voxels": 9}, {"value": 2, "voxels": 3}], **other}
+        (folder / "upload.json").write_text(json.dumps(known))
+
+    (folders.root / "label_maps").mkdir()
+    (folders.root / "label_maps" / "none.json").write_text('{"1": 0, "2": 0}')
+    edits, real = [{"redraw": "liver"}], {"kind": "ct", "id": "aa", "mask_id": "bb"}
+    put("aa", "ct")
+    put("bb", "mask")
+    alone = {"kind": "upload", "id": "bb"}
+    for content, words in [
+        (ct(source={**real, "label_map": "none"}, edits=edits), "none drops every label that the mask my mask.nii.gz"),
+        (mask(source={**alone, "label_map": "none"}), "none drops every label that the mask my mask.nii.gz has"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            check(content)
+    for other in ({"size": [9, 8, 6]}, {"spacing": [4, 4, 3.2]}):
+        put("bb", "mask", **other)
+        with pytest.raises(
+            InputError, match="my mask.nii.gz has 9 x 8 x .*the CT my ct.nii.gz has 9 x 8 x 7"
+        ) as refused:
+            check(ct(source=real, edits=edits))
+        assert str(folders.root) not in str(refused.value)
+    put("bb", "mask", spacing=[4, 4, 3.000001])
+    assert check(ct(source=real, edits=edits))
+    put("bb", "mask", labels=[])
+    for content in (ct(source=real, edits=edits), ct(source=alone), mask(source=alone)):
+        with pytest.raises(InputError, match="the mask my mask.nii.gz is empty"):
+            check(content)
 
 
 # --- nothing of a request becomes code --------------------------------------------------------------------------------
@@ -382,6 +426,7 @@ def test_nvidias_request_becomes_jobs(catalogue, check):
         (run(controllable_anatomy_size=[["larynx", -1]]), "from 0 to 1"),
         (run(controllable_anatomy_size=[["larynx", 0.5]] * 11), "at most 10 pairs"),
         (run(controllable_anatomy_size=[["larynx"]]), "allowed are pairs"),
+        (run(controllable_anatomy_size=[["larynx", 0.5], ["Larynx", 0.7]]), "larynx twice"),
         (run(image_output_ext=".dcm"), "image_output_ext is '.dcm'"),
         (run(pre_signed_url="https://evil.example/put"), "pre_signed_url is not supported"),
         (run(local_working_dir="/etc"), "local_working_dir is not supported"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import threading
 import zipfile
 
 import nibabel as nib
@@ -11,6 +14,7 @@ import pytest
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
+from maisi_tools.studio import uploads
 from maisi_tools.studio.results import raw
 from maisi_tools.studio.uploads import checked_labels, describe_upload, readings, suffix_of
 
@@ -79,6 +83,43 @@ def test_a_folder_of_one_file_a_class_becomes_one_mask(described, tmp_path):
     names = LABEL_MAPS["totalsegmentator"]
     assert [entry["value"] for entry in known["labels"]] == [names.label_of("spleen"), names.label_of("liver")]
     assert {path.name for path in (tmp_path / "0123").iterdir()} == {"mask.nii.gz", "mask.zip", "upload.json"}
+
+
+def segmentation(path):
+    """A segmentation of 3D Slicer: the liver, and what the vocabulary does not have."""
+    header = {"space": "right-anterior-superior", "space directions": AFFINE[:3, :3], "space origin": [0, 0, 0]}
+    for number, name in enumerate(("liver", "GTV primary")):
+        header |= {f"Segment{number}_Name": name, f"Segment{number}_LabelValue": str(number + 1)}
+        header |= {f"Segment{number}_ID": name, f"Segment{number}_Layer": "0"}
+    nrrd.write(str(path), blocks(1, 2), header)
+
+
+def test_what_is_left_out_of_a_mask_is_noted_by_the_users_name_of_it(described, tmp_path):
+    known = described(segmentation, "mask.seg.nrrd")
+    (note,) = known["notes"]
+    assert note.startswith("theirs: what is left out") and "GTV primary (6 voxels)" in note
+    assert json.loads((tmp_path / "0123" / "upload.json").read_text())["notes"] == [note]
+
+
+def test_what_another_thread_warns_of_is_no_note(described):
+    def warn(*_):
+        warned = threading.Thread(target=logging.getLogger("maisi_tools.other").warning, args=("of another file",))
+        warned.start()
+        warned.join()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(uploads, "check_voxels", warn)
+        assert described(nifti(blocks(1)), "mask.nii.gz")["notes"] == []
+
+
+def test_files_of_a_zip_are_called_by_the_users_name_of_it(described):
+    overlap = described(zipped({"liver.nii": blocks(1), "spleen.nii": blocks(1)}), "mask.zip")["notes"]
+    assert overlap == ["theirs: 6 voxels belong to several classes; they got the last of them"]
+
+
+def test_an_error_calls_files_by_the_users_name(described):
+    with pytest.raises(InputError, match="^theirs/liver.nii has the labels"):
+        described(zipped({"liver.nii": blocks(1, 2)}), "mask.zip")
 
 
 def test_a_zip_leaves_nothing_outside(described, tmp_path):
@@ -189,8 +230,6 @@ def test_other_files_are_refused(name):
 
 
 def test_a_saved_label_map_is_one_that_is_read(tmp_path):
-    import json
-
     path = tmp_path / "ours.json"
     path.write_text(
         json.dumps(

@@ -119,7 +119,16 @@ def read_json(path: str | os.PathLike) -> Any:
         OSError: it cannot be read.
         ValueError: it is no JSON, or a key stands in an object twice, of which json would keep the last.
     """
-    return json.loads(Path(path).read_text(), object_pairs_hook=_each_once)
+    return parse_json(Path(path).read_text())
+
+
+def parse_json(text: str | bytes | bytearray) -> Any:
+    """Return what a user's JSON text holds.
+
+    Raises:
+        ValueError: as :func:`read_json`.
+    """
+    return json.loads(text, object_pairs_hook=_each_once)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class OrganSizes:
         known = {name.casefold(): name for name in self.organs}
         if unknown := sorted(given.keys() - known.keys()):
             raise InputError(f"organ_sizes has {', '.join(unknown)}; these weights know {', '.join(self.organs)}")
+        if len(given) < len(asked):
+            raise InputError(f"organ_sizes has {', '.join(map(str, asked))}, one organ twice; give each once")
         values = []
         for key, name in known.items():
             low, high = self.organs[name]["range"]

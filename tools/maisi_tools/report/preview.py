@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
-from maisi_tools.volumes.checks import AGREES, distance_in_voxels, whole_labels
+from maisi_tools.volumes.checks import AGREES, check_labels, distance_in_voxels, whole_labels
 from maisi_tools.volumes.nifti import read_nifti
 from maisi_tools.volumes.stored import read_whole
 
@@ -25,6 +25,7 @@ PLANES = ("axial", "coronal", "sagittal")
 # What the left, right, top and bottom edge of each plane show, in radiological display.
 EDGES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
 OVERLAY_OPACITY = 0.5
+LARGEST_LABEL = int(np.iinfo(np.int32).max)
 ROW_INCHES = (12.0, 6.0)  # width and height within which the three planes lie side by side, at one scale
 
 
@@ -146,7 +147,11 @@ def load_labels(path: str | Path, image: nib.Nifti1Image) -> np.ndarray:
             f"mask {path} lies up to {apart:.3g} voxels away from the volume; they must be on one grid. Resample the "
             "mask onto the volume, or give the mask written beside it."
         )
-    return whole_labels(np.asarray(mask.dataobj), f"mask {path}").astype(np.int32)
+    labels = whole_labels(np.asarray(mask.dataobj), f"mask {path}")
+    check_labels(labels, f"mask {path}")
+    if (largest := labels.max()) > LARGEST_LABEL:
+        raise InputError(f"mask {path} has the label {largest:g}; allowed are up to {LARGEST_LABEL}: renumber it.")
+    return labels.astype(np.int32)
 
 
 def centre_of(data: np.ndarray, labels: np.ndarray | None) -> tuple[int, int, int]:

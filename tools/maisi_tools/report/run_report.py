@@ -42,6 +42,9 @@ WINDOWS = {
 }
 """Presets of the viewer: HU shown as black and as white."""
 
+NO_VALUE = -32768
+"""HU that a voxel is shown with that is NaN or infinite: less than any CT has, so that nobody takes it for tissue."""
+
 CURVE_HU = (-1000, 1500)
 CURVE_BINS, CURVE_SIZE = 50, (150, 28)
 
@@ -242,9 +245,14 @@ def _thumbnail(case: Case, anchor: str) -> str:
 def _picture(volume: np.ndarray, centre: Sequence[int], window: Sequence[float]) -> str:
     """The axial plane as PNG, in base64."""
     with io.BytesIO() as buffer:
-        pixels = plane(volume, "axial", centre)
+        pixels = _shown(plane(volume, "axial", centre))
         imsave(buffer, pixels, format="png", cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
         return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _shown(values: np.ndarray) -> np.ndarray:
+    """Values as they are shown: what is not finite as :data:`NO_VALUE`."""
+    return np.where(np.isfinite(values), values, float(NO_VALUE))
 
 
 def _edit(case: Case, weight: np.ndarray) -> str:
@@ -272,7 +280,8 @@ def _edit(case: Case, weight: np.ndarray) -> str:
 def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened: bool) -> str:
     """The section of one case: viewer, organs with the `ranges` of their medians, sidecar."""
     step = max(1, int(np.ceil((case.hu.size / MAX_VOXELS) ** (1 / 3))))
-    hu = np.clip(np.rint(case.hu[::step, ::step, ::step]), -32768, 32767).astype("<i2")
+    hu = np.clip(np.rint(_shown(case.hu[::step, ::step, ::step])), -32768, 32767).astype("<i2")
+    lost = case.hu.size - int(np.count_nonzero(np.isfinite(case.hu)))
     labels = None if case.labels is None else case.labels[::step, ::step, ::step]
     shown: dict[str, Any] = {
         "size": hu.shape,
@@ -286,6 +295,9 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
     parts = [
         f"<details class='case' id='{id}-case'{' open' if opened else ''}><summary>{_text(case.name)}</summary>",
         f"<p class='note'>{size} voxels of {spacing} mm{thinned}</p>",
+        f"<p class='bad'>{lost} voxels are NaN or infinite: shown as {NO_VALUE} HU, and left out of the organs' HU.</p>"
+        if lost
+        else "",
         "" if case.weight is None else _edit(case, case.weight),
         _viewer(id, shown),
         _data(f"{id}-ct", hu),
@@ -322,7 +334,10 @@ def _data(id: str, values: np.ndarray) -> str:
 
 
 def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
-    """A row for each label: volume, median and middle 90 % of its HU, the expected range, its histogram."""
+    """A row for each label: volume, median and middle 90 % of its HU, the expected range, its histogram.
+
+    HU are those of the finite voxels; an organ without any has none.
+    """
     assert case.labels is not None
     voxel_ml = float(np.prod(case.spacing)) / 1000
     order = np.argsort(case.labels, axis=None, kind="stable")
@@ -332,17 +347,20 @@ def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
     for label, inside in zip(labels.tolist(), np.split(values, starts[1:]), strict=True):
         if not label:
             continue
-        low, median, high = np.percentile(inside, (5, 50, 95))
-        expected = ranges.get(label)
-        outside = expected is not None and not expected[0] <= median <= expected[1]
+        finite = inside[np.isfinite(inside)]
+        expected, outside, about, middle = ranges.get(label), False, "no value", ""
+        if finite.size:
+            low, median, high = np.percentile(finite, (5, 50, 95))
+            outside = expected is not None and not expected[0] <= median <= expected[1]
+            about, middle = f"{median:.0f}", f"{low:.0f} to {high:.0f}"
         colour = "transparent" if (rgb := _colour(label)) is None else f"rgb({','.join(map(str, rgb))})"
         rows.append(
             f"<tr><td><span class='swatch' style='background:{colour}'></span>{_text(case.names[label])}</td>"
             f"<td class='number'>{inside.size * voxel_ml:.1f}</td>"
-            f"<td class='number{' bad' if outside else ''}'>{median:.0f}</td>"
-            f"<td class='number'>{low:.0f} to {high:.0f}</td>"
+            f"<td class='number{' bad' if outside else ''}'>{about}</td>"
+            f"<td class='number'>{middle}</td>"
             f"<td class='number'>{f'{expected[0]:g} to {expected[1]:g}' if expected else ''}"
-            f"{' (outside)' if outside else ''}</td><td>{_curve(inside)}</td></tr>"
+            f"{' (outside)' if outside else ''}</td><td>{_curve(finite)}</td></tr>"
         )
     return (
         "<div class='scroll'><table><caption class='note'>Organs of the mask</caption><tr><th>organ</th><th>ml</th>"

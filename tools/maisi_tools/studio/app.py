@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 
 from maisi_tools import report
 from maisi_tools.errors import InputError
-from maisi_tools.files import write_json
+from maisi_tools.files import parse_json, write_json
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
 from maisi_tools.settings import check_plain
 from maisi_tools.studio import nvidia, results, uploads
@@ -38,6 +38,7 @@ from maisi_tools.studio.catalogue import CONTROLNET, SMALL, WAITING, Catalogue, 
 from maisi_tools.studio.folders import DISK_FULL, Folders
 from maisi_tools.studio.guard import Guard
 from maisi_tools.studio.jobs import FINAL, Full, Job, Jobs, Worker
+from maisi_tools.studio.planner import Planner
 from maisi_tools.studio.recipe import name_of, result_of
 from maisi_tools.studio.requests import Grid, check_memory_limit, check_request, check_triple, grid_of
 from maisi_tools.tsp.plan import format_bytes
@@ -112,6 +113,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         if not (folder / "upload.json").is_file():  # what a killed server had not read to its end
             shutil.rmtree(folder, ignore_errors=True)
     jobs = Jobs(folders, workers, WAITING)
+    planner = Planner(folders.bundles)
     reading, planning = asyncio.Lock(), asyncio.Lock()
 
     async def alone(read: Callable[..., Result], *args: Any) -> Result:
@@ -123,6 +125,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         jobs.start()
         yield
+        planner.close()
         jobs.close()
 
     app = FastAPI(
@@ -198,8 +201,11 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     async def plan(request: Request) -> dict[str, Any]:
         """What making a CT of a size, or of a job's source, needs of a device's memory."""
         content = await _content(request)
-        async with planning:  # the cost of one is large enough
-            return await run_in_threadpool(_plan, content, catalogue, mask_grid)
+        size, asked = await run_in_threadpool(_to_plan, content, catalogue, mask_grid)
+        if (stages := planner.known(asked)) is None:
+            async with planning:  # the cost of one is large enough
+                stages = await run_in_threadpool(planner.plan, asked)
+        return _planned(size, stages)
 
     # --- uploads ------------------------------------------------------------------------------------------------------
 
@@ -212,9 +218,6 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
             folder.mkdir(parents=True)
             await _receive(request, folder / file, catalogue.upload_bytes)
             return await alone(uploads.describe_upload, folder, file, name, kind)
-        except InputError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise InputError(str(error).replace(str(folder / file), name[:200])) from None
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -278,10 +281,13 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
 
     def shown(job: Job) -> dict[str, Any]:
         folder = folders.job(job.id)
+        # The scan before an edit is the upload's, which may have been removed.
+        volumes = [what for what in job.volumes if what != "before" or what in volumes_of(job)]
         files = results.files_of(folder) if job.state == "done" else []
         return {
             **{name: value for name, value in vars(job).items() if name not in ("overlays", "attempts")},
             "makes": job.request["makes"],
+            "volumes": volumes,
             "position": jobs.position(job),
             "files": [{"name": file.name, "bytes": file.stat().st_size, "type": _type_of(file)} for file in files],
             "dicom": bool(files) and has_dicom() and results.without_dicom(folder, job.volumes, job.request) is None,
@@ -392,7 +398,10 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     return app
 
 
-def _plan(content: Any, catalogue: Catalogue, mask_grid: Callable[[Any], Grid]) -> dict[str, Any]:
+def _to_plan(
+    content: Any, catalogue: Catalogue, mask_grid: Callable[[Any], Grid]
+) -> tuple[Sequence[int], tuple[Any, ...]]:
+    """The size of a CT that is to be planned, and what :meth:`Planner.plan` is asked for it."""
     known = ("source", "size", "spacing", "memory_limit", "weights", "device", "preset")
     if not isinstance(content, dict) or (unknown := sorted(set(content) - set(known))):
         raise InputError(f"the plan has {', '.join(unknown) if isinstance(content, dict) else content!r}; allowed are "
@@ -411,14 +420,19 @@ def _plan(content: Any, catalogue: Catalogue, mask_grid: Callable[[Any], Grid]) 
     check_limit("MAISI_MAX_VOXELS", math.prod(size), f"a CT of {list(size)} has {math.prod(size)} voxels")
     given = request["settings"]
     weights = catalogue.weights[given["weights"]]
-    found = catalogue.footprints(weights, tuple(size), given.get("memory_limit"), given["device"])
-    stages = [{"name": one.stage, "bytes": one.plan.peak if one.plan else None} for one in found]
-    peak = max((one.plan.peak for one in found if one.plan), default=0)
-    refused = [one for one in found if one.plan is None]
+    padded = [-(-n // weights.multiple) * weights.multiple for n in size]
+    return size, (weights.overlays, padded, given.get("memory_limit"), given["device"].split(":")[0])
+
+
+def _planned(size: Sequence[int], found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A plan as it is answered."""
+    stages = [{"name": one["stage"], "bytes": one["bytes"]} for one in found]
+    peak = max((one["bytes"] for one in found if one["bytes"] is not None), default=0)
+    refused = [one for one in found if one["bytes"] is None]
     shape = " x ".join(map(str, size))
     words = f"a CT of {shape} voxels needs {format_bytes(peak)} at its peak"
     if refused:
-        words = f"a CT of {shape} voxels does not fit: {refused[0].stage}: {refused[0].refusal}"
+        words = f"a CT of {shape} voxels does not fit: {refused[0]['stage']}: {refused[0]['refusal']}"
     return {"size": list(size), "stages": stages, "peak_bytes": peak, "fits": not refused, "words": words}
 
 
@@ -430,9 +444,12 @@ async def _content(request: Request) -> Any:
         if len(found) > LARGEST_BODY:
             raise HTTPException(413, f"the request is larger than {LARGEST_BODY} bytes; files go to /v1/uploads")
     try:
-        return json.loads(found)
+        return parse_json(found)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"the body is no JSON ({error}); see /openapi.json") from None
+        raise InputError(
+            f"the body is no JSON that can be read ({error}); allowed is an object with each key once: see "
+            "/openapi.json"
+        ) from None
 
 
 async def _receive(request: Request, path: Path, most: int) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
 
-from maisi_tools.bundles.footprint import Footprint, footprints
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.diffusion.samplers import SOLVERS, Scheduler
 from maisi_tools.mask_generator.sizes import OrganSizes
@@ -125,25 +124,10 @@ class Catalogue:
             "vocabulary": [{"id": label, "name": display_name(label)} for label in VOCABULARY],
         }
 
-    def footprints(
-        self, weights: Weights, size: Sequence[int], memory_limit: str | None, device: str
-    ) -> list[Footprint]:
-        """What making a CT of a size needs, see :func:`~maisi_tools.bundles.footprint.footprints`."""
-        padded = tuple(-(-n // weights.multiple) * weights.multiple for n in size)
-        return _footprints(self.folders.bundles, weights.overlays, padded, memory_limit, device.split(":")[0])
-
 
 def has_dicom() -> bool:
     """Whether the extra 'dicom' is there."""
     return importlib.util.find_spec("highdicom") is not None
-
-
-@lru_cache(64)
-def _footprints(
-    bundles: Path, overlays: Sequence[str], size: Sequence[int], memory_limit: str | None, device: str
-) -> list[Footprint]:
-    configs = config_files(bundles / CONTROLNET, ["inference.json", *overlays])
-    return footprints(configs, size, None, memory_limit, device)
 
 
 def _weights(bundles: Path, overlays: Sequence[str]) -> Weights | None:

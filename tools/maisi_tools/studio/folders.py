@@ -39,7 +39,7 @@ class Folders:
         return self.root / "jobs" / _checked(_ID, id, "job")
 
     def upload(self, id: Any) -> dict[str, Any]:
-        """What is known of an upload; ``path`` is its file.
+        """What is known of an upload; ``path`` is its file, ``notes`` what was warned of when it was read.
 
         Raises:
             InputError: there is none of this id.
@@ -49,7 +49,7 @@ class Folders:
             known = json.loads((folder / "upload.json").read_text())
         except (OSError, ValueError):
             raise InputError(f"there is no upload {id!r}; upload the file first") from None
-        return {**known, "path": str(folder / known["file"])}
+        return {"notes": [], **known, "path": str(folder / known["file"])}  # earlier versions kept no notes
 
     def label_map(self, name: Any) -> str:
         """What :func:`~maisi_tools.masks.label_maps.read_label_map` takes for a label map of the studio's.

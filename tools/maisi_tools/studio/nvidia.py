@@ -138,6 +138,8 @@ def _sizes(pairs: Any, catalogue: Catalogue) -> dict[str, float]:
                 "mask generator that is there knows no other size"
             )
         check_number(f"controllable_anatomy_size of {organ}", pair[1], 0, 1)
+        if organ in sizes:
+            raise InputError(f"controllable_anatomy_size has {organ} twice; give each organ once")
         low, high = catalogue.organs.organs[organ]["range"]
         sizes[organ] = round(low + pair[1] * (high - low), 1)
     return sizes

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,14 +229,27 @@ def _mask_steps(
     return steps
 
 
+def uploads_of(request: Mapping[str, Any], folders: Folders) -> list[dict[str, Any]]:
+    """What is known of the uploads that a request names.
+
+    Raises:
+        InputError: one of them is gone.
+    """
+    source = request["source"]
+    names = {"upload": ("id",), "ct": ("id", "mask_id")}.get(source["kind"], ())
+    return [folders.upload(source[name]) for name in names]
+
+
 def result_of(job: Mapping[str, Any], folders: Folders) -> dict[str, Path]:
     """The volumes of a finished job: "ct" and "mask" with their files; of an edited scan also "before".
 
-    A scan that was uploaded as DICOM is its folder or zip file.
+    A scan that was uploaded as DICOM is its folder or zip file; one whose upload was removed is left out.
     """
-    request, found = job["request"], _made_in(folders.job(job["id"]))
-    if request["source"]["kind"] == "ct":
-        found["before"] = Path(folders.upload(request["source"]["id"])["path"])
+    source, found = job["request"]["source"], _made_in(folders.job(job["id"]))
+    if source["kind"] == "ct":
+        with suppress(InputError):
+            before = Path(folders.upload(source["id"])["path"])
+            found |= {"before": before} if before.exists() else {}
     return found
 
 

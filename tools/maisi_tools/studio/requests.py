@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from maisi_tools.settings import check_number, check_plain, checked_fields
 from maisi_tools.studio.catalogue import SMALL, SOURCES, Catalogue, Weights
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.memory import parse_bytes
-from maisi_tools.volumes.checks import check_spacing, nearest_spacing
+from maisi_tools.volumes.checks import AGREES, check_spacing, nearest_spacing
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.regrid import LARGEST_FACTOR
 
@@ -143,8 +143,22 @@ def _check_source(
     if kind == "job":
         return kind, source, mask_grid(source["id"])
     mask = catalogue.folders.upload(source["mask_id" if kind == "ct" else "id"])
-    if mask["kind"] != "mask" or (kind == "ct" and catalogue.folders.upload(source["id"])["kind"] != "ct"):
+    ct = catalogue.folders.upload(source["id"]) if kind == "ct" else None
+    if mask["kind"] != "mask" or (ct is not None and ct["kind"] != "ct"):
         raise InputError(f"the source {kind} names an upload of another kind; upload a mask as mask and a CT as ct")
+    if ct is not None and _apart(mask, ct):
+        of_mask, of_ct = (
+            f"{one['name']} has {' x '.join(map(str, one['size']))} voxels of {one['spacing']} mm" for one in (mask, ct)
+        )
+        raise InputError(
+            f"the mask {of_mask}, and the CT {of_ct} (in RAS orientation); allowed is a mask on the CT's grid: upload "
+            "the mask of this CT, or resample it onto the CT"
+        )
+    if not mask["labels"]:
+        raise InputError(
+            f"the mask {mask['name']} is empty: every voxel is 0; allowed is a mask with at least one label: upload "
+            "another one"
+        )
     label_map = read_label_map(catalogue.folders.label_map(source["label_map"]))
     known = {0, *label_map, *label_map.classes}
     if unknown := [entry for entry in mask["labels"] if entry["value"] not in known]:
@@ -153,7 +167,18 @@ def _check_source(
             f"the label map {source['label_map']} does not know {len(unknown)} of the mask's labels: {listed}; say "
             "what they are, or drop them, and save that as a label map"
         )
+    if not any(label_map.get(entry["value"]) for entry in mask["labels"]):
+        raise InputError(
+            f"the label map {source['label_map']} drops every label that the mask {mask['name']} has; allowed is one "
+            "that keeps at least one: say what it is, and save that as a label map"
+        )
     return kind, source, (mask["size"], mask["spacing"])
+
+
+def _apart(mask: Mapping[str, Any], ct: Mapping[str, Any]) -> bool:
+    """Whether two uploads cannot have the same voxels, wherever they lie; if they lie elsewhere, the job says so."""
+    axes = zip(ct["size"], mask["spacing"], ct["spacing"], strict=True)
+    return ct["size"] != mask["size"] or any((n - 1) / 2 * abs(a - b) > AGREES * b for n, a, b in axes)
 
 
 def _check_phantom(source: dict[str, Any], catalogue: Catalogue) -> tuple[str, dict[str, Any], Grid]:
@@ -204,12 +229,31 @@ def _check_edit(edit: Any, real: bool) -> dict[str, Any]:
             names = [value] if isinstance(value, str) else value
             if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
                 raise InputError(f"{key} is {value!r}; allowed is a name, or a list of them")
-            checked[key] = [_name(name, key) for name in names]
+            checked[key] = _names(key, names)
         else:
             if not isinstance(value, Mapping) or not value:
                 raise InputError(f"{key} is {value!r}; allowed is name -> number, such as {{'lung tumor': 20}}")
-            checked[key] = {_name(name, key): _check_amount(key, name, amount) for name, amount in value.items()}
+            amounts = [_check_amount(key, name, amount) for name, amount in value.items()]
+            checked[key] = dict(zip(_names(key, value), amounts, strict=True))
+    if not any(checked.get(verb) for verb in verbs):  # a flip that is false, and nothing else
+        raise InputError(f"an edit is {edit!r}, which changes nothing; leave it out, or give flip: true")
+    if (checked.get("shift_mm") or checked.get("elastic_mm")) and "augment" not in checked:
+        raise InputError(
+            f"an edit is {edit!r}; shift_mm and elastic_mm move the lesions that augment names: add such as "
+            "augment: {'hepatic tumor': 1}, which keeps their size, or leave them out"
+        )
     return checked
+
+
+def _names(verb: str, given: Iterable[str]) -> list[str]:
+    """Names as the vocabulary has them, in the order given; one that is there twice is refused, however written."""
+    found: dict[str, str] = {}
+    for name in given:
+        if (known := _name(name, verb)) in found:
+            several = ", with a list of diameters" if verb == "insert" else ""
+            raise InputError(f"{verb} has {found[known]!r} and {name!r}, which are the same; give it once{several}")
+        found[known] = name
+    return list(found)
 
 
 def _name(name: str, verb: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import VOCABULARY, display_name, label_id
 from maisi_tools.report.preview import page_colour
+from maisi_tools.studio.notes import Notes
 from maisi_tools.volumes.inputs import SUFFIXES, is_volume, unzipping, zipped_dicom
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.reading import check_voxels, read_volume
@@ -59,21 +61,27 @@ def describe_upload(folder: Path, file: str, name: str, kind: str) -> dict[str, 
         kind: one of :data:`KINDS`.
 
     Returns:
-        ``id``, ``name``, ``kind``, ``size`` and ``spacing`` (RAS), and of a mask its ``labels`` with a ``label_map``
-        that is likely theirs, or None. ``file`` is what the studio works with.
+        ``id``, ``name``, ``kind``, ``size`` and ``spacing`` (RAS), ``notes``, what was warned of while it was read, and
+        of a mask its ``labels`` with a ``label_map`` that is likely theirs, or None. ``file`` is what the studio works
+        with.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read; it is called `name`.
     """
-    path, proposed = folder / file, None
-    check_voxels(path)
-    if kind == "ct":
-        volume: Any = read_volume(path, "ct")
-    else:
-        volume, proposed = _read_mask(path)
-        if proposed is not None:  # a class folder, or a segmentation of 3D Slicer: from here on a mask like any other
-            file = "mask.nii.gz"
-            write_volume(folder / file, volume[0].numpy(), volume.affine.numpy(), np.uint16)
+    path = folder / file
+    with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
+        # Of this thread: others of the server read and plan at the same time.
+        notes = Notes({path: name[:200], scratch: name[:200]}, threading.get_ident())
+        try:
+            with notes:
+                check_voxels(path)
+                volume: Any
+                volume, proposed = (read_volume(path, "ct"), None) if kind == "ct" else _read_mask(path, Path(scratch))
+        except InputError as error:
+            raise InputError(notes.words(str(error))) from None
+    if proposed is not None:  # a class folder, or a segmentation of 3D Slicer: from here on a mask like any other
+        file = "mask.nii.gz"
+        write_volume(folder / file, volume[0].numpy(), volume.affine.numpy(), np.uint16)
     turned: Any = Orientation(axcodes="RAS", labels=None)(volume)
     known: dict[str, Any] = {
         "id": folder.name,
@@ -82,6 +90,7 @@ def describe_upload(folder: Path, file: str, name: str, kind: str) -> dict[str, 
         "file": file,
         "size": list(turned.shape[1:]),
         "spacing": [round(float(mm), 6) for mm in turned.pixdim],
+        "notes": notes.found,
     }
     if kind == "mask":
         known |= {"labels": _labels_of(volume[0].numpy()), "label_map": proposed}
@@ -145,16 +154,15 @@ def _labels_of(values: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def _read_mask(path: Path) -> tuple[Any, str | None]:
+def _read_mask(path: Path, scratch: Path) -> tuple[Any, str | None]:
     """A mask (1, X, Y, Z) in its own numbering; of one that has names in place of numbers, with the map they are in."""
     if path.suffix == ".zip":
-        with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
-            folder = _unpacked(path, Path(scratch))
-            for file in folder.iterdir():
-                check_voxels(file)
-            for name in ("totalsegmentator", *LABEL_MAPS):
-                if is_class_folder(folder, LABEL_MAPS[name]):
-                    return read_numbers(folder, LABEL_MAPS[name]), name
+        folder = _unpacked(path, scratch)
+        for file in folder.iterdir():
+            check_voxels(file)
+        for name in ("totalsegmentator", *LABEL_MAPS):
+            if is_class_folder(folder, LABEL_MAPS[name]):
+                return read_numbers(folder, LABEL_MAPS[name]), name
         raise InputError("the zip file has no files named like classes; allowed is what TotalSegmentator writes")
     if is_segmentation(path):
         return read_numbers(path, LABEL_MAPS["totalsegmentator"]), "totalsegmentator"

@@ -7,7 +7,6 @@ one that is killed (a job was cancelled, memory ran out) is replaced in no time.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import queue
 import shutil
@@ -32,7 +31,8 @@ from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.studio.folders import DISK_FULL, JOB, Folders
 from maisi_tools.studio.jobs import parsed
-from maisi_tools.studio.recipe import MASK, Networks, command_of, result_of, steps_of
+from maisi_tools.studio.notes import Notes
+from maisi_tools.studio.recipe import MASK, Networks, command_of, result_of, steps_of, uploads_of
 
 Say = Callable[[Mapping[str, Any]], None]
 
@@ -93,14 +93,16 @@ def make(job: Mapping[str, Any], folders: Folders, networks: Networks, say: Say)
 
     Returns:
         ``command``, ``volumes``, ``metrics`` (of a CT: median HU of each structure, with the range of plausible ones)
-        and ``notes``, what the run warned of.
+        and ``notes``, what the run, and the reading of the uploads it uses, warned of.
     """
-    folder, notes = folders.job(job["id"]), _Notes()
+    folder = folders.job(job["id"])
     for path in folder.iterdir():  # of an attempt that was interrupted
         if path.name != JOB:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     command = command_of(job, folders, job["overlays"])
     sys.argv = [command]  # what the run's record will say
+    used = uploads_of(job["request"], folders)
+    notes = Notes({one["path"]: one["name"] for one in used}, before=[note for one in used for note in one["notes"]])
     with notes:
         for step in steps_of(job, folders, job["overlays"]):
 
@@ -131,24 +133,6 @@ def organs_of(ct: Path, mask: Path, record: Path) -> list[dict[str, Any]]:
             hu = round(float(np.median(values[box][labels[box] == label])), 1)
             found.append({"name": display_name(label), "hu": hu, "low": low, "high": high})
     return found
-
-
-class _Notes(logging.Handler):
-    """Collects what maisi_tools warns of while it is open."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage() not in self.found:
-            self.found.append(record.getMessage())
-
-    def __enter__(self) -> None:
-        logging.getLogger("maisi_tools").addHandler(self)
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("maisi_tools").removeHandler(self)
 
 
 def _words(error: BaseException) -> str:

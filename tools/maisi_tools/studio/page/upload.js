@@ -62,6 +62,7 @@ export class Upload {
     const about = got && [got.name, got.size && `${got.size.join(" × ")} voxels`,
       got.spacing && `of ${got.spacing.map((mm) => words(mm, 2)).join(" × ")} mm`];
     $(".about", this.root).textContent = about ? about.filter(Boolean).join(", ") : "";
+    $(".notes", this.root).replaceChildren(...(got?.notes ?? []).map((textContent) => element("li", { textContent })));
     $(".reading", this.root).hidden = !(got && this.kind === "mask");
     if (got && this.kind === "mask") {
       this.fillMaps(labelMap ?? got.label_map ?? undefined); // not the one of the mask before: its numbers are others
