@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 import shlex
 import shutil
@@ -10,9 +11,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from maisi_tools.cli import COMMANDS, main
-from maisi_tools.cli.options import amounts
+from maisi_tools.cli.options import amounts, process_group
 
 
 def save(path, data):
@@ -60,6 +62,17 @@ def test_help_names_every_command_once_in_its_group(arguments, capsys):
         "service": ["studio", "listen", "jobs"],
     }
     assert all(len(line.split()) > 3 for _, *lines in groups for line in lines)  # each says what it does
+
+
+def test_ranks_wait_for_one_another_for_days(monkeypatch):
+    """One's share of a cohort may take hours longer than another's; PyTorch's own half hour ended the run."""
+    ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "a"}.items():
+        monkeypatch.setenv(name, str(value))
+    with process_group():
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert group.options._timeout >= datetime.timedelta(days=2)
+    assert not torch.distributed.is_initialized()
 
 
 def test_help_of_a_command_lists_its_options(capsys):

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.losses import DiceCELoss
+from monai.transforms import Compose
 
 from maisi_tools.bundles.scripts import bundle_script
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, find_input_error
 
 ROOT = Path(__file__).resolve().parents[2] / "evaluation" / "segmentation"
 SCRIPT = bundle_script(ROOT, "partial_labels")
@@ -69,6 +73,38 @@ def test_labelled_classes_are_those_of_the_whole_case():
     assert case["labelled"].tolist() == [True, True, False, True, False]
     image, (labels, labelled) = SCRIPT.partial_batch({name: value[None] for name, value in case.items()}, "cpu")
     assert image.shape == labels.shape == (1, 1, 4, 4, 4) and labelled.shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("moved_mm", "label", "words"),
+    [
+        (0, 7, None),
+        (80, 7, r"seg\.nii\.gz lies on another grid than .*ct\.nii\.gz .*origin"),
+        (0, 9, r"seg\.nii\.gz has the labels \[9\]; allowed are 0 to 7"),
+        (0, 257, r"seg\.nii\.gz has the labels \[257\]; allowed are 0 to 7"),  # which as uint8 is 1
+    ],
+)
+def test_cases_are_checked_as_they_are_read(tmp_path, moved_mm, label, words):
+    """The CT and its labels may be stored in different orientations."""
+    spacing = (3.9, 3.9, 2.5)
+    affine, turned = np.diag([*spacing, 1.0]), np.diag([-spacing[0], *spacing[1:], 1.0])
+    turned[0, 3] = 7 * spacing[0]
+    affine[2, 3] = turned[2, 3] = 10
+    turned[2, 3] += moved_mm
+    hu, labels = np.full((8, 8, 8), -1000, np.int16), np.zeros((8, 8, 8), np.int16)
+    hu[2:6, 2:6, 2:6], labels[2, 3, 4] = 40, label
+    nib.save(nib.Nifti1Image(hu, affine), tmp_path / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(labels[::-1], turned), tmp_path / "seg.nii.gz")
+    parser = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json"))
+    parser["bundle_root"] = str(ROOT)
+    load = parser.get_parsed_content("load")
+    item = {"image": str(tmp_path / "ct.nii.gz"), "label": str(tmp_path / "seg.nii.gz")}
+    if words is None:
+        assert torch.nonzero(Compose(load)(item)["label"]).tolist() == [[0, 2, 3, 4]]
+        return
+    with pytest.raises(RuntimeError) as raised:
+        Compose(load)(item)
+    assert re.search(words, str(find_input_error(raised.value)))
 
 
 def test_a_bundles_script_is_found_from_anywhere_and_loaded_once(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from maisi_tools.cli import main
-from maisi_tools.cohort.run import make_cohort
+from maisi_tools.cohort.run import LEAST_RETRIES, make_cohort
 from maisi_tools.cohort.spec import read_spec
 from maisi_tools.cohort.worker import numbered_labels
 from maisi_tools.errors import InputError
@@ -42,6 +43,28 @@ def rows_of(folder: Path) -> list[dict]:
 def samples(content: dict[str, bytes]) -> dict[str, bytes]:
     """What has to be the same whatever made it."""
     return {name: value for name, value in content.items() if name.endswith((".gz", ".dcm", ".csv", "dataset.json"))}
+
+
+def fake_record(folder: Path, spec, index: int) -> dict:
+    """The record of a sample as if it had been left out, written."""
+    record = {"index": index, "name": spec.sample_name(index), "status": "left out", "error": "a fake"}
+    (folder / "records").mkdir(exist_ok=True)
+    (folder / "records" / f"{record['name']}.json").write_text(json.dumps(record))
+    return record
+
+
+@pytest.fixture
+def without_samples(monkeypatch) -> None:
+    """Cohorts whose samples are all left out at once: what a folder says of itself is all that is looked at."""
+
+    class Idle:
+        def __init__(self, spec, folder, *_):
+            self.make = lambda index: fake_record(folder, spec, index)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("maisi_tools.cohort.run.Worker", Idle)
 
 
 def test_an_nnunet_data_set(write_spec, bundles, tmp_path):
@@ -180,6 +203,39 @@ def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
     (folder / "cohort.json").write_text(json.dumps(earlier))
     with pytest.raises(InputError, match="made with other weights;"):
         make_cohort(read_spec(write_spec(count="1")), folder, bundles)
+
+
+@pytest.mark.usefixtures("without_samples")
+def test_organs_in_another_order_are_another_cohort(write_spec, bundles, tmp_path):
+    """Numbers are drawn for them as they stand."""
+    spec = read_spec(write_spec())
+    ranges = {"brainstem": [0.8, 0.9], "skull": [1, 2]}
+
+    def go_on(**changes) -> None:
+        make_cohort(dataclasses.replace(spec, **changes), tmp_path / "out", bundles)
+
+    go_on(resize=ranges)
+    go_on(resize={"brainstem": (0.8, 0.9), "skull": (1.0, 2.0)}, count=4)
+    with pytest.raises(InputError, match="made with other order of resize; only count"):
+        go_on(resize=dict(reversed(ranges.items())), count=4)
+    with pytest.raises(InputError, match="made with other resize;"):
+        go_on(resize={"brainstem": 0.8}, count=4)
+
+
+@pytest.mark.usefixtures("without_samples")
+def test_a_judge_of_another_config_is_another_one(write_spec, bundles, bundle, tmp_path):
+    """The weights are the same; an earlier version recorded these alone."""
+    ct = "{num_inference_steps: 1, min_dice: {skull: 0.5}}"
+    spec, folder = read_spec(write_spec(ct=ct)), tmp_path / "out"
+    make_cohort(spec, folder, bundles, judge=str(bundle))
+    path = bundle / "configs" / "inference.json"
+    path.write_text(path.read_text().replace("[15.0, 15.0, 3.4]", "[5.0, 5.0, 3.4]"))
+    with pytest.raises(InputError, match="made with other judge;"):
+        make_cohort(spec, folder, bundles, judge=str(bundle))
+    described = json.loads((folder / "cohort.json").read_text())
+    del described["judge"]["config"]
+    (folder / "cohort.json").write_text(json.dumps(described))
+    make_cohort(spec, folder, bundles, judge=str(bundle))
 
 
 def test_a_file_names_no_judge(write_spec, bundles, bundle, tmp_path):
@@ -373,6 +429,30 @@ def test_ray_makes_the_same_though_a_worker_is_killed(write_spec, bundles, files
     assert samples(files_of(tmp_path / "ray")) == samples(files_of(one))
 
 
+def test_a_sample_that_kills_its_worker_is_given_up(write_spec, bundles, tmp_path, monkeypatch):
+    """As one for which memory runs out; the others are made."""
+    pytest.importorskip("ray")
+    folder = tmp_path / "out"
+
+    class Fragile:  # of this function, so that it travels whole
+        def __init__(self, spec, *_):
+            self.spec = spec
+
+        def make(self, index):
+            with open(folder / "tries", "a") as file:
+                file.write(str(index))
+            return os._exit(1) if index == 1 else fake_record(folder, self.spec, index)
+
+    monkeypatch.setattr("maisi_tools.cohort.run.Worker", Fragile)
+    monkeypatch.setattr("maisi_tools.cohort.run.LEAST_RETRIES", 1)
+    assert LEAST_RETRIES >= 3  # a worker that is killed from outside says nothing of its sample
+    found = make_cohort(read_spec(write_spec(retries="0")), folder, bundles, "ray", 1)
+    assert (found["failed"], found["left_out"]) == (["heads_0001"], ["heads_0000", "heads_0002"])
+    assert (folder / "tries").read_text() == "0121"  # the other ones first
+    (row,) = (row for row in rows_of(folder) if row["status"] == "failed")
+    assert row["error"].startswith("its worker died 2 times") and row["attempts"] == "2"
+
+
 @pytest.mark.cohort
 @pytest.mark.timeout(3600)
 def test_200_samples_with_workers_killed_at_random(write_spec, bundles, files_of, tmp_path, capsys):
@@ -441,6 +521,47 @@ def test_lesions_in_real_scans(write_spec, bundles, tmp_path, files_of):
     again = made(write_spec, bundles, tmp_path / "again", "process", **{**REAL, "count": "2"})
     made(write_spec, bundles, again, "process", **REAL)
     assert samples(files_of(again)) == samples(files_of(folder))
+
+
+@pytest.mark.usefixtures("without_samples")
+def test_scans_are_known_by_their_content(write_spec, bundles, tmp_path):
+    """One corrected in a voxel is another one, which an earlier version's record, of its size alone, does not show."""
+    write_scans(tmp_path)
+    image = nib.load(tmp_path / "one.nii.gz")
+    nib.save(image, tmp_path / "one.nii")  # whose size says nothing
+    (tmp_path / "scans.json").write_text(json.dumps([{"image": "one.nii", "label": "one_seg.nii.gz"}]))
+    spec, folder = read_spec(write_spec(**REAL)), tmp_path / "out"
+    make_cohort(spec, folder, bundles)
+    make_cohort(spec, folder, bundles)
+    values = np.asarray(image.dataobj).copy()
+    values[3, 4, 5] -= 7
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), tmp_path / "one.nii")
+    with pytest.raises(InputError, match="made with other scans;"):
+        make_cohort(spec, folder, bundles)
+    described = json.loads((folder / "cohort.json").read_text())
+    del described["scans"]
+    (folder / "cohort.json").write_text(json.dumps(described))
+    make_cohort(spec, folder, bundles)
+    (folder / "cohort.json").write_text(json.dumps(described))
+    nib.save(nib.Nifti1Image(values[:-1], image.affine), tmp_path / "one.nii")
+    with pytest.raises(InputError, match="made with other masks;"):
+        make_cohort(spec, folder, bundles)
+
+
+def test_scans_with_a_file_for_each_class(write_spec, bundles, tmp_path):
+    """As TotalSegmentator writes their labels."""
+    write_scans(tmp_path)
+    labels, classes = nib.load(tmp_path / "one_seg.nii.gz"), read_label_map("openkbp").classes
+    (tmp_path / "one_classes").mkdir()
+    for number in np.unique(labels.dataobj)[1:]:
+        inside = np.asarray(labels.dataobj) == number
+        path = tmp_path / "one_classes" / f"{classes[number]}.nii.gz"
+        nib.save(nib.Nifti1Image(inside.astype(np.uint8), labels.affine), path)
+    (tmp_path / "scans.json").write_text(json.dumps([{"image": "one.nii.gz", "label": "one_classes"}]))
+    (row,) = rows_of(made(write_spec, bundles, tmp_path / "out", **{**REAL, "count": "1"}))
+    assert row["status"] == "done" and "18" in row["labels"].split(), row
+    with pytest.raises(InputError, match="is no DICOM series"):  # and no word of its labels
+        made(write_spec, bundles, tmp_path / "studies", **REAL, format="dicom")
 
 
 def test_scans_keep_their_labels_in_nnunets_numbering(write_spec, bundles, tmp_path):

@@ -112,6 +112,34 @@ def test_a_cut_run_goes_on(scans, tmp_path, bundles, monkeypatch, capsys):
     assert (out / "a_ct.nii.gz").read_bytes() == before and (out / "a_twin.json").read_text() == record
 
 
+def test_another_config_is_noticed(scans, bundle, tmp_path, bundles, monkeypatch, capsys):
+    """By what an overlay, the stage's config or the segmenter's says; an earlier version recorded names alone."""
+    bundles = shutil.copytree(bundles, tmp_path / "copy" / "bundles")
+    monkeypatch.chdir(bundles.parent)
+    overlay = bundles / "maisi_controlnet" / "configs" / "mine.json"
+    overlay.write_text('{"control_scale": 0.5}')
+    out = tmp_path / "out"
+    given = (scans / "a.nii.gz", "--segmenter", bundle, "--overlay", "mine.json", "--output_dir", out)
+    assert twin(*given) == 0
+    own, segmenter = overlay.with_name("inference.json"), bundle / "configs" / "inference.json"
+    for path, old, new, what in (
+        (overlay, "0.5", "0.25", "config"),
+        (own, '"guidance_scale": 2.0', '"guidance_scale": 1.5', "config"),
+        (segmenter, "[15.0, 15.0, 3.4]", "[10.0, 10.0, 3.4]", "segmenter_config"),
+    ):
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new))
+        assert twin(*given) == 2
+        assert f"was made with another {what}; give" in capsys.readouterr().err
+        path.write_text(before)
+    record = json.loads((out / "a_twin.json").read_text())
+    del record["how"]["config"], record["how"]["segmenter_config"]
+    (out / "a_twin.json").write_text(json.dumps(record))
+    assert twin(*given) == 0
+    assert "0 twins made, 1 were there" in capsys.readouterr().out
+
+
 def test_a_bundle_segments(scans, bundle, hu, tmp_path, bundles, monkeypatch):
     """Its bone is in the mask, and what completion by HU adds."""
     monkeypatch.chdir(bundles.parent)

@@ -181,6 +181,14 @@ def test_command_and_bad_input(folder, tmp_path, capsys):
     assert "112 voxels" in capsys.readouterr().err
     assert main(["realism", plain, noisy, *options[:-1], "-1"]) == 2
     assert "pairs is -1; allowed are whole numbers from 0 up" in capsys.readouterr().err
+    for grid, words in (
+        (("--spacing", "0"), "spacing is 0.0; allowed is a number from 0.1 to 100"),
+        (("--spacing", "-3"), "spacing is -3.0; allowed"),
+        (("--size", "0"), "size is 0; allowed is a whole number from 1 on"),
+        (("--size", "-8"), "size is -8; allowed"),
+    ):
+        assert main(["realism", plain, noisy, *options, *grid]) == 2
+        assert words in capsys.readouterr().err
     assert main(["realism", plain, noisy, *options, "--network", "vgg"]) == 2
     assert "resnet18, resnet50" in capsys.readouterr().err
     with pytest.raises(InputError, match="at least two"):

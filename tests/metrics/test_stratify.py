@@ -61,7 +61,12 @@ def test_numbers_are_grouped_by_edges(tables):
         ({"by": ["height"]}, "height.*sex, age"),
         ({"case_column": "id"}, "has no rows with a column 'id' .columns: "),
         ({"edges": {"sex": [1]}, "by": ["sex"]}, "'F' in column sex"),
-        ({"edges": {"age": [60, 40]}, "by": ["age"]}, "ascending"),
+        ({"edges": {"age": [60, 40]}, "by": ["age"]}, "edges of age are .60, 40.; allowed are ascending numbers"),
+        ({"edges": {"age": []}, "by": ["age"]}, "edges of age are .*ascending numbers"),
+        ({"edges": {"age": ["40", "60"]}, "by": ["age"]}, "edges of age are .*'60'.*ascending numbers"),
+        ({"edges": {"age": None}, "by": ["age"]}, "edges of age are None; allowed are ascending numbers"),
+        ({"edges": {"age": [40]}}, "edges name age, which by lacks .sex."),
+        ({"edges": {"height": [40]}}, "edges name height, which by lacks"),
         ({"metrics": "absent.csv"}, "absent.csv"),
     ],
 )
@@ -85,6 +90,30 @@ def test_tables_that_excel_saved(tables):
     (folder / "cases.csv").write_text("name,sex\npt,männlich\n", encoding="cp1252")
     with pytest.raises(InputError, match="cases.csv cannot be read .*; give a CSV file in UTF-8 with a header"):
         stratify(folder / "metrics.csv", folder / "cases.csv", **options)
+
+
+def test_commas_at_the_end_of_lines(tables):
+    """Nothing but commas is no row; a trailing one is no entry; a line with more entries than columns is named."""
+    folder, *_ = tables
+    options = {"by": ["sex"], "output": folder / "out.csv", "case_column": "name"}
+    metrics, cases = folder / "metrics.csv", folder / "cases.csv"
+    expected = stratify(metrics, cases, **options)
+    for path in (metrics, cases):
+        first, *lines = path.read_text().splitlines()
+        path.write_text("\n".join([first, ",,", *(f"{line}," for line in lines), ",,,", " , "]))
+    assert stratify(metrics, cases, **options) == expected
+    with pytest.raises(InputError, match="has no column height; allowed are sex, age"):
+        stratify(metrics, cases, **{**options, "by": ["height"]})
+    cases.write_text("name,sex\npt,F\npt_1,M,old\n")
+    with pytest.raises(InputError, match="line 3 of table .*cases.csv has more entries than the header has columns"):
+        stratify(metrics, cases, **options)
+
+
+def test_one_edge_is_a_list_of_one(tables):
+    folder, *_ = tables
+    files = folder / "metrics.csv", folder / "cases.csv", ["age"], folder / "out.csv"
+    expected = stratify(*files, edges={"age": [50]}, case_column="name")
+    assert stratify(*files, edges={"age": 50}, case_column="name") == expected
 
 
 def test_a_table_is_not_written_over(tables):

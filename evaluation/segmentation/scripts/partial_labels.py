@@ -10,8 +10,46 @@ from monai.losses import DiceCELoss
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 
+from maisi_tools.errors import InputError
+from maisi_tools.volumes.grid import grid_difference
+
 MERGED = -1e4
 """Logit of a class that is merged into the background: no probability, and finite in every precision but float16's."""
+
+
+class CheckLabelsd(MapTransform):
+    """Refuses labels that lie on another grid than their CT, or that are none of the classes.
+
+    Args:
+        keys: of the CT and of its labels, both (1, X, Y, Z), RAS, with the affine and path of their files.
+        num_classes: C, the background included.
+    """
+
+    def __init__(self, keys: Sequence[str], num_classes: int) -> None:
+        super().__init__(keys)
+        self.num_classes = num_classes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The item as it is.
+
+        Raises:
+            InputError: see above; it names the file.
+        """
+        image, label = (data[key] for key in self.keys)
+        ct, path = (volume.meta["filename_or_obj"] for volume in (image, label))
+        if difference := grid_difference(label, image):
+            raise InputError(
+                f"{path} lies on another grid than {ct} (in RAS: {difference}); allowed is one grid for both: resample "
+                "the labels to the CT with nearest neighbour"
+            )
+        values = label.as_tensor()
+        if (other := torch.unique(values[values >= self.num_classes])).numel():
+            raise InputError(
+                f"{path} has the labels {[int(value) for value in other[:5]]}; allowed are 0 to "
+                f"{self.num_classes - 1}, the background and the structures in their order: number them so, or leave "
+                "out what is no structure"
+            )
+        return dict(data)
 
 
 class LabelledClassesd(MapTransform):

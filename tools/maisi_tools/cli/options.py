@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +160,25 @@ def listed(value: Any) -> list[str]:
     return [str(name).strip() for name in names if str(name).strip()]
 
 
-def process_group() -> Any:
+RANKS_WAIT = datetime.timedelta(days=7)
+"""How long a rank waits for the others. They share files or samples, of which one's may take hours longer than
+another's; PyTorch's own half hour would end the run. A rank that dies ends it at once: torchrun sees to that."""
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
     """Context of a process group of torchrun's ranks; outside torchrun, of this process alone."""
     import ignite.distributed as idist
     import torch.distributed
 
-    return idist.Parallel(backend="gloo" if torch.distributed.is_torchelastic_launched() else None)
+    if not torch.distributed.is_torchelastic_launched():
+        yield
+        return
+    idist.initialize("gloo", timeout=RANKS_WAIT)
+    try:
+        yield
+    finally:
+        idist.finalize()
 
 
 def check_seed(seed: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from maisi_tools.cohort.worker import (
     mask_pool,
     numbered_labels,
     read_record,
+    scans_of,
 )
-from maisi_tools.diffusion.editing import find_scans, is_series
+from maisi_tools.diffusion.editing import is_series
 from maisi_tools.errors import InputError
 from maisi_tools.files import (
     LOCK,
@@ -48,13 +50,16 @@ from maisi_tools.files import (
 from maisi_tools.masks.label_maps import LABEL_MAPS, read_label_map
 from maisi_tools.metrics.judge import open_judge
 from maisi_tools.settings import check_plain
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import fingerprint_input, stem_of
 
 logger = logging.getLogger(__name__)
 
 SPEC = "cohort.json"
 MANIFEST = "manifest.csv"
 ENGINES = ("process", "ray")
+
+LEAST_RETRIES = 3
+"""Of a sample whose worker died on Ray, however few the specification allows: it may have been killed from outside."""
 
 
 def make_cohort(
@@ -77,7 +82,7 @@ def make_cohort(
         folder: where it goes.
         bundles: folder with the bundles.
         engine: "process": this one, or the ranks of torchrun, which share the samples; "ray": actors on a Ray cluster.
-        workers: Ray actors; Ray starts those that die anew, and hands their sample out again.
+        workers: Ray actors; those that die are started anew, and their sample is tried again.
         device: for the networks.
         gpus: GPUs, or the fraction of one, for each Ray actor.
         threads: of torch on the CPU for each worker.
@@ -106,7 +111,8 @@ def make_cohort(
         chosen = {"judge": _absolute(judge), "judge_label_map": _absolute(judge_label_map)}
         opened = open_judge(chosen["judge"], chosen["judge_label_map"], spec.ct.get("min_dice"))
         assert opened is not None
-        seen = {**chosen, "weights": opened.segmenter.fingerprint, "ids": opened.segmenter.label_map.ids}
+        judging = opened.segmenter
+        seen = {**chosen, "weights": judging.fingerprint, "config": judging.config, "ids": judging.label_map.ids}
     else:
         open_judge(None, judge_label_map, spec.ct.get("min_dice"))  # refuses what only a judge would use
     rank, ranks = idist.get_rank(), idist.get_world_size()
@@ -167,7 +173,7 @@ def _on_ray(
 ) -> Iterator[dict[str, Any]]:
     try:
         import ray
-        from ray.util import ActorPool
+        from ray import exceptions
     except ImportError as error:
         raise InputError(
             "engine ray needs the extra 'ray'; install it with: pip install 'maisi-bundles[ray]'"
@@ -185,12 +191,50 @@ def _on_ray(
         logger.warning("%d workers were asked for, but this machine has %d cores: %d are started", workers, most, most)
         workers = most
     try:
-        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, max_task_retries=-1)(Worker)
-        pool = ActorPool([actor.remote(*arguments) for _ in range(min(workers, len(share)))])
-        yield from pool.map_unordered(lambda one, index: one.make.remote(index), share)
+        spec, folder = arguments[:2]
+        actor = ray.remote(num_cpus=1, num_gpus=gpus)(Worker)
+        waiting, deaths = deque(share), Counter[int]()
+        idle: list[Any] = [actor.remote(*arguments) for _ in range(min(workers, len(share)))]
+        running: dict[Any, tuple[Any, int]] = {}
+        # Not by Ray's own restarts: these would try a sample that kills its worker for ever, or not say which it was.
+        while waiting or running:
+            while waiting and idle:
+                one, index = idle.pop(), waiting.popleft()
+                running[one.make.remote(index)] = one, index
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            one, index = running.pop(ready)
+            try:
+                record = ray.get(ready)
+            except (exceptions.RayActorError, exceptions.OutOfMemoryError, exceptions.NodeDiedError) as error:
+                if getattr(error, "actor_init_failed", False):
+                    raise
+                ray.kill(one)  # where it only went out of reach, it must not hold what the next one needs
+                deaths[index] += 1
+                if again := deaths[index] <= max(spec.retries, LEAST_RETRIES):
+                    waiting.append(index)
+                if waiting:
+                    idle.append(actor.remote(*arguments))
+                if again:
+                    continue
+                record = _lost(spec, folder, index, deaths[index])
+            else:
+                idle.append(one)
+            yield record
     finally:
         if started:
             ray.shutdown()
+
+
+def _lost(spec: CohortSpec, folder: Path, index: int, deaths: int) -> dict[str, Any]:
+    """The record of a sample whose workers died, which is that of a failure unless one of them had written its own."""
+    name = spec.sample_name(index)
+    path = folder / RECORDS / f"{name}.json"
+    record = read_record(path)
+    if record.get("status") not in (DONE, LEFT_OUT):
+        error = f"its worker died {deaths} times, of too little memory perhaps"
+        record = {"index": index, "name": name, "status": FAILED, "error": error, "attempts": deaths}
+        write_json(path, record)
+    return record
 
 
 def _absolute(given: str | None) -> str | None:
@@ -206,8 +250,8 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
     check_given(config_files(bundles / "maisi_controlnet", configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         check_given(config_files(bundles / "maisi_ldm", CONFIG), spec.masks.settings, "masks.settings", OWN_KEYS)
-    if spec.masks.source == "real" and spec.format == "dicom":
-        for scan in find_scans(spec.masks.path, None):
+    if spec.format == "dicom":
+        for scan in scans_of(spec):
             if not is_series(scan["image"]):
                 raise InputError(
                     f"format is dicom, and {scan['image']} in {spec.masks.path} is no DICOM series, so there is no "
@@ -231,16 +275,18 @@ def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
         weights |= _weights(bundles / "maisi_ldm", [CONFIG])
     if spec.masks.path:
         found["label_map"] = {str(label): id for label, id in read_label_map(spec.masks.label_map).ids.items()}
-        scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
+        scans = scans_of(spec)
         masks = [Path(scan["mask"]) for scan in scans] or mask_pool(spec)
         listed = [f"{stem_of(path)} {fingerprint_file(path)}" for path in masks]
         listed += [f"{stem_of(scan['image'])} {_bytes_of(Path(scan['image']))}" for scan in scans]
         found["masks"] = fingerprint_text("\n".join(listed))
+        if scans:  # beside their sizes, which are all that an earlier version recorded
+            found["scans"] = fingerprint_text("\n".join(fingerprint_input(scan["image"]) for scan in scans))
     return {**found, "weights": weights}
 
 
 def _bytes_of(scan: Path) -> int:
-    """Of a CT's file, or of a series' files: to read them all would take as long as to edit them."""
+    """Of a CT's file, or of a series' files."""
     files = scan.rglob("*") if scan.is_dir() else [scan]
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -264,7 +310,13 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path} describes no cohort ({error!r}); give another folder") from error
         free = ("count", "retries")
-        changed = [k for k, value in content["spec"].items() if earlier["spec"].get(k) != value and k not in free]
+        then, now = _entries(earlier["spec"]), _entries(content["spec"])
+        changed = [key for key, value in now.items() if then.get(key) != value and key not in free]
+        # Organs are drawn for in the order in which they stand.
+        same = [key for key in now if key not in (*changed, *free)]
+        changed += [f"order of {key}" for key in same if _ordered(then.get(key)) != _ordered(now[key])]
+        if earlier.get("judge"):  # whose config an earlier version did not record
+            earlier["judge"] = {"config": judge.get("config"), **earlier["judge"]}
         # An earlier version recorded the weights of all configs, and numbered what they know, whatever was labelled.
         before = {name: earlier["weights"].get(name) for name in content["weights"]}
         known = _config(bundles, spec)["keep_labels"]
@@ -298,6 +350,19 @@ def _resolved(spec: Mapping[str, Any]) -> dict[str, Any]:
         if masks.get(key) is not None and masks[key] not in LABEL_MAPS:
             masks[key] = str(Path(masks[key]).resolve())
     return {**spec, "masks": masks}
+
+
+def _entries(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A specification's keys, and those of its masks, whose own order says nothing."""
+    masks = {f"masks.{key}": value for key, value in spec["masks"].items()}
+    return {**{key: value for key, value in spec.items() if key != "masks"}, **masks}
+
+
+def _ordered(value: Any) -> Any:
+    """JSON with lists of pairs for mappings, which are the same only where their order is."""
+    if isinstance(value, Mapping):
+        return [(key, _ordered(entry)) for key, entry in value.items()]
+    return [_ordered(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _is_done(spec: CohortSpec, folder: Path, index: int) -> bool:

@@ -149,7 +149,8 @@ class CohortSpec:
         ct: keys of the ControlNet bundle's inference config, such as ``solver`` or ``redraws``.
         layout: one of :data:`~maisi_tools.cohort.layouts.LAYOUTS`.
         format: "nifti", or "dicom": a study with CT, Segmentation and RT Structure Set for each sample.
-        retries: how often a sample that failed is tried again before it is listed as failed.
+        retries: how often a sample that failed is tried again before it is listed as failed. One whose worker died,
+            on Ray, is tried again three times at least: what killed it may have come from outside.
         created: date that DICOM objects carry, ISO 8601.
 
     Raises:

@@ -11,15 +11,16 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
-from maisi_tools.bundles.stage import Stage
+from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.diffusion.editing import check_edited, is_series, tissues
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.files import fingerprint_tensors, held, write_json
+from maisi_tools.files import canonical_json, fingerprint_tensors, fingerprint_text, held, write_json
 from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
@@ -79,6 +80,8 @@ def make_twins(
         "segmenter": segmenter,
         "label_map": dict(labeller.label_map.ids),
         "configs": configs,
+        "config": fingerprint_text(canonical_json(ConfigParser.load_config_files(config_files(bundle, configs)))),
+        "segmenter_config": labeller.config,
         "seed": seed,
         "settings": settings,
         "keep_patient": keep_patient,
@@ -219,7 +222,8 @@ def _check_earlier(items: Sequence[Mapping[str, str]], folder: Path, how: Mappin
     for item in items:
         path = folder / f"{stem_of(item['image'])}{RECORD}"
         record = _read(path)
-        earlier = record.get("how", {})
+        # An earlier version recorded the configs' names alone.
+        earlier = {key: how[key] for key in ("config", "segmenter_config")} | record.get("how", {})
         if record.get("status") == "done" and earlier != how:
             changed = ", ".join(key for key, value in how.items() if earlier.get(key) != value)
             raise InputError(

@@ -98,7 +98,7 @@ class Worker:
         config = {key: self.ct.parser.get_parsed_content(key) for key in ("keep_labels", "merge_labels")}
         self.keep, self.merge = numbered_labels(spec, config)
         self.pool = mask_pool(spec)
-        self.scans = find_scans(spec.masks.path, None) if spec.masks.source == "real" else []
+        self.scans = scans_of(spec)
 
     def make(self, index: int) -> dict[str, Any]:
         """Make sample number `index`, unless it is there or was left out, and return its record.
@@ -306,6 +306,13 @@ def numbered_labels(spec: CohortSpec, config: Mapping[str, Any]) -> tuple[list[i
     labelled = read_label_map(spec.masks.label_map).ids.values()
     put_in = (label_id(tumor.lesion) for tumor in spec.tumors)
     return sorted({*labelled, *put_in, BODY} - {0}), {}
+
+
+def scans_of(spec: CohortSpec) -> list[dict[str, str]]:
+    """The scans that are edited, see :func:`~maisi_tools.diffusion.editing.find_scans`; none of other sources."""
+    if spec.masks.source != "real":
+        return []
+    return find_scans(spec.masks.path, None, label_map=read_label_map(spec.masks.label_map))
 
 
 def mask_pool(spec: CohortSpec) -> list[Path]:

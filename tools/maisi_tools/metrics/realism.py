@@ -6,6 +6,7 @@ in the name of every figure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import fingerprint_file, fingerprint_text, replacing, write_json
+from maisi_tools.settings import check_number
 from maisi_tools.volumes.inputs import check_output_dir
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
@@ -37,6 +39,9 @@ PLANES = ("sagittal", "coronal", "axial")
 NETWORKS = {"resnet18": resnet18, "resnet50": resnet50}
 
 BATCH = 32  # slices
+
+SPACING_RANGE = (0.1, 100.0)
+"""mm. MONAI takes 0 and less for "as it is", which would compare volumes on their own grids."""
 
 SSIM_KERNEL = 7
 """Voxels; MONAI's default of 11 would ask for 176 voxels a side."""
@@ -145,9 +150,11 @@ def measure_realism(
         varied.
 
     Raises:
-        InputError: a set of fewer than two volumes, a file that cannot be read, a `size` too small for MS-SSIM,
-            or `pairs` below 0.
+        InputError: a set of fewer than two volumes, a file that cannot be read, a `spacing` outside
+            :data:`SPACING_RANGE`, a `size` below 1 or too small for MS-SSIM, or `pairs` below 0.
     """
+    check_number("spacing", spacing, *SPACING_RANGE)
+    check_number("size", size, 1, math.inf, whole=True)
     folder = check_output_dir(output_dir)
     for name, files in (("reference", reference), ("generated", generated)):
         if len(files) < 2:

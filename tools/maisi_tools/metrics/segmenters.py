@@ -10,11 +10,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation, SpatialResample
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import fingerprint_tensors
+from maisi_tools.files import canonical_json, fingerprint_tensors, fingerprint_text
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.metrics.segmentation import BundleSegmenter
@@ -36,12 +37,14 @@ class Segmenter:
         segment: CT file (NIfTI, in HU) -> its labels (1, X, Y, Z), with an affine; None finds nothing.
         label_map: of these labels.
         fingerprint: of the network's weights, empty where there are none of ours.
+        config: fingerprint of what a bundle's config says, else empty.
     """
 
     name: str
     segment: Callable[[Path], MetaTensor] | None = None
     label_map: LabelMap = field(default_factory=lambda: LABEL_MAPS["maisi"])
     fingerprint: str = ""
+    config: str = ""
 
     def __call__(self, path: Path, ct: MetaTensor, may_be_empty: bool = False) -> np.ndarray:
         """Labels (X, Y, Z), uint8, of the CT in a file, on its grid.
@@ -107,7 +110,8 @@ def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu")
         )
     bundle = BundleSegmenter(config, device=device)
     read = map_of_classes(name, bundle.classes) if label_map is None else read_label_map(label_map)
-    return Segmenter(name, bundle, read, fingerprint_tensors(bundle.network.state_dict()))
+    says = fingerprint_text(canonical_json(ConfigParser.load_config_file(config)))
+    return Segmenter(name, bundle, read, fingerprint_tensors(bundle.network.state_dict()), says)
 
 
 def map_of_classes(name: str, classes: Mapping[str, int]) -> LabelMap:

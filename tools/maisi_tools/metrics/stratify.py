@@ -6,6 +6,7 @@ import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def stratify(
     cases: str | Path,
     by: Sequence[str],
     output: str | Path,
-    edges: Mapping[str, Sequence[float]] | None = None,
+    edges: Mapping[str, Sequence[float] | float] | None = None,
     case_column: str = "case",
 ) -> list[dict[str, Any]]:
     """Write each figure of each group of cases to the CSV file `output`.
@@ -40,8 +41,8 @@ def stratify(
             followed by "_", the longest one (``pt_1_ct_recon`` to ``pt_1``).
         by: columns of `cases`.
         output: file to write.
-        edges: column with numbers -> ascending bounds of its groups: ``{"age": [40, 60]}`` gives below 40, 40 to below
-            60, and from 60 on.
+        edges: column of `by` with numbers -> ascending bounds of its groups: ``{"age": [40, 60]}`` gives below 40, 40
+            to below 60, and from 60 on; one number is a list of one.
         case_column: where the names stand in `cases`.
 
     Returns:
@@ -51,13 +52,16 @@ def stratify(
 
     Raises:
         InputError: a file that is no such table, an unknown column, a case without a row, or an entry that is no number
-            where edges are given; or an output that is one of the tables.
+            where edges are given; edges that are no ascending numbers, or of a column that is not in `by`; or an output
+            that is one of the tables.
     """
     check_targets([metrics, cases], [Path(output)])
+    bounds = {str(column): _bounds(column, given) for column, given in (edges or {}).items()}
+    if idle := [column for column in bounds if column not in by]:
+        raise InputError(f"edges name {', '.join(idle)}, which by lacks ({', '.join(by)}); add it, or leave it out")
     figures, table = _read(metrics, "case"), _read(cases, case_column)
-    edges = edges or {}
     columns = list(next(iter(table.values())))
-    if unknown := sorted({*by, *edges} - set(columns)):
+    if unknown := sorted(set(by) - set(columns)):
         raise InputError(f"{cases} has no column {', '.join(unknown)}; allowed are {', '.join(columns)}")
     owners = {case: _owner(case, table) for case in figures}
     if lost := [case for case, owner in owners.items() if owner is None]:
@@ -65,9 +69,9 @@ def stratify(
     rows = []
     for column in by:
         group_of = {
-            case: _group(table[str(owner)][column], edges.get(column), column, cases) for case, owner in owners.items()
+            case: _group(table[str(owner)][column], bounds.get(column), column, cases) for case, owner in owners.items()
         }
-        names = sorted(set(group_of.values()), key=lambda name: (name == UNKNOWN, _order(name, edges.get(column))))
+        names = sorted(set(group_of.values()), key=lambda name: (name == UNKNOWN, _order(name, bounds.get(column))))
         for figure in _figures(figures):
             values = {
                 name: [
@@ -93,9 +97,12 @@ def _read(path: str | Path, case_column: str) -> Table:
     try:
         # Excel's "CSV UTF-8" begins with a byte order mark, which would be part of the first column's name.
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            lines = csv.DictReader(file)
+            # A trailing comma gives a row an entry without a column, and Excel writes empty rows as commas.
+            rows = [_row(row, path, lines.line_num) for row in lines]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"table {path} cannot be read ({error}); give a CSV file in UTF-8 with a header") from error
+    rows = [row for row in rows if any(map(str.strip, row.values()))]
     if not rows or case_column not in rows[0]:
         columns = ", ".join(map(str, rows[0])) if rows else "none"
         raise InputError(
@@ -103,8 +110,24 @@ def _read(path: str | Path, case_column: str) -> Table:
         )
     names = [row[case_column] for row in rows]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"table {path} has {', '.join(twice[:5])} twice; allowed is one row a case")
+        raise InputError(f"table {path} has {', '.join(map(repr, twice[:5]))} twice; allowed is one row a case")
     return {row.pop(case_column): row for row in rows}
+
+
+def _row(row: Mapping[Any, Any], path: str | Path, line: int) -> dict[str, str]:
+    """A row without entries beyond the header's columns, which have to be empty."""
+    if any(entry.strip() for entry in row.get(None, ())):
+        raise InputError(f"line {line} of table {path} has more entries than the header has columns; correct it")
+    return {column: entry or "" for column, entry in row.items() if column is not None}
+
+
+def _bounds(column: Any, given: Any) -> list[float]:
+    """The edges of a column as a list of numbers."""
+    bounds = list(given) if isinstance(given, (list, tuple)) else [given]
+    numbers = all(isinstance(edge, Real) and not isinstance(edge, bool) and math.isfinite(edge) for edge in bounds)
+    if not bounds or not numbers or bounds != sorted(set(bounds)):
+        raise InputError(f"edges of {column} are {given!r}; allowed are ascending numbers: [40, 60]")
+    return bounds
 
 
 def _owner(case: str, table: Table) -> str | None:
@@ -126,8 +149,6 @@ def _group(entry: str | None, edges: Sequence[float] | None, column: str, cases:
 
 
 def _names(edges: Sequence[float]) -> list[str]:
-    if not edges or list(edges) != sorted(set(edges)):
-        raise InputError(f"edges are {list(edges)}; allowed are ascending numbers: 40,60")
     between = [f"{low:g} to below {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
     return [f"below {edges[0]:g}", *between, f"from {edges[-1]:g}"]
 
