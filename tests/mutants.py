@@ -52,7 +52,7 @@ MUTANTS = [
     Mutant("volumes/checks.py", "if low >= -1 and high <= 1:", "if low > -1 and high <= 1:"),
     Mutant("volumes/checks.py", "if low >= 0 and high <= 255:", "if low >= 0 and high <= 254:"),
     Mutant("volumes/checks.py", "<= value <= high * (1 + 1e-4)", "<= value <= high * (1 + 1e-2)"),
-    Mutant("volumes/checks.py", "mm < low - 0.1 * step", "mm < low - 1.1 * step"),
+    Mutant("volumes/checks.py", "slack = 0.1 * step", "slack = 1.1 * step"),
     Mutant(
         "volumes/checks.py", "if not 0 < number < math.inf:", "if not 0 <= number < math.inf:", ("test_weights.py",)
     ),
@@ -62,7 +62,7 @@ MUTANTS = [
         'ResizeWithPadOrCrop(size, mode="constant", value=0)',
         'ResizeWithPadOrCrop(size, mode="edge")',
     ),
-    Mutant("volumes/grid.py", "scale_extent=True", "scale_extent=False"),
+    Mutant("volumes/grid.py", "(ratio / 2 - 0.5)", "(ratio / 2)"),
     Mutant("volumes/grid.py", "if shift < 0.1 * min(spacing[:2]):", "if shift < 1.0 * min(spacing[:2]):"),
     Mutant("volumes/normalise.py", "MR_PERCENTILES = (0.0, 99.5)", "MR_PERCENTILES = (0.0, 100.0)"),
     Mutant("volumes/series.py", "MAX_GAP_DEVIATION = 0.01", "MAX_GAP_DEVIATION = 0.12", ("volumes/test_series.py",)),
@@ -98,7 +98,10 @@ MUTANTS = [
         "",
         SAMPLERS + INFERERS,
     ),
-    Mutant("diffusion/samplers.py", "/ num_train_timesteps <= high", "/ num_train_timesteps < high"),
+    Mutant("diffusion/samplers.py", "change - (1 - parallel) * along", "change - along", SAMPLERS),
+    Mutant(
+        "diffusion/samplers.py", "/ scheduler.num_train_timesteps <= high", "/ scheduler.num_train_timesteps < high"
+    ),
     Mutant(
         "diffusion/samplers.py",
         "next_alpha = scheduler.final_alpha_cumprod if",
@@ -156,10 +159,9 @@ MUTANTS = [
     Mutant("training/losses.py", "max_pool3d(region, 3, stride=1, padding=1)", "max_pool3d(region, 1, stride=1)"),
     Mutant("training/losses.py", "inside.clamp_max(limit)", "inside"),
     Mutant(
-        "training/steps.py",
-        "_foreach_lerp_(means, trained, self.momentum)",
-        "_foreach_lerp_(means, trained, 1 - self.momentum)",
+        "training/steps.py", "_foreach_lerp_(means, trained, momentum)", "_foreach_lerp_(means, trained, 1 - momentum)"
     ),
+    Mutant("training/steps.py", "max(self.momentum, 9 / (step + 10))", "self.momentum"),
     Mutant("training/steps.py", "-(-iterations // accumulation_steps)", "(iterations // accumulation_steps)"),
     Mutant(
         "training/budget.py",

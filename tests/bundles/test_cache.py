@@ -20,7 +20,7 @@ VIEWS = [{"name": ""}, {"name": "flip", "flip": True}]
 
 @pytest.fixture
 def cases(tmp_path, phantom_ct, phantom_labels) -> Path:
-    """Two small CTs with masks, and a datalist with one in each section."""
+    """Two small CTs with masks, and a datalist with one to train and one to validate on; what is to test stays out."""
     folder = tmp_path / "cases"
     folder.mkdir()
     for i, name in enumerate(("p1", "p2")):
@@ -29,7 +29,8 @@ def cases(tmp_path, phantom_ct, phantom_labels) -> Path:
         nib.save(nib.Nifti1Image(phantom_ct[crop], affine), folder / f"{name}_ct.nii.gz")
         nib.save(nib.Nifti1Image(phantom_labels[crop], affine), folder / f"{name}_ct_mask.nii.gz")
     items = [{"image": f"{name}_ct.nii.gz", "region": ["head"]} for name in ("p1", "p2")]
-    (folder / "datalist.json").write_text(json.dumps({"training": items[:1], "validation": items[1:]}))
+    sections = {"training": items[:1], "validation": items[1:], "testing": [{"image": "not_there_ct.nii.gz"}]}
+    (folder / "datalist.json").write_text(json.dumps(sections))
     return folder
 
 

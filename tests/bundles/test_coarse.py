@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_tools.weights import read_autoencoder
+
 SIZE = [16, 16, 16]
 
 NARROW = {
@@ -74,6 +76,12 @@ def draw(run_bundle, trained, tmp_path):
         return np.asarray(nib.load(tmp_path / name / "sample_seed0.nii.gz").dataobj).astype(int)
 
     return draw
+
+
+def test_of_the_two_networks_the_unet_alone_knows_the_encoder(trained):
+    """A coarse network sees no latents, so that it may be trained on with those of any."""
+    made_by = json.loads((trained / "latents" / "p1_ct_latent.json").read_text())["autoencoder"]
+    assert [read_autoencoder(trained / name / "model.pt") for name in ("ldm", "coarse")] == [made_by, None]
 
 
 def test_encoding_writes_the_coarse_ct_beside_the_latent(trained):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from maisi_tools.errors import find_input_error
 from maisi_tools.training.diffusion import body_scale_factor
-from maisi_tools.weights import load_weights, read_scale_factor, save_weights
+from maisi_tools.weights import load_weights, read_autoencoder, read_scale_factor, save_weights
 
 NAMES = ("p1", "p2", "p3")
 
@@ -204,6 +204,12 @@ def test_training_goes_on_with_the_scale_factor_of_the_weights(open_bundle, tiny
     parser = open_bundle(bundle, "train.json", **settings, init_ckpt=str(tmp_path / "start.pt")).parser
     assert parser.get_parsed_content("scale_factor") == 2.5
 
+    key = "init_ckpt" if bundle == "maisi_ldm" else "unet_ckpt_path"
+    save_weights(tmp_path / "other.pt", {"weight": torch.ones(1)}, scale_factor=2.5, factor=2, autoencoder="22")
+    with pytest.raises(Exception) as raised:
+        open_bundle(bundle, "train.json", **settings | {key: str(tmp_path / "other.pt")})
+    assert "trained on latents of an autoencoder with 22" in str(find_input_error(raised.value))
+
 
 @pytest.mark.parametrize("stage", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
 def test_train_config(run_bundle, stage, cases, latents, bundles, tmp_path):
@@ -215,6 +221,9 @@ def test_train_config(run_bundle, stage, cases, latents, bundles, tmp_path):
     assert saved["model"].keys() == workflow.parser.get_parsed_content("network_def").state_dict().keys()
     if stage != "maisi_vae":
         assert read_scale_factor(tmp_path / "out" / "model.pt") > 0
+        made_by = json.loads((latents / "p1_ct_latent.json").read_text())["autoencoder"]
+        for file in ("model.pt", "checkpoint.pt"):
+            assert read_autoencoder(tmp_path / "out" / file) == made_by
     # what was saved is what inference loads
     network = run_free_network(stage, bundles, tmp_path / "out" / "model.pt")
     assert not network.training
@@ -269,7 +278,9 @@ def run_free_network(stage: str, bundles: Path, weights: Path) -> torch.nn.Modul
 
 
 @pytest.mark.parametrize("stage", ["maisi_ldm", "maisi_controlnet"])
-def test_two_ranks_with_half_the_batch_equal_one_process(run_on_two_ranks, run_bundle, tiny_overrides, stage, tmp_path):
+def test_two_ranks_with_half_the_batch_equal_one_process(
+    run_on_two_ranks, open_bundle, run_bundle, tiny_overrides, stage, tmp_path
+):
     """The weights, and the validation's figure, for which each rank sees one of the two kept-out cases.
 
     With plain gradient descent, because Adam makes steps of rounding errors where a gradient is zero.
@@ -282,11 +293,12 @@ def test_two_ranks_with_half_the_batch_equal_one_process(run_on_two_ranks, run_b
     ranks, one = read(tmp_path / "ranks"), read(tmp_path / "one")
     assert ranks["trainer"] == one["trainer"] and ranks["data"] == one["data"]
     assert ranks["scale_factor"] == pytest.approx(one["scale_factor"])
-    moved = 0.0
+    start = open_bundle(stage, "train.json", **tiny_overrides(stage, tmp_path / "start", **more)).parser
+    before, moved = start.get_parsed_content("network").state_dict(), 0.0
     for name, value in one["model"].items():
         torch.testing.assert_close(ranks["model"][name], value, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(ranks["ema"][name], one["ema"][name], atol=1e-5, rtol=1e-4)
-        moved = max(moved, float((value - one["ema"][name]).abs().max()))
+        moved = max(moved, float((value - before[name]).abs().max()))
     assert moved > 1e-3  # the tolerance is not met by standing still
     figures = []
     for folder in ("ranks", "one"):

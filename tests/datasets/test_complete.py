@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from monai.transforms import Spacing
 
-from maisi_tools.datasets.complete import complete_masks
+from maisi_tools.datasets.complete import complete_masks, twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import AIR_HU
 from maisi_tools.masks.vocabulary import BODY, label_id
@@ -77,6 +77,36 @@ def test_links_keep_the_names_that_they_have(cases, tmp_path):
     complete_masks(items, tmp_path / "out", "maisi")
     listed = json.loads((tmp_path / "out" / "cases.json").read_text())
     assert [entry["image"] for entry in listed] == [item["image"] for item in items]
+
+
+def test_a_masks_json_says_which_of_its_placeholders_are_left_and_right(cases, tmp_path):
+    """Also of a mask of an earlier version, which stays; a map without placeholders leaves it to OpenKBP's."""
+    sided = {"7": "placeholder 129: left breast", "8": "placeholder 130: right breast", "9": "placeholder 18: tumour"}
+    out = tmp_path / "out"
+    for classes, pairs, swapped in (
+        ({"7": "placeholder: left breast"}, [], [2, 18, 20, 129, 130]),
+        (sided, [[129, 130], [130, 129]], [2, 18, 20, 130, 129]),
+        ({"7": 129}, None, [2, 20, 18, 129, 130]),
+    ):
+        (tmp_path / "map.json").write_text(json.dumps(classes))
+        paths = complete_masks(cases, out, tmp_path / "map.json")
+        said = [json.loads(path.with_name(f"{path.name[:-7]}.json").read_text()) for path in paths]
+        assert [one.get("twins") for one in said] == [pairs, pairs]
+        table = twins_of(read_volume(paths[0], "mask"))
+        assert [table.get(id, id) for id in (2, 18, 20, 129, 130)] == swapped
+        assert table[label_id("left kidney")] == label_id("right kidney")
+
+    (tmp_path / "map.json").write_text(json.dumps(sided))
+    path = complete_masks(cases, out, tmp_path / "map.json")[0]
+    beside, voxels = path.with_name("p1_ct_mask.json"), path.stat().st_mtime_ns
+    whole = json.loads(beside.read_text())
+    beside.write_text(json.dumps({name: value for name, value in whole.items() if name != "twins"}))
+    complete_masks(cases, out, tmp_path / "map.json")
+    assert json.loads(beside.read_text()) == whole and path.stat().st_mtime_ns == voxels
+    for wrong in (3, [[1]], [[129, "x"]], [[129, 300]], {"129": 130}):
+        beside.write_text(json.dumps({**whole, "twins": wrong}))
+        with pytest.raises(InputError, match=r"p1_ct_mask\.json has twins .* allowed are pairs of ids"):
+            twins_of(read_volume(path, "mask"))
 
 
 @pytest.mark.parametrize("change", ["ct", "label", "label_map", "spacing"])

@@ -32,6 +32,16 @@ def test_what_is_no_datalist_is_refused(tmp_path, text):
         read_datalist(tmp_path / "datalist.json", "training")
 
 
+@pytest.mark.parametrize("entry", [{"image": ["a.nii", "b.nii"]}, {"image": 3}, {"image": "a.nii", "label": ["b.nii"]}])
+def test_an_entry_has_one_file_of_each_kind(tmp_path, entry):
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"training": [entry]}))
+    with pytest.raises(InputError, match="one file under 'image' and, where there is a mask, one under 'label'"):
+        read_datalist(path, "training")
+    path.write_text('{"training": [{"image": "a.nii", "label": null}]}')
+    assert read_datalist(path, "training") == [{"image": str(tmp_path / "a.nii")}]
+
+
 def test_missing_datalist_says_how_to_make_one(tmp_path):
     with pytest.raises(InputError, match="maisi prepare"):
         read_datalist(tmp_path / "none.json", "training")

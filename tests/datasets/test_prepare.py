@@ -228,7 +228,7 @@ def test_msd(tmp_path, capsys):
     assert "warning: label 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", ["v2", "v2 described", "v1"])
+@pytest.mark.parametrize("form", ["v2", "v2 other way round", "v2 described", "v1"])
 def test_nnunet(tmp_path, form):
     """Two channels, of which the second is the CT."""
     for name in ("case_1", "case_2"):
@@ -236,7 +236,7 @@ def test_nnunet(tmp_path, form):
         write(tmp_path / "imagesTr" / f"{name}_0001.nii.gz")
         write(tmp_path / "labelsTr" / f"{name}.nii.gz", hu=False)
     content = {"labels": {"background": 0, "liver": 1, "whole": [1, 2]}, "numTraining": 2, "file_ending": ".nii.gz"}
-    content["channel_names"] = {"0": "PET", "1": "CT"}
+    content["channel_names"] = {"0": "PET", "1": "CT"} if form != "v2 other way round" else {"PET": 0, "CT": 1}
     if form == "v2 described":
         content["dataset"] = {
             name: {
@@ -277,7 +277,12 @@ def test_other_modalities_are_named(tmp_path):
         ({"numTraining": 3, "labels": {}}, "neither a list under 'training' nor a 'file_ending'"),
         ({"file_ending": ".nii.gz"}, "names no training case"),
         ({"numTraining": 1, "dataset": {"x": {"images": []}}}, "gives case x no list"),
-        ({"numTraining": 1, "training": ["x.nii.gz"]}, "one file as 'image'"),
+        ({"numTraining": 1, "training": ["x.nii.gz"]}, "one file under 'image'"),
+        ({"numTraining": 1, "training": [{"image": "x.nii.gz", "label": ["a.nii.gz"]}]}, "one under 'label'"),
+        ({"numTraining": 1, "training": [{"image": "x.nii.gz", "label": 3}]}, "one under 'label'"),
+        ({"numTraining": 1, "dataset": {"x": {"images": [3]}}}, "one file under 'image'"),
+        ({"file_ending": ".nii.gz", "channel_names": {"CT": "first"}}, "gives the channel 'CT' no number"),
+        ({"training": [{"image": "x.nii.gz", "region": 3}]}, "region is 3; allowed are head, .* one or a list"),
     ],
 )
 def test_lists_that_are_none_are_refused(tmp_path, content, said):

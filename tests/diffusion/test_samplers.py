@@ -305,7 +305,7 @@ def test_guidance_formula_and_cost():
 
 @pytest.mark.parametrize("kind", ["velocity", "epsilon", "sample", "v_prediction"])
 def test_guidance_without_its_parallel_part_turns_the_predicted_data_and_lengthens_none(kind):
-    """By the definition, cell for cell: of the data's change, what lies along the conditional prediction is left out."""
+    """By the definition, cell for cell: of the data's change, what lies along the conditional prediction is gone."""
     scheduler = flow() if kind == "velocity" else ddim(prediction_type=kind)
     latent, output, base = torch.randn(3, 2, 4, 3, 2, 2, dtype=torch.float64)
     t = torch.full((2,), 400.0)

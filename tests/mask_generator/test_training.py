@@ -51,13 +51,23 @@ def test_loss_against_numpy():
     p = (logits + torch.tensor([1, 2, 5.0]).log().reshape(1, 3, 1, 1, 1)).softmax(1).double().numpy()
     wanted = one_hot(target[:, 0], 3).movedim(-1, 1).double().numpy()
     weight = np.array([1, 2, 5.0])[target[:, 0].numpy()]
-    entropy = (-np.log((p * wanted).sum(1)) * weight).sum() / weight.sum()
     axes = (2, 3, 4)
+    entropy = ((-np.log((p * wanted).sum(1)) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3))).mean()
     dice = 1 - (2 * (p * wanted).sum(axes) + 1e-5) / (p.sum(axes) + wanted.sum(axes) + 1e-5)
     m, s = mean.double().numpy(), sigma.double().numpy()
     kl = (0.5 * (m**2 + s**2 - np.log(s**2) - 1)).sum() / 2
     assert value.item() == pytest.approx(entropy + dice[:, 1:].mean() + 0.01 * kl, rel=1e-5)
     assert set(loss.terms) == {"cross_entropy", "dice", "kl", "scale_factor"}
+
+
+def test_the_mean_of_two_ranks_losses_is_that_of_their_batch():
+    """Each with an image of its own, of which one has much more of a class that weighs more."""
+    target = torch.zeros(2, 1, 4, 4, 4, dtype=torch.long)
+    target[1, 0, :3] = 1
+    parts = torch.randn(2, 2, 4, 4, 4), torch.randn(2, 4, 1, 1, 1), torch.rand(2, 4, 1, 1, 1) + 0.1
+    loss = MaskAutoencoderLoss(0.01, [1, 8])
+    ranks = [loss(tuple(part[i : i + 1] for part in parts), target[i : i + 1]) for i in range(2)]
+    assert loss(parts, target).item() == pytest.approx(sum(ranks).item() / 2, rel=1e-5)
 
 
 def test_weights_of_classes_do_not_make_them_larger():

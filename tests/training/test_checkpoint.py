@@ -227,6 +227,14 @@ def test_what_to_resume_from(tmp_path):
     assert find_checkpoint(tmp_path, False) is None and find_checkpoint(tmp_path, True) is None
     with pytest.raises(InputError, match="is no file"):
         find_checkpoint(tmp_path, str(tmp_path / "other.pt"))
+    (tmp_path / "other.pt").touch()
+    assert find_checkpoint(tmp_path / "new", str(tmp_path / "other.pt")) == tmp_path / "other.pt"
+    (tmp_path / NAME).touch()
+    with pytest.raises(InputError, match=rf"{NAME} is the checkpoint of an earlier run and would be overwritten"):
+        find_checkpoint(tmp_path, str(tmp_path / "other.pt"))
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for same in (tmp_path / NAME, tmp_path / "linked" / NAME):
+        assert find_checkpoint(tmp_path, str(same)) == same
 
 
 def test_figures_of_a_step(tmp_path):

@@ -48,6 +48,21 @@ def test_mask_follows_a_ct_that_was_resampled_and_cropped():
     assert np.array_equal(fitted.numpy(), np.pad(wanted, [(0, 0), (0, 2), (0, 0), (0, 0)], mode="edge"))
 
 
+def test_a_mirrored_mask_has_its_own_placeholders_exchanged(tmp_path):
+    """Those that its JSON names, as `maisi complete_masks` writes it; OpenKBP's 18 and 20 where there is none."""
+    data = item(
+        (4, 4, 4),
+        (1, 1, 1),
+        image_affine=np.diag([-1.0, 1, 1, 1]),
+        mask_affine=torch.diag(torch.tensor([-1.0, 1, 1, 1])),
+    )
+    data["mask"].meta["filename_or_obj"] = str(tmp_path / "a_mask.nii.gz")
+    data["mask"][0, :, 0, 0] = torch.tensor([129, 130, 18, 20])
+    assert FitMaskd("mask", "latent")(data)["mask"][0, :, 0, 0].tolist() == [129, 130, 20, 18]
+    (tmp_path / "a_mask.json").write_text('{"twins": [[129, 130], [130, 129]]}')
+    assert FitMaskd("mask", "latent")(data)["mask"][0, :, 0, 0].tolist() == [130, 129, 18, 20]
+
+
 @pytest.mark.parametrize(("size", "shift"), [((10, 12, 5), 0), ((7, 12, 10), 0), ((10, 12, 7), 4), ((10, 12, 7), -4)])
 def test_mask_of_another_volume_is_refused(size, shift):
     moved = np.eye(4)

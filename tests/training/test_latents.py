@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maisi_tools.errors import InputError
-from maisi_tools.training.latents import find_latents, latents_factor, latents_to_encode
+from maisi_tools.training.latents import find_latents, latents_to_encode, made_by
 from maisi_tools.weights import encoder_fingerprint, save_weights
 
 
@@ -64,6 +64,18 @@ def test_only_latents_with_a_mask_serve_the_controlnet(cache, tmp_path):
         find_latents(cache, (), masks, mask_suffix="_seg.nii.gz")
 
 
+def test_latents_without_a_mask_are_told_of_and_all_that_are_held_out_need_one(cache, tmp_path, caplog):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "pt_2_mask.nii.gz").touch()
+    find_latents(cache, ["pt_2"], masks)
+    assert (
+        "left out 4 latents without a mask *_mask.nii.gz in" in caplog.text and "pt_10_ct, pt_1_ct_flip" in caplog.text
+    )
+    with pytest.raises(InputError, match=r"none of the held-out cases has a mask .*pt_1_ct.*; make their masks with"):
+        find_latents(cache, ["pt_1"], masks)
+
+
 def test_a_view_takes_its_own_mask_or_its_cases(tmp_path):
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -91,8 +103,9 @@ def test_misspelt_held_out_name_is_refused(tmp_path):
     add(tmp_path, "pt_50_ct")
     with pytest.raises(InputError, match="pt_5O have no latent"):
         find_latents(tmp_path, ["pt_5O"])
-    with pytest.raises(InputError, match="held_out is 'pt_50'"):
-        find_latents(tmp_path, "pt_50")
+    for wrong in ("pt_50", 3):
+        with pytest.raises(InputError, match=f"held_out is {wrong!r}; give a list of names"):
+            find_latents(tmp_path, wrong)
 
 
 def test_held_out_names_from_a_file(tmp_path):
@@ -101,6 +114,16 @@ def test_held_out_names_from_a_file(tmp_path):
     lists = find_latents(tmp_path, str(tmp_path / "held_out.json"))
     assert [Path(item["latent"]).name for item in lists["validation"]] == ["pt_5_ct_latent.nii.gz"]
     assert len(lists["training"]) == 1
+    (tmp_path / "held_out.json").write_text('{"held_out": "pt_5"}')
+    with pytest.raises(InputError, match="has 'pt_5' under 'held_out'; allowed is a list"):
+        find_latents(tmp_path, str(tmp_path / "held_out.json"))
+
+
+def test_names_that_are_numbers_are_names(tmp_path):
+    add(tmp_path, "3_ct", "4_ct")
+    (tmp_path / "held_out.json").write_text('{"held_out": [3]}')
+    for held_out in ([3], (3,), ["3"], str(tmp_path / "held_out.json")):
+        assert stems(find_latents(tmp_path, held_out)["validation"]) == ["3_ct"]
 
 
 def test_sigma_is_found_where_the_latent_was_made_with_it(tmp_path):
@@ -230,13 +253,28 @@ def test_latents_and_weights_of_several_factors_are_refused_with_all_values(tmp_
         folder.mkdir()
         add(folder, "pt_1_ct", "pt_2", **({} if factor is None else {"factor": factor}))
         save_weights(folder / "model.pt", {"a": torch.ones(1)}, **({} if factor is None else {"factor": factor}))
-    assert latents_factor(find_latents(fine), None, fine / "model.pt") == 2
-    assert latents_factor(find_latents(coarse, ["pt_2"]), coarse / "model.pt", None) == 4
+    assert made_by(find_latents(fine), None, fine / "model.pt") == {"factor": 2}
+    assert made_by(find_latents(coarse, ["pt_2"]), coarse / "model.pt", None) == {"factor": 4}
     with pytest.raises(InputError, match=r"latent .*fine.* 2, weights .*coarse.*model\.pt 4; allowed is one for all"):
-        latents_factor(find_latents(fine), coarse / "model.pt")
+        made_by(find_latents(fine), coarse / "model.pt")
     both = {"training": [*find_latents(fine)["training"], *find_latents(coarse)["training"]], "validation": []}
     with pytest.raises(InputError, match="latent .* 2, latent .* 4"):
-        latents_factor(both)
+        made_by(both)
+
+
+def test_weights_for_latents_of_another_encoder_are_refused_and_those_that_do_not_say_pass(tmp_path):
+    add(tmp_path, "pt_1", factor=2, autoencoder="11")
+    for name, said in (("same", {"autoencoder": "11"}), ("silent", {}), ("other", {"autoencoder": "22"})):
+        save_weights(tmp_path / f"{name}.pt", {"a": torch.ones(1)}, factor=2, **said)
+    latents = find_latents(tmp_path)
+    for name in ("same", "silent"):
+        assert made_by(latents, tmp_path / f"{name}.pt") == {"factor": 2, "autoencoder": "11"}
+    with pytest.raises(
+        InputError, match=r"other\.pt were trained on latents of an autoencoder with 22, and .* with 11"
+    ):
+        made_by(latents, None, tmp_path / "other.pt")
+    add(tmp_path, "pt_1", factor=2)  # latents of an earlier version
+    assert made_by(find_latents(tmp_path), tmp_path / "other.pt") == {"factor": 2}
 
 
 def test_a_padding_that_the_factor_does_not_divide_is_refused(volumes, tmp_path, tiny_autoencoder):

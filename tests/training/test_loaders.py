@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import CacheDataset
-from monai.transforms import Compose, RandGaussianNoised, RandSpatialCropSamplesd
+from monai.data import CacheDataset, Dataset
+from monai.transforms import Compose, LoadImaged, RandGaussianNoised, RandSpatialCropd, RandSpatialCropSamplesd
 
 from maisi_tools.errors import InputError
 from maisi_tools.training.loaders import TrainingLoader, ValidationLoader, seed_of
@@ -107,6 +109,28 @@ def test_another_stream_is_refused_and_items_are_described():
     assert loader.describe(3).endswith("case_3.nii.gz")
     with pytest.raises(InputError, match="no training items"):
         TrainingLoader(dataset(0), seed=1)
+
+
+def latents(folder: Path, *sizes: tuple[int, ...]) -> list[dict[str, str]]:
+    for i, size in enumerate(sizes):
+        nib.save(nib.Nifti1Image(np.zeros((*size, 4), np.float32), np.eye(4)), folder / f"{i}_latent.nii.gz")
+    return [{"latent": str(folder / f"{i}_latent.nii.gz")} for i in range(len(sizes))]
+
+
+def test_batches_of_latents_of_several_sizes_are_refused_before_the_first(tmp_path):
+    """Whatever cuts them to one size is welcome, and what draws their size is not."""
+    read = LoadImaged("latent", ensure_channel_first=True)
+    several = latents(tmp_path, (6, 8, 8), (8, 6, 8), (6, 8, 8))
+    with pytest.raises(
+        InputError, match=r"/0_latent\S+ \(6, 8, 8\), \S+/1_latent\S+ \(8, 6, 8\); .*--accumulation_steps 2"
+    ):
+        TrainingLoader(Dataset(several, read), seed=1, batch_size=2)
+    TrainingLoader(Dataset(several, read), seed=1)
+    fixed, drawn = (RandSpatialCropd("latent", 2, 6, random_size=random_size) for random_size in (False, True))
+    loader = TrainingLoader(Dataset(several, Compose([read, fixed])), seed=1, batch_size=2)
+    assert next(iter(loader))["latent"].shape == (2, 4, 2, 2, 2)
+    with pytest.raises(InputError, match="several sizes"):
+        TrainingLoader(Dataset(latents(tmp_path, (8, 8, 8)), Compose([read, drawn])), seed=1, batch_size=2)
 
 
 def test_seeds_differ_by_purpose_and_number():

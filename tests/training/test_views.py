@@ -150,7 +150,7 @@ def test_a_mask_follows_its_view_and_changes_sides(view):
     assert abs(np.argwhere(fitted == cord)[:, 0].mean() - middle) < 2
 
 
-def test_a_masks_view_has_its_labels_and_changes_sides():
+def test_a_masks_view_has_its_labels_and_changes_sides(tmp_path):
     labels = torch.zeros(1, 8, 8, 8)
     labels[0, :3], labels[0, 5:] = 18, 20
     mask = MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))
@@ -158,6 +158,12 @@ def test_a_masks_view_has_its_labels_and_changes_sides():
     seen = SeeMaskd("image", views, 0)({"image": mask, "view": "flip", "case": "a"})["image"]
     assert set(seen.unique().tolist()) == {0.0, 18.0, 20.0}
     assert (seen[0, 0] == 18).all() and (seen[0, -1] == 20).all() and np.linalg.det(seen.affine) < 0
+    # and those of its own placeholders, which the JSON beside its file names
+    (tmp_path / "a_mask.json").write_text('{"twins": [[129, 130], [130, 129]]}')
+    own = MetaTensor(labels, affine=mask.affine, meta={"filename_or_obj": str(tmp_path / "a_mask.nii.gz")})
+    own[0, :3, 4:] = 129
+    seen = SeeMaskd("image", views, 0)({"image": own, "view": "flip", "case": "a"})["image"]
+    assert set(seen[0, -1].unique().tolist()) == {18.0, 130.0} and (seen[0, 0] == 20).all()
     with pytest.raises(InputError, match="shift_hu"):
         SeeMaskd("image", [{"shift_hu": 5}], 0)
 

@@ -75,11 +75,22 @@ def test_sections_that_are_left_out_are_said(folder, caplog):
     path.write_text(json.dumps({"training": ["a.nii"], "validation": ["b.nii.gz"]}))
     with caplog.at_level("INFO"):
         assert names(find_inputs(path)) == ["b.nii.gz"]
-    assert "'validation' is taken, 'training' left out" in caplog.text
+    assert "'validation' taken, 1 of 'training' left out" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
-        assert len(find_inputs(path, all_sections=True)) == 2
+        assert len(find_inputs(path, to_train=True)) == 2
     assert not caplog.text
+
+
+def test_what_is_kept_for_testing_is_not_encoded_to_be_trained_on(folder, caplog):
+    path = folder / "split.json"
+    path.write_text(json.dumps({"training": ["a.nii"], "validation": ["b.nii.gz"], "testing": ["c.nrrd"]}))
+    with caplog.at_level("INFO"):
+        assert names(find_inputs(path, to_train=True)) == ["b.nii.gz", "a.nii"]
+    assert "'validation' and 'training' taken, 1 of 'testing' left out" in caplog.text
+    path.write_text(json.dumps({"testing": ["c.nrrd"]}))
+    with pytest.raises(InputError, match="cases under 'testing' alone"):
+        find_inputs(path, to_train=True)
 
 
 def test_results_beside_a_series_do_not_change_its_fingerprint(write_series, tmp_path):

@@ -129,6 +129,19 @@ def read_factor(path: str | Path) -> int:
     return factor
 
 
+def read_autoencoder(path: str | Path) -> str | None:
+    """Return the "autoencoder" (:func:`encoder_fingerprint`) of the latents that a checkpoint's network was trained on.
+
+    None where the file does not say, as those of earlier versions and the released ones do not.
+
+    Raises:
+        InputError: the file is missing or no checkpoint.
+    """
+    checkpoint = _read(Path(path))
+    found = checkpoint.get("autoencoder") if isinstance(checkpoint, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def save_weights(path: str | Path, network_state: Mapping[str, Tensor], **extra: Any) -> None:
     """Write a state dict under "model", floating-point values as fp16, with `extra` (such as scale_factor) beside it.
 

@@ -17,16 +17,20 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
-from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
-from maisi_tools.masks.vocabulary import checked_regions, region_of
+from maisi_tools.masks.edits import twins
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
+from maisi_tools.masks.vocabulary import VOCABULARY, checked_regions, region_of
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
-from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_path
+from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_if_any, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
 MASK = "_mask"
 """What a mask's file name has after the CT's stem."""
+
+TWINS = "twins"
+"""In a mask's JSON, where its label map has placeholders: [id, the id that a left/right flip makes of it] of these."""
 
 CASES = "cases.json"
 """The datalist of CTs, regions and modalities that ``maisi_vae``'s encode.json takes as its input."""
@@ -43,9 +47,10 @@ def complete_masks(
 
     A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
     (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. A JSON beside each mask
-    says what it was made from; masks that are up to date are skipped, so an interrupted run can be started again, and a
-    mask without such a JSON is the user's own and stays. At the end :data:`CASES` lists the CTs with their body
-    regions: those of the item, or else those that the mask shows.
+    says what it was made from, and which of its placeholders are a left and a right one (:func:`twins_of`); masks that
+    are up to date are skipped, so an interrupted run can be started again, and a mask without such a JSON is the user's
+    own and stays. At the end :data:`CASES` lists the CTs with their body regions: those of the item, or else those that
+    the mask shows.
 
     Args:
         items: cases with ``image`` and, where there is one, ``label``; ``region`` where it is known.
@@ -79,6 +84,33 @@ def complete_masks(
     return targets
 
 
+def twins_of(mask: Any) -> dict[int, int]:
+    """What a left/right flip makes of each id of a mask; see :func:`maisi_tools.masks.edits.twins`.
+
+    The sides of placeholders are those that the JSON beside its file says, where it does, else OpenKBP's.
+
+    Args:
+        mask: ``MetaTensor`` with the name of its file.
+
+    Raises:
+        InputError: what the JSON says is no such table.
+    """
+    file = mask.meta.get("filename_or_obj")
+    said = sidecar_if_any(file).get(TWINS) if file else None
+    if said is None:
+        return twins()
+    try:
+        pairs = {int(id): int(twin) for id, twin in said}
+    except (TypeError, ValueError):
+        pairs = {0: 0}
+    if not {*pairs, *pairs.values()} <= VOCABULARY.keys():
+        raise InputError(
+            f"{sidecar_path(file)} has {TWINS} {said!r:.80}; allowed are pairs of ids of the vocabulary: delete both "
+            "files, and let `maisi complete_masks` make them again"
+        )
+    return twins(LABEL_MAPS["maisi"]) | pairs
+
+
 def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:
     """Write the mask of one case unless it is up to date, and return the case's regions."""
     path = folder / f"{stem_of(item['image'])}{MASK}.nii.gz"
@@ -86,14 +118,19 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
     files = [item[key] for key in ("image", "label") if key in item]
     sources = [fingerprint_input(file) for file in files if Path(file).exists()]  # reading refuses the others
     made_from = {"settings": canonical_json(settings), "sources": sources}
+    named = sorted(twins(mapping).items() - twins(LABEL_MAPS["maisi"]).items())
+    says = {TWINS: [list(pair) for pair in named]} if mapping.placeholders else {}
     beside = sidecar_path(path)
     found = read_sidecar(path) if path.is_file() and beside.is_file() else {}
     if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
         completed, affine = _completed(item, mapping, spacing)
-        found = {**made_from, "labels": np.unique(completed)}
+        found = {**made_from, **says, "labels": np.unique(completed)}
         path.unlink(missing_ok=True)  # wherever this is interrupted: where there is a mask, its JSON is about it
         write_sidecar(path, found)
         write_volume(path, completed, affine, "uint8")
+    elif found and says.get(TWINS) != found.get(TWINS):  # by an earlier version, or before classes were renamed
+        found = {name: value for name, value in found.items() if name != TWINS} | says
+        write_sidecar(path, found)
     if item.get("region"):
         return list(checked_regions(item["region"]))
     labels = found["labels"] if found else read_volume(path, "mask").unique().tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from monai.data import load_decathlon_datalist
@@ -26,7 +27,8 @@ def read_datalist(
         required: whether a missing or empty section is an error.
 
     Raises:
-        InputError: no such file, it is not JSON or not such a list, or the section is missing or empty.
+        InputError: no such file, it is not JSON or not such a list, an entry has not one file as image or as label, or
+            the section is missing or empty.
     """
     path = Path(datalist)
     if not path.is_file():
@@ -44,9 +46,16 @@ def read_datalist(
             f"datalist {path} has no list of {{'image': path}} under {section!r}, as training needs it; "
             "`maisi prepare` makes one of any data set"
         )
+    for item in listed:
+        if not isinstance(item["image"], str) or not isinstance(item.get("label"), str | None):
+            raise InputError(
+                f"datalist {path} has the entry {json.dumps(item)[:200]}; allowed are entries with one file under "
+                "'image' and, where there is a mask, one under 'label'"
+            )
     items: list[dict] = []
     if listed:
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
+        items = [{key: value for key, value in item.items() if key != "label" or value is not None} for item in items]
     if required and not items:
         raise InputError(f"datalist {path} has no entries under {section!r}; it needs at least one")
     return items

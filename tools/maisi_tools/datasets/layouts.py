@@ -112,15 +112,21 @@ def _of_datalist(path: Path, content: Any) -> list[Case]:
     for section, entries in found.items():
         for entry in entries:
             entry = entry if isinstance(entry, Mapping) else {"image": entry}
-            image, label = entry.get("image"), entry.get("label")
-            if not isinstance(image, str) or not isinstance(label, str | None):
-                raise InputError(
-                    f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file under 'image' "
-                    "and, where there is a mask, one under 'label'"
-                )
+            image, label = _files(path, entry)
             stem = stem_of(image)
             cases.append(_case(path, entry, stem.removesuffix(CT_SUFFIX), image, label, "ct", section))
     return cases
+
+
+def _files(path: Path, entry: Any) -> tuple[str, str | None]:
+    """The image and, where there is one, the mask of a list's entry."""
+    image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
+    if not isinstance(image, str) or not isinstance(label, str | None):
+        raise InputError(
+            f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file under 'image' and, "
+            "where there is a mask, one under 'label'"
+        )
+    return image, label
 
 
 def _case(
@@ -142,20 +148,20 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
     content = _read_json(path)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}; allowed is {ALLOWED}")
-    channels = {str(key): str(name) for key, name in _mapping(content, "channel_names", "modality").items()}
+    channels = _numbered(path, _mapping(content, "channel_names", "modality"))
     # Where a case has several channels, a CT among them is what these bundles can use.
     number, channel = next(
-        (item for item in channels.items() if _modality(item[1]) == "ct"), next(iter(channels.items()), ("0", "ct"))
+        (item for item in channels.items() if _modality(item[1]) == "ct"), next(iter(channels.items()), (0, "ct"))
     )
     ending = content.get("file_ending")
     pairs: list[tuple[str, str | Path, str | None]]
     if isinstance(content.get("dataset"), Mapping):
-        pairs = [_described(path, name, entry, int(number)) for name, entry in content["dataset"].items()]
+        pairs = [_described(path, name, entry, number) for name, entry in content["dataset"].items()]
     elif isinstance(content.get("training"), list):
         return _of_lists(path, content, number, channel), _label_names(content.get("labels"))
     elif isinstance(ending, str):
-        images = sorted((path.parent / "imagesTr").glob(f"*_{int(number):04d}{ending}"))
-        names = [image.name.removesuffix(f"_{int(number):04d}{ending}") for image in images]
+        images = sorted((path.parent / "imagesTr").glob(f"*_{number:04d}{ending}"))
+        names = [image.name.removesuffix(f"_{number:04d}{ending}") for image in images]
         pairs = [(name, image, f"labelsTr/{name}{ending}") for name, image in zip(names, images, strict=True)]
     else:
         raise InputError(f"{path} has neither a list under 'training' nor a 'file_ending'; allowed is {ALLOWED}")
@@ -168,7 +174,7 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
     return cases, _label_names(content.get("labels"))
 
 
-def _of_lists(path: Path, content: Mapping, number: str, channel: str) -> list[Case]:
+def _of_lists(path: Path, content: Mapping, number: int, channel: str) -> list[Case]:
     """The cases of MSD's and nnU-Net v1's list, and of a validation list beside it, as MONAI's tutorials have one."""
     if not content["training"]:
         raise InputError(f"{path} names no training case; allowed is {ALLOWED}: put the files into imagesTr")
@@ -181,24 +187,21 @@ def _of_lists(path: Path, content: Mapping, number: str, channel: str) -> list[C
     return sorted(cases, key=lambda case: case.name)
 
 
-def _listed(path: Path, entry: Any, number: str) -> tuple[str, str | Path, str | None]:
+def _listed(path: Path, entry: Any, number: int) -> tuple[str, str | Path, str | None]:
     """A case of MSD's or nnU-Net v1's list; the latter leaves the channel's number out of the image's name."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("image"), str):
-        raise InputError(
-            f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file as 'image'"
-        )
-    image, name = entry["image"], stem_of(entry["image"])
-    numbered = f"{image[: image.rindex(name)]}{name}_{int(number):04d}{Path(image).name[len(name) :]}"
+    image, label = _files(path, entry)
+    name = stem_of(image)
+    numbered = f"{image[: image.rindex(name)]}{name}_{number:04d}{Path(image).name[len(name) :]}"
     if not _from(path, image).is_file() and _from(path, numbered).is_file():
         image = numbered
-    return name, image, entry.get("label")
+    return name, image, label
 
 
 def _described(path: Path, name: str, entry: Any, number: int) -> tuple[str, str | Path, str | None]:
     images = entry.get("images") if isinstance(entry, Mapping) else None
     if not isinstance(images, list) or len(images) <= number:
         raise InputError(f"{path} gives case {name} no list 'images' with one file a channel; correct 'dataset'")
-    return name, images[number], entry.get("label")
+    return name, *_files(path, {"image": images[number], "label": entry.get("label")})
 
 
 def _label_names(labels: Any) -> dict[int, str]:
@@ -209,6 +212,14 @@ def _label_names(labels: Any) -> dict[int, str]:
         if str(number).isdecimal() and int(number) > 0:
             names[int(number)] = str(name)
     return names
+
+
+def _numbered(path: Path, channels: Mapping) -> dict[int, str]:
+    """number -> name, from {"0": "CT"} or the other way round, as nnU-Net has its labels."""
+    pairs = [(key, name) if str(key).isdecimal() else (name, key) for key, name in channels.items()]
+    if wrong := [name for number, name in pairs if not str(number).isdecimal()]:
+        raise InputError(f"{path} gives the channel {wrong[0]!r} no number; allowed is {{'0': 'CT'}}: correct it")
+    return {int(number): str(name) for number, name in pairs}
 
 
 def _modality(name: Any) -> str:

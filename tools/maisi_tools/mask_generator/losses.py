@@ -87,13 +87,14 @@ class MaskAutoencoderLoss(nn.Module):
     """
 
     adjustment: Tensor
+    class_weights: Tensor
 
     def __init__(self, kl_weight: float, class_weights: Sequence[float]) -> None:
         super().__init__()
         self.kl_weight = float(kl_weight)
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True)
         weight = torch.tensor([float(value) for value in class_weights])
-        self.cross_entropy = nn.CrossEntropyLoss(weight=weight)
+        self.register_buffer("class_weights", weight, persistent=False)
         self.register_buffer("adjustment", weight.log().reshape(1, -1, 1, 1, 1), persistent=False)
         self.terms: dict[str, Tensor] = {}
 
@@ -108,3 +109,9 @@ class MaskAutoencoderLoss(nn.Module):
         self.terms = {name: term.detach() for name, term in terms.items()}
         self.terms["scale_factor"] = 1 / mean.detach().std()
         return terms["cross_entropy"] + terms["dice"] + self.kl_weight * terms["kl"]
+
+    def cross_entropy(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Of logits (B, C, D, H, W) and classes (B, D, H, W), weighted image by image: ranks' mean is the batch's."""
+        weight, axes = self.class_weights.to(logits.device), (1, 2, 3)
+        error = nn.functional.cross_entropy(logits, classes, weight, reduction="none")
+        return error.sum(axes).div(weight[classes].sum(axes)).mean()

@@ -351,18 +351,18 @@ def twins(label_map: LabelMap = LABEL_MAPS["openkbp"]) -> dict[int, int]:
     return pairs
 
 
-def swap_sides(labels: Array, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> Array:
+def swap_sides(labels: Array, pairs: Mapping[int, int] | None = None) -> Array:
     """Name every left structure right and every right one left, as the mask of a mirrored body needs it.
 
     Args:
         labels: in the vocabulary, any shape, array or tensor (also floating point).
-        label_map: tells the sides of placeholders, see :func:`twins`.
+        pairs: id -> the id it becomes; None for :func:`twins` with the placeholders of OpenKBP.
 
     Returns:
         Same type, shape and dtype.
     """
     table = torch.arange(BODY + 1)
-    for id, twin in twins(label_map).items():
+    for id, twin in (twins() if pairs is None else pairs).items():
         table[id] = twin
     values = torch.as_tensor(labels).as_subclass(torch.Tensor).long()
     return convert_to_dst_type(table.to(values.device)[values], dst=labels)[0]
@@ -378,7 +378,7 @@ def flip_sides(labels: np.ndarray, label_map: LabelMap = LABEL_MAPS["openkbp"]) 
         label_map: tells the sides of placeholders, see :func:`twins`.
     """
     _check_labels(labels)
-    return swap_sides(np.ascontiguousarray(labels[::-1]), label_map)
+    return swap_sides(np.ascontiguousarray(labels[::-1]), twins(label_map))
 
 
 def fit_field_of_view(

@@ -324,8 +324,10 @@ def checked_regions(region: str | Iterable[str] | None) -> tuple[str, ...]:
     """Body regions as a file or a user gives them, one as text or several, from top to bottom.
 
     Raises:
-        InputError: one that is not known.
+        InputError: one that is not known, or what is neither.
     """
+    if not isinstance(region, Iterable | None):
+        raise InputError(f"region is {region!r}; allowed are {', '.join(REGIONS)}, one or a list of them")
     names = [region] if isinstance(region, str) else list(region or ())
     if unknown := [name for name in names if name not in REGIONS]:
         raise InputError(f"region {', '.join(map(repr, unknown))} is not known; allowed are {', '.join(REGIONS)}")

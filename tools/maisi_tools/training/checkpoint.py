@@ -36,20 +36,21 @@ def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | N
             of a checkpoint.
 
     Raises:
-        InputError: ``resume`` is a path without a file; or it is False and ``ckpt_dir`` has a checkpoint, which the
-            run would overwrite.
+        InputError: ``resume`` is a path without a file; or it is False, or the path of another checkpoint, and
+            ``ckpt_dir`` has one, which the run would overwrite.
     """
     last = Path(ckpt_dir) / NAME
+    start = last if resume is True and last.is_file() else None
     if not isinstance(resume, bool):
-        if not Path(resume).is_file():
-            raise InputError(f"resume is {str(resume)!r}, which is no file; give a checkpoint, True or False")
-        return Path(resume)
-    if not resume and last.is_file():
+        start = Path(resume)
+    if start is not None and not start.is_file():
+        raise InputError(f"resume is {str(resume)!r}, which is no file; give a checkpoint, True or False")
+    if last.is_file() and (start is None or not last.samefile(start)):
         raise InputError(
             f"{last} is the checkpoint of an earlier run and would be overwritten; go on from it with --resume True, "
             "or give another --ckpt_dir, or delete it"
         )
-    return last if resume and last.is_file() else None
+    return start
 
 
 def fingerprint_items(items: Sequence[Any]) -> str:

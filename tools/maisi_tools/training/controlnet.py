@@ -12,9 +12,9 @@ from monai.networks.utils import copy_model_state
 from monai.transforms import MapTransform, SpatialResample
 from torch.nn.functional import pad
 
+from maisi_tools.datasets.complete import twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
-from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.networks import ControlledUNet, sees_coarse
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.weights import load_weights, read_weights
@@ -116,21 +116,20 @@ class FitMaskd(MapTransform):
     """Puts a mask (1, D, H, W) on the image grid of its latent (4, d, h, w), padded by its edge as the image was.
 
     Where the CT was resampled, cropped, turned or mirrored before it was encoded, the mask follows by nearest-label
-    resampling. On a mirrored grid (one that is left-handed) the labels of left and right structures are exchanged.
+    resampling. On a mirrored grid (one that is left-handed) the labels of left and right structures are exchanged
+    (:func:`~maisi_tools.datasets.complete.twins_of`).
 
     Args:
         keys: key of the mask, in the vocabulary.
         latent_key: key of the latent, with ``meta["sidecar"]``.
-        label_map: tells which placeholder ids stand for a left and a right structure.
 
     Raises:
         InputError: the mask does not belong to the latent (it does not cover the image the latent stands for).
     """
 
-    def __init__(self, keys: str, latent_key: str, label_map: LabelMap = LABEL_MAPS["openkbp"]) -> None:
+    def __init__(self, keys: str, latent_key: str) -> None:
         super().__init__(keys)
         self.latent_key = latent_key
-        self.label_map = label_map
         self.resample = SpatialResample(mode="nearest", padding_mode="border", align_corners=False)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -150,7 +149,7 @@ class FitMaskd(MapTransform):
             )
         image: Any = self.resample(mask.float(), dst_affine=torch.as_tensor(affine), spatial_size=size)
         if np.linalg.det(affine[:3, :3]) < 0:
-            image = swap_sides(image, self.label_map)
+            image = swap_sides(image, twins_of(mask))
         missing = [factor * have - want for have, want in zip(latent.shape[1:], size, strict=True)]
         widths = [width for axis in reversed(missing) for width in (0, axis)]
         padded = pad(image.as_tensor()[None], widths, mode="replicate")[0]

@@ -22,7 +22,7 @@ from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.normalise import MR_PERCENTILES
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar
-from maisi_tools.weights import encoder_fingerprint, read_factor
+from maisi_tools.weights import encoder_fingerprint, read_autoencoder, read_factor
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def find_latents(
             `maisi prepare`). A latent belongs to a case when its stem is the name or begins with the name and an
             underscore (``pt_1_ct``, ``pt_1_ct_flip``).
         masks_dir: folder with one mask a case, ``<stem>`` + ``mask_suffix``, where a view without a mask of its own
-            takes its case's; latents without a mask are left out.
+            takes its case's; latents without a mask are left out, which is said.
         autoencoder: weights that all latents must come from.
         coarse: whether each needs the coarse CT beside it, see :mod:`maisi_tools.coarse`.
 
@@ -170,9 +170,10 @@ def find_latents(
         Items with ``latent`` and, where there is one, ``mask`` and ``sigma``; with ``coarse`` where that is needed.
 
     Raises:
-        InputError: no latents, or none with a mask; a latent without a sidecar, or without the coarse CT it needs;
-            coarse CTs of several sizes; latents of different autoencoders, or of another than ``autoencoder``; or a
-            held-out name that no latent belongs to, because a misspelt name would put its patient into training.
+        InputError: no latents, or none with a mask, or none of those held out; a latent without a sidecar, or without
+            the coarse CT it needs; coarse CTs of several sizes; latents of different autoencoders, or of another than
+            ``autoencoder``; or a held-out name that no latent belongs to, because a misspelt name would put its patient
+            into training.
     """
     root = Path(latents_dir)
     found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
@@ -186,6 +187,7 @@ def find_latents(
     sidecars = [read_sidecar(path) for path in found]
     _check_autoencoder(root, dict(zip(stems, sidecars, strict=True)), autoencoder)
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
+    bare: list[str] = []  # without a mask
     settings = [_settings_of(path, sidecar) for path, sidecar in zip(found, sidecars, strict=True)]
     if coarse:
         _check_coarse(root, dict(zip(stems, settings, strict=True)))
@@ -200,12 +202,21 @@ def find_latents(
             masks = [Path(masks_dir) / f"{name}{mask_suffix}" for name in (stem, case)]
             mask = next((mask for mask in masks if mask.is_file()), None)
             if mask is None:
+                bare.append(stem)
                 continue
             item["mask"] = str(mask)
         kept_out = any(belongs(stem, name) for name in names)
         lists["validation" if kept_out else "training"].append(item)
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
+    if bare:
+        some = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
+        if names and not lists["validation"]:
+            raise InputError(
+                f"none of the held-out cases has a mask *{mask_suffix} in {masks_dir} ({some}), so that nothing would "
+                "be validated on; make their masks with `maisi complete_masks`, or hold out others"
+            )
+        logger.warning("left out %d latents without a mask *%s in %s: %s", len(bare), mask_suffix, masks_dir, some)
     if not any(sidecar.get("region") for sidecar in sidecars):
         logger.warning(
             "no latent in %s says which body region it shows, so nothing is learnt of regions; encode from the "
@@ -217,27 +228,41 @@ def find_latents(
     return lists
 
 
-def latents_factor(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoints: str | Path | None) -> int:
-    """The factor of the autoencoder that made the latents (image voxels per latent voxel along each axis).
+def made_by(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoints: str | Path | None) -> dict[str, Any]:
+    """What weights record of the autoencoder that made the latents they are trained on.
 
     Args:
         latents: as :func:`find_latents` lists them.
         checkpoints: weights to go on from; None among them are passed over.
 
+    Returns:
+        ``factor`` (image voxels per latent voxel along each axis) and, where the latents say it, ``autoencoder``, the
+        fingerprint of its encoder: a decoder that was trained on leaves latents, and what knows them, valid.
+
     Raises:
-        InputError: latents of several factors, or weights of another.
+        InputError: latents of several factors, or weights of another factor or for latents of another encoder.
     """
     paths = [item["latent"] for section in latents.values() for item in section]
-    by_factor = {read_sidecar(path).get("factor") or UNRECORDED_FACTOR: path for path in paths}
+    starts = [path for path in checkpoints if path is not None]
+    sidecars = {path: read_sidecar(path) for path in paths}
+    by_factor = {sidecar.get("factor") or UNRECORDED_FACTOR: path for path, sidecar in sidecars.items()}
     found = {f"latent {path}": factor for factor, path in by_factor.items()}
-    found |= {f"weights {path}": read_factor(path) for path in checkpoints if path is not None}
+    found |= {f"weights {path}": read_factor(path) for path in starts}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{name} {factor}" for name, factor in found.items())
         raise InputError(
             f"factors differ (image voxels per latent voxel): {listed}; allowed is one for all: encode the CTs again "
             "with the autoencoder the weights were trained for, or train without these weights"
         )
-    return next(iter(by_factor))
+    encoder = sidecars[paths[0]].get("autoencoder")  # all have the same, see find_latents
+    for path in starts:
+        if encoder is not None and (other := read_autoencoder(path)) not in (None, encoder):
+            raise InputError(
+                f"weights {path} were trained on latents of an autoencoder with {other}, and {paths[0]} comes from one "
+                f"with {encoder}; allowed is one for all: encode the CTs again with the autoencoder the weights were "
+                "trained for, or train without these weights"
+            )
+    return {"factor": next(iter(by_factor))} | ({} if encoder is None else {"autoencoder": encoder})
 
 
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
@@ -318,11 +343,15 @@ def _check_coarse(root: Path, settings: Mapping[str, Mapping]) -> None:
 
 
 def _names(held_out: Sequence[str] | str | Path) -> list[str]:
-    if not isinstance(held_out, (str, Path)):
-        return list(held_out)
+    """The names as text: of a case that is called 3, the command line and JSON make a number."""
+    if isinstance(held_out, Sequence) and not isinstance(held_out, str):
+        return [str(name) for name in held_out]
     if not str(held_out).endswith(".json"):
-        raise InputError(f"held_out is {str(held_out)!r}; give a list of names, or a JSON file with one in 'held_out'")
+        raise InputError(f"held_out is {held_out!r}; give a list of names, or a JSON file with one in 'held_out'")
     try:
-        return list(read_json(held_out)["held_out"])
+        names = read_json(held_out)["held_out"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{held_out} is no JSON file with a list of names under 'held_out' ({error!r})") from error
+    if not isinstance(names, list):
+        raise InputError(f"{held_out} has {names!r:.80} under 'held_out'; allowed is a list of names")
+    return [str(name) for name in names]

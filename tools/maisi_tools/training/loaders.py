@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from torch import distributed
 from torch.utils.data import Dataset, Sampler
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.nifti import read_nifti_grid
+from maisi_tools.volumes.stored import read_whole
 
 ORDER, AUGMENTATION, STEP, NOISE = range(4)
 """What a seed is derived for; each has random numbers of its own."""
@@ -98,6 +101,38 @@ class _Stream(Sampler[Draw]):
             yield Draw(int(order[number % self.size]), number)
 
 
+def check_sizes(dataset: SeededDataset, batch_size: int) -> None:
+    """Refuse batches of latents of several sizes at once, and not when two of them first meet in one.
+
+    The first and the last by size are drawn twice each: what counts is the size that the transforms leave, and a crop
+    may draw that.
+
+    Args:
+        dataset: whose items have the path of a ``latent``; any other is passed over.
+        batch_size: of each rank.
+
+    Raises:
+        InputError: the sizes differ.
+    """
+    data = dataset.dataset.data
+    if batch_size < 2 or not all(isinstance(item, Mapping) and isinstance(item.get("latent"), str) for item in data):
+        return
+    grids = [read_whole(item["latent"], partial(read_nifti_grid, item["latent"], "latent")) for item in data]
+    by_size = sorted(range(len(data)), key=lambda item: grids[item][0])
+    drawn: dict[tuple[int, ...], str] = {}  # size -> a file
+    for number, item in enumerate((by_size[0], by_size[-1]) * 2):
+        found = dataset[Draw(item, number)]
+        for part in found if isinstance(found, list) else [found]:
+            drawn.setdefault(tuple(part["latent"].shape[1:]), data[item]["latent"])
+    if len(drawn) > 1:
+        listed = ", ".join(f"{file} {size}" for size, file in drawn.items())
+        raise InputError(
+            f"batch_size is {batch_size}, but latents have several sizes: {listed}; allowed is 1 for these: give "
+            f"--batch_size 1 --accumulation_steps {batch_size}, which averages as many in a step, or crop all to one "
+            "size as recipes/small/gpu.json does"
+        )
+
+
 class _Once(Sampler[Draw]):
     """Every item once, in order, split among the ranks; every rank takes all when there are fewer items than ranks."""
 
@@ -138,7 +173,7 @@ class TrainingLoader(DataLoader):
         batch_size: of each rank.
 
     Raises:
-        InputError: the data set is empty.
+        InputError: the data set is empty, or its latents have several sizes in batches of more than one.
     """
 
     def __init__(self, dataset: Any, seed: int, batch_size: int = 1, num_workers: int = 0) -> None:
@@ -146,7 +181,9 @@ class TrainingLoader(DataLoader):
             raise InputError("there are no training items; give at least one that is not held out")
         self.seed = seed
         self.stream = _Stream(len(dataset), seed)
-        super().__init__(SeededDataset(dataset, seed), num_workers, batch_size=batch_size, sampler=self.stream)
+        seeded = SeededDataset(dataset, seed)
+        check_sizes(seeded, batch_size)
+        super().__init__(seeded, num_workers, batch_size=batch_size, sampler=self.stream)
 
     @property
     def samples_per_step(self) -> int:

@@ -89,19 +89,31 @@ class SyncPerStep:
 class Ema(EMAHandler):
     """Exponential moving average of the weights, once an optimizer step: ``ema += momentum (weights - ema)``.
 
-    Frozen parameters stay as they are, to the bit. The averaged network is ``ema_model``, in evaluation mode.
+    The momentum of step n (1, 2, ...) is at least 9 / (n + 10), as in TensorFlow's ``ExponentialMovingAverage``:
+    otherwise the average of a short run would mostly be the weights that it began with. Frozen parameters stay as they
+    are, to the bit. The averaged network is ``ema_model``, in evaluation mode.
+
+    Args:
+        model: that is trained.
+        momentum: the share of a step's weights once the run is long, from step ``9 / momentum - 10`` on.
     """
 
     def __init__(self, model: nn.Module, momentum: float) -> None:
         super().__init__(model, momentum, handle_buffers="copy")
 
+    def momentum_of(self, step: int) -> float:
+        """The momentum of the optimizer step numbered ``step``, from 1 on."""
+        return max(self.momentum, 9 / (step + 10))
+
     @torch.no_grad()
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         if not is_optimizer_step(engine):
             return
+        # By the trainer's iteration, which a checkpoint holds: so nothing else has to be saved to go on exactly.
+        momentum = self.momentum_of(engine.state.iteration // getattr(engine, "accumulation_steps", 1))
         pairs = zip(self.ema_model.parameters(), self.model.parameters(), strict=True)
         means, trained = zip(*((mean, now) for mean, now in pairs if now.requires_grad), strict=True)
-        torch._foreach_lerp_(means, trained, self.momentum)  # on a GPU a few kernels instead of one a parameter
+        torch._foreach_lerp_(means, trained, momentum)  # on a GPU a few kernels instead of one a parameter
         for kept, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
             kept.copy_(buffer)
 

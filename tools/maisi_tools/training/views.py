@@ -14,6 +14,7 @@ import torch
 from monai.transforms import Compose, Flip, MapTransform, Spacing, SpatialResample
 from scipy.spatial.transform import Rotation
 
+from maisi_tools.datasets.complete import twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
 from maisi_tools.volumes.checks import check_shape
@@ -150,7 +151,8 @@ class SeeViewd(MapTransform):
 
 
 class SeeMaskd(SeeViewd):
-    """As :class:`SeeViewd`, for masks: nearest labels, and on a mirrored grid left and right structures exchanged.
+    """As :class:`SeeViewd`, for masks: nearest labels, and on a mirrored grid left and right structures exchanged
+    (:func:`~maisi_tools.datasets.complete.twins_of`).
 
     Raises:
         InputError: a view that shifts HU.
@@ -164,7 +166,8 @@ class SeeMaskd(SeeViewd):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         view = self.views[data["view"]]
         seen = {key: view.see(data[key], self.seed, data["case"], "nearest") for key in self.key_iterator(data)}
-        return {**data, **{key: swap_sides(mask) if view.flip else mask for key, mask in seen.items()}}
+        mirrored = {key: swap_sides(mask, twins_of(data[key])) for key, mask in seen.items() if view.flip}
+        return {**data, **seen, **mirrored}
 
 
 def _turned(affine: Any, size: Sequence[int], degrees: np.ndarray) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -444,7 +444,8 @@ def make_plan(
     everything = {node: 1.0 for node in lean.kept if node.axis is not None} if to != "none" else {}
     least = min(planned(sizes[-1], everything).peak, plan.peak)
     raise MemoryLimitError(
-        f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)}"
+        f"a memory limit of {format_bytes(limit)} cannot be met; the least that would do is {format_bytes(least)} for "
+        "this network"
         + (" with this number of splits; splits=None plans thinner slabs" if splits is not None else "")
         + ("; offload='auto' needs less, by moving results off the device" if to == "none" else "")
     )

@@ -56,7 +56,7 @@ def find_inputs(
     input: Any,
     key: str = "image",
     folder_is_one: Callable[[Path], bool] | None = None,
-    all_sections: bool = False,
+    to_train: bool = False,
     prefer: str = "",
     unique: bool = True,
 ) -> list[dict[str, str]]:
@@ -69,12 +69,12 @@ def find_inputs(
             - a folder of volume files and of folders and zip files of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
-              "testing", "validation" or "training" (the first one present, or `all_sections`); paths are relative to
+              "testing", "validation" or "training" (the first one present, but see `to_train`); paths are relative to
               the JSON file;
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept, but for what is null.
         key: the entry of an item that holds the path.
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
-        all_sections: take all sections of a datalist instead of the first one.
+        to_train: take "validation" and "training" of a datalist, and leave out what is kept for "testing".
         prefer: of a folder or a glob where names end so, only these are taken, such as "_latent.nii.gz".
         unique: refuse two inputs of one stem, which outputs are named by.
 
@@ -91,7 +91,7 @@ def find_inputs(
     def is_one(folder: Path) -> bool:
         return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
 
-    items = [item for entry in entries for item in _items_of(entry, key, all_sections, is_one, prefer)]
+    items = [item for entry in entries for item in _items_of(entry, key, to_train, is_one, prefer)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     if unique:
@@ -183,7 +183,7 @@ def fingerprint_input(path: str | os.PathLike) -> str:
     return fingerprint_file(folder, is_dicom if folder.is_dir() and holds_dicom(folder) else None)
 
 
-def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne, prefer: str) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, to_train: bool, is_one: IsOne, prefer: str) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
         return [_item(entry, key, Path(), is_one)]
@@ -191,7 +191,7 @@ def _items_of(entry: Any, key: str, all_sections: bool, is_one: IsOne, prefer: s
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
     path = Path(entry).expanduser()
     if path.suffix.lower() == ".json":
-        return _read_datalist(path, key, all_sections, is_one)
+        return _read_datalist(path, key, to_train, is_one)
     paths = _expand(path, is_one)
     return [{key: found} for found in [path for path in paths if path.endswith(prefer)] or paths]
 
@@ -215,7 +215,7 @@ def _said(entry: Mapping) -> dict:
     return {name: value for name, value in said.items() if value is not None and value != {}}
 
 
-def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> list[dict[str, str]]:
+def _read_datalist(path: Path, key: str, to_train: bool, is_one: IsOne) -> list[dict[str, str]]:
     try:
         content = read_json(path)
     except OSError as error:
@@ -229,14 +229,20 @@ def _read_datalist(path: Path, key: str, all_sections: bool, is_one: IsOne) -> l
                 f"datalist {path} has the keys {sorted(content)}; allowed is a list, or a list under one of "
                 f"{', '.join(DATALIST_SECTIONS)}"
             )
-        chosen = [content[name] for name in (sections if all_sections else sections[:1])]
-        if len(chosen) < len(sections):
-            logger.info("%s: %r is taken, %s left out", path, sections[0], ", ".join(map(repr, sections[1:])))
+        taken = [name for name in sections if name != "testing"] if to_train else sections[:1]
+        if not taken:
+            raise InputError(
+                f"datalist {path} has cases under 'testing' alone, which are neither trained nor validated on; allowed "
+                "are 'training' and 'validation': name the files themselves if that is meant"
+            )
+        parts = {name: content[name] for name in sections}
     else:
-        chosen = [content]
-    if wrong := [part for part in chosen if not isinstance(part, list)]:
+        parts, taken = {"": content}, [""]
+    if wrong := [part for part in parts.values() if not isinstance(part, list)]:
         raise InputError(f"datalist {path} holds a {type(wrong[0]).__name__}; allowed is a list of {{{key!r}: path}}")
-    content = [entry for part in chosen for entry in part]
+    if left := [f"{len(part)} of {name!r}" for name, part in parts.items() if name not in taken]:
+        logger.info("%s: %s taken, %s left out", path, " and ".join(map(repr, taken)), ", ".join(left))
+    content = [entry for name in taken for entry in parts[name]]
     entries = [{key: entry} if isinstance(entry, str) else entry for entry in content]
     for entry in entries:
         if not isinstance(entry, Mapping):
