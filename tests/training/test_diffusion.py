@@ -152,12 +152,12 @@ def test_masks_are_dropped_as_a_whole():
 
 def test_what_is_dropped_is_drawn_each_for_itself():
     """Conditions, modality, coarsening, mask and control: no two of them by the same number."""
-    given = batch(2000, (1, 1, 1)) | {"class_labels": torch.full((2000,), 3)}
+    given = batch(1000, (1, 1, 1)) | {"class_labels": torch.full((1000,), 3)}
     chances = {"condition_dropout": 0.5, "modality_coarsening": 0.5, "mask_dropout": 0.5, "control_dropout": 0.5}
 
     def dropped(**chance: float) -> dict[str, torch.Tensor]:
         mask, _, _, keywords = DiffusionBatch(flow(), 1.0, seed=0, mask_key="mask", **chance)(given, CPU)
-        labels, kept = keywords["class_labels"], torch.ones(2000)
+        labels, kept = keywords["class_labels"], torch.ones(1000)
         return {
             "condition_dropout": keywords["spacing_tensor"].any(1) == 0,
             "modality_coarsening": labels == 1,
@@ -170,7 +170,7 @@ def test_what_is_dropped_is_drawn_each_for_itself():
     alone["modality_dropout"] = dropped(modality_dropout=0.5)["modality_dropout"]
     together = torch.stack(list(alone.values())).double()
     assert together.mean(1).tolist() == pytest.approx([0.5] * 5, abs=0.05)
-    assert together.corrcoef().fill_diagonal_(0).abs().max() < 0.08  # 3.6 standard deviations of chance
+    assert together.corrcoef().fill_diagonal_(0).abs().max() < 0.115  # 3.6 standard deviations of chance
     all_at_once = dropped(**chances)
     for name in ("condition_dropout", "mask_dropout", "control_dropout"):
         assert torch.equal(all_at_once[name], alone[name]), name
