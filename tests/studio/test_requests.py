@@ -137,8 +137,6 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(edits=[{"resize": {"left kidney": 2, "kidney_left": 2}}]), "'left kidney' and 'kidney_left'"),
         (ct(edits=[{"remove": ["lung tumor", "lung tumor"]}]), "give it once"),
         (ct(source={"kind": "generator", "organ_sizes": {"larynx": 20, "Larynx": 30}}), "one organ twice"),
-        (ct(edits=[{"flip": False}]), "changes nothing"),
-        (ct(edits=[{"flip": False, "seed": 3}]), "changes nothing"),
         (ct(edits=[{"flip": True, "shift_mm": 5}]), "the lesions that augment names"),
         (ct(edits=[{"insert": {"lung tumor": 20}, "elastic_mm": 5}]), "the lesions that augment names"),
         (ct(settings=[]), "settings is []"),
