@@ -11,7 +11,7 @@ from monai.transforms import MapTransform
 from torch import Tensor, nn
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.grid import grid_difference
+from maisi_tools.volumes.reading import check_same_grid
 
 MERGED = -1e4
 """Logit of a class that is merged into the background: no probability, and finite in every precision but float16's."""
@@ -36,12 +36,8 @@ class CheckLabelsd(MapTransform):
             InputError: see above; it names the file.
         """
         image, label = (data[key] for key in self.keys)
-        ct, path = (volume.meta["filename_or_obj"] for volume in (image, label))
-        if difference := grid_difference(label, image):
-            raise InputError(
-                f"{path} lies on another grid than {ct} (in RAS: {difference}); allowed is one grid for both: resample "
-                "the labels to the CT with nearest neighbour"
-            )
+        path = label.meta["filename_or_obj"]
+        check_same_grid(path, label, image)
         values = label.as_tensor()
         if (other := torch.unique(values[values >= self.num_classes])).numel():
             raise InputError(

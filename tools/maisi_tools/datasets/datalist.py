@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from monai.data import load_decathlon_datalist
 
@@ -47,11 +49,7 @@ def read_datalist(
             "`maisi prepare` makes one of any data set"
         )
     for item in listed:
-        if not isinstance(item["image"], str) or not isinstance(item.get("label"), str | None):
-            raise InputError(
-                f"datalist {path} has the entry {json.dumps(item)[:200]}; allowed are entries with one file under "
-                "'image' and, where there is a mask, one under 'label'"
-            )
+        files_of_entry(path, item)
     items: list[dict] = []
     if listed:
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
@@ -59,3 +57,18 @@ def read_datalist(
     if required and not items:
         raise InputError(f"datalist {path} has no entries under {section!r}; it needs at least one")
     return items
+
+
+def files_of_entry(path: Path, entry: Any) -> tuple[str, str | None]:
+    """The image and, where there is one, the mask of an entry of a list in the file `path`.
+
+    Raises:
+        InputError: it has not one file as image, or several as label.
+    """
+    image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
+    if not isinstance(image, str) or not isinstance(label, str | None):
+        raise InputError(
+            f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file under 'image' and, "
+            "where there is a mask, one under 'label'"
+        )
+    return image, label

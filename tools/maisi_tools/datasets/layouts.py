@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maisi_tools.datasets.datalist import files_of_entry
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.vocabulary import checked_regions
@@ -112,21 +112,10 @@ def _of_datalist(path: Path, content: Any) -> list[Case]:
     for section, entries in found.items():
         for entry in entries:
             entry = entry if isinstance(entry, Mapping) else {"image": entry}
-            image, label = _files(path, entry)
+            image, label = files_of_entry(path, entry)
             stem = stem_of(image)
             cases.append(_case(path, entry, stem.removesuffix(CT_SUFFIX), image, label, "ct", section))
     return cases
-
-
-def _files(path: Path, entry: Any) -> tuple[str, str | None]:
-    """The image and, where there is one, the mask of a list's entry."""
-    image, label = (entry.get("image"), entry.get("label")) if isinstance(entry, Mapping) else (None, None)
-    if not isinstance(image, str) or not isinstance(label, str | None):
-        raise InputError(
-            f"{path} has the entry {json.dumps(entry)[:200]}; allowed are entries with one file under 'image' and, "
-            "where there is a mask, one under 'label'"
-        )
-    return image, label
 
 
 def _case(
@@ -189,7 +178,7 @@ def _of_lists(path: Path, content: Mapping, number: int, channel: str) -> list[C
 
 def _listed(path: Path, entry: Any, number: int) -> tuple[str, str | Path, str | None]:
     """A case of MSD's or nnU-Net v1's list; the latter leaves the channel's number out of the image's name."""
-    image, label = _files(path, entry)
+    image, label = files_of_entry(path, entry)
     name = stem_of(image)
     numbered = f"{image[: image.rindex(name)]}{name}_{number:04d}{Path(image).name[len(name) :]}"
     if not _from(path, image).is_file() and _from(path, numbered).is_file():
@@ -201,7 +190,7 @@ def _described(path: Path, name: str, entry: Any, number: int) -> tuple[str, str
     images = entry.get("images") if isinstance(entry, Mapping) else None
     if not isinstance(images, list) or len(images) <= number:
         raise InputError(f"{path} gives case {name} no list 'images' with one file a channel; correct 'dataset'")
-    return name, *_files(path, {"image": images[number], "label": entry.get("label")})
+    return name, *files_of_entry(path, {"image": images[number], "label": entry.get("label")})
 
 
 def _label_names(labels: Any) -> dict[int, str]:

@@ -158,12 +158,22 @@ def read_ras(path: str | os.PathLike, kind: str, like: MetaTensor | None = None)
         InputError: the file cannot be read as that kind, or its grid is not that of `like`.
     """
     volume: Any = Orientation(axcodes="RAS", labels=None)(read_volume(path, kind))
-    if like is not None and (difference := grid_difference(volume, like)):
+    if like is not None:
+        check_same_grid(path, volume, like)
+    return volume
+
+
+def check_same_grid(path: str | os.PathLike, volume: MetaTensor, like: MetaTensor) -> None:
+    """Refuse a volume, read from `path`, that is not on the grid of another; both in RAS.
+
+    Raises:
+        InputError: it is on another one.
+    """
+    if difference := grid_difference(volume, like):
         raise InputError(
             f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
             f"(in RAS: {difference}); allowed is one grid for both: resample one to the other"
         )
-    return volume
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:
