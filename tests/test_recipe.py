@@ -36,7 +36,7 @@ def data(tmp_path_factory) -> Path:
     """Five small head-and-neck patients, named as OpenKBP's."""
     folder = tmp_path_factory.mktemp("data")
     for number in range(1, 6):
-        labels = make_phantom("head_neck", (32, 28, 32), (9.0, 9.0, 9.0), seed=number)
+        labels = make_phantom("head_neck", (24, 22, 24), (9.0, 9.0, 9.0), seed=number)
         rng = np.random.default_rng(number)
         ct = np.where(labels > 0, 40 + 20 * rng.normal(size=labels.shape), -1000).astype(np.int16)
         ct[np.isin(labels, (120,))] = 700
