@@ -18,8 +18,8 @@ from maisi_tools.networks import Autoencoder, ControlledUNet, ControlNet, Diffus
 from .preloaded import start
 from .tiny import make_bundles
 
-# On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute; a worker a
-# core keeps all cores busy. The programs that tests start take it from the environment.
+# On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute, and a
+# worker a core keeps all cores busy. The programs that tests start take it from the environment.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
