@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.diffusion.inferers import LatentSampler, MaskToCT
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.tsp import MemoryLimitError
+from maisi_tools.tsp.inferer import TSPInferer
 
 STEPS = 2
 TIMES = (1000.0, 500.0)
@@ -181,6 +185,20 @@ def test_mask_to_ct_is_euler_steps_of_the_controlled_network(steering, tiny_auto
         expected = tiny_autoencoder.decode(latent / 0.8)
     assert type(ct) is torch.Tensor
     torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
+
+
+def test_a_decoder_that_cannot_keep_to_its_limit_is_refused_before_a_step(tiny_unet, tiny_controlled, tiny_autoencoder):
+    called = []
+    for network in (tiny_unet, tiny_controlled.unet):
+        network.register_forward_hook(lambda *_: called.append(1))
+    noise, mask = torch.randn(1, 4, 4, 2, 6), mask_of()
+    for limit, steps in (("1KiB", 0), ("8GiB", STEPS)):
+        decoder = LatentDecoder(tiny_autoencoder, 0.8, TSPInferer(memory_limit=limit))
+        for stage, inputs, network in ((sampler, noise, tiny_unet), (mask_to_ct, mask, tiny_controlled)):
+            called.clear()
+            with contextlib.nullcontext() if steps else pytest.raises(MemoryLimitError, match="limit of 1.0 KiB"):
+                stage(decoder)(inputs, network)
+            assert len(called) == steps
 
 
 def test_mask_to_ct_takes_a_solver_and_guides_in_an_interval(steering, tiny_autoencoder, decoder):

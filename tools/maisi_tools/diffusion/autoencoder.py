@@ -79,6 +79,17 @@ class LatentDecoder:
     def __call__(self, latent: Tensor) -> Tensor:
         return self.inferer(latent / self.scale_factor, self.autoencoder.decode)
 
+    @torch.no_grad()
+    def check(self, latent: Tensor) -> None:
+        """Plan to decode a latent of this shape where memory is limited: before the hours of sampling, not after.
+
+        Raises:
+            MemoryLimitError: the limit cannot be met.
+        """
+        settings = getattr(self.inferer, "settings", None)
+        if settings is not None and settings.memory_limit is not None:
+            self.inferer.plan(latent, self.autoencoder.decode)  # type: ignore[attr-defined]
+
 
 class DecodeInferer(Inferer):
     """Latent (B, 4, d, h, w), as encode.json or maisi_ldm write it -> CT (B, 1, factor * d, ...) in [0, 1].

@@ -376,6 +376,7 @@ class EditedCT(SeedOfInferer):
 
         denoiser, conditions = self.inferer.denoiser(mask_padded, mm, network)
         noise = replace(conditions, seed=seed).noise(factor)[None].to(hu.device)
+        self.inferer.decoder.check(noise)
         latent = sample(
             known_outside(denoiser, known, hole, self.inferer.scheduler),
             noise,

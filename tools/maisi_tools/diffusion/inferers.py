@@ -139,6 +139,7 @@ class LatentSampler(Inferer):
         return {"ct": ct, "latent": torch.cat(latents)} if self.return_latent else ct
 
     def _one(self, noise: Tensor, seed: int, network: nn.Module) -> Tensor:
+        self.decoder.check(noise)
         tensors = batch_tensors([self.conditions], self.condition_scale, noise.device)
         without = without_conditions(tensors, self.guided_conditions)
         passes: list[Denoiser] = [
@@ -314,6 +315,7 @@ class MaskToCT(Inferer):
     def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         denoiser, conditions = self.denoiser(padded, spacing, network)
+        self.decoder.check(conditions.noise(network.factor)[None].to(labels.device))
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:
