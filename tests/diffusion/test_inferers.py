@@ -143,7 +143,7 @@ def test_ddpm_does_not_add_the_initial_noise_again(decoder):
         seen.append(x.flatten())
         return torch.zeros_like(x)
 
-    sampler(lambda latent: latent, ddpm())(noise, network, seeds=[5])
+    sampler(decoder, ddpm())(noise, network, seeds=[5])
     share = seen[1] @ seen[0] / (seen[0] @ seen[0])
     assert (seen[1] - share * seen[0]).std() > 0.05  # rounding alone, were it the initial noise
 
@@ -187,14 +187,13 @@ def test_mask_to_ct_is_euler_steps_of_the_controlled_network(steering, tiny_auto
     torch.testing.assert_close(ct, torch.where(plain == 0, 0.0, expected))
 
 
-def test_a_decoder_that_cannot_keep_to_its_limit_is_refused_before_a_step(tiny_unet, tiny_controlled, tiny_autoencoder):
+def test_a_decoder_that_cannot_keep_to_its_limit_is_refused_before_a_step(tiny_controlled, tiny_autoencoder):
     called = []
-    for network in (tiny_unet, tiny_controlled.unet):
-        network.register_forward_hook(lambda *_: called.append(1))
+    tiny_controlled.unet.register_forward_hook(lambda *_: called.append(1))
     noise, mask = torch.randn(1, 4, 4, 2, 6), mask_of()
     for limit, steps in (("1KiB", 0), ("8GiB", STEPS)):
         decoder = LatentDecoder(tiny_autoencoder, 0.8, TSPInferer(memory_limit=limit))
-        for stage, inputs, network in ((sampler, noise, tiny_unet), (mask_to_ct, mask, tiny_controlled)):
+        for stage, inputs, network in ((sampler, noise, tiny_controlled.unet), (mask_to_ct, mask, tiny_controlled)):
             called.clear()
             with contextlib.nullcontext() if steps else pytest.raises(MemoryLimitError, match="limit of 1.0 KiB"):
                 stage(decoder)(inputs, network)
