@@ -20,8 +20,8 @@ from .tiny import make_bundles
 
 # On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute, and a
 # worker a core keeps all cores busy. The programs that tests start take it from the environment.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def torchrun(python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
         done = subprocess.run(
             [*command, *map(str, arguments)],
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
             check=False,

@@ -42,7 +42,6 @@ def kernel(python, tmp_path, monkeypatch) -> str:
     (tmp_path / "bin" / "maisi").chmod(0o755)
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return "preloaded"
 
 

@@ -125,7 +125,7 @@ def gpu(python: str, repo_root: Path) -> Gpu:
 
     def run(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", str(repo_root / "benchmarks" / "gpu.sh"), *options]
-        environment = os.environ | {"PYTHON": python, "OMP_NUM_THREADS": "1"} | environment
+        environment = os.environ | {"PYTHON": python} | environment
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     return run

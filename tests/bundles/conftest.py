@@ -129,7 +129,7 @@ def bare_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """
 
     def run(folder: Path, *arguments: str, started: str | None = None) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": sysconfig.get_paths()["purelib"]}
         command = [started, *arguments] if started else [sys.executable, "-S", *arguments]
         return subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False

@@ -72,7 +72,7 @@ class Running:
 
     def start(self) -> None:
         command = [self.python, "-m", "maisi_tools.cli", "listen", str(self.config)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MAISI_DICOMWEB_PASSWORD": "secret"}
+        environment = {**os.environ, "MAISI_DICOMWEB_PASSWORD": "secret"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.wait(lambda: self.health(), 60)

@@ -77,7 +77,7 @@ class Running:
         command = [python, "-m", "maisi_tools.cli", "studio", "--port", "0", "--open", "False"]
         command += ["--output_dir", str(folder), "--bundles", str(bundles), *options]
         self.folder, self.errors = folder, folder.with_name(f"{folder.name}.log")
-        given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        given = {**os.environ, **environment}
         with open(self.errors, "ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=given)
         assert self.process.stdout is not None

@@ -31,7 +31,6 @@ SHORT = {"makes": "mask", "source": PHANTOM, "edits": [], "settings": {"seed": 0
 def play(folders: Folders, python: str, monkeypatch: pytest.MonkeyPatch):
     """``play(scene)`` runs ``scene(jobs, worker)`` in a loop, with a worker."""
     monkeypatch.setattr(sys, "executable", python)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def play(scene, waiting: int = 100):
         async def run():

@@ -9,6 +9,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
 from maisi_tools.networks import Autoencoder
+from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.volumes.grid import pad_to_multiple
 
 
@@ -86,9 +87,8 @@ class LatentDecoder:
         Raises:
             MemoryLimitError: the limit cannot be met.
         """
-        settings = getattr(self.inferer, "settings", None)
-        if settings is not None and settings.memory_limit is not None:
-            self.inferer.plan(latent, self.autoencoder.decode)  # type: ignore[attr-defined]
+        if isinstance(self.inferer, TSPInferer) and self.inferer.settings.memory_limit is not None:
+            self.inferer.plan(latent, self.autoencoder.decode)
 
 
 class DecodeInferer(Inferer):

@@ -315,11 +315,11 @@ class MaskToCT(Inferer):
     def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
         padded, size = pad_to_multiple(labels.float(), self.multiple, "replicate")
         denoiser, conditions = self.denoiser(padded, spacing, network)
-        self.decoder.check(conditions.noise(network.factor)[None].to(labels.device))
 
         @torch.no_grad()
         def draw(seed: int) -> Tensor:
             noise = replace(conditions, seed=seed).noise(network.factor)[None].to(labels.device)
+            self.decoder.check(noise)
             generator = step_generator(noise, seed)
             settings = self.scheduler, self.num_inference_steps, generator, self.progress, self.solver
             latent = sample(denoiser, noise, *settings, last_step=self.last_step)
