@@ -89,6 +89,7 @@ def test_help_of_a_command_offers_nothing_but_its_arguments(command, capsys):
     lines = "".join(capsys.readouterr()).splitlines()
     assert "GROUP" not in " ".join(lines)  # Fire's word for attributes
     assert lines[lines.index("SYNOPSIS") + 1].startswith(f"    maisi {command}")
+    assert not [line for line in lines if line.strip().startswith("Type:") and ("'" in line or "| None" in line)]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from maisi_tools.networks import (
     agreed_factor,
     checkpoint_blocks,
 )
-from maisi_tools.weights import save_weights
+from maisi_tools.weights import encoder_fingerprint, save_weights
 
 
 def test_plain_layers_change_nothing(tiny_settings):
@@ -195,16 +195,30 @@ def test_networks_and_weights_of_several_factors_are_refused_with_all_values(
     tiny_settings, tiny_autoencoder, tiny_controlled, tmp_path
 ):
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    unread = tmp_path / "no_such.pt"  # is read only for weights that say which encoder they are for
     save_weights(old, {"a": torch.zeros(1)})  # before factors were recorded all were 4
     save_weights(new, {"a": torch.zeros(1)}, factor=2)
-    assert agreed_factor(tiny_autoencoder) == agreed_factor(tiny_autoencoder, old, tiny_controlled) == 4
+    assert agreed_factor(tiny_autoencoder, unread) == agreed_factor(tiny_autoencoder, unread, old, tiny_controlled) == 4
     per_level = {"num_channels": [8, 8], "num_res_blocks": [1, 1], "attention_levels": [False, False]}
     fine = Autoencoder(**tiny_settings["vae"] | per_level)
-    assert agreed_factor(fine, new) == 2
+    assert agreed_factor(fine, unread, new) == 2
     with pytest.raises(InputError, match=r"the autoencoder 2, weights .*old\.pt 4; allowed is one for all"):
-        agreed_factor(fine, old)
+        agreed_factor(fine, unread, old)
     with pytest.raises(InputError, match="the autoencoder 2, weights .* 2, the ControlNet's mask embedding 4"):
-        agreed_factor(fine, [new], tiny_controlled)
+        agreed_factor(fine, unread, [new], tiny_controlled)
+
+
+def test_weights_for_another_encoder_are_refused_and_another_decoder_is_not(tiny_autoencoder, tmp_path):
+    """Of the same factor and channels, it would decode to noise, and nothing else would tell."""
+    state = tiny_autoencoder.state_dict()
+    own, decoder, other, weights = (tmp_path / f"{name}.pt" for name in ("own", "decoder", "other", "weights"))
+    save_weights(own, state)
+    save_weights(decoder, {name: value + name.startswith("decoder.") for name, value in state.items()})
+    save_weights(other, {name: value + name.startswith("encoder.") for name, value in state.items()})
+    save_weights(weights, {"a": torch.zeros(1)}, factor=4, autoencoder=encoder_fingerprint(own))
+    assert agreed_factor(tiny_autoencoder, own, weights) == agreed_factor(tiny_autoencoder, decoder, weights) == 4
+    with pytest.raises(InputError, match=r"weights\.pt were trained on latents of an autoencoder .*other\.pt has"):
+        agreed_factor(tiny_autoencoder, other, weights)
 
 
 def test_residuals_are_added_as_monais_network_adds_them(tiny_settings, tiny_unet):

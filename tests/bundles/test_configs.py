@@ -258,6 +258,24 @@ def test_full_size_networks_have_the_released_keys(bundles, bundle, config, over
 
 
 @pytest.mark.parametrize(
+    ("bundle", "config"),
+    [("maisi_ldm", "inference.json"), ("maisi_ldm", "mask_inference.json"), ("maisi_controlnet", "inference.json")],
+)
+def test_weights_trained_on_latents_of_another_encoder_are_refused_before_a_ct_is_drawn(
+    bundles, bundle, config, cause, tmp_path
+):
+    parser = parser_of(bundles, bundle, config)
+    weights = torch.load(parser.get_parsed_content("ckpt_path"), weights_only=True)
+    torch.save({**weights, "autoencoder": "of another"}, tmp_path / "model.pt")
+    assert "@factor" in parser["initialize"]
+    other = parser_of(bundles, bundle, config)
+    other["ckpt_path"] = str(tmp_path / "model.pt")
+    with pytest.raises(Exception) as raised:
+        other.get_parsed_content("factor")
+    assert "trained on latents of an autoencoder with of another" in str(cause(raised.value))
+
+
+@pytest.mark.parametrize(
     ("overlay", "files", "size", "spacing", "guidance"),
     [
         ("full_rflow.json", ["diff_unet_3d_rflow-ct.pt", "autoencoder_v1.pt"], [512, 512, 128], [0.78, 0.78, 2.98], 0),

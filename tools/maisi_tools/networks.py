@@ -37,7 +37,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.convolution import Conv3d
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.weights import load_weights, read_factor, read_weights
+from maisi_tools.weights import encoder_fingerprint, load_weights, read_autoencoder, read_factor, read_weights
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -432,17 +432,22 @@ def sees_coarse(weights: Mapping[str, Tensor] | str | Path) -> bool:
 
 
 def agreed_factor(
-    autoencoder: Autoencoder, checkpoints: str | Path | Sequence[str | Path] = (), network: ControlledUNet | None = None
+    autoencoder: Autoencoder,
+    autoencoder_path: str | Path,
+    checkpoints: str | Path | Sequence[str | Path] = (),
+    network: ControlledUNet | None = None,
 ) -> int:
-    """The factor of an autoencoder, once the weights and the network beside it are found to have the same.
+    """The factor of an autoencoder, once the weights and the network beside it are found to be made for it.
 
     Args:
         autoencoder: that encodes or decodes.
+        autoencoder_path: its weights, read where a checkpoint says which encoder made the latents it was trained on.
         checkpoints: weights of a U-Net or ControlNet that generate for it, which record their factor.
         network: whose mask embedding has a factor of its own.
 
     Raises:
-        InputError: they do not have the same factor, or a file is missing or no checkpoint.
+        InputError: they do not have the same factor, weights were trained on latents of another encoder, or a file is
+            missing or no checkpoint.
     """
     paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     found = {"the autoencoder": autoencoder.factor}
@@ -456,4 +461,12 @@ def agreed_factor(
             "trained on latents of this autoencoder, or its own autoencoder with them; a mask embedding of n numbers "
             "of channels (conditioning_embedding_num_channels) has the factor 2 to the power of n - 1"
         )
+    for path in paths:
+        wanted = read_autoencoder(path)
+        if wanted is not None and (encoder := encoder_fingerprint(autoencoder_path)) != wanted:
+            raise InputError(
+                f"weights {path} were trained on latents of an autoencoder with {wanted}, and {autoencoder_path} has "
+                f"{encoder}; allowed is one for both: give the autoencoder they were trained with "
+                "(autoencoder_ckpt_path), or weights that were trained on latents of this one"
+            )
     return autoencoder.factor

@@ -51,8 +51,10 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
     def plan(*args: Any, **kwargs: Any) -> Planned:
         return Planned(functools.partial(_checked, command, *args, **kwargs))
 
+    signature = inspect.signature(command)
+    plan.__signature__ = signature.replace(parameters=[*map(_shown, signature.parameters.values())])  # type: ignore[attr-defined]
     parsers: dict[str, Callable[[str], Any]] = {}
-    for name, parameter in inspect.signature(command).parameters.items():
+    for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             plan = fire.decorators.SetParseFn(_text)(plan)
         else:
@@ -60,6 +62,12 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
         if name in _PARSERS:
             parsers[name] = _PARSERS[name]
     return fire.decorators.SetParseFns(**parsers)(plan)
+
+
+def _shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter for Fire's help, which shows the name of a class, and of text the quotes, too."""
+    kind = str(parameter.annotation).removesuffix(" | None")  # Fire itself adds that it is optional
+    return parameter.replace(annotation=type(kind, (), {}))
 
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
