@@ -20,6 +20,7 @@ from maisi_tools.weights import (
     read_scale_factor,
     read_weights,
     save_weights,
+    weight_shapes,
 )
 
 
@@ -263,6 +264,22 @@ def test_no_usable_factor(tmp_path, factor):
     save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, factor=factor)
     with pytest.raises(InputError, match=f"has factor {factor!r}; allowed is a whole number"):
         read_factor(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_lies_beside_the_weights_is_read_once_and_anew_when_the_file_changes(tmp_path, monkeypatch, zipped):
+    path, state = tmp_path / "x.pt", network().state_dict()
+    read, loads = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(args) or loads(*args, **kwargs))
+    for factor in (2, 8):
+        checkpoint = {"scale_factor": torch.tensor(0.5), "factor": factor, "model": state}
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+        assert (read_factor(path), read_scale_factor(path)) == (factor, 0.5)
+        assert weight_shapes(path) == {name: tuple(value.shape) for name, value in state.items()}
+    assert len(read) == 2
+    path.unlink()
+    with pytest.raises(InputError, match="do not exist"):
+        read_factor(path)
 
 
 # --- fetch_weights ----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.convolution import Conv3d
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.weights import encoder_fingerprint, load_weights, read_autoencoder, read_factor, read_weights
+from maisi_tools.weights import encoder_fingerprint, load_weights, read_autoencoder, read_factor, weight_shapes
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -416,19 +416,18 @@ def file_of_unet(controlnet_path: str | Path, unet_path: str | Path | None) -> s
     Raises:
         InputError: the first file is missing or no checkpoint.
     """
-    both = any(name.startswith("unet.") for name in read_weights(controlnet_path))
+    both = any(name.startswith("unet.") for name in weight_shapes(controlnet_path))
     return controlnet_path if both else unet_path
 
 
-def sees_coarse(weights: Mapping[str, Tensor] | str | Path) -> bool:
-    """Whether weights, or those of a file, are of a U-Net that sees a coarse CT, as a channel beside the noisy latent.
+def sees_coarse(path: str | Path) -> bool:
+    """Whether weights are of a U-Net that sees a coarse CT, as a channel beside the noisy latent.
 
     Raises:
         InputError: the file is missing or no checkpoint.
     """
-    state = weights if isinstance(weights, Mapping) else read_weights(weights)
-    first = state.get("conv_in.conv.weight")
-    return first is not None and first.shape[1] == 5
+    first = weight_shapes(path).get("conv_in.conv.weight")
+    return first is not None and first[1] == 5
 
 
 def agreed_factor(

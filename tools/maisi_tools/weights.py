@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import http.client
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
@@ -103,8 +106,7 @@ def read_scale_factor(path: str | Path) -> float:
     Raises:
         InputError: the file is missing or no checkpoint, or has no positive scale factor.
     """
-    path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = _outline(path)
     found = checkpoint.get("scale_factor") if isinstance(checkpoint, Mapping) else None
     if found is None:
         raise InputError(
@@ -122,7 +124,7 @@ def read_factor(path: str | Path) -> int:
     Raises:
         InputError: the file is missing or no checkpoint, or its factor is no whole number from 1 on.
     """
-    checkpoint = _read(Path(path))
+    checkpoint = _outline(path)
     factor = checkpoint.get("factor", UNRECORDED_FACTOR) if isinstance(checkpoint, Mapping) else UNRECORDED_FACTOR
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
         raise InputError(f"checkpoint {path} has factor {factor!r}; allowed is a whole number: fetch its weights again")
@@ -137,9 +139,18 @@ def read_autoencoder(path: str | Path) -> str | None:
     Raises:
         InputError: the file is missing or no checkpoint.
     """
-    checkpoint = _read(Path(path))
+    checkpoint = _outline(path)
     found = checkpoint.get("autoencoder") if isinstance(checkpoint, Mapping) else None
     return found if isinstance(found, str) else None
+
+
+def weight_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's state dict by their keys, without reading its values.
+
+    Raises:
+        InputError: the file is missing or no checkpoint.
+    """
+    return {name: tuple(value.shape) for name, value in _state_dict(_outline(path), Path(path), None).items()}
 
 
 def save_weights(path: str | Path, network_state: Mapping[str, Tensor], **extra: Any) -> None:
@@ -203,7 +214,28 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
 
 
-def _read(path: Path) -> Any:
+def _outline(path: str | Path) -> Any:
+    """A checkpoint without its values: tensors are on "meta", but for those of one element.
+
+    What is asked of a file before its weights are loaded needs no more. It is kept as long as the file is not changed.
+    """
+    path = Path(path)
+    _check_exists(path)
+    found = path.stat()
+    return _outline_of(path, (found.st_mtime_ns, found.st_size, found.st_ino))
+
+
+@functools.lru_cache(maxsize=16)
+def _outline_of(path: Path, state: tuple[int, ...]) -> Any:
+    def without_values(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.clone() if leaf.numel() == 1 else torch.empty(leaf.shape, device="meta")
+
+    return tree_map(without_values, _read(path, mapped=zipfile.is_zipfile(path)))
+
+
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         bundle = path.resolve().parent.parent
         listed = {entry["path"] for entry in _large_files(bundle)} if (bundle / "large_files.yml").is_file() else set()
@@ -212,8 +244,13 @@ def _read(path: Path) -> Any:
         else:
             do = "train them with the bundle's configs/train.json, or take the repository's own"
         raise InputError(f"weights {path} do not exist; {do}.")
+
+
+def _read(path: Path, mapped: bool = False) -> Any:
+    """Read a checkpoint; `mapped`: its tensors are read from the file when they are looked at."""
+    _check_exists(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (PermissionError, MemoryError):
         raise
     except pickle.UnpicklingError as error:

@@ -13,7 +13,7 @@ from torch.overrides import wrap_torch_function
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.sizes import UNKNOWN
 from maisi_tools.volumes.checks import check_output_size, check_spacing
-from maisi_tools.weights import read_weights
+from maisi_tools.weights import weight_shapes
 
 RIDGE = 0.07
 """Penalty of the sizes' regression, as a share of the number of samples; the components have unit variance."""
@@ -45,8 +45,8 @@ def check_grid(
     """
     wanted = check_output_size(size, multiple)
     check_spacing(spacing, spacing_range, "spacing", advice="give one of these as --spacing")
-    mean = next((value for name, value in read_weights(ckpt_path).items() if name.endswith("prior.mean")), None)
-    if mean is not None and wanted != (known := tuple(factor * n for n in mean.shape[1:])):
+    mean = next((shape for name, shape in weight_shapes(ckpt_path).items() if name.endswith("prior.mean")), None)
+    if mean is not None and wanted != (known := tuple(factor * n for n in mean[1:])):
         raise InputError(
             f"output_size is {list(wanted)}; allowed is {list(known)}, the canvas of {ckpt_path}: leave it out, and "
             "put the mask on another grid afterwards, with --spacing and --output_size of maisi_controlnet"
