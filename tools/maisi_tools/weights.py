@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     Raises:
         InputError: see :func:`read_weights`, or its keys, shapes or kinds of numbers are not the network's.
     """
-    state = read_weights(path, key)
+    state = _checked_weights(path, key, mapped=True)  # no copy of the file beside the network
     wanted = network.state_dict()
     both = [(name, state[name], value) for name, value in wanted.items() if name in state]
     reshaped = [
@@ -62,7 +62,10 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     too_large = [
         name
         for name, given, value in both
-        if given.is_floating_point() and value.is_floating_point() and not torch.isfinite(given.to(value.dtype)).all()
+        if given.is_floating_point()
+        and value.is_floating_point()
+        and torch.finfo(value.dtype).max < torch.finfo(given.dtype).max
+        and not torch.isfinite(given.to(value.dtype)).all()
     ]
     faults = {
         "missing in the file": sorted(wanted.keys() - state.keys()),
@@ -89,8 +92,12 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing or no checkpoint, or a tensor in it is not dense, real and finite.
     """
+    return _checked_weights(path, key)
+
+
+def _checked_weights(path: str | Path, key: str | None = None, mapped: bool = False) -> dict[str, Tensor]:
     path = Path(path)
-    state = _state_dict(_read(path), path, key)
+    state = _state_dict(_read(path, mapped), path, key)
     faults = [f"{name} is {fault}" for name, value in state.items() if (fault := _fault(value))]
     if faults:
         raise InputError(
@@ -205,8 +212,8 @@ def _fault(value: Tensor) -> str | None:
         return f"complex ({value.dtype})"
     if value.is_floating_point():
         value = value.float() if value.element_size() < 4 else value
-        if wrong := value.numel() - int(torch.isfinite(value).sum()):
-            return f"not finite in {wrong} of {value.numel()} values"
+        if not (finite := torch.isfinite(value)).all():
+            return f"not finite in {value.numel() - int(finite.sum())} of {value.numel()} values"
     return None
 
 
@@ -232,7 +239,7 @@ def _outline_of(path: Path, state: tuple[int, ...]) -> Any:
             return leaf
         return leaf.clone() if leaf.numel() == 1 else torch.empty(leaf.shape, device="meta")
 
-    return tree_map(without_values, _read(path, mapped=zipfile.is_zipfile(path)))
+    return tree_map(without_values, _read(path, mapped=True))
 
 
 def _check_exists(path: Path) -> None:
@@ -247,10 +254,10 @@ def _check_exists(path: Path) -> None:
 
 
 def _read(path: Path, mapped: bool = False) -> Any:
-    """Read a checkpoint; `mapped`: its tensors are read from the file when they are looked at."""
+    """Read a checkpoint; `mapped`: its tensors lie in the file, which must stay as it is while they are used."""
     _check_exists(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (PermissionError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
