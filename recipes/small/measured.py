@@ -157,6 +157,17 @@ def makers(runs: Path, figures: str = "measured", overlays: Sequence[str] = ()) 
     return {"weights": weights, "sampling": sampling(FIGURES[figures][0], *overlays)}
 
 
+def by_region(cts: Sequence[str], fields: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[str]]:
+    """CTs by the region of the field of view that theirs is most like in width."""
+    widths = {field["output_size"][0] * field["spacing"][0]: tuple(field["region"]) for field in fields}
+    found: dict[tuple[str, ...], list[str]] = {}
+    for ct in cts:
+        header = nibabel.load(ct).header
+        width = header.get_data_shape()[0] * float(header.get_zooms()[0])
+        found.setdefault(widths[min(widths, key=lambda mm: abs(mm - width))], []).append(ct)
+    return found
+
+
 def sampling(bundle: str, *overlays: str) -> dict[str, Any]:
     """How a bundle draws a CT: the settings of its inference.json, under overlays."""
     folder = ROOT / "bundles" / bundle / "configs"
@@ -319,7 +330,6 @@ def _controlnet(figures: Mapping[str, Any]) -> str:
 
 def _samples(figures: Mapping[str, Any]) -> str:
     ratio, distance, real = (figures[name] for name in ("ratio", "distance_hu", "kept_out_distance_hu"))
-    made, known = (figures["fid"][name] for name in ("samples", "training"))
     lines = ["| `output_size` | `spacing` | field of view, mm | `region` | width of the body, mm | bone, ml |"]
     lines.append("|---|---|---|---|---|---|")
     for field in figures["fields"]:
@@ -333,10 +343,23 @@ def _samples(figures: Mapping[str, Any]) -> str:
         f"Distance to the nearest training volume over that of kept-out patients, {ratio['cases']} samples: "
         f"**{ratio['mean']:.2f}** ({ratio['min']:.2f} to {ratio['max']:.2f}).\n{distance['mean']:.0f} HU "
         f"({distance['min']:.0f} to {distance['max']:.0f}), of {real['cases']} kept-out patients {real['mean']:.0f} HU "
-        f"({real['min']:.0f} to {real['max']:.0f}).\n\n"
-        f"FID against the kept-out patients (`maisi realism`, {made['network']}, {made['spacing']:g} mm): samples "
-        f"**{made['fid']:.3f}**, {known['cts']} of the training patients {known['fid']:.3f}.\n"
+        f"({real['min']:.0f} to {real['max']:.0f}).\n\n" + _fid(figures["fid"])
     )
+
+
+def _fid(rows: Sequence[Mapping[str, Any]]) -> str:
+    network, spacing = rows[0]["network"], rows[0]["spacing"]
+    lines = [
+        f"FID against kept-out patients of about that width (`maisi realism`, {network}, {spacing:g} mm):",
+        "",
+        "| region | kept-out patients | samples | FID | of as many training patients |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counts = [str(row["cts"][name]) for name in ("kept_out", "samples")]
+        cells = [", ".join(row["region"]), *counts, f"**{row['samples']:.3f}**", f"{row['training']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def _editing(figures: Mapping[str, Any]) -> str:

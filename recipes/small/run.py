@@ -38,11 +38,22 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import FIELDS, check_makers, files_of, gather, is_measured, makers, measure_bodies, publish, sampling
+from measured import (
+    FIELDS,
+    by_region,
+    check_makers,
+    files_of,
+    gather,
+    is_measured,
+    makers,
+    measure_bodies,
+    publish,
+    sampling,
+)
 from packed import pack, unpack
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -275,21 +286,35 @@ class Run:
         run_bundle(ROOT / "bundles/maisi_ldm", "train.json,evaluate.json", [], weights | settings)
         figures = json.loads((folder / "summary.json").read_text())
         bodies = [field | measure_bodies(folder / f"field{number}") for number, field in enumerate(fields)]
-        drawn = [str(path) for path in sorted(folder.glob("field*/*.nii.gz"))]
-        known = [item["image"] for item in lists["training"]]
-        sets = {"samples": drawn, "training": random.Random(0).sample(known, min(len(drawn), len(known)))}
-        fid = {name: self._fid(name, cts, size) for name, cts in sets.items()}
+        fid = self._fid([str(path) for path in sorted(folder.glob("field*/*.nii.gz"))], lists, fields, size)
         write_json(self.out / "samples.json", {**makers(self.out, "samples"), **figures, "fields": bodies, "fid": fid})
 
-    def _fid(self, name: str, cts: list[str], size: int) -> dict[str, Any]:
-        """How far CTs are from the kept-out patients', in cubes of 512 mm; to compare, as many CTs each time."""
-        folder = self.out / "samples" / "realism"
-        write_json(folder / f"{name}.json", {"validation": cts})
-        options = ("--output_dir", folder, "--spacing", 512 / size, "--size", size, "--pairs", 0)
-        run_maisi("realism", self.out / "kept_out.json", folder / f"{name}.json", *options)
-        found = json.loads((folder / "realism.json").read_text())
-        fid = found["figures"][f"fid@{found['network']}"]
-        return {"cts": len(cts), "network": found["network"], "spacing": found["spacing"], "fid": fid}
+    def _fid(
+        self, drawn: list[str], lists: Mapping[str, Any], fields: Sequence[Mapping[str, Any]], size: int
+    ) -> list[dict[str, Any]]:
+        """How far samples, and as many CTs of the training, are from kept-out patients, in cubes of 512 mm.
+
+        Heads are compared with heads: how many patients of either kind there are would else weigh more than the CTs.
+        """
+        made, *sets = (
+            by_region(cts, fields) for cts in (drawn, *([c["image"] for c in cts] for cts in lists.values()))
+        )
+        known, kept_out = sets
+        folder, rows = self.out / "samples" / "realism", []
+        for region in made.keys() & known.keys() & kept_out.keys():
+            cts = {"kept_out": kept_out[region], "samples": made[region]}
+            cts["training"] = random.Random(0).sample(known[region], min(len(made[region]), len(known[region])))
+            row: dict[str, Any] = {"region": list(region), "cts": {name: len(of) for name, of in cts.items()}}
+            for name, of in cts.items():
+                write_json(folder / f"{name}.json", {"validation": of})
+            for name in ("samples", "training"):
+                options = ("--output_dir", folder, "--spacing", 512 / size, "--size", size, "--pairs", 0)
+                run_maisi("realism", folder / "kept_out.json", folder / f"{name}.json", *options)
+                found = json.loads((folder / "realism.json").read_text())
+                row |= {name: found["figures"][f"fid@{found['network']}"]}
+                row |= {kind: found[kind] for kind in ("network", "spacing")}
+            rows.append(row)
+        return sorted(rows, key=lambda row: row["region"])
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""

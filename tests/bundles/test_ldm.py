@@ -111,10 +111,13 @@ def test_bad_conditions_are_refused(cause, run_bundle, tmp_path, override, words
 
 def test_ddpm_needs_all_its_steps_and_ddim_does_not(cause, run_bundle, tmp_path):
     ddpm = {"_target_": "monai.networks.schedulers.DDPMScheduler", "num_train_timesteps": 1000}
-    for settings, words in (({}, ["'ab2' with DDPMScheduler", "--solver euler"]), ({"solver": "euler"}, ["1000"])):
+    its_own = {"solver": "euler", "last_step": 0}
+    for settings, words in (({}, ["'ab2'", "0.3", "--solver euler --last_step 0"]), (its_own, ["1000"])):
         with pytest.raises(Exception) as raised:
             run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddpm, **settings, **FAST)
         assert all(word in str(cause(raised.value)) for word in words)
     ddim = {**ddpm, "_target_": "monai.networks.schedulers.DDIMScheduler"}
-    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, solver="euler", **FAST)
+    run_bundle(
+        "maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, solver="euler", last_step=0, **FAST
+    )
     assert (tmp_path / "sample_seed0.nii.gz").exists()

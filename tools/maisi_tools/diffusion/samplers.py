@@ -44,17 +44,13 @@ def check_sampling(scheduler: Scheduler, num_inference_steps: int, solver: str, 
     """
     if not (isinstance(last_step, (int, float)) and 0 <= last_step < 1):
         raise InputError(f"last_step is {last_step!r}; allowed is a share of the noise from 0 to below 1, such as 0.3")
-    if last_step and not isinstance(scheduler, RFlowScheduler):
-        raise InputError(
-            f"last_step is {last_step} with {type(scheduler).__name__}, which steps itself; it is for rectified flow "
-            "(RFlowScheduler): leave it at 0"
-        )
     if solver not in SOLVERS:
         raise InputError(f"solver is {solver!r}; allowed are {', '.join(SOLVERS)}")
-    if solver != "euler" and not isinstance(scheduler, RFlowScheduler):
+    if (solver != "euler" or last_step) and not isinstance(scheduler, RFlowScheduler):
         raise InputError(
-            f"solver is {solver!r} with {type(scheduler).__name__}, which steps itself; {solver} is for rectified flow "
-            "(RFlowScheduler). Add --solver euler, which leaves the steps to the scheduler"
+            f"solver is {solver!r} and last_step {last_step:g} with {type(scheduler).__name__}, which steps itself; "
+            "solvers and last_step are for rectified flow (RFlowScheduler). Add --solver euler --last_step 0, which "
+            "leaves the steps to the scheduler"
         )
     if isinstance(scheduler, DDPMScheduler) and num_inference_steps != scheduler.num_train_timesteps:
         raise InputError(
