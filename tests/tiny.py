@@ -82,6 +82,7 @@ def _cut(parser: ConfigParser, name: str, source: Path) -> None:
     path = Path(parser.get_parsed_content(NETWORKS[name]))
     shipped = torch.load(source / "models" / path.name, weights_only=True)
     values = shipped.pop("model")
+    shipped.pop("autoencoder", None)  # of whose latents they are: not of a cut one's
     state = {
         key: values[key][tuple(slice(n) for n in value.shape)]
         for key, value in parser.get_parsed_content(name).state_dict().items()

@@ -348,6 +348,8 @@ def _samples(figures: Mapping[str, Any]) -> str:
 
 
 def _fid(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:  # nobody kept out has a field of view like the samples'
+        return ""
     network, spacing = rows[0]["network"], rows[0]["spacing"]
     lines = [
         f"FID against kept-out patients of about that width (`maisi realism`, {network}, {spacing:g} mm):",

@@ -296,10 +296,8 @@ class Run:
 
         Heads are compared with heads: how many patients of either kind there are would else weigh more than the CTs.
         """
-        made, *sets = (
-            by_region(cts, fields) for cts in (drawn, *([c["image"] for c in cts] for cts in lists.values()))
-        )
-        known, kept_out = sets
+        known, kept_out = ([case["image"] for case in lists[name]] for name in ("training", "validation"))
+        made, known, kept_out = (by_region(cts, fields) for cts in (drawn, known, kept_out))
         folder, rows = self.out / "samples" / "realism", []
         for region in made.keys() & known.keys() & kept_out.keys():
             cts = {"kept_out": kept_out[region], "samples": made[region]}

@@ -117,7 +117,5 @@ def test_ddpm_needs_all_its_steps_and_ddim_does_not(cause, run_bundle, tmp_path)
             run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddpm, **settings, **FAST)
         assert all(word in str(cause(raised.value)) for word in words)
     ddim = {**ddpm, "_target_": "monai.networks.schedulers.DDIMScheduler"}
-    run_bundle(
-        "maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, solver="euler", last_step=0, **FAST
-    )
+    run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path), scheduler=ddim, **its_own, **FAST)
     assert (tmp_path / "sample_seed0.nii.gz").exists()
