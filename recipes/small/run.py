@@ -299,7 +299,7 @@ class Run:
         known, kept_out = ([case["image"] for case in lists[name]] for name in ("training", "validation"))
         made, known, kept_out = (by_region(cts, fields) for cts in (drawn, known, kept_out))
         folder, rows = self.out / "samples" / "realism", []
-        for region in made.keys() & known.keys() & kept_out.keys():
+        for region in sorted(made.keys() & known.keys() & kept_out.keys()):
             cts = {"kept_out": kept_out[region], "samples": made[region]}
             cts["training"] = random.Random(0).sample(known[region], min(len(made[region]), len(known[region])))
             row: dict[str, Any] = {"region": list(region), "cts": {name: len(of) for name, of in cts.items()}}
@@ -309,10 +309,10 @@ class Run:
                 options = ("--output_dir", folder, "--spacing", 512 / size, "--size", size, "--pairs", 0)
                 run_maisi("realism", folder / "kept_out.json", folder / f"{name}.json", *options)
                 found = json.loads((folder / "realism.json").read_text())
-                row |= {name: found["figures"][f"fid@{found['network']}"]}
+                row[name] = found["figures"][f"fid@{found['network']}"]
                 row |= {kind: found[kind] for kind in ("network", "spacing")}
             rows.append(row)
-        return sorted(rows, key=lambda row: row["region"])
+        return rows
 
     def editing(self) -> None:
         """Edit the CTs of the kept-out patients, and measure what it did."""

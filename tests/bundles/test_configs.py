@@ -16,7 +16,7 @@ from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.weights import read_factor
 
-LINES, REPEATED, LONGEST = 2598, 0.479, 175
+LINES, REPEATED, LONGEST = 2597, 0.479, 175
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (

@@ -92,7 +92,6 @@ def server(repo_root, tmp_path_factory):
     environment = {
         **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
     }
     subprocess.run(
         [str(program), "apps", "--download", "--name", "monaibundle", "--output", str(root)],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import shlex
 import subprocess
 import zipfile
@@ -35,8 +34,8 @@ def shown(answer):
 
 
 def again(job, folder):
-    """Run a job's command in a folder of its own, with as many threads as the studio has."""
-    told = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    """Run a job's command in a folder of its own, with as many threads as the studio has: those of the environment."""
+    told = {"cwd": folder, "capture_output": True, "text": True}
     for command in job["command"].split(" && "):
         done = subprocess.run(shlex.split(command), **told, check=False)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -33,7 +33,6 @@ def start(python: str, ranks: int, folder: Path, *cases: str) -> list[subprocess
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
-        "OMP_NUM_THREADS": "1",
     }
     program = [python, str(Path(__file__).with_name("rank_program.py")), str(folder), *cases]
     return [

@@ -416,8 +416,16 @@ def file_of_unet(controlnet_path: str | Path, unet_path: str | Path | None) -> s
     Raises:
         InputError: the first file is missing or no checkpoint.
     """
-    both = any(name.startswith("unet.") for name in weight_shapes(controlnet_path))
-    return controlnet_path if both else unet_path
+    return controlnet_path if has_both(controlnet_path) else unet_path
+
+
+def has_both(path: str | Path) -> bool:
+    """Whether weights are of a U-Net and a ControlNet, as a training leaves them.
+
+    Raises:
+        InputError: the file is missing or no checkpoint.
+    """
+    return any(name.startswith("unet.") for name in weight_shapes(path))
 
 
 def sees_coarse(path: str | Path) -> bool:
@@ -460,9 +468,10 @@ def agreed_factor(
             "trained on latents of this autoencoder, or its own autoencoder with them; a mask embedding of n numbers "
             "of channels (conditioning_embedding_num_channels) has the factor 2 to the power of n - 1"
         )
-    for path in paths:
-        wanted = read_autoencoder(path)
-        if wanted is not None and (encoder := encoder_fingerprint(autoencoder_path)) != wanted:
+    recorded = {path: wanted for path in paths if (wanted := read_autoencoder(path)) is not None}
+    encoder = encoder_fingerprint(autoencoder_path) if recorded else None
+    for path, wanted in recorded.items():
+        if wanted != encoder:
             raise InputError(
                 f"weights {path} were trained on latents of an autoencoder with {wanted}, and {autoencoder_path} has "
                 f"{encoder}; allowed is one for both: give the autoencoder they were trained with "

@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     Raises:
         InputError: see :func:`read_weights`, or its keys, shapes or kinds of numbers are not the network's.
     """
-    state = _checked_weights(path, key, mapped=True)  # no copy of the file beside the network
+    state = read_weights(path, key, mapped=True)  # no copy of the file beside the network
     wanted = network.state_dict()
     both = [(name, state[name], value) for name, value in wanted.items() if name in state]
     reshaped = [
@@ -86,16 +86,17 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
     return network
 
 
-def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+def read_weights(path: str | Path, key: str | None = None, mapped: bool = False) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint, in any of the forms that :func:`load_weights` understands.
+
+    Args:
+        path: the file.
+        key: under which it is in the file; None looks for it.
+        mapped: leave the tensors in the file, which must then stay as it is while they are used.
 
     Raises:
         InputError: the file is missing or no checkpoint, or a tensor in it is not dense, real and finite.
     """
-    return _checked_weights(path, key)
-
-
-def _checked_weights(path: str | Path, key: str | None = None, mapped: bool = False) -> dict[str, Tensor]:
     path = Path(path)
     state = _state_dict(_read(path, mapped), path, key)
     faults = [f"{name} is {fault}" for name, value in state.items() if (fault := _fault(value))]
@@ -113,8 +114,7 @@ def read_scale_factor(path: str | Path) -> float:
     Raises:
         InputError: the file is missing or no checkpoint, or has no positive scale factor.
     """
-    checkpoint = _outline(path)
-    found = checkpoint.get("scale_factor") if isinstance(checkpoint, Mapping) else None
+    found = _said(path, "scale_factor")
     if found is None:
         raise InputError(
             f"checkpoint {path} has no 'scale_factor'; it must be one of a diffusion U-Net or ControlNet written by "
@@ -131,8 +131,7 @@ def read_factor(path: str | Path) -> int:
     Raises:
         InputError: the file is missing or no checkpoint, or its factor is no whole number from 1 on.
     """
-    checkpoint = _outline(path)
-    factor = checkpoint.get("factor", UNRECORDED_FACTOR) if isinstance(checkpoint, Mapping) else UNRECORDED_FACTOR
+    factor = _said(path, "factor", UNRECORDED_FACTOR)
     if not isinstance(factor, int) or isinstance(factor, bool) or factor < 1:
         raise InputError(f"checkpoint {path} has factor {factor!r}; allowed is a whole number: fetch its weights again")
     return factor
@@ -146,8 +145,7 @@ def read_autoencoder(path: str | Path) -> str | None:
     Raises:
         InputError: the file is missing or no checkpoint.
     """
-    checkpoint = _outline(path)
-    found = checkpoint.get("autoencoder") if isinstance(checkpoint, Mapping) else None
+    found = _said(path, "autoencoder")
     return found if isinstance(found, str) else None
 
 
@@ -221,6 +219,12 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
 
 
+def _said(path: str | Path, name: str, default: Any = None) -> Any:
+    """What a checkpoint says of itself under a name."""
+    checkpoint = _outline(path)
+    return checkpoint.get(name, default) if isinstance(checkpoint, Mapping) else default
+
+
 def _outline(path: str | Path) -> Any:
     """A checkpoint without its values: tensors are on "meta", but for those of one element.
 
@@ -254,7 +258,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _read(path: Path, mapped: bool = False) -> Any:
-    """Read a checkpoint; `mapped`: its tensors lie in the file, which must stay as it is while they are used."""
+    """Read a checkpoint; `mapped`: see :func:`read_weights`."""
     _check_exists(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
@@ -451,7 +455,7 @@ def encoder_fingerprint(autoencoder: nn.Module | Mapping[str, Tensor] | str | Pa
     if isinstance(autoencoder, nn.Module):
         state: Mapping[str, Tensor] = autoencoder.state_dict()
     else:
-        state = autoencoder if isinstance(autoencoder, Mapping) else read_weights(autoencoder)
+        state = autoencoder if isinstance(autoencoder, Mapping) else read_weights(autoencoder, mapped=True)
     encoder = {name: value for name, value in state.items() if name.startswith(ENCODER)}
     if not encoder:
         raise InputError(f"{autoencoder} holds no encoder; give the weights of the maisi_vae bundle")

@@ -45,8 +45,8 @@ def check_grid(
     """
     wanted = check_output_size(size, multiple)
     check_spacing(spacing, spacing_range, "spacing", advice="give one of these as --spacing")
-    mean = next((shape for name, shape in weight_shapes(ckpt_path).items() if name.endswith("prior.mean")), None)
-    if mean is not None and wanted != (known := tuple(factor * n for n in mean[1:])):
+    mean_shape = next((shape for name, shape in weight_shapes(ckpt_path).items() if name.endswith("prior.mean")), None)
+    if mean_shape is not None and wanted != (known := tuple(factor * n for n in mean_shape[1:])):
         raise InputError(
             f"output_size is {list(wanted)}; allowed is {list(known)}, the canvas of {ckpt_path}: leave it out, and "
             "put the mask on another grid afterwards, with --spacing and --output_size of maisi_controlnet"

@@ -15,9 +15,9 @@ from torch.nn.functional import pad
 from maisi_tools.datasets.complete import twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
-from maisi_tools.networks import ControlledUNet, sees_coarse
+from maisi_tools.networks import ControlledUNet, has_both, sees_coarse
 from maisi_tools.volumes.grid import image_affine
-from maisi_tools.weights import load_weights, weight_shapes
+from maisi_tools.weights import load_weights
 
 
 def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> ControlledUNet:
@@ -37,7 +37,7 @@ def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> Co
             f"{unet_path} is a U-Net that sees a coarse CT; allowed is a U-Net alone: train one with train.json of "
             "maisi_ldm with this network_def's channels, or leave unet_ckpt_path as it is"
         )
-    if any(name.startswith("unet.") for name in weight_shapes(unet_path)):
+    if has_both(unet_path):
         drawn = {name: value.clone() for name, value in network.controlnet.state_dict().items()}
         load_weights(network, unet_path)
         network.controlnet.load_state_dict(drawn)
