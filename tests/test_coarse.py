@@ -109,9 +109,10 @@ def test_the_scale_is_that_of_tissue():
 @pytest.mark.parametrize(("channels", "cascade"), [(4, False), (5, True)])
 def test_weights_of_the_other_kind_are_refused_with_what_to_give(tmp_path, channels, cascade):
     save_weights(tmp_path / "model.pt", {"conv_in.conv.weight": torch.zeros(8, channels, 3, 3, 3)})
-    check_cascade(cascade, tmp_path / "model.pt")
+    save_weights(tmp_path / "coarse.pt", {"a": torch.zeros(1)})
+    check_cascade(cascade, tmp_path / "model.pt", tmp_path / "coarse.pt", {})
     with pytest.raises(InputError, match=f"cascade is {not cascade}; give --cascade {cascade}"):
-        check_cascade(not cascade, tmp_path / "model.pt")
+        check_cascade(not cascade, tmp_path / "model.pt", tmp_path / "coarse.pt", {})
 
 
 class Towards(nn.Module):

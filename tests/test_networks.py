@@ -221,6 +221,16 @@ def test_weights_for_another_encoder_are_refused_and_another_decoder_is_not(tiny
         agreed_factor(tiny_autoencoder, other, weights)
 
 
+def test_any_of_the_weights_that_were_trained_with_other_settings_is_refused(tiny_autoencoder, tmp_path):
+    unread, unet, controlnet = (tmp_path / f"{name}.pt" for name in ("no_such", "unet", "controlnet"))
+    save_weights(controlnet, {"a": torch.zeros(1)}, shared={"process": "rectified flow"})
+    save_weights(unet, {"a": torch.zeros(1)}, shared={"process": "ddpm, epsilon"})
+    flow = {"process": "rectified flow", "keep_labels": [1]}
+    assert agreed_factor(tiny_autoencoder, unread, controlnet, shared=flow) == 4
+    with pytest.raises(InputError, match=r"unet\.pt do not fit these settings: process is 'rectified flow', they were"):
+        agreed_factor(tiny_autoencoder, unread, [controlnet, unet], shared=flow)
+
+
 def test_residuals_are_added_as_monais_network_adds_them(tiny_settings, tiny_unet):
     """Out of place here, in place there: to the skips, and the last of them to what goes on to the middle block."""
     theirs = DiffusionModelUNetMaisi(**tiny_settings["unet"]).eval()

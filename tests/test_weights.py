@@ -14,6 +14,7 @@ from torch import nn
 
 from maisi_tools.errors import InputError
 from maisi_tools.weights import (
+    check_shared,
     fetch_weights,
     load_weights,
     read_factor,
@@ -264,6 +265,24 @@ def test_no_usable_factor(tmp_path, factor):
     save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, factor=factor)
     with pytest.raises(InputError, match=f"has factor {factor!r}; allowed is a whole number"):
         read_factor(tmp_path / "x.pt")
+
+
+def test_weights_are_refused_with_other_settings_than_those_of_their_training(tmp_path):
+    """With all that differ, and only settings that both name: files of earlier versions record none."""
+    shared = {"process": "rectified flow", "condition_scale": 100.0, "keep_labels": [1, 26], "merge_labels": {}}
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=shared)
+    for wanted in (shared, {"process": "rectified flow", "condition_scale": 100}, {"another": 1}, {}):
+        check_shared(tmp_path / "x.pt", wanted)
+    with pytest.raises(InputError) as raised:
+        check_shared(tmp_path / "x.pt", shared | {"process": "ddpm, epsilon", "keep_labels": [1]})
+    for words in ("process is 'ddpm, epsilon', they were trained with 'rectified flow'", "keep_labels is [1], they"):
+        assert words in str(raised.value)
+    assert "condition_scale" not in str(raised.value)
+    with pytest.raises(InputError, match=r"keep_labels is None, they were trained with \[1, 26\]"):
+        check_shared(tmp_path / "x.pt", {"keep_labels": None})
+    for silent in ({}, {"shared": None}, {"shared": "rectified flow"}):
+        save_weights(tmp_path / "y.pt", {"a": torch.ones(1)}, **silent)
+        check_shared(tmp_path / "y.pt", shared)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

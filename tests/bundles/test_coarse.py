@@ -14,6 +14,7 @@ import torch
 from maisi_tools.weights import read_autoencoder
 
 SIZE = [16, 16, 16]
+MM = [[0, 640], [190, 500], [140, 390]]  # of another field of view than the configs'
 
 NARROW = {
     "channels": [8, 8, 16],
@@ -102,7 +103,7 @@ def test_its_prior_is_that_of_the_training_cases(trained):
     assert state["prior.directions"][0].abs().sum() > 0 and not state["prior.directions"][1].any()  # of two cases
 
 
-@pytest.mark.parametrize("changed", [{"coarse_dropout": 0.1}, {"field_of_view#mm": [[0, 640], [190, 500], [140, 390]]}])
+@pytest.mark.parametrize("changed", [{"coarse_dropout": 0.1}, {"field_of_view#mm": MM}])
 def test_its_training_goes_on_with_the_same_settings_alone(cause, run_bundle, trained, changed):
     with pytest.raises(Exception) as raised:
         run_bundle("maisi_ldm", ["train.json", "train_coarse.json"], **coarse_training(trained), resume=True, **changed)
@@ -135,6 +136,13 @@ def test_without_a_cascade_its_weights_are_not_looked_for(cause, draw, run_bundl
     with pytest.raises(Exception) as raised:
         draw("other", ckpt_path=alone["ckpt_path"])
     assert "give --cascade False" in str(cause(raised.value))
+
+
+def test_a_coarse_ct_is_drawn_as_its_network_was_trained(cause, draw):
+    for name, other in (("process", {"coarse#scheduler": "@ddpm"}), ("field_of_view", {"coarse#field_of_view#mm": MM})):
+        with pytest.raises(Exception) as raised:
+            draw(name, **other)
+        assert f"coarse/model.pt do not fit these settings: {name} is " in str(cause(raised.value))
 
 
 def test_a_coarse_ct_that_is_gone_is_made_again(cause, run_bundle, trained, tmp_path):

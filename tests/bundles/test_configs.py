@@ -14,7 +14,7 @@ from maisi_tools.diffusion.conditions import check_conditions
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.tsp.inferer import TSPInferer
-from maisi_tools.weights import read_factor
+from maisi_tools.weights import read_factor, save_weights
 
 LINES, REPEATED, LONGEST = 2597, 0.479, 175
 
@@ -273,6 +273,37 @@ def test_weights_trained_on_latents_of_another_encoder_are_refused_before_a_ct_i
     with pytest.raises(Exception) as raised:
         other.get_parsed_content("factor")
     assert "trained on latents of an autoencoder with of another" in str(cause(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("bundle", "config", "name", "trained", "given"),
+    [
+        ("maisi_ldm", "inference.json", "process", "rectified flow", {"scheduler": "@ddpm"}),
+        ("maisi_ldm", "inference.json", "condition_scale", 1.0, {"condition_scale": 100.0}),
+        ("maisi_ldm", "mask_inference.json", "organs", {"larynx": {"label": 16, "range": [1, 2]}}, {}),
+        ("maisi_controlnet", "inference.json", "keep_labels", [2, 26], {}),
+        ("maisi_controlnet", "inference.json", "merge_labels", {"bone": 120}, {}),
+        ("maisi_controlnet", "full_rflow.json", "process", "ddpm, epsilon", {}),
+    ],
+)
+def test_weights_trained_with_other_settings_are_refused_before_a_ct_is_drawn(
+    bundles, bundle, config, name, trained, given, cause, tmp_path
+):
+    """Of the same shapes: a tumour that the weights know would be merged into the body, and nothing would tell."""
+    alone = config.endswith("inference.json")
+    parser = parser_of(bundles, bundle, *([config] if alone else ["inference.json", config]))
+    paths = {"ckpt_path": str(tmp_path / "model.pt")}
+    if not alone:  # two files, of which either may be the wrong one
+        paths = {"ckpt_path": str(tmp_path / "controlnet.pt"), "unet_ckpt_path": str(tmp_path / "model.pt")}
+        save_weights(tmp_path / "controlnet.pt", {"a": torch.ones(1)})
+        given = {"network_def": None}  # the full-size one takes seconds to build
+    factor = parser.get_parsed_content("autoencoder_def").factor
+    save_weights(tmp_path / "model.pt", {"a": torch.ones(1)}, factor=factor, shared={name: trained})
+    for key, value in (given | paths).items():
+        parser[key] = value
+    with pytest.raises(Exception) as raised:
+        parser.get_parsed_content("factor")
+    assert f"{name} is " in str(cause(raised.value)) and f"trained with {trained!r}" in str(cause(raised.value))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMScheduler, RFlowScheduler
 
-from maisi_tools.diffusion.schedulers import ddim, ddpm, rectified_flow
+from maisi_tools.diffusion.schedulers import ddim, ddpm, rectified_flow, shared_settings
 from maisi_tools.errors import InputError
 
 
@@ -16,6 +16,21 @@ def test_the_releases_betas():
         assert type(made) is kind and made.num_train_timesteps == 1000 and made.clip_sample is False
         np.testing.assert_allclose(made.betas.numpy(), betas, rtol=1e-4)
     assert ddpm(clip_sample=True).clip_sample is True
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "process"),
+    [
+        (rectified_flow(32), "rectified flow"),
+        (rectified_flow(9, use_timestep_transform=True, sample_method="logit-normal"), "rectified flow"),
+        (ddpm(), "ddpm, epsilon"),
+        (ddim(), "ddpm, epsilon"),
+        (ddpm(prediction_type="v_prediction"), "ddpm, v_prediction"),
+        (PNDMScheduler(), "PNDMScheduler"),
+    ],
+)
+def test_the_process_that_a_network_learns(scheduler, process):
+    assert shared_settings(scheduler, condition_scale=1.0) == {"process": process, "condition_scale": 1.0}
 
 
 def test_a_way_to_draw_timesteps_that_there_is_not_is_refused():

@@ -277,6 +277,18 @@ def test_weights_for_latents_of_another_encoder_are_refused_and_those_that_do_no
     assert made_by(find_latents(tmp_path), tmp_path / "other.pt") == {"factor": 2}
 
 
+def test_weights_record_the_settings_of_their_training_and_go_on_with_them_alone(tmp_path):
+    add(tmp_path, "pt_1", factor=2)
+    latents, start = find_latents(tmp_path), tmp_path / "start.pt"
+    shared = {"process": "rectified flow", "condition_scale": 1.0, "keep_labels": [1], "merge_labels": {}}
+    assert made_by(latents, shared=shared) == {"factor": 2, "shared": shared}
+    save_weights(start, {"a": torch.ones(1)}, **made_by(latents, shared=shared))
+    further = shared | {"keep_labels": [1, 26], "merge_labels": {"bone": 120}}  # labels may be added
+    assert made_by(latents, None, start, shared=further)["shared"] == further
+    with pytest.raises(InputError, match=r"start\.pt do not fit .*: condition_scale is 100\.0, they .* with 1\.0\."):
+        made_by(latents, start, shared=shared | {"condition_scale": 100.0})
+
+
 def test_a_padding_that_the_factor_does_not_divide_is_refused(volumes, tmp_path, tiny_autoencoder):
     assert tiny_autoencoder.factor == 4
     with pytest.raises(InputError, match="multiple is 6; allowed are multiples of 4"):

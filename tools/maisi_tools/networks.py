@@ -37,7 +37,14 @@ from maisi_tools import refuse_moved
 from maisi_tools.convolution import Conv3d
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.weights import encoder_fingerprint, load_weights, read_autoencoder, read_factor, weight_shapes
+from maisi_tools.weights import (
+    check_shared,
+    encoder_fingerprint,
+    load_weights,
+    read_autoencoder,
+    read_factor,
+    weight_shapes,
+)
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -443,6 +450,7 @@ def agreed_factor(
     autoencoder_path: str | Path,
     checkpoints: str | Path | Sequence[str | Path] = (),
     network: ControlledUNet | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> int:
     """The factor of an autoencoder, once the weights and the network beside it are found to be made for it.
 
@@ -451,12 +459,13 @@ def agreed_factor(
         autoencoder_path: its weights, read where a checkpoint says which encoder made the latents it was trained on.
         checkpoints: weights of a U-Net or ControlNet that generate for it, which record their factor.
         network: whose mask embedding has a factor of its own.
+        shared: settings that the weights must have been trained with, see :func:`maisi_tools.weights.check_shared`.
 
     Raises:
-        InputError: they do not have the same factor, weights were trained on latents of another encoder, or a file is
-            missing or no checkpoint.
+        InputError: they do not have the same factor, weights were trained on latents of another encoder or with other
+            settings, or a file is missing or no checkpoint.
     """
-    paths = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    paths = list(dict.fromkeys([checkpoints] if isinstance(checkpoints, (str, Path)) else checkpoints))
     found = {"the autoencoder": autoencoder.factor}
     found |= {f"weights {path}": read_factor(path) for path in paths}
     if network is not None:
@@ -477,4 +486,6 @@ def agreed_factor(
                 f"{encoder}; allowed is one for both: give the autoencoder they were trained with "
                 "(autoencoder_ckpt_path), or weights that were trained on latents of this one"
             )
+    for path in paths:
+        check_shared(path, shared or {})
     return autoencoder.factor

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import fingerprint_tensors, replacing
+from maisi_tools.files import canonical_json, fingerprint_tensors, replacing
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
@@ -147,6 +147,30 @@ def read_autoencoder(path: str | Path) -> str | None:
     """
     found = _said(path, "autoencoder")
     return found if isinstance(found, str) else None
+
+
+def check_shared(path: str | Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse weights that were trained with other settings than they are used with, where nothing else would tell.
+
+    Args:
+        path: a checkpoint, which may record the settings of its training under "shared".
+        wanted: the settings it is to be used with, plain values. What only one of both names is not compared.
+
+    Raises:
+        InputError: a setting differs, or the file is missing or no checkpoint.
+    """
+    recorded = _said(path, "shared")
+    trained = recorded if isinstance(recorded, Mapping) else {}
+    faults = [
+        f"{name} is {value!r}, they were trained with {trained[name]!r}"
+        for name, value in wanted.items()
+        if name in trained and canonical_json(trained[name]) != canonical_json(value)
+    ]
+    if faults:
+        raise InputError(
+            f"weights {path} do not fit these settings: {'; '.join(faults)}. Allowed are those of their training: give "
+            "them in the config (a process by its scheduler), or other weights"
+        )
 
 
 def weight_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

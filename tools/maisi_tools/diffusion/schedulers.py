@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+from torch import nn
 
 from maisi_tools.errors import InputError
 
@@ -33,6 +34,29 @@ def rectified_flow(base_img_size_numel: int, use_timestep_transform: bool = Fals
         use_timestep_transform=use_timestep_transform,
         base_img_size_numel=base_img_size_numel,
     )
+
+
+def process_of(scheduler: nn.Module) -> str:
+    """Name of the process that a network learns under a scheduler, with what it predicts where there is a choice.
+
+    DDIM goes the way of a network that was trained with DDPM. A scheduler of one's own has the name of its class.
+    """
+    if isinstance(scheduler, RFlowScheduler):
+        return "rectified flow"
+    if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
+        return f"ddpm, {scheduler.prediction_type}"
+    return type(scheduler).__name__
+
+
+def shared_settings(scheduler: nn.Module, **settings: Any) -> dict[str, Any]:
+    """Settings that weights record of their training, and that whoever uses them must share; see
+    :func:`maisi_tools.weights.check_shared`.
+
+    Args:
+        scheduler: whose ``process`` (:func:`process_of`) is one of them.
+        settings: the others, plain values.
+    """
+    return {"process": process_of(scheduler), **settings}
 
 
 def ddpm(**settings: Any) -> DDPMScheduler:

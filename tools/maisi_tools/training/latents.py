@@ -22,7 +22,7 @@ from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.normalise import MR_PERCENTILES
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar
-from maisi_tools.weights import encoder_fingerprint, read_autoencoder, read_factor
+from maisi_tools.weights import check_shared, encoder_fingerprint, read_autoencoder, read_factor
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ settings that its values depend on. A latent is up to date as long as none of th
 
 CACHED = ("view", *MADE_FROM)
 """What the sidecar of a cached latent holds beside :data:`maisi_tools.volumes.latents.SIDECAR`."""
+
+UNLEARNABLE = ("process", "condition_scale")
+"""Of the shared settings those that a training keeps which goes on from weights; to others, as labels, it adapts."""
 
 _SCALES = {"mr": "mr.json scales MR", "ct": "encode.json without mr.json scales HU"}
 
@@ -228,19 +231,27 @@ def find_latents(
     return lists
 
 
-def made_by(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoints: str | Path | None) -> dict[str, Any]:
-    """What weights record of the autoencoder that made the latents they are trained on.
+def made_by(
+    latents: Mapping[str, Sequence[Mapping[str, str]]],
+    *checkpoints: str | Path | None,
+    shared: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What weights record of the autoencoder that made the latents they are trained on, and of how they are trained.
 
     Args:
         latents: as :func:`find_latents` lists them.
         checkpoints: weights to go on from; None among them are passed over.
+        shared: settings that whoever uses the weights must share, plain values. Weights to go on from must have been
+            trained with the same :data:`UNLEARNABLE` ones.
 
     Returns:
-        ``factor`` (image voxels per latent voxel along each axis) and, where the latents say it, ``autoencoder``, the
-        fingerprint of its encoder: a decoder that was trained on leaves latents, and what knows them, valid.
+        ``factor`` (image voxels per latent voxel along each axis), ``shared`` where it is given and, where the latents
+        say it, ``autoencoder``, the fingerprint of its encoder: a decoder that was trained on leaves latents, and what
+        knows them, valid.
 
     Raises:
-        InputError: latents of several factors, or weights of another factor or for latents of another encoder.
+        InputError: latents of several factors, or weights of another factor, for latents of another encoder, or
+            trained with other shared settings.
     """
     paths = [item["latent"] for section in latents.values() for item in section]
     starts = [path for path in checkpoints if path is not None]
@@ -262,7 +273,10 @@ def made_by(latents: Mapping[str, Sequence[Mapping[str, str]]], *checkpoints: st
                 f"with {encoder}; allowed is one for all: encode the CTs again with the autoencoder the weights were "
                 "trained for, or train without these weights"
             )
-    return {"factor": next(iter(by_factor))} | ({} if encoder is None else {"autoencoder": encoder})
+    for path in starts:
+        check_shared(path, {name: value for name, value in (shared or {}).items() if name in UNLEARNABLE})
+    record = {"factor": next(iter(by_factor)), "autoencoder": encoder, "shared": shared and dict(shared)}
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
