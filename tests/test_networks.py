@@ -195,7 +195,8 @@ def test_networks_and_weights_of_several_factors_are_refused_with_all_values(
     tiny_settings, tiny_autoencoder, tiny_controlled, tmp_path
 ):
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
-    unread = tmp_path / "no_such.pt"  # is read only for weights that say which encoder they are for
+    unread = tmp_path / "autoencoder.pt"  # says nothing of itself
+    save_weights(unread, {"a": torch.zeros(1)})
     save_weights(old, {"a": torch.zeros(1)})  # before factors were recorded all were 4
     save_weights(new, {"a": torch.zeros(1)}, factor=2)
     assert agreed_factor(tiny_autoencoder, unread) == agreed_factor(tiny_autoencoder, unread, old, tiny_controlled) == 4
@@ -222,13 +223,16 @@ def test_weights_for_another_encoder_are_refused_and_another_decoder_is_not(tiny
 
 
 def test_any_of_the_weights_that_were_trained_with_other_settings_is_refused(tiny_autoencoder, tmp_path):
-    unread, unet, controlnet = (tmp_path / f"{name}.pt" for name in ("no_such", "unet", "controlnet"))
+    own, unet, controlnet = (tmp_path / f"{name}.pt" for name in ("autoencoder", "unet", "controlnet"))
+    save_weights(own, {"a": torch.zeros(1)}, shared={"classes": [0, 18, 20]})
     save_weights(controlnet, {"a": torch.zeros(1)}, shared={"process": "rectified flow"})
     save_weights(unet, {"a": torch.zeros(1)}, shared={"process": "ddpm, epsilon"})
     flow = {"process": "rectified flow", "keep_labels": [1]}
-    assert agreed_factor(tiny_autoencoder, unread, controlnet, shared=flow) == 4
+    assert agreed_factor(tiny_autoencoder, own, controlnet, shared=flow | {"classes": [0, 18, 20]}) == 4
+    with pytest.raises(InputError, match=r"autoencoder\.pt do not fit these settings: classes is \[0, 20, 18\], they"):
+        agreed_factor(tiny_autoencoder, own, controlnet, shared=flow | {"classes": [0, 20, 18]})
     with pytest.raises(InputError, match=r"unet\.pt do not fit these settings: process is 'rectified flow', they were"):
-        agreed_factor(tiny_autoencoder, unread, [controlnet, unet], shared=flow)
+        agreed_factor(tiny_autoencoder, own, [controlnet, unet], shared=flow)
 
 
 def test_residuals_are_added_as_monais_network_adds_them(tiny_settings, tiny_unet):

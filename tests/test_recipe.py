@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from maisi_tools.errors import InputError
 from maisi_tools.files import sha256
 from maisi_tools.masks.phantom import make_phantom
 
@@ -131,6 +132,28 @@ def test_packed_data_come_back_within_a_step(run, data, tmp_path):
             assert np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
     both = (bones[1] > 0) & (bones[2] > 0)  # of one step, but each patient has noise of its own
     assert both.sum() > 100 and (bones[1] != bones[2])[both].mean() > 0.8
+
+
+def test_labels_that_do_not_lie_on_their_ct_are_not_packed(repo_root, monkeypatch, tmp_path):
+    """They would be unpacked on its grid: mirrored, left as right."""
+    monkeypatch.syspath_prepend(str(repo_root / "recipes" / "small"))
+    from packed import _labels_beside
+
+    image = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([2.0, 2, 2, 1]))
+    labels, mirrored = np.arange(64, dtype=np.int16).reshape(4, 4, 4), np.diag([-2.0, 2, 2, 1])
+    mirrored[0, 3] = 6
+    for name, values, affine in (
+        ("fit", labels, image.affine),
+        ("another grid", labels, mirrored),
+        ("another grid", labels[:3], image.affine),
+        ("labels from 240 to 303", labels + 240, image.affine),
+    ):
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / "labels.nii.gz")
+        if name == "fit":
+            assert np.array_equal(_labels_beside(tmp_path / "labels.nii.gz", image), labels)
+            continue
+        with pytest.raises(InputError, match=name):
+            _labels_beside(tmp_path / "labels.nii.gz", image)
 
 
 def test_cards_say_what_was_measured(python, repo_root, tmp_path):

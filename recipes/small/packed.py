@@ -89,8 +89,8 @@ def _pack_case(masks: Path, item: Mapping[str, Any]) -> dict[str, Any]:
     image = nibabel.load(item["image"])
     steps = np.searchsorted(EDGES, np.asarray(image.dataobj), side="right") - 1
     volumes = {"image": steps.clip(0, len(EDGES) - 1)}
-    volumes["label"] = np.asarray(nibabel.load(item["label"]).dataobj)
-    volumes["mask"] = np.asarray(nibabel.load(masks / f"{stem_of(item['image'])}_mask.nii.gz").dataobj)
+    beside = {"label": Path(item["label"]), "mask": masks / f"{stem_of(item['image'])}_mask.nii.gz"}
+    volumes |= {key: _labels_beside(path, image) for key, path in beside.items()}
     return {
         "name": stem_of(item["image"]),
         "shape": image.shape,
@@ -100,6 +100,24 @@ def _pack_case(masks: Path, item: Mapping[str, Any]) -> dict[str, Any]:
         "region": item["region"],
         "section": item["section"],
     }
+
+
+def _labels_beside(path: Path, image: Any) -> np.ndarray:
+    """The labels of a file that is unpacked with the affine of its CT.
+
+    Raises:
+        InputError: it has another grid or direction of its axes, or labels that a byte does not hold.
+    """
+    volume = nibabel.load(path)
+    labels = np.asarray(volume.dataobj)
+    if labels.shape != image.shape or not np.allclose(volume.affine, image.affine, atol=1e-3):
+        raise InputError(
+            f"{path} has another grid than its CT, or axes of another direction; allowed is one affine for both: "
+            "resample the labels to the CT"
+        )
+    if labels.min() < 0 or labels.max() > 255:
+        raise InputError(f"{path} has labels from {labels.min()} to {labels.max()}; allowed are 0 to 255")
+    return labels
 
 
 def _unpack_case(runs: Path, case: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def times(folder: Path) -> dict[str, int]:
 ALL = ["p1_ct", "p1_ct_flip", "p2_ct", "p2_ct_flip"]
 
 
-def test_what_changed_is_encoded_again_and_nothing_else(encode, cases, bundles, tmp_path):
+def test_what_changed_is_encoded_again_and_nothing_else(encode, cases, bundles, tmp_path, cause):
     out = tmp_path / "latents"
     assert encode() == ALL
     first = times(out)
@@ -86,12 +86,13 @@ def test_what_changed_is_encoded_again_and_nothing_else(encode, cases, bundles, 
     assert encode(views=drawn) == ["p1_ct_drawn", "p2_ct_drawn"]
     assert encode(views=drawn, seed=1) == ["p1_ct_drawn", "p2_ct_drawn"]
 
-    # padding, HU window
-    window = {"a_min": -900, "a_max": 1000, "b_min": 0, "b_max": 1, "clip": True}
+    # padding; the HU window is one for all
     settings = {"views": VIEWS[:1], "multiple": 8}
     assert encode(**settings) == ["p1_ct", "p2_ct"]
-    settings["scale"] = {"_target_": "ScaleIntensityRanged", "keys": "image", **window}
-    assert encode(**settings) == ["p1_ct", "p2_ct"]
+    window = {"a_min": -900, "a_max": 1000, "b_min": 0, "b_max": 1, "clip": True}
+    with pytest.raises(Exception) as raised:
+        encode(**settings, scale={"_target_": "ScaleIntensityRanged", "keys": "image", **window})
+    assert "scale makes -900 to 1000 HU 0 to 1; allowed is -1000 to 1000 HU to 0 to 1" in str(cause(raised.value))
 
     # another decoder leaves latents valid, another encoder does not
     weights = torch.load(bundles / "maisi_vae" / "models" / "model.pt", weights_only=True)

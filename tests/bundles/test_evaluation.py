@@ -121,7 +121,7 @@ def test_masks_in_the_inputs_numbering_are_not_evaluated(cause, evaluate, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_ldm_samples_against_the_training_set(run_bundle, datalist, save, phantom_ct, tmp_path):
+def test_ldm_samples_against_the_training_set(cause, run_bundle, datalist, save, phantom_ct, tmp_path):
     cts = json.loads(datalist.read_text())
     run_bundle(
         "maisi_vae",
@@ -148,3 +148,13 @@ def test_ldm_samples_against_the_training_set(run_bundle, datalist, save, phanto
     assert summary["kept_out_distance_hu"]["mean"] > 0
     evaluator = workflow.parser.get_parsed_content("validate#evaluator")
     assert np.isfinite(evaluator.state.metrics["L1"])
+    weights = torch.load(workflow.parser.get_parsed_content("ckpt_path"), weights_only=True)
+    torch.save({**weights, "shared": {"condition_scale": 100.0}}, tmp_path / "other.pt")
+    with pytest.raises(Exception) as raised:
+        run_bundle(
+            *("maisi_ldm", ["train.json", "evaluate.json"]),
+            dataset_dir=str(tmp_path / "latents"),
+            held_out=["p3"],
+            ckpt_path=str(tmp_path / "other.pt"),
+        )
+    assert "condition_scale is 1.0, they were trained with 100.0" in str(cause(raised.value))

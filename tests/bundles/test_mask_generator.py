@@ -204,3 +204,44 @@ def test_bad_requests_are_refused(generate, cause, tmp_path, override, words):
 
 def test_validation_is_on_the_autoencoders_classes(trained):
     assert 0 <= torch.load(trained / "vae" / "model_best.pt", weights_only=True)["dice"] <= 1
+
+
+def test_weights_are_used_with_the_labels_and_sizes_of_their_training(
+    generate, run_bundle, trained, masks, organs, cause, tmp_path
+):
+    """In their order: of two classes exchanged, left would be drawn as right."""
+    for name in ("model.pt", "model_best.pt", "checkpoint.pt"):
+        assert name == "checkpoint.pt" or torch.load(trained / "vae" / name, weights_only=True)["shared"]
+    swapped = [2, 11, 16, 20, 18, 28, 120, 121, 132, 200]
+    files = {"ckpt_path": str(trained / "vae" / "model.pt")}
+    encode = {**AUTOENCODER, **files, "input": str(masks), "output_dir": str(tmp_path / "latents")}
+    patches = {"min_patch_size": [16, 16, 16], "max_patch_size": [24, 24, 24]}
+    resume = {**TRAIN, **AUTOENCODER, **patches, "datalist": str(trained / "datalist.json"), "resume": True}
+    learn = {**TRAIN, **UNET, "dataset_dir": str(trained / "latents"), "held_out": ["p3"], "ckpt_dir": str(tmp_path)}
+    learn["autoencoder_ckpt_path"] = files["ckpt_path"]
+    begun = {"init_ckpt": str(trained / "ldm" / "model.pt")}
+    wide = {"organs#larynx#range": [2, 630]}
+    cases = (
+        ("classes", lambda: generate(tmp_path, classes=[0, *swapped])),
+        ("organs", lambda: generate(tmp_path, organs=dict(reversed(organs.items())))),
+        (
+            "classes",
+            lambda: run_bundle("maisi_vae", ["encode.json", "encode_mask.json"], **encode, keep_labels=swapped),
+        ),
+        ("organs", lambda: run_bundle("maisi_ldm", ["train.json", "train_mask.json"], **learn, **begun, **wide)),
+        (
+            "shared",
+            lambda: run_bundle(
+                "maisi_vae",
+                ["train.json", "train_mask.json"],
+                **resume,
+                ckpt_dir=str(trained / "vae"),
+                keep_labels=swapped,
+            ),
+        ),
+    )
+    for name, run in cases:
+        with pytest.raises(Exception) as raised:
+            run()
+        words = f"was written with {name} " if name == "shared" else f"do not fit these settings: {name} is "
+        assert words in str(cause(raised.value))

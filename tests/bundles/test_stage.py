@@ -81,14 +81,6 @@ def test_a_stage_loads_once_and_draws_by_its_seed(bundle, tmp_path):
     assert stage.parser.get_parsed_content("parts").LOADED == [1]
 
 
-def test_the_network_is_there_once_its_weights_fit_the_rest(bundle):
-    """For all who open a bundle without running the whole config, as a cohort does."""
-    (bundle / "configs" / "unfit.json").write_text('{"factor": "$1 / 0"}')
-    with pytest.raises(Exception) as raised:
-        Stage(bundle, ["inference.json", "unfit.json"]).load()
-    assert "division by zero" in str(raised.value.__cause__)
-
-
 def test_run_is_the_whole_config(bundle, tmp_path):
     items = [{"image": [[0.0, 0.0]], "name": "a"}]
     Stage(bundle, ["inference.json", "louder.json"], output_dir=str(tmp_path / "out"), seed=3, items=items).run()

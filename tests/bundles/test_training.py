@@ -197,6 +197,20 @@ def test_a_controlnet_and_its_unet_start_from_nothing(open_bundle, tiny_override
     assert all(parameter.requires_grad for parameter in parser.get_parsed_content("network").unet.parameters())
 
 
+@pytest.mark.parametrize(
+    ("given", "share"), [({}, 0.0), ({"train_unet": True}, 0.2), ({"train_unet": True, "control_dropout": 0.0}, 0.0)]
+)
+def test_a_unet_that_learns_with_its_controlnet_also_learns_to_do_without(
+    open_bundle, tiny_overrides, given, share, tmp_path
+):
+    """Else guidance by the mask, the default of drawing, asks it for what it never saw."""
+    parser = open_bundle(
+        "maisi_controlnet", "train.json", **tiny_overrides("maisi_controlnet", tmp_path, **given)
+    ).parser
+    assert parser.get_parsed_content("prepare_batch").control_dropout == share
+    assert parser.get_parsed_content("compared")["control_dropout"] == share
+
+
 @pytest.mark.parametrize("bundle", ["maisi_ldm", "maisi_controlnet"])
 def test_training_goes_on_with_the_scale_factor_of_the_weights(open_bundle, tiny_overrides, bundle, tmp_path):
     save_weights(tmp_path / "start.pt", {"weight": torch.ones(1)}, scale_factor=2.5, factor=2)

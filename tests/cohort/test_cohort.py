@@ -223,6 +223,24 @@ def test_organs_in_another_order_are_another_cohort(write_spec, bundles, tmp_pat
 
 
 @pytest.mark.usefixtures("without_samples")
+def test_a_mask_generator_of_another_config_is_another_one(write_spec, bundles, tmp_path):
+    bundles, folder = shutil.copytree(bundles, tmp_path / "bundles"), tmp_path / "out"
+    spec = read_spec(write_spec(masks="{source: generator}"))
+    make_cohort(spec, folder, bundles)
+    config = bundles / "maisi_ldm" / "configs" / "mask_inference.json"
+    settings = json.loads(config.read_text())
+    reversed_organs = dict(reversed(settings["organs"].items()))
+    for other in ({"redraws": 2}, {"single_pieces": []}, {"organs": reversed_organs}):
+        config.write_text(json.dumps(settings | other))
+        with pytest.raises(InputError, match="made with other generator;"):
+            make_cohort(spec, folder, bundles)
+    described = json.loads((folder / "cohort.json").read_text())
+    del described["generator"]  # as an earlier version
+    (folder / "cohort.json").write_text(json.dumps(described))
+    make_cohort(spec, folder, bundles)
+
+
+@pytest.mark.usefixtures("without_samples")
 def test_a_judge_of_another_config_is_another_one(write_spec, bundles, bundle, tmp_path):
     """The weights are the same; an earlier version recorded these alone."""
     ct = "{num_inference_steps: 1, min_dice: {skull: 0.5}}"

@@ -7,6 +7,7 @@ from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, PNDMSchedule
 
 from maisi_tools.diffusion.schedulers import ddim, ddpm, rectified_flow, shared_settings
 from maisi_tools.errors import InputError
+from maisi_tools.weights import check_shared, save_weights
 
 
 def test_the_releases_betas():
@@ -21,16 +22,33 @@ def test_the_releases_betas():
 @pytest.mark.parametrize(
     ("scheduler", "process"),
     [
-        (rectified_flow(32), "rectified flow"),
-        (rectified_flow(9, use_timestep_transform=True, sample_method="logit-normal"), "rectified flow"),
-        (ddpm(), "ddpm, epsilon"),
-        (ddim(), "ddpm, epsilon"),
-        (ddpm(prediction_type="v_prediction"), "ddpm, v_prediction"),
+        (rectified_flow(32), "rectified flow, 1000 timesteps"),
+        (
+            rectified_flow(9, use_timestep_transform=True, sample_method="logit-normal"),
+            "rectified flow, 1000 timesteps",
+        ),
+        (rectified_flow(9, num_train_timesteps=10), "rectified flow, 10 timesteps"),
+        (ddpm(), "ddpm, epsilon, 1000 timesteps, betas 0.0015, 0.00796, 0.0195"),
+        (ddim(), "ddpm, epsilon, 1000 timesteps, betas 0.0015, 0.00796, 0.0195"),
+        (ddpm(schedule="linear_beta"), "ddpm, epsilon, 1000 timesteps, betas 0.0015, 0.0105, 0.0195"),
+        (
+            ddpm(prediction_type="v_prediction", beta_end=0.03),
+            "ddpm, v_prediction, 1000 timesteps, betas 0.0015, 0.0112, 0.03",
+        ),
         (PNDMScheduler(), "PNDMScheduler"),
     ],
 )
 def test_the_process_that_a_network_learns(scheduler, process):
     assert shared_settings(scheduler, condition_scale=1.0) == {"process": process, "condition_scale": 1.0}
+
+
+def test_shared_settings_are_as_a_file_has_them(tmp_path):
+    """A checkpoint with anything else cannot be read again."""
+    given = {"keep_labels": range(3, 0, -1), "merge_labels": {"bone": np.int64(120)}, "organs": [(1, np.float32(0.5))]}
+    shared = shared_settings(rectified_flow(32), **given)
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=shared)
+    check_shared(tmp_path / "x.pt", {"keep_labels": [1, 2, 3], "merge_labels": {"bone": 120}, "organs": [[1, 0.5]]})
+    assert shared_settings(rectified_flow(32), keep_labels=None)["keep_labels"] is None
 
 
 def test_a_way_to_draw_timesteps_that_there_is_not_is_refused():

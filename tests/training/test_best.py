@@ -31,3 +31,5 @@ def test_the_best_of_a_run_is_kept_also_over_an_interruption(tmp_path):
     validate(BestWeights(path, network, resume=False), network, 3.0)  # a new run starts anew
     assert kept(path) == 3
     assert torch.load(path, weights_only=True)["psnr_body"] == 3
+    validate(BestWeights(path, network, resume=False, extra={"shared": {"classes": [0, 1]}}), network, 4.0)
+    assert torch.load(path, weights_only=True)["shared"] == {"classes": [0, 1]}

@@ -223,6 +223,19 @@ def test_conditions_are_read_from_the_sidecar():
     assert int(data["class_labels"]) == 3 and data["other"] == 1 and data["latent"] is latent
 
 
+def test_the_region_of_what_is_drawn_from_a_mask_is_the_masks():
+    """As drawing has it (MaskToCT), of the labels that the network sees, whatever the sidecar says."""
+    sidecar = {"factor": 2, "spacing": [1, 1, 1], "region": ["chest", "abdomen"]}
+    mask = torch.zeros(1, 8, 8, 8)
+    mask[0, 0], mask[0, 1] = 200, 120
+    given = {"latent": MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": sidecar}), "mask": mask}
+    data = ConditionTensorsd("latent", 1.0, mask_key="mask")(given)
+    assert data["top_region_index_tensor"].tolist() == data["bottom_region_index_tensor"].tolist() == [1, 0, 0, 0]
+    mask[0, 2] = 28  # a lung
+    data = ConditionTensorsd("latent", 1.0, mask_key="mask")(given)
+    assert data["bottom_region_index_tensor"].tolist() == [0, 1, 0, 0]
+
+
 def test_sidecar_without_region_and_modality_is_an_unknown_region_of_a_ct():
     latent = MetaTensor(torch.zeros(4, 4, 4, 4), meta={"sidecar": {"factor": 4, "spacing": [1, 1, 1]}})
     data = ConditionTensorsd("latent", 1.0)({"latent": latent})

@@ -285,8 +285,27 @@ def test_weights_record_the_settings_of_their_training_and_go_on_with_them_alone
     save_weights(start, {"a": torch.ones(1)}, **made_by(latents, shared=shared))
     further = shared | {"keep_labels": [1, 26], "merge_labels": {"bone": 120}}  # labels may be added
     assert made_by(latents, None, start, shared=further)["shared"] == further
-    with pytest.raises(InputError, match=r"start\.pt do not fit .*: condition_scale is 100\.0, they .* with 1\.0\."):
-        made_by(latents, start, shared=shared | {"condition_scale": 100.0})
+    for name, other in (("condition_scale", 100.0), ("process", "ddpm")):
+        with pytest.raises(InputError, match=rf"start\.pt do not fit .*: {name} is {other!r}, they .* with"):
+            made_by(latents, start, shared=shared | {name: other})
+
+
+def test_latents_that_no_single_setting_decodes_are_refused(tmp_path):
+    """CTs of a window of their own, which an earlier version encoded, and masks of several sets of labels."""
+    add(tmp_path, "pt_1", settings=json.dumps({"window": [-1000, 1000, 0, 1]}))
+    add(tmp_path, "pt_2", settings=json.dumps({"window": [0, 99.5]}))  # of an MR
+    assert len(find_latents(tmp_path)["training"]) == 2
+    add(tmp_path, "pt_3", settings=json.dumps({"window": [-200, 500, 0, 1]}))
+    with pytest.raises(InputError, match=r"pt_3_latent.* makes -200 to 500 HU 0 to 1; allowed is -1000 to 1000 HU"):
+        find_latents(tmp_path)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    add(masks, "m_1", settings=json.dumps({"keep_labels": [18, 20], "merge_labels": {}}))
+    add(masks, "m_2", settings=json.dumps({"keep_labels": [18, 20], "merge_labels": {}}))
+    assert len(find_latents(masks)["training"]) == 2
+    add(masks, "m_3", settings=json.dumps({"keep_labels": [18, 20], "merge_labels": {"bone": 120}}))
+    with pytest.raises(InputError, match=r"several keep_labels and merge_labels: .*\(m_1\), .*\(m_3\); allowed is one"):
+        find_latents(masks)
 
 
 def test_a_padding_that_the_factor_does_not_divide_is_refused(volumes, tmp_path, tiny_autoencoder):

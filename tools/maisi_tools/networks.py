@@ -456,10 +456,10 @@ def agreed_factor(
 
     Args:
         autoencoder: that encodes or decodes.
-        autoencoder_path: its weights, read where a checkpoint says which encoder made the latents it was trained on.
+        autoencoder_path: its weights.
         checkpoints: weights of a U-Net or ControlNet that generate for it, which record their factor.
         network: whose mask embedding has a factor of its own.
-        shared: settings that the weights must have been trained with, see :func:`maisi_tools.weights.check_shared`.
+        shared: settings of the training of all these weights, see :func:`maisi_tools.weights.check_shared`.
 
     Raises:
         InputError: they do not have the same factor, weights were trained on latents of another encoder or with other
@@ -486,6 +486,6 @@ def agreed_factor(
                 f"{encoder}; allowed is one for both: give the autoencoder they were trained with "
                 "(autoencoder_ckpt_path), or weights that were trained on latents of this one"
             )
-    for path in paths:
+    for path in (*paths, autoencoder_path):
         check_shared(path, shared or {})
     return autoencoder.factor

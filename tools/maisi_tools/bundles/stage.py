@@ -76,9 +76,7 @@ class Stage:
 
     @cached_property
     def network(self) -> Any:
-        """With its weights, on the device, once these are found to fit the rest: that is what key "factor" says."""
-        if "factor" in self.parser.get():
-            self.parser.get_parsed_content("factor")
+        """With its weights, on the device."""
         return self.parser.get_parsed_content("network")
 
     @cached_property

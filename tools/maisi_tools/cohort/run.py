@@ -273,6 +273,8 @@ def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
         found["numbering"] = numbered_labels(spec, config)[0]
     if spec.masks.source == "generator":
         weights |= _weights(bundles / "maisi_ldm", [CONFIG])
+        (path,) = config_files(bundles / "maisi_ldm", CONFIG)
+        found["generator"] = fingerprint_text(json.dumps(ConfigParser.load_config_file(path)))  # in its order
     if spec.masks.path:
         found["label_map"] = {str(label): id for label, id in read_label_map(spec.masks.label_map).ids.items()}
         scans = scans_of(spec)

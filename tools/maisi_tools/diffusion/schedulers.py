@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 from torch import nn
 
@@ -37,14 +39,16 @@ def rectified_flow(base_img_size_numel: int, use_timestep_transform: bool = Fals
 
 
 def process_of(scheduler: nn.Module) -> str:
-    """Name of the process that a network learns under a scheduler, with what it predicts where there is a choice.
+    """Name of the process that a network learns under a scheduler, with what makes it another one.
 
     DDIM goes the way of a network that was trained with DDPM. A scheduler of one's own has the name of its class.
     """
     if isinstance(scheduler, RFlowScheduler):
-        return "rectified flow"
+        return f"rectified flow, {scheduler.num_train_timesteps} timesteps"
     if isinstance(scheduler, (DDPMScheduler, DDIMScheduler)):
-        return f"ddpm, {scheduler.prediction_type}"
+        betas = scheduler.betas[[0, len(scheduler.betas) // 2, -1]].tolist()
+        listed = ", ".join(f"{beta:.3g}" for beta in betas)
+        return f"ddpm, {scheduler.prediction_type}, {len(scheduler.betas)} timesteps, betas {listed}"
     return type(scheduler).__name__
 
 
@@ -54,9 +58,22 @@ def shared_settings(scheduler: nn.Module, **settings: Any) -> dict[str, Any]:
 
     Args:
         scheduler: whose ``process`` (:func:`process_of`) is one of them.
-        settings: the others, plain values.
+        settings: the others. ``keep_labels`` are a set; of all else the order counts.
+
+    Returns:
+        Their values as a JSON file has them: a checkpoint with anything else could not be read again.
     """
-    return {"process": process_of(scheduler), **settings}
+    kept = settings.get("keep_labels")
+    ordered = {"keep_labels": sorted(map(int, kept))} if kept is not None else {}
+    return _plain({"process": process_of(scheduler), **settings, **ordered})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def ddpm(**settings: Any) -> DDPMScheduler:

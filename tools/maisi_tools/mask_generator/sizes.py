@@ -101,6 +101,15 @@ class OrganSizes:
         return str({name: organ["range"][1]})
 
 
+def organ_ranges(organs: Mapping[str, Mapping[str, Any]]) -> list[list[float]]:
+    """What a network's input of sizes means: the label and the range in ml of each organ, in order.
+
+    Args:
+        organs: see :class:`OrganSizes`.
+    """
+    return [[organ["label"], *organ["range"]] for organ in OrganSizes(organs).organs.values()]
+
+
 class AskedSizes:
     """The sizes that masks are asked for: the network's condition, how near a mask comes, and what can be mended.
 

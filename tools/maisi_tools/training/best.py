@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -21,12 +23,16 @@ class BestWeights:
         path: file to write.
         network: whose weights; the one that is validated.
         resume: whether the file of an earlier part of this run, if there is one, has to be outdone.
+        extra: entries of the file beside the weights and the metric.
     """
 
-    def __init__(self, path: str | Path, network: nn.Module, resume: bool) -> None:
+    def __init__(
+        self, path: str | Path, network: nn.Module, resume: bool, extra: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
         self.network = network
         self.resume = resume
+        self.extra = dict(extra or {})
         self.best: float | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -41,4 +47,4 @@ class BestWeights:
             self.best = torch.load(self.path, weights_only=True)[name] if earlier else float("-inf")
         if value > self.best:
             self.best = value
-            save_weights(self.path, self.network.state_dict(), **{name: value})
+            save_weights(self.path, self.network.state_dict(), **self.extra, **{name: value})

@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 from maisi_tools.errors import InputError
+from maisi_tools.masks.vocabulary import region_of
 from maisi_tools.training.loaders import sample_numbers, seed_of
 
 COARSE = 11
@@ -24,25 +25,31 @@ and of the mask generator."""
 
 
 class ConditionTensorsd(MapTransform):
-    """Adds the U-Net's condition inputs of a cached latent, read from its sidecar.
+    """Adds the U-Net's condition inputs of a cached latent, read from its sidecar, as drawing has them.
 
     Args:
         keys: key of the latent, a ``MetaTensor`` with ``meta["sidecar"]`` as
             :class:`maisi_tools.volumes.reading.ReadVolumed` leaves it.
         condition_scale: see :meth:`maisi_tools.diffusion.conditions.Conditions.tensors`.
+        mask_key: key of the mask that is drawn from, as the network sees it: it tells the region, and the sidecar does
+            not, since there is none where a CT is drawn from a mask.
     """
 
-    def __init__(self, keys: str, condition_scale: float) -> None:
+    def __init__(self, keys: str, condition_scale: float, mask_key: str | None = None) -> None:
         super().__init__(keys)
         self.condition_scale = condition_scale
+        self.mask_key = mask_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         latent = data[self.keys[0]]
         sidecar = latent.meta["sidecar"]
+        region = sidecar.get("region") or ()
+        if self.mask_key is not None:
+            region = region_of(torch.as_tensor(data[self.mask_key]).unique().int().tolist())
         conditions = Conditions(
             size=tuple(sidecar["factor"] * n for n in latent.shape[1:]),
             spacing=sidecar["spacing"],
-            region=sidecar.get("region") or (),
+            region=region,
             modality=sidecar.get("modality", "ct"),
         )
         return dict(data) | conditions.tensors(self.condition_scale)

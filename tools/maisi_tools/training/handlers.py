@@ -179,6 +179,7 @@ class ValidationHandlers(_InOrder):
         best_path: for the weights with the highest key metric, see :class:`~maisi_tools.training.best.BestWeights`.
         network: whose weights.
         resume: whether the run goes on from an earlier part of it.
+        extra: entries of the best weights' file beside them.
         pictures: show three planes of a volume and of what the network makes of it.
     """
 
@@ -188,12 +189,13 @@ class ValidationHandlers(_InOrder):
         best_path: str | Path | None = None,
         network: nn.Module | None = None,
         resume: bool = False,
+        extra: Mapping[str, Any] | None = None,
         pictures: bool = False,
     ) -> None:
         self.handlers: list[Any] = []
         if not log.rank:
             self.handlers.append(StatsHandler(iteration_log=False))
             if best_path is not None and network is not None:
-                self.handlers.append(BestWeights(best_path, network, resume))
+                self.handlers.append(BestWeights(best_path, network, resume, extra))
         drawn = (lambda output: [three_planes(output[0]["label"], output[0]["pred"])]) if pictures else None
         self.handlers += log.handlers(drawn, iteration_log=False)

@@ -19,7 +19,7 @@ from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
-from maisi_tools.volumes.normalise import MR_PERCENTILES
+from maisi_tools.volumes.normalise import MR_PERCENTILES, checked_window
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar
 from maisi_tools.weights import check_shared, encoder_fingerprint, read_autoencoder, read_factor
@@ -42,8 +42,8 @@ settings that its values depend on. A latent is up to date as long as none of th
 CACHED = ("view", *MADE_FROM)
 """What the sidecar of a cached latent holds beside :data:`maisi_tools.volumes.latents.SIDECAR`."""
 
-UNLEARNABLE = ("process", "condition_scale")
-"""Of the shared settings those that a training keeps which goes on from weights; to others, as labels, it adapts."""
+LABELS = ("keep_labels", "merge_labels")
+"""Of the shared settings those that a training may change which goes on from weights."""
 
 _SCALES = {"mr": "mr.json scales MR", "ct": "encode.json without mr.json scales HU"}
 
@@ -174,9 +174,9 @@ def find_latents(
 
     Raises:
         InputError: no latents, or none with a mask, or none of those held out; a latent without a sidecar, or without
-            the coarse CT it needs; coarse CTs of several sizes; latents of different autoencoders, or of another than
-            ``autoencoder``; or a held-out name that no latent belongs to, because a misspelt name would put its patient
-            into training.
+            the coarse CT it needs; coarse CTs of several sizes; CTs of a window of their own, or masks of several sets
+            of labels; latents of different autoencoders, or of another than ``autoencoder``; or a held-out name that no
+            latent belongs to, because a misspelt name would put its patient into training.
     """
     root = Path(latents_dir)
     found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
@@ -192,6 +192,7 @@ def find_latents(
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
     bare: list[str] = []  # without a mask
     settings = [_settings_of(path, sidecar) for path, sidecar in zip(found, sidecars, strict=True)]
+    _check_settings(root, dict(zip(stems, settings, strict=True)))
     if coarse:
         _check_coarse(root, dict(zip(stems, settings, strict=True)))
     for path, stem, sidecar, made in zip(found, stems, sidecars, settings, strict=True):
@@ -242,7 +243,7 @@ def made_by(
         latents: as :func:`find_latents` lists them.
         checkpoints: weights to go on from; None among them are passed over.
         shared: settings that whoever uses the weights must share, plain values. Weights to go on from must have been
-            trained with the same :data:`UNLEARNABLE` ones.
+            trained with them, but for :data:`LABELS`, which may become others.
 
     Returns:
         ``factor`` (image voxels per latent voxel along each axis), ``shared`` where it is given and, where the latents
@@ -274,7 +275,7 @@ def made_by(
                 "trained for, or train without these weights"
             )
     for path in starts:
-        check_shared(path, {name: value for name, value in (shared or {}).items() if name in UNLEARNABLE})
+        check_shared(path, {name: value for name, value in (shared or {}).items() if name not in LABELS})
     record = {"factor": next(iter(by_factor)), "autoencoder": encoder, "shared": shared and dict(shared)}
     return {name: value for name, value in record.items() if value is not None}
 
@@ -336,6 +337,22 @@ def _check_autoencoder(root: Path, sidecars: Mapping[str, Mapping], wanted: str 
         raise InputError(
             f"the latents in {root} come from an autoencoder with {name or 'unknown weights'}, not from {wanted} "
             f"({other}); {do}, or give the weights that made them"
+        )
+
+
+def _check_settings(root: Path, settings: Mapping[str, Mapping]) -> None:
+    """Refuse CTs encoded with a window that decoding does not know, and masks of several sets of labels."""
+    labels: dict[str, str] = {}  # -> a latent with them
+    for stem, made in settings.items():
+        if len(window := made.get("window", ())) == 4:  # of a CT
+            checked_window(window, f"the window of {root / stem}{SUFFIX}")
+        if "keep_labels" in made:
+            labels.setdefault(canonical_json([made["keep_labels"], made.get("merge_labels")]), stem)
+    if len(labels) > 1:
+        listed = ", ".join(f"{found} ({stem})" for found, stem in labels.items())
+        raise InputError(
+            f"the latents in {root} are of masks with several keep_labels and merge_labels: {listed}; allowed is one "
+            "for all: encode the masks again into one folder"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,30 @@ def intensity_of(volume: Any) -> tuple[float, float]:
 
 
 def window_of(scale: Any) -> list[float]:
-    """What a config's scaling of intensities depends on, as latents record it."""
+    """What a config's scaling of intensities depends on, as latents record it.
+
+    Raises:
+        InputError: a CT's window is another than :data:`HU_RANGE`, the one that all who decode know.
+    """
     if isinstance(scale, ScaleMRd):
         return list(MR_PERCENTILES)
     scaler = scale.scaler
-    return [scaler.a_min, scaler.a_max, scaler.b_min, scaler.b_max]
+    return checked_window([scaler.a_min, scaler.a_max, scaler.b_min, scaler.b_max], "scale")
+
+
+def checked_window(window: Sequence[float], name: str) -> list[float]:
+    """The window that a CT was or is to be encoded with: the HU that become two values.
+
+    Raises:
+        InputError: it is not that of all networks, see :func:`window_of`.
+    """
+    if list(window) != [*HU_RANGE, 0, 1]:
+        raise InputError(
+            f"{name} makes {window[0]:g} to {window[1]:g} HU {window[2]:g} to {window[3]:g}; allowed is "
+            f"{HU_RANGE[0]:g} to {HU_RANGE[1]:g} HU to 0 to 1, as all that decodes latents takes them: leave `scale` "
+            "as it is, and encode CTs of another window again"
+        )
+    return list(window)
 
 
 class ScaleMRd(MapTransform):
