@@ -223,6 +223,19 @@ def test_organs_in_another_order_are_another_cohort(write_spec, bundles, tmp_pat
 
 
 @pytest.mark.usefixtures("without_samples")
+def test_a_cohort_without_a_sample_may_become_another(write_spec, bundles, tmp_path):
+    """Weights that refuse its settings, say, stopped the first try before anything was made."""
+    folder = tmp_path / "out"
+    make_cohort(read_spec(write_spec()), folder, bundles)
+    for record in (folder / "records").glob("*.json"):
+        record.unlink()
+    make_cohort(read_spec(write_spec(flip="0", seed="3")), folder, bundles)
+    assert json.loads((folder / "cohort.json").read_text())["spec"]["seed"] == 3
+    with pytest.raises(InputError, match="made with other"):
+        make_cohort(read_spec(write_spec(flip="0", seed="4")), folder, bundles)
+
+
+@pytest.mark.usefixtures("without_samples")
 def test_a_mask_generator_of_another_config_is_another_one(write_spec, bundles, tmp_path):
     bundles, folder = shutil.copytree(bundles, tmp_path / "bundles"), tmp_path / "out"
     spec = read_spec(write_spec(masks="{source: generator}"))

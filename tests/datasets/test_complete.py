@@ -140,21 +140,32 @@ def test_a_given_region_holds_and_names_are_unique(cases, tmp_path):
     cases[1]["region"] = ["lower"]
     complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
     assert [case["region"] for case in json.loads((tmp_path / "out" / "cases.json").read_text())] == [
-        ["head", "abdomen"],
+        ["abdomen"],
         ["lower"],
     ]
     with pytest.raises(InputError, match="several CTs have the name p1_ct"):
         complete_masks([cases[0], {"image": "elsewhere/p1_ct.nii"}], tmp_path / "out", tmp_path / "map.json")
 
 
-def test_cases_are_listed_with_their_regions(cases, tmp_path):
-    """What encode.json reads: p1 has a liver and bone, p2 bone alone ("skull" stands for all bone)."""
+def test_cases_are_listed_with_their_regions(cases, tmp_path, caplog):
+    """What encode.json reads: p1 has a liver and bone, p2 bone alone, which "skull" stands for and tells nothing."""
     cases[0]["modality"] = "ct_contrast"
     complete_masks(cases, tmp_path, tmp_path / "map.json")
+    assert "nothing tells the body region of 1 of 2 CTs, such as " in caplog.text and "p2_ct.nii.gz" in caplog.text
     listed = json.loads((tmp_path / "cases.json").read_text())
     assert [Path(case["image"]).name for case in listed] == ["p1_ct.nii.gz", "p2_ct.nii.gz"]
-    assert [case["region"] for case in listed] == [["head", "abdomen"], ["head"]]
+    assert [case["region"] for case in listed] == [["abdomen"], []]
     assert listed[0]["modality"] == "ct_contrast" and "modality" not in listed[1]
+
+
+@pytest.mark.parametrize(
+    ("named", "region"), [("heart", []), ("skull", ["head"]), ("brainstem", ["head"]), ("placeholder 2: node", [])]
+)
+def test_bone_that_was_found_tells_no_region_and_an_own_one_does(cases, tmp_path, named, region):
+    (tmp_path / "map.json").write_text(json.dumps({"7": named}))
+    for _ in range(2):  # as well from what the first run wrote
+        complete_masks(cases[:1], tmp_path / "out", tmp_path / "map.json")
+        assert [case["region"] for case in json.loads((tmp_path / "out" / "cases.json").read_text())] == [region]
 
 
 def test_a_run_that_stopped_goes_on(cases, tmp_path):

@@ -229,8 +229,8 @@ def test_msd(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", ["v2", "v2 other way round", "v2 described", "v1"])
-def test_nnunet(tmp_path, form):
-    """Two channels, of which the second is the CT."""
+def test_nnunet(tmp_path, form, monkeypatch):
+    """Two channels, of which the second is the CT; also by a relative path."""
     for name in ("case_1", "case_2"):
         write(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", hu=False)
         write(tmp_path / "imagesTr" / f"{name}_0001.nii.gz")
@@ -251,11 +251,14 @@ def test_nnunet(tmp_path, form):
             {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in ("case_1", "case_2")
         ]
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    cases, labels = find_cases(tmp_path)
-    assert [(case.name, case.image.name, case.label.name) for case in cases] == [
-        (f"case_{i}", f"case_{i}_0001.nii.gz", f"case_{i}.nii.gz") for i in (1, 2)
-    ]
-    assert labels == {1: "liver"} and {case.modality for case in cases} == {"ct"}
+    monkeypatch.chdir(tmp_path.parent)
+    for given in (tmp_path, Path(tmp_path.name), Path(tmp_path.name) / "dataset.json"):
+        cases, labels = find_cases(given)
+        assert [(case.name, case.image.name, case.label.name) for case in cases] == [
+            (f"case_{i}", f"case_{i}_0001.nii.gz", f"case_{i}.nii.gz") for i in (1, 2)
+        ]
+        assert all(case.image.is_file() and case.label.is_file() for case in cases)
+        assert labels == {1: "liver"} and {case.modality for case in cases} == {"ct"}
 
 
 def test_other_modalities_are_named(tmp_path):

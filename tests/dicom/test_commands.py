@@ -97,6 +97,7 @@ def test_tilted_series_come_out_straight(files, hu, capsys):
         (["dicom_write", "ct.nii.gz", "ct.nii.gz"], "mask"),
         (["dicom_write", "ct.nii.gz", "-o", "."], "is there already"),
         (["dicom_read", "none", "-o", "x.nii.gz"], "does not exist"),
+        (["dicom_read", "none", "-o", "x.nii.gz", "--series", "."], "does not exist"),
         (["dicom_read", "ct.nii.gz", "-o", "x.png"], "is no NIfTI file"),
         (["dicom_read", "ct.nii.gz", "-o", "x.nii.gz", "--names", "n.json"], "--names was given and"),
     ],

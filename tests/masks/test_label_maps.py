@@ -79,7 +79,7 @@ def test_json_in_both_directions(write, entries):
         ("{", "cannot be read as JSON"),
         ([1, 2], "instead of an object"),
         ({}, "instead of an object"),
-        ({"1": "lever"}, "'lever' is no label.*liver"),
+        ({"1": "lever"}, "'lever' is no label.*liver.*'placeholder' for a class"),
         ({"1": 150}, "150 is not in the vocabulary.*1..132 and 200"),
         ({"1": None}, "null is neither a name nor an id"),
         ({"liver": "spleen"}, "names no label number"),

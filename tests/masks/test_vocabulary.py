@@ -143,7 +143,10 @@ def test_hu_ranges_hold_real_medians():
 
 
 def test_regions_from_top_to_bottom():
-    assert region_of([93, 1, 22]) == ("head", "abdomen", "lower")
+    assert region_of([93, 1, 22]) == ("head", "chest", "abdomen", "lower")  # what lies between is in view
+    assert region_of([1, 26, 120, 200]) == region_of([120, 34, 3]) == ("abdomen",)  # 120 also stands for any bone
+    assert region_of([120, 200]) == ("head",) and region_of([120, 28]) == ("head", "chest")
+    assert region_of([120, 1, 28]) == ("chest", "abdomen") and region_of([120, 62]) == ()
     assert region_of(np.array([0, 200, 31])) == ("chest",)
     assert region_of([]) == region_of([0, 200, 121]) == ()
 

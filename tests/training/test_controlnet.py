@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from copy import deepcopy
 
 import numpy as np
@@ -142,10 +143,25 @@ def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):
 
 
 def test_labels_that_are_merged_away_are_refused():
-    check_labels([1, 26], label_weights={"26": 100}, contrast_labels={"26": 1})
-    check_labels(None, label_weights={"26": 100})
+    check_labels([1, 26], {}, {}, label_weights={"26": 100}, contrast_labels={"26": 1})
+    check_labels(None, {}, {}, label_weights={"26": 100})
     with pytest.raises(InputError, match=r"contrast_labels has 23, 26, but keep_labels .* allowed are 1, 2: add them"):
-        check_labels([1, 2], label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
+        check_labels([1, 2], {}, {}, label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
+
+
+def test_labels_that_become_body_are_named(tmp_path, caplog):
+    """Own classes beside a list of the small weights'; what merges into a group's label is not lost."""
+    for name, labels in (("a", [0, 1, 26, 92, 120, 200]), ("b", [0, 26, 120, 200])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"labels": labels}))
+    masks = [{"mask": str(tmp_path / f"{name}.nii.gz")} for name in ("a", "b", "of the user's own")]
+    latents = {"training": masks[:2], "validation": masks[1:]}
+    check_labels([120, 200], {"bone": 120}, latents)
+    assert "1 (liver, in 1 of 3 masks), 26 (hepatic tumor, in 2 of 3 masks); to have it learn" in caplog.text
+    assert "--keep_labels '[1, 26, 120, 200]'" in caplog.text
+    caplog.clear()
+    check_labels([1, 26, 120, 200], {"bone": 120}, latents)
+    check_labels(None, {}, latents)
+    assert not caplog.text
 
 
 def test_what_a_contrast_puts_in_a_labels_place_is_kept_too(repo_root):
@@ -153,7 +169,7 @@ def test_what_a_contrast_puts_in_a_labels_place_is_kept_too(repo_root):
     parser.read_config(str(repo_root / "bundles" / "maisi_controlnet" / "configs" / "train.json"))
     place = next(i for i, line in enumerate(parser["initialize"]) if "check_labels" in str(line))
     for keep, lost in (([1, 26, 200], False), ([26, 200], True)):
-        parser["keep_labels"], parser["contrast_labels"] = keep, {"26": 1}
+        parser["keep_labels"], parser["contrast_labels"], parser["latents"] = keep, {"26": 1}, {}
         with pytest.raises(RuntimeError) if lost else contextlib.nullcontext() as refused:
             parser.get_parsed_content(f"initialize#{place}")
         assert not lost or "contrast_labels has 1, but keep" in str(find_input_error(refused.value))

@@ -324,12 +324,13 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         known = _config(bundles, spec)["keep_labels"]
         earlier = {**content, "judge": {}, "numbering": known, **earlier, "weights": before}
         changed += [what for what in content if what != "spec" and earlier[what] != content[what]]
-        if changed:
+        begun = any((folder / RECORDS).glob("*.json"))  # without a sample there is nothing to fit to
+        if changed and begun:
             raise InputError(
                 f"{folder} holds a cohort made with other {', '.join(changed)}; only count and retries "
                 "may change: give another folder"
             )
-        if spec.count < count:
+        if spec.count < count and begun:
             raise InputError(
                 f"{folder} holds a cohort of {count} samples, and count is {spec.count}; allowed is {count} or "
                 "more, or another folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,18 +20,30 @@ from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.edits import twins
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
-from maisi_tools.masks.vocabulary import VOCABULARY, checked_regions, region_of
+from maisi_tools.masks.vocabulary import (
+    PLACEHOLDER_NAMES,
+    VOCABULARY,
+    checked_regions,
+    label_id,
+    labels_in_group,
+    region_of,
+)
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_if_any, sidecar_path
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
+logger = logging.getLogger(__name__)
+
 MASK = "_mask"
 """What a mask's file name has after the CT's stem."""
 
 TWINS = "twins"
 """In a mask's JSON, where its label map has placeholders: [id, the id that a left/right flip makes of it] of these."""
+
+OWN = "own_labels"
+"""In a mask's JSON: the ids among its labels that the case's own labels have."""
 
 CASES = "cases.json"
 """The datalist of CTs, regions and modalities that ``maisi_vae``'s encode.json takes as its input."""
@@ -50,7 +63,7 @@ def complete_masks(
     says what it was made from, and which of its placeholders are a left and a right one (:func:`twins_of`); masks that
     are up to date are skipped, so an interrupted run can be started again, and a mask without such a JSON is the user's
     own and stays. At the end :data:`CASES` lists the CTs with their body regions: those of the item, or else those that
-    the mask shows.
+    the mask shows. Bone that the CT's intensities show tells no region; which CTs have none is said.
 
     Args:
         items: cases with ``image`` and, where there is one, ``label``; ``region`` where it is known.
@@ -81,6 +94,14 @@ def complete_masks(
         for item, region in zip(items, regions, strict=True)
     ]
     write_json(folder / CASES, cases)
+    if unknown := [case["image"] for case in cases if not case["region"]]:
+        logger.warning(
+            "nothing tells the body region of %d of %d CTs, such as %s; they are encoded as of an unknown one: give "
+            "their `region` in the datalist, such as ['chest', 'abdomen']",
+            len(unknown),
+            len(cases),
+            unknown[0],
+        )
     return targets
 
 
@@ -123,8 +144,8 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
     beside = sidecar_path(path)
     found = read_sidecar(path) if path.is_file() and beside.is_file() else {}
     if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
-        completed, affine = _completed(item, mapping, spacing)
-        found = {**made_from, **says, "labels": np.unique(completed)}
+        completed, affine, own = _completed(item, mapping, spacing)
+        found = {**made_from, **says, "labels": np.unique(completed), OWN: own}
         path.unlink(missing_ok=True)  # wherever this is interrupted: where there is a mask, its JSON is about it
         write_sidecar(path, found)
         write_volume(path, completed, affine, "uint8")
@@ -133,12 +154,19 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
         write_sidecar(path, found)
     if item.get("region"):
         return list(checked_regions(item["region"]))
-    labels = found["labels"] if found else read_volume(path, "mask").unique().tolist()
+    labels = {int(id) for id in (found["labels"] if found else read_volume(path, "mask").unique().tolist())}
+    if found and (OWN in found or "label" not in item):
+        known = {int(id) for id in found.get(OWN, ())}
+        labels -= set(labels_in_group("bone")) - known
+        if known & PLACEHOLDER_NAMES.keys() and not mapping.placeholders:  # organs of head and neck
+            labels.add(label_id("skull"))
     return list(region_of(labels))
 
 
-def _completed(item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[float] | None) -> tuple[np.ndarray, Any]:
-    """The mask (X, Y, Z) of one case, in the orientation of the CT's file, and its affine."""
+def _completed(
+    item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[float] | None
+) -> tuple[np.ndarray, Any, list[int]]:
+    """The mask (X, Y, Z) of one case in the orientation of the CT's file, its affine, and the ids of its own labels."""
     ct: Any = read_ras(item["image"], "ct")
     labels = None
     if "label" in item:
@@ -155,7 +183,7 @@ def _completed(item: Mapping[str, Any], mapping: LabelMap, spacing: Sequence[flo
         labels = np.zeros(ct.shape[1:], dtype=np.uint8)
     completed = label_from_ct(np.asarray(ct[0]), labels, [float(mm) for mm in ct.pixdim])
     mask = RestoreOrientationd("mask", "ct")({"mask": torch.from_numpy(completed)[None], "ct": ct})["mask"]
-    return np.asarray(mask[0]), mask.affine
+    return np.asarray(mask[0]), mask.affine, np.unique(labels).tolist()
 
 
 def _regrid(spacing: Sequence[float] | None, mode: str) -> Callable[[Any], Any]:

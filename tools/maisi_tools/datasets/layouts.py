@@ -151,7 +151,10 @@ def _of_dataset(path: Path) -> tuple[list[Case], dict[int, str]]:
     elif isinstance(ending, str):
         images = sorted((path.parent / "imagesTr").glob(f"*_{number:04d}{ending}"))
         names = [image.name.removesuffix(f"_{number:04d}{ending}") for image in images]
-        pairs = [(name, image, f"labelsTr/{name}{ending}") for name, image in zip(names, images, strict=True)]
+        pairs = [
+            (name, f"imagesTr/{image.name}", f"labelsTr/{name}{ending}")
+            for name, image in zip(names, images, strict=True)
+        ]
     else:
         raise InputError(f"{path} has neither a list under 'training' nor a 'file_ending'; allowed is {ALLOWED}")
     if not pairs:

@@ -416,7 +416,7 @@ def label_target(path: Path, meaning: Any) -> int:
     try:
         return 0 if meaning.strip().casefold() == "background" else label_id(meaning)
     except InputError as error:
-        raise InputError(f"label map {path}: {error}") from None
+        raise InputError(f"label map {path}: {error} ('placeholder' for a class that MAISI lacks)") from None
 
 
 def _plain(name: str) -> str:

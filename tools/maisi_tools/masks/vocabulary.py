@@ -239,6 +239,14 @@ REGIONS: dict[str, tuple[str, ...]] = {
 }
 """Body regions from top to bottom, each with the labels that show it is in view (as in the MAISI release)."""
 
+_BELOW_THE_CHEST = (
+    *(*REGIONS["abdomen"], *REGIONS["lower"]),
+    *("gallbladder", "stomach", "duodenum", "small bowel", "colon", "bladder", "prostate"),
+    *("left adrenal gland", "right adrenal gland", "portal vein and splenic vein", "sacrum", "left hip", "right hip"),
+    *("hepatic tumor", "pancreatic tumor", "colon cancer primaries", "left kidney cyst", "right kidney cyst"),
+    *(f"vertebrae L{n}" for n in range(1, 6)),
+)
+
 HOSTS: dict[str, tuple[str, ...]] = {
     "lung tumor": REGIONS["chest"],
     "pancreatic tumor": ("pancreas",),
@@ -315,9 +323,16 @@ def labels_in_group(group: str) -> tuple[int, ...]:
 
 
 def region_of(labels: Iterable[int]) -> tuple[str, ...]:
-    """The body regions that a mask with these `labels` shows, from top to bottom; none where no label tells one."""
+    """The body regions that a mask with these `labels` shows, from top to bottom; none where no label tells one.
+
+    What lies between two regions is in view with them. The skull tells the head only where nothing below the chest is
+    seen: its id also stands for bone that was found by its intensity, or merged.
+    """
     present = {int(label) for label in labels}
-    return tuple(region for region, names in REGIONS.items() if present & {label_id(name) for name in names})
+    if present & {label_id(name) for name in _BELOW_THE_CHEST}:
+        present.discard(label_id("skull"))
+    seen = [n for n, names in enumerate(REGIONS.values()) if present & {label_id(name) for name in names}]
+    return tuple(REGIONS)[seen[0] : seen[-1] + 1] if seen else ()
 
 
 def checked_regions(region: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,13 @@ from torch.nn.functional import pad
 from maisi_tools.datasets.complete import twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
+from maisi_tools.masks.vocabulary import BODY, display_name, merge_labels
 from maisi_tools.networks import ControlledUNet, has_both, sees_coarse
 from maisi_tools.volumes.grid import image_affine
+from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.weights import load_weights
+
+logger = logging.getLogger(__name__)
 
 
 def start_from_unet(network: ControlledUNet, unet_path: str | Path | None) -> ControlledUNet:
@@ -75,11 +81,18 @@ def train_parts(network: ControlledUNet, train_unet: bool, started: bool) -> Con
     return network
 
 
-def check_labels(keep: Sequence[int] | None, **asked: Iterable[int | str]) -> None:
-    """Refuse weights and contrasts for labels that masks no longer have after merging.
+def check_labels(
+    keep: Sequence[int] | None,
+    merge: Mapping[str, int],
+    latents: Mapping[str, Sequence[Mapping[str, str]]],
+    **asked: Iterable[int | str],
+) -> None:
+    """Refuse weights and contrasts for labels that masks no longer have after merging, and say which others are lost.
 
     Args:
-        keep: the labels kept by :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`, beside 0; None for all.
+        keep, merge: of :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; `keep` None for all labels.
+        latents: as :func:`~maisi_tools.training.latents.find_latents` lists them, with their masks. The labels of a
+            mask are those that `maisi complete_masks` wrote beside it; others are not looked at.
         asked: config key -> labels.
 
     Raises:
@@ -91,6 +104,19 @@ def check_labels(keep: Sequence[int] | None, **asked: Iterable[int | str]) -> No
                 f"{name} has {', '.join(map(str, lost))}, but keep_labels merges these labels into others; allowed are "
                 f"{', '.join(map(str, keep))}: add them to keep_labels"
             )
+    if keep is None:
+        return
+    masks = {item["mask"] for items in latents.values() for item in items}
+    counts = Counter(int(label) for mask in masks for label in sidecar_if_any(mask).get("labels", ()))
+    as_body = merge_labels(np.array(sorted(counts)), keep, merge) == BODY if counts else ()
+    lost = [label for label, gone in zip(sorted(counts), as_body, strict=True) if gone and label != BODY]
+    if lost:
+        logger.warning(
+            "keep_labels leaves out labels of the masks, which the network learns as body: %s; to have it learn them, "
+            "add them: --keep_labels '%s'",
+            ", ".join(f"{label} ({display_name(label)}, in {counts[label]} of {len(masks)} masks)" for label in lost),
+            sorted({*keep, *lost}),
+        )
 
 
 def check_embedding(network: ControlledUNet, factor: int) -> None:

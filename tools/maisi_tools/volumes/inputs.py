@@ -130,7 +130,8 @@ def check_output_dir(
         key: the entry of an item that holds the path.
 
     Raises:
-        InputError: the folder cannot be made or written, or an output would be written over an input.
+        InputError: the folder cannot be made or written, or an output would be written over an input, or over a file
+            that no earlier run wrote: beside one of each item's outputs a run leaves a JSON.
     """
     folder = Path(path).expanduser()
     try:
@@ -143,7 +144,15 @@ def check_output_dir(
             "may create and write: give another output_dir, or change its permissions"
         ) from error
     inputs = [item[key] for item in items]
-    check_targets(inputs, [folder / f"{stem_of(one)}{suffix}.nii.gz" for one in inputs for suffix in suffixes], folder)
+    outputs = [[folder / f"{stem_of(one)}{suffix}.nii.gz" for suffix in suffixes] for one in inputs]
+    check_targets(inputs, [path for of_one in outputs for path in of_one], folder)
+    for of_one in outputs:
+        there = [path for path in of_one if path.exists()]
+        if there and not any(path.with_name(f"{path.name.removesuffix('.nii.gz')}.json").exists() for path in of_one):
+            raise InputError(
+                f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON beside it); allowed "
+                "are names that are free: give another output_dir, or move the file away"
+            )
     return folder
 
 
