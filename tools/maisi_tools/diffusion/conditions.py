@@ -144,7 +144,7 @@ def check_modality(modality: str | int, trained: Sequence[str | int]) -> None:
     if modality_code(modality) not in {modality_code(name) for name in trained}:
         raise InputError(
             f"modality is {modality!r}, which was not in these weights' training data; allowed are "
-            f"{', '.join(map(str, trained))}"
+            f"{', '.join(map(str, trained))} (trained_modalities of the config, for weights of yours)"
         )
 
 
@@ -287,5 +287,6 @@ def check_conditions(
     if untrained := [name for name in conditions.region if name not in trained_regions]:
         raise InputError(
             f"region {', '.join(untrained)} was not in these weights' training data; allowed are "
-            f"{', '.join(trained_regions)}. The full-size weights know all of {', '.join(REGIONS)}"
+            f"{', '.join(trained_regions)} (trained_regions of the config, for weights of yours). The full-size "
+            f"weights know all of {', '.join(REGIONS)}"
         )

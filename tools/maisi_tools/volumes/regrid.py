@@ -122,8 +122,8 @@ class RestoreGridd(MapTransform):
             items[key] = MetaTensor(torch.where(outside, air, back.as_tensor()), affine=own.affine)
         items[self.mask_key] = own
         logger.warning(
-            "%s: its spacing of %s is outside of what these weights know; the CT was generated at %s and brought back "
-            "to the mask's grid",
+            "%s: its spacing of %s is outside of what these weights know (spacing_range); the CT was generated at %s "
+            "and brought back to the mask's grid",
             mask.meta.get("filename_or_obj", self.mask_key),
             _mm(own.pixdim),
             _mm(mask.pixdim),
