@@ -267,19 +267,27 @@ def test_no_usable_factor(tmp_path, factor):
         read_factor(tmp_path / "x.pt")
 
 
-def test_weights_are_refused_with_other_settings_than_those_of_their_training(tmp_path):
+def test_weights_are_refused_with_other_settings_than_those_of_their_training(tmp_path, caplog):
     """With all that differ, and only settings that both name: files of earlier versions record none."""
     shared = {"process": "rectified flow", "condition_scale": 100.0, "keep_labels": [1, 26], "merge_labels": {}}
     save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=shared)
     for wanted in (shared, {"process": "rectified flow", "condition_scale": 100}, {"another": 1}, {}):
         check_shared(tmp_path / "x.pt", wanted)
     with pytest.raises(InputError) as raised:
-        check_shared(tmp_path / "x.pt", shared | {"process": "ddpm, epsilon", "keep_labels": [1]})
-    for words in ("process is 'ddpm, epsilon', they were trained with 'rectified flow'", "keep_labels is [1], they"):
+        check_shared(tmp_path / "x.pt", shared | {"process": "ddpm, epsilon", "keep_labels": [1, 2]})
+    for words in ("process is 'ddpm, epsilon', they were trained with 'rectified flow'", "keep_labels is [1, 2], they"):
         assert words in str(raised.value)
     assert "condition_scale" not in str(raised.value)
     with pytest.raises(InputError, match=r"keep_labels is None, they were trained with \[1, 26\]"):
         check_shared(tmp_path / "x.pt", {"keep_labels": None})
+    assert not caplog.text
+    check_shared(tmp_path / "x.pt", shared | {"keep_labels": [1]})
+    assert "know labels that keep_labels leaves out, so that no CT shows them: 26; keep_labels is 1" in caplog.text
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared={"keep_labels": None, "merge_labels": {"bone": 120}})
+    for fewer in ({"keep_labels": [1], "merge_labels": {}}, {"merge_labels": {"bone": 120, "lung": 28}}):
+        check_shared(tmp_path / "x.pt", fewer)
+    with pytest.raises(InputError, match="merge_labels is {'bone': 200}, they were trained with {'bone': 120}"):
+        check_shared(tmp_path / "x.pt", {"merge_labels": {"bone": 200}})
     for silent in ({}, {"shared": None}, {"shared": "rectified flow"}):
         save_weights(tmp_path / "y.pt", {"a": torch.ones(1)}, **silent)
         check_shared(tmp_path / "y.pt", shared)

@@ -283,14 +283,14 @@ def test_weights_trained_on_latents_of_another_encoder_are_refused_before_a_ct_i
         ("maisi_ldm", "mask_inference.json", "organs", [[16, 1, 2]], {}),
         ("maisi_ldm", "mask_inference.json", "prior_until", 0.5, {}),
         ("maisi_controlnet", "inference.json", "keep_labels", [2, 26], {}),
-        ("maisi_controlnet", "inference.json", "merge_labels", {"bone": 120}, {}),
+        ("maisi_controlnet", "inference.json", "merge_labels", {"bone": 200}, {}),
         ("maisi_controlnet", "full_rflow.json", "process", "ddpm, epsilon", {}),
     ],
 )
 def test_weights_trained_with_other_settings_are_refused_before_a_ct_is_drawn(
     bundles, bundle, config, name, trained, given, cause, tmp_path
 ):
-    """Of the same shapes: a tumour that the weights know would be merged into the body, and nothing would tell.
+    """Of the same shapes: they would draw noise, or a label that they never saw, and nothing would tell.
 
     The scale factor is what decodes cannot do without, whoever opens the bundle; MONAI Label runs no `initialize`.
     """

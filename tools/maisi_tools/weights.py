@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.client
+import logging
 import pickle
 import shutil
 import urllib.error
@@ -24,6 +25,8 @@ from tqdm import tqdm
 from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, fingerprint_tensors, replacing
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
+
+logger = logging.getLogger(__name__)
 
 # Where a checkpoint may keep its state dict, in the order looked up: ours and MONAI's CheckpointSaver ("model"), the
 # usual name, and those of MAISI's released files.
@@ -154,7 +157,8 @@ def check_shared(path: str | Path, wanted: Mapping[str, Any]) -> None:
 
     Args:
         path: a checkpoint, which may record the settings of its training under "shared".
-        wanted: the settings it is to be used with, plain values. What only one of both names is not compared.
+        wanted: the settings it is to be used with, plain values. What only one of both names is not compared. Of
+            ``keep_labels`` and ``merge_labels`` weights may be shown fewer than they know, which is said.
 
     Raises:
         InputError: a setting differs, or the file is missing or no checkpoint.
@@ -164,13 +168,37 @@ def check_shared(path: str | Path, wanted: Mapping[str, Any]) -> None:
     faults = [
         f"{name} is {value!r}, they were trained with {trained[name]!r}"
         for name, value in wanted.items()
-        if name in trained and canonical_json(trained[name]) != canonical_json(value)
+        if name in trained and not FITS.get(name, _same)(trained[name], value)
     ]
     if faults:
         raise InputError(
             f"weights {path} do not fit these settings: {'; '.join(faults)}. Allowed are those of their training: give "
             "them in the config (a process by its scheduler), or other weights"
         )
+    known, shown = trained.get("keep_labels"), wanted.get("keep_labels")
+    if known and shown and (left_out := sorted(set(known) - set(shown))):
+        logger.warning(
+            "weights %s know labels that keep_labels leaves out, so that no CT shows them: %s; keep_labels is %s",
+            path,
+            ", ".join(map(str, left_out)),
+            ", ".join(map(str, shown)),
+        )
+
+
+def _same(trained: Any, wanted: Any) -> bool:
+    return canonical_json(trained) == canonical_json(wanted)
+
+
+def _keep_fits(trained: Any, wanted: Any) -> bool:
+    return trained is None or (wanted is not None and set(wanted) <= set(trained))
+
+
+def _merge_fits(trained: Any, wanted: Any) -> bool:
+    return all(trained.get(group, label) == label for group, label in wanted.items())
+
+
+FITS = {"keep_labels": _keep_fits, "merge_labels": _merge_fits}
+"""Whether weights that were trained with one value of a setting can be used with another; other settings: as equal."""
 
 
 def weight_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
