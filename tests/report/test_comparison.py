@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from maisi_tools.errors import InputError
 from maisi_tools.report.comparison import Comparison, write_comparison
-from maisi_tools.volumes.reading import sidecar_path
+from maisi_tools.volumes.inputs import sidecar_path
 
 SHAPE, SPACING = (32, 24, 40), (2.0, 3.0, 1.5)
 

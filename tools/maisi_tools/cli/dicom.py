@@ -5,8 +5,6 @@ Imports stay inside the commands, so that `maisi --help` does not wait for torch
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from maisi_tools.cli.options import check_seed, need_dicom, nifti_path
 from maisi_tools.errors import InputError
 
@@ -35,8 +33,6 @@ def dicom_read(
     from maisi_tools.volumes.reading import read_volume
     from maisi_tools.volumes.writing import write_volume
 
-    if not Path(str(path)).expanduser().exists():
-        raise InputError(f"{path} does not exist; correct the path")
     mask = is_mask(str(path))
     misplaced = (("series_uid", series_uid),) if mask else (("series", series), ("names", names))
     for option, value in misplaced:

@@ -88,8 +88,8 @@ def make_twins(
         "weights": [
             labeller.fingerprint,
             *(
-                fingerprint_tensors(network.state_dict())
-                for network in (stage.network, stage.parser.get_parsed_content("autoencoder"))
+                fingerprint_tensors(stage.parser.get_parsed_content(key).state_dict())
+                for key in ("network", "autoencoder")
             ),
         ],
     }

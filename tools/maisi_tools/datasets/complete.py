@@ -29,9 +29,9 @@ from maisi_tools.masks.vocabulary import (
     region_of,
 )
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, sidecar_path, stem_of
 from maisi_tools.volumes.orientation import RestoreOrientationd
-from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_if_any, sidecar_path
+from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
 logger = logging.getLogger(__name__)
@@ -154,13 +154,21 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
         write_sidecar(path, found)
     if item.get("region"):
         return list(checked_regions(item["region"]))
-    labels = {int(id) for id in (found["labels"] if found else read_volume(path, "mask").unique().tolist())}
-    if found and (OWN in found or "label" not in item):
-        known = {int(id) for id in found.get(OWN, ())}
-        labels -= set(labels_in_group("bone")) - known
-        if known & PLACEHOLDER_NAMES.keys() and not mapping.placeholders:  # organs of head and neck
-            labels.add(label_id("skull"))
-    return list(region_of(labels))
+    if not found:
+        return list(region_of(read_volume(path, "mask").unique().tolist()))
+    return list(_region(found, "label" in item, mapping))
+
+
+def _region(found: Mapping[str, Any], labelled: bool, mapping: LabelMap) -> tuple[str, ...]:
+    """The regions that a mask shows by what its JSON says: bone counts where the case's own labels have it."""
+    labels = {int(id) for id in found["labels"]}
+    if labelled and OWN not in found:  # of an earlier version
+        return region_of(labels)
+    own = {int(id) for id in found.get(OWN, ())}
+    labels -= set(labels_in_group("bone")) - own
+    if own & PLACEHOLDER_NAMES.keys() and not mapping.placeholders:  # organs of head and neck
+        labels.add(label_id("skull"))
+    return region_of(labels)
 
 
 def _completed(

@@ -231,12 +231,24 @@ def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table:
 
 
 def is_mask(path: str | os.PathLike) -> bool:
-    """Whether `path` is a DICOM file that holds a mask, or a folder with nothing but one."""
+    """Whether `path` is a DICOM file that holds a mask, or a folder with nothing but one.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    _check_exists(path)
     try:
         read_single(path)
     except InputError:
         return False
     return True
+
+
+def _check_exists(path: str | os.PathLike) -> Path:
+    file = Path(path).expanduser()
+    if not file.exists():
+        raise InputError(f"{file} does not exist; correct the path")
+    return file
 
 
 def read_single(path: str | os.PathLike) -> Dataset:
@@ -245,9 +257,7 @@ def read_single(path: str | os.PathLike) -> Dataset:
     Raises:
         InputError: there is none.
     """
-    file = Path(path).expanduser()
-    if not file.exists():
-        raise InputError(f"{file} does not exist; correct the path")
+    file = _check_exists(path)
     files = list_dicom(file) if file.is_dir() else [DicomFile(file)] if is_dicom(file) else []
     head = files[0].read(stop_before_pixels=True) if len(files) == 1 else None
     if head is None or head.get("Modality") not in ("SEG", "RTSTRUCT"):

@@ -38,7 +38,7 @@ from maisi_tools.diffusion.samplers import (
     step_generator,
 )
 from maisi_tools.masks.edits import remove_lesions
-from maisi_tools.masks.vocabulary import merge_labels, region_of
+from maisi_tools.masks.vocabulary import merge_labels, region_in
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, pad_to_multiple
 
@@ -265,7 +265,7 @@ class MaskToCT(Inferer):
         conditions = Conditions(
             size=(labels.shape[2], labels.shape[3], labels.shape[4]),
             spacing=(spacing[0], spacing[1], spacing[2]),
-            region=region_of(condition.unique().int().tolist()),
+            region=region_in(condition),
             modality=self.modality,
         )
         tensors = batch_tensors([conditions], self.condition_scale, labels.device)

@@ -58,14 +58,12 @@ def shared_settings(scheduler: nn.Module, **settings: Any) -> dict[str, Any]:
 
     Args:
         scheduler: whose ``process`` (:func:`process_of`) is one of them.
-        settings: the others. ``keep_labels`` are a set; of all else the order counts.
+        settings: the others.
 
     Returns:
         Their values as a JSON file has them: a checkpoint with anything else could not be read again.
     """
-    kept = settings.get("keep_labels")
-    ordered = {"keep_labels": sorted(map(int, kept))} if kept is not None else {}
-    return _plain({"process": process_of(scheduler), **settings, **ordered})
+    return _plain({"process": process_of(scheduler), **settings})
 
 
 def _plain(value: Any) -> Any:

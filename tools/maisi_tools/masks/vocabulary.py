@@ -335,6 +335,12 @@ def region_of(labels: Iterable[int]) -> tuple[str, ...]:
     return tuple(REGIONS)[seen[0] : seen[-1] + 1] if seen else ()
 
 
+def region_in(mask: torch.Tensor) -> tuple[str, ...]:
+    """:func:`region_of` the labels in a mask: whole numbers from 0 on, of any shape and type."""
+    # Counting takes a fifteenth of the time that sorting does, `unique`: seconds for each sample of 512^3 voxels.
+    return region_of(torch.bincount(mask.flatten().int()).nonzero().flatten().tolist())
+
+
 def checked_regions(region: str | Iterable[str] | None) -> tuple[str, ...]:
     """Body regions as a file or a user gives them, one as text or several, from top to bottom.
 

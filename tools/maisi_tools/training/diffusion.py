@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import region_of
+from maisi_tools.masks.vocabulary import region_in
 from maisi_tools.training.loaders import sample_numbers, seed_of
 
 COARSE = 11
@@ -45,7 +45,7 @@ class ConditionTensorsd(MapTransform):
         sidecar = latent.meta["sidecar"]
         region = sidecar.get("region") or ()
         if self.mask_key is not None:
-            region = region_of(torch.as_tensor(data[self.mask_key]).unique().int().tolist())
+            region = region_in(torch.as_tensor(data[self.mask_key]))
         conditions = Conditions(
             size=tuple(sidecar["factor"] * n for n in latent.shape[1:]),
             spacing=sidecar["spacing"],

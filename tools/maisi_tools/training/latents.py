@@ -267,6 +267,7 @@ def made_by(
             "with the autoencoder the weights were trained for, or train without these weights"
         )
     encoder = sidecars[paths[0]].get("autoencoder")  # all have the same, see find_latents
+    kept = {name: value for name, value in (shared or {}).items() if name not in LABELS}
     for path in starts:
         if encoder is not None and (other := read_autoencoder(path)) not in (None, encoder):
             raise InputError(
@@ -274,9 +275,8 @@ def made_by(
                 f"with {encoder}; allowed is one for all: encode the CTs again with the autoencoder the weights were "
                 "trained for, or train without these weights"
             )
-    for path in starts:
-        check_shared(path, {name: value for name, value in (shared or {}).items() if name not in LABELS})
-    record = {"factor": next(iter(by_factor)), "autoencoder": encoder, "shared": shared and dict(shared)}
+        check_shared(path, kept)
+    record = {"factor": next(iter(by_factor)), "autoencoder": encoder, "shared": shared}
     return {name: value for name, value in record.items() if value is not None}
 
 

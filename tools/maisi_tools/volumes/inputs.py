@@ -52,6 +52,11 @@ def stem_of(path: str | os.PathLike) -> str:
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
+def sidecar_path(path: str | os.PathLike) -> Path:
+    """Where a volume's JSON sidecar lies: beside it, same stem, suffix .json."""
+    return Path(path).with_name(stem_of(path) + ".json")
+
+
 def find_inputs(
     input: Any,
     key: str = "image",
@@ -148,7 +153,7 @@ def check_output_dir(
     check_targets(inputs, [path for of_one in outputs for path in of_one], folder)
     for of_one in outputs:
         there = [path for path in of_one if path.exists()]
-        if there and not any(path.with_name(f"{path.name.removesuffix('.nii.gz')}.json").exists() for path in of_one):
+        if there and not any(sidecar_path(path).exists() for path in of_one):
             raise InputError(
                 f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON beside it); allowed "
                 "are names that are free: give another output_dir, or move the file away"

@@ -28,7 +28,7 @@ from maisi_tools.volumes.checks import (
 )
 from maisi_tools.volumes.dicom_files import reading
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, sidecar_path
 from maisi_tools.volumes.latents import checked_sidecar
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.nifti import read_nifti
@@ -174,11 +174,6 @@ def check_same_grid(path: str | os.PathLike, volume: MetaTensor, like: MetaTenso
             f"{path} lies on another grid than {like.meta.get('filename_or_obj', 'the volume it is compared with')} "
             f"(in RAS: {difference}); allowed is one grid for both: resample one to the other"
         )
-
-
-def sidecar_path(path: str | os.PathLike) -> Path:
-    """Where a volume's JSON sidecar lies: beside it, same stem, suffix .json."""
-    return Path(path).with_name(stem_of(path) + ".json")
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from torch import distributed
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import sidecar_path, stem_of
 from maisi_tools.volumes.normalise import intensity_of
-from maisi_tools.volumes.reading import sidecar_path
 
 logger = logging.getLogger(__name__)
 
