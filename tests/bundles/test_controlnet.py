@@ -181,6 +181,15 @@ def test_dicom_overlay_writes_a_study_beside_the_volume(run_bundle, save, phanto
     recorded = json.loads(text[text.index("{") :])
     assert recorded["seed"] == 4 and recorded["num_inference_steps"] == 3
     assert recorded["solver"] == "ab2"
+    note = study / "CT" / "notes.txt"  # of the user, who would lose it
+    note.write_text("mine")
+    (tmp_path / "case_ct.nii.gz").unlink()
+    with pytest.raises(Exception) as caught:
+        run_bundle(
+            "maisi_controlnet", ["inference.json", "dicom.json"], input=str(path), output_dir=str(tmp_path), **FAST
+        )
+    assert "notes.txt would have to make room for a study" in str(find_input_error(caught.value))
+    assert note.read_text() == "mine" and not (tmp_path / "case_ct.nii.gz").exists()
 
 
 def test_dicom_overlay_refuses_masks_in_the_inputs_numbering(run_bundle, save, phantom_labels, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -38,6 +39,9 @@ def test_there_and_back(files, hu, mask, capsys):
     assert run("dicom_read", out / "CT", "-o", files / "back.nii.gz") == 0
     assert run("dicom_read", out / "RTSTRUCT.dcm", "-o", files / "rt.nii.gz", "--series", out / "CT") == 0
     assert run("dicom_read", out / "SEG.dcm", "-o", files / "seg.nii") == 0
+    shutil.make_archive(str(files / "rt"), "zip", out, "RTSTRUCT.dcm")
+    assert run("dicom_read", files / "rt.zip", "-o", files / "zipped.nii.gz", "--series", out / "CT") == 0
+    assert (files / "zipped.nii.gz").read_bytes() == (files / "rt.nii.gz").read_bytes()
     assert capsys.readouterr().out.splitlines()[0] == f"{out}: 20 files"
     ds = pydicom.dcmread(out / "CT" / "0001.dcm")
     assert json.loads(ds.DerivationDescription[ds.DerivationDescription.index("{") :]) == {"seed": 3, "steps": 30}
@@ -66,6 +70,23 @@ def test_a_patients_scan_does_not_leave_as_an_invented_patient(files, capsys):
     assert run("dicom_write", files / "ct.nii.gz", "-o", files / "out", "--source", files / "scan" / "CT") == 0
     ds = pydicom.dcmread(next((files / "out" / "CT").iterdir()))
     assert ds.PatientID == "1234" and ds.ImageType[-1] == "PARTLY_SYNTHETIC" and "between (" in ds.DerivationDescription
+
+
+def test_a_series_is_chosen_for_a_mask_too(files, capsys):
+    """Where a folder has two of the mask's frame of reference and the mask names neither."""
+    for name in ("a", "b"):
+        options = ("--created", "2026-01-31T12:00:00", "--source", files / "a" / "CT") if name == "b" else ()
+        assert run("dicom_write", files / "ct.nii.gz", files / "mask.nii.gz", "-o", files / name, *options) == 0
+    for path in (files / "b" / "CT").iterdir():
+        shutil.copy(path, files / "a" / "CT" / f"b{path.name}")
+    ds = pydicom.dcmread(files / "a" / "RTSTRUCT.dcm")
+    referenced = ds.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
+    own, referenced.SeriesInstanceUID = referenced.SeriesInstanceUID, "1.2.3.4"
+    ds.save_as(files / "rt.dcm")
+    command = ("dicom_read", files / "rt.dcm", "-o", files / "rt.nii.gz", "--series", files / "a" / "CT")
+    assert run(*command) == 2 and "holds 2 DICOM series" in capsys.readouterr().err
+    assert run(*command, "--series_uid", own) == 0
+    assert run(*command[:4], "--series_uid", own) == 2 and "give the folder of its CT" in capsys.readouterr().err
 
 
 def test_tilted_series_come_out_straight(files, hu, capsys):
@@ -99,6 +120,8 @@ def test_tilted_series_come_out_straight(files, hu, capsys):
         (["dicom_read", "none", "-o", "x.nii.gz"], "does not exist"),
         (["dicom_read", "none", "-o", "x.nii.gz", "--series", "."], "does not exist"),
         (["dicom_read", "ct.nii.gz", "-o", "x.png"], "is no NIfTI file"),
+        (["dicom_write", "ct.nii.gz", "--source", "none"], "none does not exist"),
+        (["dicom_write", "ct.nii.gz", "--source", "mask.nii.gz"], "is a file; allowed is the folder of a CT series"),
         (["dicom_read", "ct.nii.gz", "-o", "x.nii.gz", "--names", "n.json"], "--names was given and"),
     ],
 )

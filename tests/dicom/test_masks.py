@@ -180,6 +180,64 @@ def test_foreign_structure_set(slices, studies, tmp_path, caplog):
     assert "structures that cannot be drawn: Isocenter (without closed contours)" in caplog.text
 
 
+def test_a_contour_that_is_there_twice_counts_once(slices, studies, tmp_path, caplog):
+    """Wherever it begins and whichever way it runs; a hole, by a contour of its own, stays one."""
+    outer, hole = box(2.6, 9.4), box(4.6, 6.4)
+    contours = [(4, outer), (4, hole), (4, (outer[2:] + outer[:2])[::-1]), (5, outer), (5, outer), (6, outer)]
+    path = structure_file(tmp_path / "rt.dcm", slices, {"Liver": contours})
+    mask = read_mask(path, studies / "slices" / "CT")[0].numpy()
+    expected = np.zeros(mask.shape, np.uint8)
+    expected[3:10, 3:10, 4:7] = 1
+    expected[5:7, 5:7, 4] = 0
+    assert np.array_equal(mask, expected)
+    assert "the ROI Liver has 2 contours twice, which are taken once" in caplog.text
+
+
+def test_what_is_not_as_it_was_drawn_is_said(slices, studies, tmp_path, caplog):
+    """Contours that cross, beyond the series on each of its sides, an ROI without an item of contours."""
+    above = [(k, box(2.6, 9.4)) for k in range(SIZE[2] - 2, SIZE[2] + 3)]
+    rois = {
+        "Liver": [(4, box(2.6, 9.4)), (4, box(6.6, 12.4)), (5, box(2.6, 9.4)), (5, box(6.6, 12.4))],
+        "Spleen": above,
+        "Pancreas": [(9, box(-7.5, 3.5))],
+        "Aorta": [(12, box(0, 3))],
+        "Brain": [(12, box(-0.5, 3.5))],  # with the outermost voxels, not beyond them
+        "Larynx": [(15, box(3, 5))],
+    }
+    ds = pydicom.dcmread(structure_file(tmp_path / "rt.dcm", slices, rois))
+    del ds.ROIContourSequence[-1]
+    ds.save_as(tmp_path / "rt.dcm")
+    mask = read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")[0].numpy()
+    assert np.count_nonzero(mask[:, :, 4]) == 7 * 7 + 6 * 6 - 2 * 3 * 3
+    assert np.count_nonzero(mask == 4) == 4 * 4 and np.count_nonzero(mask == 3) == 2 * 7 * 7
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [
+        "the ROI Spleen: 3 of 5 planes of contours lie above or below the series",
+        "the ROI Pancreas reaches up to 7 voxels beyond the slices' edges, where it is cut",
+        f"{tmp_path / 'rt.dcm'} has structures that cannot be drawn: Larynx (without closed contours)",
+        "the ROI Liver has contours that cross each other in 2 planes, first in slice 5 of the series: what both hold "
+        "is taken for a hole",
+    ]
+
+
+def test_a_series_that_misses_some_of_the_mask_or_is_another_is_said(slices, studies, tmp_path, mask, caplog):
+    """A segmentation's frames beyond it; a series of the same frame of reference that the mask does not name."""
+    for number, ds in enumerate(slices[:12]):
+        ds.save_as(tmp_path / f"{number}.dcm")
+    turned, _ = to_lps(mask, oblique_affine())
+    found = read_mask(studies / "slices" / "SEG.dcm", tmp_path)[0].numpy()
+    assert np.array_equal(found, turned[:, :, :12])
+    lost = 100 * np.count_nonzero(turned[:, :, 12:]) / np.count_nonzero(turned)
+    assert f"{lost:.0f} % of what it draws lies outside of the series" in caplog.text
+    caplog.clear()
+    for file in tmp_path.iterdir():
+        ds = pydicom.dcmread(file)
+        ds.SeriesInstanceUID = "1.2.3.9"
+        ds.save_as(file)
+    read_mask(studies / "slices" / "RTSTRUCT.dcm", tmp_path)
+    assert f"was drawn on the series {slices[0].SeriesInstanceUID}, and {tmp_path} has others" in caplog.text
+
+
 def test_masks_that_are_refused(slices, studies, tmp_path):
     series = studies / "slices" / "CT"
     path = structure_file(tmp_path / "rt.dcm", slices, {"PTV": [(4, box(1, 5))]})
@@ -202,6 +260,9 @@ def test_masks_that_are_refused(slices, studies, tmp_path):
     for wrong, message in [(series, "no DICOM Segmentation and no RT"), (tmp_path / "none", "does not exist")]:
         with pytest.raises(InputError, match=message):
             read_mask(wrong)
+    for wrong, message in [(path, "is a file; allowed is the folder"), (tmp_path / "none", "does not exist")]:
+        with pytest.raises(InputError, match=message):
+            read_mask(path, wrong)
 
 
 def test_the_referenced_series_is_found_among_others(slices, studies, tmp_path, mask):

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 
 from maisi_tools.dicom.ct import to_lps
 from maisi_tools.dicom.objects import SYNTHETIC_DATA
-from maisi_tools.dicom.study import is_of_scan, read_mask, write_study
+from maisi_tools.dicom.study import check_studies, is_of_scan, read_mask, write_study
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.reading import read_volume
@@ -272,6 +272,29 @@ def test_a_study_can_join_its_source(tmp_path, source, hu, mask):
     assert np.array_equal(found[0].numpy(), to_lps(mask, oblique_affine())[0])
 
 
+def test_a_study_joins_a_source_whatever_its_patients_data_look_like(tmp_path, source, hu, mask):
+    """What clinics have and highdicom would refuse to copy; all objects have it as it is."""
+    strange = {
+        "SpecificCharacterSet": ["", "ISO 2022 IR 87"],
+        "PatientName": "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce",
+        "PatientBirthDate": "19700000",
+        "PatientSex": "female",
+        "StudyTime": "10:10:10",
+    }
+    with pydicom.config.disable_value_validation():
+        for file in source.iterdir():
+            ds = pydicom.dcmread(file)
+            for keyword, value in strange.items():
+                setattr(ds, keyword, value)
+            ds.save_as(file)
+    write_study(tmp_path / "out", hu, oblique_affine(), mask, source=source)
+    found = objects(tmp_path / "out")
+    assert len(found) == SIZE[2] + 2
+    for ds in found:
+        assert {keyword: ds.get(keyword) for keyword in strange} == strange, ds.Modality
+        assert ds.StudyInstanceUID == "1.2.99.1"
+
+
 @pytest.mark.parametrize(
     ("name", "beside", "wanted"),
     [
@@ -369,6 +392,33 @@ def test_folders_that_are_there_are_written_into(tmp_path, hu, monkeypatch):
     with pytest.raises(InputError, match="link is there already"):
         write_study(link, hu, oblique_affine())
     assert [entry.name for entry in real.parent.iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize("other", ["slice", "text", "objects", "structures", "damaged"])
+def test_a_study_of_others_is_not_replaced(tmp_path, hu, other):
+    """A hospital's export where a run would write its study, or a user's notes in an earlier one: each byte stays."""
+    place = tmp_path / "case_dicom"
+    write_study(place, hu, oblique_affine())
+    check_studies([{"image": str(tmp_path / "case.nii.gz")}], tmp_path)
+    ds = pydicom.dcmread(place / "CT" / "0003.dcm")
+    ds.Manufacturer = "A scanner's"
+    if other == "objects":
+        shutil.rmtree(place / "CT")
+        (place / "CT").mkdir()
+    if other == "text":
+        (place / "CT" / "notes.txt").write_text("mine")
+    elif other == "damaged":
+        (place / "CT" / "0003.dcm").write_bytes(b"DICM")
+    else:
+        ds.save_as(place / "RTSTRUCT.dcm" if other == "structures" else place / "CT" / "0003.dcm")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for write in (
+        lambda: write_study(place, hu, oblique_affine(), replace=True),
+        lambda: check_studies([{"image": str(tmp_path / "case.nii.gz")}], tmp_path),
+    ):
+        with pytest.raises(InputError, match="case_dicom/.* and no earlier run wrote it; allowed is a folder that"):
+            write()
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
 def test_gantry_tilt_survives_the_way_out_and_in(tmp_path, hu, mask):

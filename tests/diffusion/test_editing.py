@@ -450,6 +450,15 @@ def test_a_series_is_refused_where_nothing_could_write_one(tmp_path, monkeypatch
     check_edited([{"image": "scan.nii.gz"}], tmp_path)
 
 
+def test_what_no_run_wrote_is_not_written_over(tmp_path):
+    """A CT of the user's own whose name an edit would give; one that lies beside a run's JSON is replaced."""
+    (tmp_path / "scan_ct.nii.gz").touch()
+    with pytest.raises(InputError, match=r"scan_ct.nii.gz would be written over, and no earlier run wrote it"):
+        check_edited([{"image": "data/scan.nii.gz"}], tmp_path)
+    (tmp_path / "scan_ct.json").touch()
+    check_edited([{"image": "data/scan.nii.gz"}], tmp_path)
+
+
 def test_scans_are_found(tmp_path):
     hu, labels = patient((8, 8, 8))
     for name in ("a", "b"):

@@ -155,6 +155,10 @@ def test_every_further_name_of_an_roi():
         assert (label_of_name(f"{name} L"), label_of_name(f"RT {name}"), label_of_name(name)) == (left, right, None)
 
 
+def test_a_part_of_an_organ_is_not_the_organ():
+    assert label_of_name("Liver") == 1 and label_of_name("~Liver") is label_of_name(" ~Lung_L") is None
+
+
 @pytest.mark.skipif(pydicom.__version__ < "3", reason="needs the code dictionary of pydicom 3")
 def test_codes_are_those_of_the_dicom_standard():
     """Against pydicom's copy of PS3.16: a code that is there must mean what the table says."""

@@ -17,10 +17,10 @@ def dicom_read(
     A series taken with a tilted gantry is resampled to a straight grid.
 
     Args:
-        path: a folder or zip file with a CT series, a SEG or RTSTRUCT file, or a folder with nothing but that file.
+        path: a folder or zip file with a CT series, a SEG or RTSTRUCT file, or a folder or zip file of it alone.
         output: the NIfTI file to write; a mask has the ids of MAISI's vocabulary (--label_map maisi).
         series: for a mask, folder or zip file of the CT series it was drawn on; the mask gets its grid.
-        series_uid: for a CT, Series Instance UID to take where there are several.
+        series_uid: Series Instance UID to take where there are several CT series.
         names: for a mask, a JSON file with your own names of structures, such as {"Leber": "liver", "PTV": 0}.
     """
     target = nifti_path(output)
@@ -34,14 +34,16 @@ def dicom_read(
     from maisi_tools.volumes.writing import write_volume
 
     mask = is_mask(str(path))
-    misplaced = (("series_uid", series_uid),) if mask else (("series", series), ("names", names))
-    for option, value in misplaced:
+    for option, value in () if mask else (("series", series), ("names", names)):
         if value is not None:
-            raise InputError(f"--{option} was given and {path} is {'a mask' if mask else 'no mask'}; leave it out.")
+            raise InputError(f"--{option} was given and {path} is no mask; leave it out.")
+    if mask and series_uid is not None and series is None:
+        raise InputError(f"--series_uid was given and {path} is a mask; give the folder of its CT series with --series")
+    series, names, series_uid = (None if value is None else str(value) for value in (series, names, series_uid))
     if mask:
-        volume = read_mask(str(path), None if series is None else str(series), None if names is None else str(names))
+        volume = read_mask(str(path), series, names, series_uid)
     else:
-        volume = read_volume(str(path), "ct", series_uid=None if series_uid is None else str(series_uid))
+        volume = read_volume(str(path), "ct", series_uid=series_uid)
     volume = straighten(volume, "nearest" if mask else "bilinear", 0 if mask else -1000)
     write_volume(target, volume[0].numpy(), volume.affine.numpy(), np.uint8 if mask else np.int16)
     print(target)

@@ -17,7 +17,16 @@ from pydicom.sr.coding import Code
 from pydicom.uid import SegmentationStorage
 
 from maisi_tools.dicom.ct import RAS_TO_LPS
-from maisi_tools.dicom.objects import MANUFACTURER, MODEL, SERIAL_NUMBER, Study, finish, software_version
+from maisi_tools.dicom.objects import (
+    MANUFACTURER,
+    MODEL,
+    PATIENT_TAGS,
+    SERIAL_NUMBER,
+    STUDY_TAGS,
+    Study,
+    finish,
+    software_version,
+)
 from maisi_tools.dicom.painting import Structure
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import (
@@ -70,7 +79,7 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
     numbers = np.zeros(256, np.uint8)
     numbers[labels] = np.arange(1, len(labels) + 1)
     ds = Segmentation(
-        source_images=list(images),
+        source_images=[_nameless(image) for image in images],
         pixel_array=numbers[np.ascontiguousarray(mask.T)],
         segmentation_type="BINARY",
         segment_descriptions=[_description(number, label) for number, label in enumerate(labels, start=1)],
@@ -91,6 +100,20 @@ def segmentation(mask: np.ndarray, images: Sequence[Dataset], study: Study) -> D
     for item in (*ds.DimensionOrganizationSequence, *ds.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
     return finish(ds, study)
+
+
+def _nameless(image: Dataset) -> Dataset:
+    """An image's header with nothing of patient and study that highdicom would refuse to copy: :func:`finish` sets it.
+
+    Clinics have birth dates such as 19700000, times with colons and character sets by ISO 2022 escapes.
+    """
+    plain = Dataset(image)  # its elements are the image's own until they are set
+    plain.file_meta = image.file_meta
+    for keyword in (*PATIENT_TAGS, *STUDY_TAGS):
+        if keyword in plain and keyword != "StudyInstanceUID":
+            setattr(plain, keyword, "")
+    plain.SpecificCharacterSet = "ISO_IR 192"
+    return plain
 
 
 def segments(

@@ -106,9 +106,11 @@ def structures(
 ) -> tuple[list[Structure], list[str], list[str]]:
     """The ROIs of an RT Structure Set that the vocabulary has, on the grid of a series.
 
-    A voxel is inside where its centre is inside an odd number of the ROI's contours in its slice. A slice takes the
-    contours of the plane nearest to it, see :data:`PLANE_TOLERANCE`. Slices between two planes of contours, as when
-    every second one was drawn, get the shape between theirs, see :func:`_drawing`.
+    A voxel is inside where its centre is inside an odd number of the ROI's contours in its slice, one that is there
+    twice counted once. A slice takes the contours of the plane nearest to it, see :data:`PLANE_TOLERANCE`. Slices
+    between two planes of contours, as when every second one was drawn, get the shape between theirs, see
+    :func:`_drawing`. What cannot be as it was drawn is in the log: contours twice, crossing ones, those outside of the
+    series.
 
     Args:
         ds: the structure set.
@@ -127,6 +129,10 @@ def structures(
     names = {number: str(roi.get("ROIName", "")) for number, roi in listed.items()}
     frame = slices[0].get("FrameOfReferenceUID")
     drawn, unknown, undrawn = [], [], []
+    with_contours = {int(item.ReferencedROINumber) for item in ds.get("ROIContourSequence") or ()}
+    for number, name in names.items():
+        if number not in with_contours and table.get(name) != 0:
+            undrawn.append(f"{name or f'ROI {number}'} (without closed contours)")
     for item in ds.get("ROIContourSequence") or ():
         name = names.get(int(item.ReferencedROINumber), "") or f"ROI {item.ReferencedROINumber}"
         label = table[name] if name in table else label_of_name(name)
@@ -185,8 +191,21 @@ def _planes(name: str, contours: Sequence[Dataset], to_voxels: np.ndarray) -> li
     placed.sort(key=lambda one: one[0])
     heights = np.array([height for height, _ in placed])
     parts = np.split(np.arange(len(placed)), np.flatnonzero(np.diff(heights) > noise) + 1)
-    # Rounded, so that what is meant to be a slice, or midway between two, is.
-    return [(round(float(heights[part].mean()), 2), [placed[index][1] for index in part]) for part in parts]
+    planes, left_out = [], 0
+    for part in parts:
+        polygons = {_form(placed[index][1]): placed[index][1] for index in part}
+        left_out += len(part) - len(polygons)
+        # Rounded, so that what is meant to be a slice, or midway between two, is.
+        planes.append((round(float(heights[part].mean()), 2), list(polygons.values())))
+    if left_out:
+        logger.warning("the ROI %s has %d contours twice, which are taken once", name, left_out)
+    return planes
+
+
+def _form(polygon: np.ndarray) -> bytes:
+    """What two polygons share that are one, wherever they begin and whichever way they run."""
+    points = np.round(polygon, 2) + 0.0  # no -0
+    return points[np.lexsort(points.T)].tobytes()
 
 
 def _usual_gap(planes: Sequence[Plane]) -> float:
@@ -252,30 +271,75 @@ def _drawing(
         if gap <= MAX_FILLED_GAP * own:
             content |= {k: (lower, lower + 1, (k - heights[lower]) / gap) for k in missing}
     content = {k: source for k, source in content.items() if 0 <= k < shape[2]}
+    if outside := sum(not 0 <= k < shape[2] for k in at):
+        logger.warning(
+            "the ROI %s: %d of %d planes of contours lie above or below the series", name, outside, len(planes)
+        )
 
     corners = np.concatenate([polygon for _, polygons in planes for polygon in polygons])
     low = np.clip(np.floor(corners.min(axis=0)), 0, shape[:2]).astype(int)
     high = np.clip(np.ceil(corners.max(axis=0)) + 1, low, shape[:2]).astype(int)
     first, last = min(content, default=0), max(content, default=-1)
     place = slice(low[0], high[0]), slice(low[1], high[1]), slice(first, last + 1)
+    # Contours run half a voxel about the voxels' centres, those of the outermost voxels, too.
+    beyond = max(0.0, *(-0.5 - corners.min(axis=0)), *(corners.max(axis=0) - (np.array(shape[:2]) - 0.5)))
+    if beyond > 0.5:
+        logger.warning("the ROI %s reaches up to %.0f voxels beyond the slices' edges, where it is cut", name, beyond)
     size = int(high[0] - low[0]), int(high[1] - low[1])
+
+    crossing: set[int] = set()  # planes
 
     def filled(index: int) -> np.ndarray:
         inside = np.zeros(size, bool)
+        areas: list[_Area] = []
         for polygon in planes[index][1]:
-            inside ^= fill_polygon(polygon - low, size)
+            inside ^= (part := fill_polygon(polygon - low, size))
+            area = _area(part, polygon - low)
+            if any(_cross(area, other) for other in areas):
+                crossing.add(index)
+            areas.append(area)
         return inside
 
     def draw() -> np.ndarray:
-        volume = np.zeros((*size, last + 1 - first), bool)
+        volume, known = np.zeros((*size, last + 1 - first), bool), bool(crossing)
         for k, (lower, upper, share) in content.items():
             inside = filled(lower)
             if upper != lower:
                 inside = _between(inside, filled(upper), share, spacing[:2])
             volume[:, :, k - first] = inside
+        if crossing and not known:
+            logger.warning(
+                "the ROI %s has contours that cross each other in %d planes, first in slice %d of the series: what "
+                "both hold is taken for a hole",
+                *(name, len(crossing), at[min(crossing)] + 1),
+            )
         return volume
 
     return draw, place
+
+
+_Area = tuple[np.ndarray, np.ndarray, int]
+"""First voxel and voxels, in its box, of what a polygon holds, and their number."""
+
+
+def _area(inside: np.ndarray, polygon: np.ndarray) -> _Area:
+    start = np.clip(np.floor(polygon.min(axis=0)), 0, inside.shape).astype(int)
+    stop = np.clip(np.ceil(polygon.max(axis=0)) + 1, start, inside.shape).astype(int)
+    part = inside[start[0] : stop[0], start[1] : stop[1]]
+    return start, part, int(np.count_nonzero(part))
+
+
+def _cross(one: _Area, other: _Area) -> bool:
+    """Whether two areas overlap and neither lies in the other."""
+    start = np.maximum(one[0], other[0])
+    stop = np.minimum(one[0] + one[1].shape, other[0] + other[1].shape)
+    if (stop <= start).any():
+        return False
+    shared = np.logical_and(*(
+        part[tuple(slice(a, b) for a, b in zip(start - first, stop - first, strict=True))]
+        for first, part, _ in (one, other)
+    ))  # fmt: skip
+    return 0 < int(np.count_nonzero(shared)) < min(one[2], other[2])
 
 
 def _between(lower: np.ndarray, upper: np.ndarray, share: float, spacing: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import os
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
@@ -11,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from numpy.typing import ArrayLike
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from scipy import ndimage
 
 from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
-from maisi_tools.dicom.objects import KEPT_TAGS, digest, new_study
+from maisi_tools.dicom.objects import KEPT_TAGS, MANUFACTURER, digest, new_study
 from maisi_tools.dicom.painting import paint
 from maisi_tools.dicom.segmentation import segmentation, segments
 from maisi_tools.dicom.structures import structure_set, structures
@@ -27,12 +30,14 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
-from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, stem_of
 from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.volumes.series import read_slices, slice_affine
 
+logger = logging.getLogger(__name__)
+
 STUDY_FILES = {"CT", "CT.dcm", "SEG.dcm", "RTSTRUCT.dcm"}
-"""What a study's folder holds; of a folder with anything else, nothing is ever replaced."""
+"""What a study's folder holds; of a folder with anything else, or with objects of others, nothing is ever replaced."""
 
 PART = ".part-"
 """What the name of a folder begins with that is being written, or that a run left that was stopped."""
@@ -69,7 +74,7 @@ def write_study(
         enhanced: one Enhanced CT object instead of a series of slices.
         created: date and time to write, by default now. The UIDs follow from it and from the content, so that writing
             the same again for the same time gives the same bytes.
-        replace: whether a study that this function wrote into `folder` before may be replaced.
+        replace: whether a study that this function wrote into `folder` before, and it alone, may be replaced.
         from_scan: whether the CT was computed from a patient's scan (reconstructed, edited), not from a mask or from
             noise. Then it needs `source`, and the objects do not say that they were not acquired from a patient.
         region: of an edited scan, on the scan's grid: two corners (RAS, mm) of the box outside of which all is as in
@@ -83,16 +88,13 @@ def write_study(
             that is no CT series, or none where it is needed, or not the scan that the CT was computed from.
     """
     target = Path(folder).expanduser().resolve()  # of a link, what it leads to
-    inside = list(target.iterdir()) if target.is_dir() else []
-    present = {entry.name for entry in inside if not entry.name.startswith(PART)}
-    if (target.exists() and not target.is_dir()) or present - (STUDY_FILES if replace else set()):
-        raise InputError(f"{folder} is there already; allowed is a new or empty folder: give another one")
+    inside = _check_free(Path(folder).expanduser(), replace)
     if mask is not None and mask.shape != hu.shape:
         raise InputError(f"the mask has the shape {mask.shape} and the CT {hu.shape}; allowed are both on one grid")
     turned, grid = to_lps(hu, affine)
     stored = stored_values(turned)
     labels = None if mask is None else to_lps(mask.astype(np.uint8), affine)[0]
-    slices = None if source is None else read_slices(source, pixels=False, tags=KEPT_TAGS)
+    slices = None if source is None else read_slices(_check_series(source), pixels=False, tags=KEPT_TAGS)
     if from_scan and slices is not None:
         _check_place(hu, affine, slices)
     content = digest(stored, np.asarray(grid.affine), *(() if labels is None else (labels,)))
@@ -133,6 +135,58 @@ def write_study(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [Path(folder).expanduser() / name for name in files]
+
+
+def study_dir(volume: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
+    """The folder of the study that a run writes of a volume, named by its file."""
+    return Path(output_dir).expanduser() / f"{stem_of(volume)}_dicom"
+
+
+def check_studies(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, key: str = "image") -> None:
+    """Refuse, before anything is computed, to write a study where something else is than a study of an earlier run.
+
+    Args:
+        items: inputs, see :func:`maisi_tools.volumes.inputs.find_inputs`.
+        output_dir: where the studies go, see :func:`study_dir`.
+        key: the entry of an item that holds the path.
+
+    Raises:
+        InputError: with the folder, and what is in it.
+    """
+    for item in items:
+        _check_free(study_dir(item[key], output_dir), replace=True)
+
+
+def _check_free(folder: Path, replace: bool) -> list[Path]:
+    """What a new study in a folder takes the place of: nothing, or what an earlier run wrote or left half-written.
+
+    Raises:
+        InputError: something else is there.
+    """
+    if not folder.exists():
+        return []
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    present = [entry for entry in inside if not entry.name.startswith(PART)]
+    if not folder.is_dir() or (present and not replace):
+        raise InputError(f"{folder} is there already; allowed is a new or empty folder: give another one")
+    objects = [each for entry in present for each in (entry.iterdir() if entry.is_dir() else (entry,))]
+    others = [entry for entry in present if entry.name not in STUDY_FILES] or [
+        entry for entry in objects if not _is_ours(entry)
+    ]
+    if others:
+        raise InputError(
+            f"{others[0]} would have to make room for a study, and no earlier run wrote it; allowed is a folder that "
+            "is new or empty, or has a study of an earlier run alone: move it away, or give another output_dir"
+        )
+    return inside
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a DICOM object that :func:`write_study` wrote."""
+    try:
+        return pydicom.dcmread(path, specific_tags=["Manufacturer"]).get("Manufacturer") == MANUFACTURER
+    except (OSError, InvalidDicomError):
+        return False
 
 
 SCANS = ("_recon.nii.gz", "_latent_ct.nii.gz")
@@ -183,7 +237,10 @@ def _box(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def read_mask(
-    path: str | os.PathLike, series: str | os.PathLike | None = None, names: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    series: str | os.PathLike | None = None,
+    names: str | os.PathLike | None = None,
+    series_uid: str | None = None,
 ) -> MetaTensor:
     """Read a DICOM Segmentation or RT Structure Set as a mask in MAISI's vocabulary.
 
@@ -191,9 +248,10 @@ def read_mask(
     smaller one is taken; those that are unknown are listed in the log and left out.
 
     Args:
-        path: the file, or a folder that holds it alone.
+        path: the file, or a folder or zip file that holds it alone.
         series: the CT series (folder or zip file) it was drawn on, whose grid the mask gets. A structure set needs it;
             a segmentation without it keeps its own grid.
+        series_uid: of that series, where there are several and the file names none of them.
         names: JSON table of names, see :func:`maisi_tools.masks.codes.read_roi_table`.
 
     Returns:
@@ -205,17 +263,19 @@ def read_mask(
     ds = read_single(path)
     table = {} if names is None else read_roi_table(names)
     with reading(str(path)):
-        return _read_mask(ds, path, None if series is None else Path(series), table)
+        slices = None if series is None else _referenced_slices(ds, _check_series(series), series_uid, str(path))
+        return _read_mask(ds, path, slices, table)
 
 
-def _read_mask(ds: Dataset, path: str | os.PathLike, series: Path | None, table: Mapping[str, int]) -> MetaTensor:
-    slices = None if series is None else _referenced_slices(ds, series)
+def _read_mask(
+    ds: Dataset, path: str | os.PathLike, slices: Sequence[Dataset] | None, table: Mapping[str, int]
+) -> MetaTensor:
     if ds.Modality == "SEG":
         found, affine, shape, unknown = segments(ds, table, slices)
         mask = paint(found, shape, unknown, str(path))
         if slices is not None:
             grid = slice_affine(slices)
-            mask = _on_grid(mask, affine, grid, (int(slices[0].Columns), int(slices[0].Rows), len(slices)))
+            mask = _on_grid(mask, affine, grid, (int(slices[0].Columns), int(slices[0].Rows), len(slices)), str(path))
             affine = grid
     else:
         if slices is None:
@@ -251,14 +311,26 @@ def _check_exists(path: str | os.PathLike) -> Path:
     return file
 
 
+def _check_series(path: str | os.PathLike) -> Path:
+    """Refuse what is no folder and no zip file.
+
+    Raises:
+        InputError: it is not there, or is a file.
+    """
+    series = _check_exists(path)
+    if not series.is_dir() and not is_zip(series):
+        raise InputError(f"{series} is a file; allowed is the folder of a CT series, or a zip file of it")
+    return series
+
+
 def read_single(path: str | os.PathLike) -> Dataset:
-    """The Segmentation or RT Structure Set in a file, or in a folder that holds one DICOM file.
+    """The Segmentation or RT Structure Set in a file, or in a folder or zip file that holds one DICOM file.
 
     Raises:
         InputError: there is none.
     """
     file = _check_exists(path)
-    files = list_dicom(file) if file.is_dir() else [DicomFile(file)] if is_dicom(file) else []
+    files = list_dicom(file) if file.is_dir() or is_zip(file) else [DicomFile(file)] if is_dicom(file) else []
     head = files[0].read(stop_before_pixels=True) if len(files) == 1 else None
     if head is None or head.get("Modality") not in ("SEG", "RTSTRUCT"):
         raise InputError(f"{file} is no DICOM Segmentation and no RT Structure Set; allowed is one of these")
@@ -272,7 +344,7 @@ class WriteStudyd(MapTransform):
     """MONAI dict transform: writes a generated CT as a DICOM study, see :func:`write_study`.
 
     Args:
-        keys: of the CT (1, X, Y, Z) in HU; the study goes to ``output_dir/STEM_dicom``, in place of one written before.
+        keys: of the CT (1, X, Y, Z) in HU; the study goes to :func:`study_dir`, in place of one written before.
         output_dir: folder, made if missing.
         mask_key: of the mask (1, X, Y, Z) in the vocabulary, on the CT's grid; None for none.
         seed, conditions: to be recorded.
@@ -316,7 +388,7 @@ class WriteStudyd(MapTransform):
             mask = None if self.mask_key is None else data[self.mask_key][0].cpu().numpy()
             source = None if self.source_key is None else data[self.source_key]
             write_study(
-                self.output_dir / f"{stem_of(volume.meta['filename_or_obj'])}_dicom",
+                study_dir(volume.meta["filename_or_obj"], self.output_dir),
                 volume[0].float().cpu().numpy(),
                 volume.affine.cpu().numpy(),
                 mask,
@@ -334,11 +406,17 @@ def _save(ds: Dataset, path: Path) -> None:
     ds.save_as(path, enforce_file_format=True)
 
 
-def _referenced_slices(ds: Dataset, series: Path) -> Sequence[Dataset]:
+def _referenced_slices(ds: Dataset, series: Path, series_uid: str | None, name: str) -> Sequence[Dataset]:
     """The slices of the series that a mask was drawn on.
 
+    Args:
+        ds: the mask's header.
+        series: folder or zip file.
+        series_uid: to take where it names none of those in it.
+        name: of the mask's file, for messages.
+
     Raises:
-        InputError: another frame of reference.
+        InputError: another frame of reference, or several series of which none is named.
     """
     uids = [str(item.get("SeriesInstanceUID")) for item in ds.get("ReferencedSeriesSequence") or ()]
     for frame in ds.get("ReferencedFrameOfReferenceSequence") or ():
@@ -347,7 +425,12 @@ def _referenced_slices(ds: Dataset, series: Path) -> Sequence[Dataset]:
     heads = [file.read(stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]) for file in list_dicom(series)]
     present = {str(head.get("SeriesInstanceUID")) for head in heads}
     chosen = next((uid for uid in uids if uid in present), None)
-    slices = read_slices(series, chosen, pixels=False)
+    slices = read_slices(series, series_uid or chosen, pixels=False)
+    if uids and chosen is None:
+        logger.warning(
+            "%s was drawn on the series %s, and %s has others: it is taken for one of the same frame of reference",
+            *(name, ", ".join(uids), series),
+        )
     theirs, own = str(slices[0].get("FrameOfReferenceUID") or ""), {str(ds.get("FrameOfReferenceUID") or "")}
     own |= {str(frame.get("FrameOfReferenceUID") or "") for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
     if theirs not in own - {""}:
@@ -358,9 +441,15 @@ def _referenced_slices(ds: Dataset, series: Path) -> Sequence[Dataset]:
     return slices
 
 
-def _on_grid(mask: np.ndarray, affine: np.ndarray, grid: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The mask on another grid, each voxel with the label nearest to it."""
+def _on_grid(
+    mask: np.ndarray, affine: np.ndarray, grid: np.ndarray, shape: tuple[int, int, int], name: str
+) -> np.ndarray:
+    """The mask on another grid, each voxel with the label nearest to it; what lies outside of it is said."""
     to_mask = np.round(np.linalg.inv(affine) @ grid, 6)
     if mask.shape == shape and np.allclose(to_mask, np.eye(4), atol=1e-3):
         return mask
+    drawn = np.argwhere(mask) @ np.linalg.inv(to_mask)[:3, :3].T + np.linalg.inv(to_mask)[:3, 3]
+    outside = np.count_nonzero(((drawn < -0.5) | (drawn > np.array(shape) - 0.5)).any(axis=1))
+    if outside:
+        logger.warning("%s: %.0f %% of what it draws lies outside of the series", name, 100 * outside / len(drawn))
     return ndimage.affine_transform(mask, to_mask[:3, :3], to_mask[:3, 3], shape, order=0, mode="grid-constant")

@@ -32,7 +32,15 @@ from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
-from maisi_tools.volumes.inputs import SUFFIXES, check_targets, find_inputs, holds_dicom, is_zip, stem_of
+from maisi_tools.volumes.inputs import (
+    SUFFIXES,
+    check_earlier,
+    check_targets,
+    find_inputs,
+    holds_dicom,
+    is_zip,
+    stem_of,
+)
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.patching import Stored, ras_affine, read_stored, to_ras, write_stored
 from maisi_tools.volumes.reading import read_volume
@@ -107,23 +115,31 @@ def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str
 
 
 def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:
-    """Refuse to write an edited scan over an input, whichever scan that belongs to; or a series that cannot be.
+    """Refuse to write an edited scan over an input or what no run wrote, or a series where none can be written.
 
     Args:
         scans: see :func:`find_scans`.
         output_dir: where they go.
 
     Raises:
-        InputError: see :func:`~maisi_tools.volumes.inputs.check_targets`.
+        InputError: see :func:`~maisi_tools.volumes.inputs.check_targets`,
+            :func:`~maisi_tools.volumes.inputs.check_earlier` and :func:`~maisi_tools.dicom.study.check_studies`.
     """
-    if any(is_series(scan["image"]) for scan in scans) and importlib.util.find_spec("highdicom") is None:
+    series = [scan for scan in scans if is_series(scan["image"])]
+    if series and importlib.util.find_spec("highdicom") is None:
         raise InputError(
             "a DICOM series comes back as one, which needs the extra 'dicom'; install it with: pip install "
             "'maisi-bundles[dicom]', or give the CT as NIfTI"
         )
     inputs = [scan[key] for scan in scans for key in ("image", "mask", "new_mask") if key in scan]
-    targets = [path for scan in scans for path in targets_of(scan["image"], output_dir).values()]
-    check_targets(inputs, targets, output_dir)
+    targets = [targets_of(scan["image"], output_dir) for scan in scans]
+    check_targets(inputs, [path for of_one in targets for path in of_one.values()], output_dir)
+    for of_one in targets:
+        check_earlier([path for what, path in of_one.items() if what in ("ct", "mask", "weight")])
+    if series:
+        from maisi_tools.dicom.study import check_studies  # of the extra "dicom"
+
+        check_studies(series, output_dir)
 
 
 def _has_labels(scans: Sequence[Mapping[str, str]]) -> bool:

@@ -140,8 +140,11 @@ _BY_NAME = _names()
 
 
 def label_of_name(name: str) -> int | None:
-    """The label that the name of an ROI or segment stands for, None where it is none that is known."""
-    return _BY_NAME.get(_key(name))
+    """The label that the name of an ROI or segment stands for, None where it is none that is known.
+
+    "~Liver" is a part of the liver (AAPM TG-263 section 8), which is none.
+    """
+    return None if name.lstrip().startswith("~") else _BY_NAME.get(_key(name))
 
 
 def read_roi_table(path: str | os.PathLike) -> dict[str, int]:

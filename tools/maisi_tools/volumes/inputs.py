@@ -136,7 +136,7 @@ def check_output_dir(
 
     Raises:
         InputError: the folder cannot be made or written, or an output would be written over an input, or over a file
-            that no earlier run wrote: beside one of each item's outputs a run leaves a JSON.
+            that no earlier run wrote, see :func:`check_earlier`.
     """
     folder = Path(path).expanduser()
     try:
@@ -152,13 +152,22 @@ def check_output_dir(
     outputs = [[folder / f"{stem_of(one)}{suffix}.nii.gz" for suffix in suffixes] for one in inputs]
     check_targets(inputs, [path for of_one in outputs for path in of_one], folder)
     for of_one in outputs:
-        there = [path for path in of_one if path.exists()]
-        if there and not any(sidecar_path(path).exists() for path in of_one):
-            raise InputError(
-                f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON beside it); allowed "
-                "are names that are free: give another output_dir, or move the file away"
-            )
+        check_earlier(of_one)
     return folder
+
+
+def check_earlier(outputs: Sequence[Path]) -> None:
+    """Refuse to write the outputs of one item over a file that no earlier run wrote.
+
+    Raises:
+        InputError: one of them is there, and beside none the JSON that a run leaves.
+    """
+    there = [path for path in outputs if path.exists()]
+    if there and not any(sidecar_path(path).exists() for path in outputs):
+        raise InputError(
+            f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON beside it); allowed "
+            "are names that are free: give another output_dir, or move the file away"
+        )
 
 
 def check_targets(
