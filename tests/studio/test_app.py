@@ -262,6 +262,14 @@ def test_a_job_says_whether_there_is_dicom(open_app, store, folders, monkeypatch
     assert not any(job["dicom"] for job in ask(app, "GET", "/v1/jobs")[1])
 
 
+def test_a_half_read_upload_goes_and_a_folder_of_the_users_own_stays(open_app, folders):
+    for name in ("0123456789abcdef", "patient 7", "0123456789abcdef_copy"):
+        (folders.root / "uploads" / name).mkdir(parents=True)
+        (folders.root / "uploads" / name / "scan.nii.gz").write_bytes(b"")
+    open_app()
+    assert {path.name for path in (folders.root / "uploads").iterdir()} == {"patient 7", "0123456789abcdef_copy"}
+
+
 def test_an_edited_ct_is_there_without_the_upload_it_was_made_of(open_app, store, folders, files):
     store("edited", source={"kind": "ct", "id": "aa", "mask_id": "bb"}, volumes=["ct", "mask", "before"])
     folder = folders.root / "uploads" / "aa"

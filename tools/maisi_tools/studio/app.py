@@ -52,6 +52,9 @@ Result = TypeVar("Result")
 KEEP_ALIVE = 15.0
 """Seconds after which a comment is sent to who waits for news, so that no one in between closes the connection."""
 
+UPLOAD_ID_BYTES = 8
+"""An upload's id, and folder, has two digits for each; other folders beside them are the user's own."""
+
 EXAMPLE = {
     "makes": "ct",
     "source": {"kind": "generator", "organ_sizes": {"left parotid": 40}},
@@ -109,7 +112,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     """The application; docs/how-to/studio.md lists what it answers."""
     catalogue = Catalogue(folders, [worker.device for worker in workers])
     page = Path(str(resources.files(__package__).joinpath("page")))
-    for folder in (folders.root / "uploads").glob("*"):
+    for folder in (folders.root / "uploads").glob("[0-9a-f]" * (2 * UPLOAD_ID_BYTES)):
         if not (folder / "upload.json").is_file():  # what a killed server had not read to its end
             shutil.rmtree(folder, ignore_errors=True)
     jobs = Jobs(folders, workers, WAITING)
@@ -213,7 +216,7 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
     async def upload(request: Request, name: str = Query(), kind: str = Query()) -> dict[str, Any]:
         """A mask or a CT; the body is the file. Its name is a label; only the suffix says how it is read."""
         file = f"{'scan' if kind == 'ct' else 'mask'}{uploads.suffix_of(name, kind)}"
-        folder = folders.root / "uploads" / secrets.token_hex(8)
+        folder = folders.root / "uploads" / secrets.token_hex(UPLOAD_ID_BYTES)
         try:
             folder.mkdir(parents=True)
             await _receive(request, folder / file, catalogue.upload_bytes)
