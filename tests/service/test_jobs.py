@@ -59,34 +59,56 @@ def test_a_dead_letter_keeps_no_study(tmp_path):
     assert queue.revive("1.1") and queue.in_use("1")
 
 
-def test_a_part_that_comes_again_is_nothing_new(tmp_path):
+@pytest.mark.parametrize("earlier", ["0123456789abcdef" * 2, "01234567 89abcdef"])
+def test_a_part_that_comes_again_is_nothing_new(tmp_path, earlier):
     """What was done is done anew where something is there that was not before."""
     queue = JobQueue(tmp_path / "q.sqlite")
-    queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb")
+    queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb")
     queue.finish(queue.take(), 1.0, "2.1")
-    assert queue.add("1.1", "CT", "1", tmp_path, "bbbbbbbb") == ""
-    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb") == "" and queue.superseded() == 0
-    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa bbbbbbbb cccccccc") == "queued anew"
+    assert queue.add("1.1", "CT", "1", tmp_path, "bbbbbbbbbbbbbbbb") == ""
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb") == "" and queue.superseded() == 0
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa bbbbbbbbbbbbbbbb cccccccccccccccc") == "queued anew"
     queue.finish(queue.take(), 1.0, "2.2")
     with queue._transaction() as file:
-        file.execute("UPDATE jobs SET content=?", ("0123456789abcdef" * 2,))  # as an earlier version wrote it
-    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa") == ""
-    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa dddddddd") == "queued anew"
+        file.execute("UPDATE jobs SET content=?", (earlier,))
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa") == ""
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa dddddddddddddddd") == "queued anew"
     with queue._transaction() as file:
-        file.execute("UPDATE jobs SET content=?", ("0123456789abcdef" * 2,))
+        file.execute("UPDATE jobs SET content=?", (earlier,))
     job = queue.take()
-    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaa dddddddd") == ""  # looked at while it runs
+    assert queue.add("1.1", "CT", "1", tmp_path, "aaaaaaaaaaaaaaaa dddddddddddddddd") == ""  # looked at while it runs
     queue.finish(job, 1.0, "2.3")
     assert queue.counts()["done"] == 1
 
 
+def test_what_is_moved_to_another_study_is_done_there(tmp_path):
+    """As a PACS merges patients: the same objects, and what an earlier version knew of them."""
+    queue = JobQueue(tmp_path / "q.sqlite")
+    for state, content in (("done", "a" * 16), ("done", "01234567"), ("dead", "b" * 16)):
+        queue.add(state + content, "CT", "1", tmp_path / "1", content)
+        job = queue.take()
+        queue.finish(job, 1.0, "2.1") if state == "done" else queue.fail(job, "no volume", None)
+        assert queue.add(state + content, "CT", "2", tmp_path / "2", content) == "queued anew"
+        job = queue.take()
+        assert (job.study, job.folder, job.attempts) == ("2", str(tmp_path / "2"), 1)
+        assert job.replaces == ("2.1" if state == "done" else "")
+        queue.finish(job, 1.0, "2.2")
+    queue.add("1.1", "CT", "1", tmp_path / "1", "a" * 16)
+    assert queue.add("1.1", "CT", "2", tmp_path / "2", "a" * 16) == ""  # it still waits
+    job = queue.take()
+    assert job.study == "2" and queue.in_use("2") and not queue.in_use("1")
+    assert queue.add("1.1", "CT", "3", tmp_path / "3", "a" * 16) == ""  # while it runs
+    queue.finish(job, 1.0, "2.3")
+    assert queue.take().study == "3"
+
+
 def test_a_dead_letter_whose_study_comes_again_is_tried_again(tmp_path):
     queue = JobQueue(tmp_path / "q.sqlite")
-    queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa")
+    queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaaaaaaaaaa")
     queue.fail(queue.take(), "no mask", None)
-    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa") == ""
+    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaaaaaaaaaa") == ""
     queue.forget("1")
-    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaa") == "queued anew"
+    assert queue.add("1.1", "SEG", "1", tmp_path, "aaaaaaaaaaaaaaaa") == "queued anew"
     assert queue.take().attempts == 1 and queue.superseded() == 0
 
 
@@ -135,18 +157,18 @@ def test_a_job_that_kills_the_process_is_given_up(tmp_path):
 
 def test_what_changes_while_its_job_runs_is_done_anew(tmp_path):
     queue = JobQueue(tmp_path / "q.sqlite")
-    queue.add("1.1", "CT", "1", tmp_path, "six")
+    queue.add("1.1", "CT", "1", tmp_path, "six slices")
     job = queue.take()
-    assert queue.add("1.1", "CT", "1", tmp_path, "twelve") == ""
+    assert queue.add("1.1", "CT", "1", tmp_path, "twelve slices") == ""
     queue.finish(job, 1.0, "7.7")
     again = queue.take()
-    assert (again.content, again.replaces, again.attempts) == ("twelve", "7.7", 1) and queue.superseded() == 1
-    assert queue.add("1.1", "CT", "1", tmp_path, "thirteen") == ""
+    assert (again.content, again.replaces, again.attempts) == ("twelve slices", "7.7", 1) and queue.superseded() == 1
+    assert queue.add("1.1", "CT", "1", tmp_path, "thirteen slices") == ""
     queue.fail(again, "no mask", None)  # a dead letter that was no result
     third = queue.take()
-    assert (third.content, third.replaces, third.error) == ("thirteen", "7.7", "") and queue.superseded() == 1
+    assert (third.content, third.replaces, third.error) == ("thirteen slices", "7.7", "") and queue.superseded() == 1
     queue.fail(third, "no mask", None)
-    assert queue.add("1.1", "CT", "1", tmp_path, "fourteen") == "queued anew"
+    assert queue.add("1.1", "CT", "1", tmp_path, "fourteen slices") == "queued anew"
 
 
 @pytest.mark.parametrize("trouble", ["locked", "full"])

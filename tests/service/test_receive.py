@@ -7,7 +7,13 @@ from pathlib import Path
 import pydicom
 import pytest
 from pydicom.dataset import FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage, SegmentationStorage
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+)
 
 from maisi_tools.service import chain, receive
 from maisi_tools.service.jobs import JobQueue
@@ -271,3 +277,81 @@ def test_a_series_waits_for_what_the_archive_counts(spool, caplog):
     keep(make("1.6.1", "CT", "9.7", "1.6"), spool.incoming)
     spool.look(lambda *_: None)
     assert spool.look(lambda *_: None, after=11) == 1  # an archive that cannot say
+
+
+def finish_all(queue) -> list:
+    """Jobs that were waiting, which are done now."""
+    done = []
+    while (job := queue.take()) is not None:
+        queue.finish(job, 1.0, f"8.{job.key}")
+        done.append(job)
+    return done
+
+
+def test_what_is_corrected_under_its_uid_is_done_anew_and_what_comes_again_is_not(spool):
+    """A structure drawn anew, slices of the right patient; the same bytes, the same by another transfer syntax."""
+    slices = [make(f"1.2.{number}", "CT", "9.9") for number in range(3)]
+    mask = make("1.7.1")
+    for ds in (*slices, mask):
+        ds.PatientID = "wrong"
+        keep(ds, spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 2 and len(finish_all(spool.queue)) == 2
+
+    def look_again() -> list[str]:
+        assert spool.look() == 0
+        spool.look(after=11)
+        return [job.key for job in finish_all(spool.queue)]
+
+    before = {path: path.stat().st_mtime_ns for path in spool.incoming.rglob("*.dcm")}
+    keep(slices[0], spool.incoming)
+    slices[1].file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    keep(slices[1], spool.incoming)
+    assert before == {path: path.stat().st_mtime_ns for path in spool.incoming.rglob("*.dcm")}
+    assert look_again() == []
+    mask.PatientID = "right"
+    keep(mask, spool.incoming)
+    assert look_again() == ["1.7.1"]
+    for ds in slices:
+        ds.PatientID = "right"
+        keep(ds, spool.incoming)
+    assert look_again() == ["9.9"]
+    slices[0].PatientID = "wrong"  # back again is a change, too
+    keep(slices[0], spool.incoming)
+    assert look_again() == ["9.9"] and spool.queue.superseded() == 3
+    for path in spool.incoming.rglob("*.dcm"):
+        path.unlink()
+    assert look_again() == []
+    for ds in (*slices[:1], mask):  # what was removed long ago
+        keep(ds, spool.incoming)
+    assert look_again() == []
+
+
+def test_what_is_moved_to_another_study_is_read_from_there(spool, tmp_path):
+    """A merge in the archive: Series and SOP Instance UIDs are kept. The old study starts nothing after a restart."""
+    slices, mask = [make(f"1.2.{number}", "CT", "9.9", "1.5") for number in range(3)], make("1.7.1", study="1.5")
+    mask.FrameOfReferenceUID = "5.5"
+    for ds in (*slices, mask):
+        keep(ds, spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 2 and len(finish_all(spool.queue)) == 2
+    for ds in slices:
+        ds.StudyInstanceUID = "1.4"
+        keep(ds, spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 1
+    (job,) = finish_all(spool.queue)
+    assert (job.key, job.study, job.folder, job.replaces) == ("9.9", "1.4", str(spool.incoming / "1.4"), "8.9.9")
+    assert [path.name for path in (spool.incoming / "1.5").iterdir()] == ["1.7.1.dcm"]
+    (tmp_path / "work").mkdir()
+    assert len(list(chain._series(job, tmp_path / "work").iterdir())) == 3
+    spool.intake = Intake()
+    spool.look()
+    assert spool.look(after=11) == 0
+    mask.StudyInstanceUID = "1.4"
+    keep(mask, spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 1 and finish_all(spool.queue)[0].study == "1.4"
+    spool.look(after=3700)
+    forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+    assert not list(spool.incoming.iterdir())  # the empty one, too

@@ -16,10 +16,13 @@ from pathlib import Path
 from maisi_tools.errors import InputError
 from maisi_tools.service.troubles import printable
 
+QUEUE = "queue.sqlite"
+"""The file's name in the spool, which is known by it."""
+
 STATES = ("waiting", "running", "done", "dead")
 
-CONTENT_LETTERS = 8
-"""Of the digest of a file's name."""
+CONTENT_LETTERS = 16
+"""Of the digest of a file; earlier versions had 8, of its name alone."""
 
 COLUMNS = {
     "kind": "TEXT",
@@ -109,23 +112,27 @@ class JobQueue:
     def add(self, key: str, kind: str, study: str, folder: Path, content: str = "") -> str:
         """Queue a job, unless there is or was one with this key and content.
 
-        One whose content has grown is done anew, under a new date; its older result then counts as superseded.
+        One with content that was not there before, or in another study, is done anew, under a new date; its older
+        result then counts as superseded.
 
         Returns:
             "queued", "queued anew", or "" where nothing is to be done.
         """
         with self._transaction() as file:
-            found = file.execute("SELECT state, content FROM jobs WHERE key=?", (key,)).fetchone()
+            found = file.execute("SELECT state, content, study FROM jobs WHERE key=?", (key,)).fetchone()
             if found is None:
                 row = (key, kind, study, str(folder), _now(), content)
                 file.execute("INSERT INTO jobs (key, kind, study, folder, received, content) VALUES (?,?,?,?,?,?)", row)
                 return "queued"
-            state, before = found
-            if before and not set(content.split()) - set(before.split()):
+            state, before, study_before = found
+            moved = study != study_before
+            if not moved and before and not set(content.split()) - set(before.split()):
                 return ""  # what was there before, or a part of it that came again
-            file.execute("UPDATE jobs SET content=? WHERE key=?", (content, key))
+            file.execute("UPDATE jobs SET content=?, study=?, folder=? WHERE key=?", (content, study, str(folder), key))
+            if state in ("waiting", "running"):  # `settle` will see it
+                return ""
             sent_again = state == "dead" and not before
-            if not sent_again and (_is_earlier(before) or state in ("waiting", "running")):  # `settle` will see it
+            if _is_earlier(before) and not moved and not sent_again:
                 return ""
             _anew(file, key)
             self._due.pop(key, None)
@@ -167,9 +174,9 @@ class JobQueue:
             self._settle(file, job)
 
     def _settle(self, file: sqlite3.Connection, job: Job) -> None:
-        """Do a job anew whose content has changed while it ran."""
-        (content,) = file.execute("SELECT content FROM jobs WHERE key=?", (job.key,)).fetchone()
-        if content != job.content and not _is_earlier(job.content):
+        """Do a job anew whose content, or study, has changed while it ran."""
+        content, study = file.execute("SELECT content, study FROM jobs WHERE key=?", (job.key,)).fetchone()
+        if study != job.study or (content != job.content and not _is_earlier(job.content)):
             _anew(file, job.key)
             self._due.pop(job.key, None)
 
@@ -230,8 +237,8 @@ class JobQueue:
 
 
 def _is_earlier(content: str) -> bool:
-    """Whether an earlier version wrote it: nothing, or one digest of all."""
-    return not content or (" " not in content and len(content) == 32)
+    """Whether an earlier version wrote it: nothing, one digest of all, or digests of names alone."""
+    return all(len(one) in (8, 32) for one in content.split())
 
 
 def _anew(file: sqlite3.Connection, key: str) -> None:

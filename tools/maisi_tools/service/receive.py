@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import io
 import logging
@@ -33,7 +34,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing
+from maisi_tools.files import replacing, sha256
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import CONTENT_LETTERS, JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
@@ -139,6 +140,9 @@ def start_receiver(settings: Listen, incoming: Path, troubles: Troubles) -> Serv
 def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None) -> Path:
     """Write an object to the spool, complete or not at all, and to the disk before this returns.
 
+    One that is there already keeps its file and date, so that it starts nothing. One that lies in another study leaves
+    that: it is the same by its UID, and what came last is right, as after a merge of patients.
+
     Args:
         ds: the object, or of it at least :data:`IDENTITY`.
         incoming: the spool.
@@ -156,7 +160,22 @@ def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None
             ds.save_as(part, enforce_file_format=True)
         else:
             write(part)
+        if _is_same(part, path):
+            shutil.copy2(path, part)
+    for other in incoming.glob(f"*/{path.name}"):
+        if other.parent != path.parent:
+            other.unlink(missing_ok=True)
     return path
+
+
+def _is_same(new: Path, old: Path) -> bool:
+    """Whether two files hold the same object, whatever their transfer syntax and file meta information say."""
+    if not old.is_file():
+        return False
+    try:
+        return filecmp.cmp(new, old, shallow=False) or pydicom.dcmread(new) == pydicom.dcmread(old)
+    except Exception:  # one that cannot be read is another
+        return False
 
 
 @dataclass
@@ -165,16 +184,18 @@ class Intake:
     set.
 
     Attributes:
-        seen: study -> (digest of the names of its files, when they last changed).
+        seen: study -> (digest of the names and dates of its files, when they last changed).
         stamps: study -> date of its folder when its files were last listed.
         queued: studies whose files have not changed since their jobs were queued.
         waiting: series -> since when it waits for instances that the archive counts.
+        looked: when a study was last looked at; many, after a restart, take their time.
     """
 
     seen: dict[str, tuple[str, float]] = field(default_factory=dict)
     stamps: dict[str, int] = field(default_factory=dict)
     queued: set[str] = field(default_factory=set)
     waiting: dict[str, float] = field(default_factory=dict)
+    looked: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -184,7 +205,7 @@ class Trigger:
     Attributes:
         key: the job's.
         kind: its modality.
-        content: short digests of the names of all that the job will read; a new one makes it a job again.
+        content: short digests of all files that the job will read; a new one makes it a job again.
         series: Series Instance UID of the CT it needs, and how many instances of that are here; None for no CT.
     """
 
@@ -230,6 +251,7 @@ def queue_whole_studies(
             new += _look_at(folder, settings, queue, intake, troubles, dead, count)
         except Exception as error:  # the next study may be all right
             troubles.add("study", f"study {folder.name} cannot be queued: {printable(error)}")
+        intake.looked = time.monotonic()
     return new
 
 
@@ -264,7 +286,7 @@ def _look_at(
         return 0
     intake.stamps[folder.name] = stamp
     files = sorted(path for path in folder.glob("*.dcm") if not path.name.startswith("."))
-    names, now = _digest(path.name for path in files), time.monotonic()
+    names, now = _digest(f"{path.name} {path.stat().st_mtime_ns}" for path in files), time.monotonic()
     before, changed = intake.seen.get(folder.name, (None, 0.0))
     if names != before:
         # What lay there before this process came is as old as its date says, unless that is in the future.
@@ -272,7 +294,7 @@ def _look_at(
         changed = now - age if files else now
         intake.seen[folder.name] = names, changed
         intake.queued.discard(folder.name)
-    if not files or folder.name in intake.queued or now - changed < settings.quiet_seconds:
+    if folder.name in intake.queued or now - changed < settings.quiet_seconds:
         return 0
     new, whole = 0, True
     for trigger in _triggers(files, settings, troubles, dead):
@@ -308,7 +330,7 @@ def _all_here(study: str, trigger: Trigger, count: Count, intake: Intake) -> boo
 
 def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: Path) -> list[Trigger]:
     """What a chain waits for among the files of a study."""
-    series: dict[str, list[str]] = {}
+    series: dict[str, list[Path]] = {}
     here: Counter[str] = Counter()
     frames: dict[str, str] = {}
     masks: list[tuple[str, str, Path]] = []
@@ -334,17 +356,17 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
             here[uid] += 1  # as the archive counts
             if not is_slice(ds):
                 continue
-            series.setdefault(uid, []).append(path.name)
+            series.setdefault(uid, []).append(path)
             frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
         elif settings.chain(kind) is not None:
             masks.append((str(ds.SOPInstanceUID), kind, path))
     found = []
     if settings.chain("CT") is not None:
-        found = [Trigger(uid, "CT", _digests(names), (uid, here[uid])) for uid, names in series.items()]
+        found = [Trigger(uid, "CT", _digests(slices), (uid, here[uid])) for uid, slices in series.items()]
     for key, kind, path in masks:
         uid = needed_series(path, frames)
-        names = series.get(uid, [])
-        found.append(Trigger(key, kind, _digests([path.name, *names]), (uid, here[uid]) if uid else None))
+        slices = series.get(uid, [])
+        found.append(Trigger(key, kind, _digests([path, *slices]), (uid, here[uid]) if uid else None))
     return found
 
 
@@ -396,9 +418,12 @@ def set_aside(path: Path, dead: Path, reason: str) -> None:
     os.replace(path, folder / path.name)
 
 
-def _digests(names: Sequence[str]) -> str:
-    """One short digest a name: a study that comes again in part shows by them that nothing of it is new."""
-    return " ".join(sorted(_digest([name])[:CONTENT_LETTERS] for name in names))
+def _digests(files: Sequence[Path]) -> str:
+    """One short digest a file: a study that comes again in part shows by them that nothing of it is new.
+
+    Of the bytes: an object may be corrected and sent again under its UID.
+    """
+    return " ".join(sorted(sha256(path)[:CONTENT_LETTERS] for path in files))
 
 
 def _digest(names: Any) -> str:
