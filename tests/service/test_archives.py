@@ -6,10 +6,12 @@ import json
 import re
 
 import pytest
+from pydicom.dataset import Dataset
+from pynetdicom import AE, evt
 
 from maisi_tools.service import archives
-from maisi_tools.service.archives import DicomWebArchive, Found, fetch_new, read_seen
-from maisi_tools.service.settings import Poll
+from maisi_tools.service.archives import FIND, DicomWebArchive, DimseArchive, Found, fetch_new, read_seen
+from maisi_tools.service.settings import Poll, Query
 from maisi_tools.service.troubles import Troubles
 
 
@@ -109,3 +111,29 @@ def test_series_beyond_the_first_page_are_seen(tmp_path, monkeypatch):
         assert re.fullmatch(r"\d{8}-", asked[0][0]["StudyDate"])
         archive.search("CT", "1.1", "1.2.0")
         assert asked[-1] == ({"Modality": "CT", "SeriesInstanceUID": "1.2.0"}, None)
+
+
+def test_a_search_by_c_find_takes_one_association(free_port):
+    """However many studies there are; an archive that matches by less than it was asked is sieved."""
+    opened = []
+
+    def find(event):
+        for number in range(3):
+            study = event.identifier.StudyInstanceUID
+            if event.identifier.QueryRetrieveLevel == "SERIES" and study != f"1.{number}":
+                continue
+            answer = Dataset()
+            answer.StudyInstanceUID, answer.SeriesInstanceUID = f"1.{number}", f"1.{number}.1"
+            answer.Modality, answer.NumberOfSeriesRelatedInstances = "CT" if number == 1 else "SEG", number
+            yield 0xFF00, answer
+        yield 0x0000, None
+
+    ae, port = AE("PACS"), free_port()
+    ae.add_supported_context(FIND)
+    handlers = [(evt.EVT_C_FIND, find), (evt.EVT_ACCEPTED, opened.append)]
+    server = ae.start_server(("127.0.0.1", port), False, evt_handlers=handlers)
+    try:
+        found = DimseArchive(Query("PACS", "127.0.0.1", port), "MAISI").search("SEG")
+    finally:
+        server.shutdown()
+    assert found == [Found("1.0", "1.0.1", 0), Found("1.2", "1.2.1", 2)] and len(opened) == 1

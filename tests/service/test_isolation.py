@@ -14,8 +14,13 @@ import pytest
 
 pytest.importorskip("pynetdicom", reason="needs the extra 'dicom'")
 
+from pydicom.uid import CTImageStorage
+
+from maisi_tools.cli.service import listen
 from maisi_tools.errors import InputError
 from maisi_tools.service import listener as listener_module
+from maisi_tools.service import troubles as troubles_module
+from maisi_tools.service.association import ArchiveAway, ArchiveRefuses
 from maisi_tools.service.chain import Made
 from maisi_tools.service.listener import HTTP_REQUESTS, Listener
 from maisi_tools.service.settings import read_settings
@@ -65,6 +70,7 @@ def jobs(monkeypatch):
         return Made([], "1.1")
 
     monkeypatch.setattr(listener_module, "run_job", run_job)
+    monkeypatch.setattr(listener_module, "check_reachable", lambda *_: None)
     monkeypatch.setattr(listener_module, "send", lambda *_: None)
     raised["runs"] = done  # type: ignore[assignment]
     return raised
@@ -166,15 +172,117 @@ def test_silent_http_callers_keep_monitoring_out_for_seconds_alone(running):
 
 def test_the_spool_is_its_owners_and_free_of_parts(write_settings, tmp_path):
     settings = read_settings(write_settings(4242)[0])
-    for folder in ("incoming/1.2", "dead"):
-        (tmp_path / "spool" / folder).mkdir(parents=True, mode=0o755)
+    Listener(settings)
+    for folder in ("incoming/1.2", "work/1.2.3"):
+        (tmp_path / "spool" / folder).mkdir(mode=0o755)
+    (tmp_path / "spool" / "dead").chmod(0o755)
     (tmp_path / "spool" / "incoming" / "1.2" / ".77-78-1.2.3.dcm").write_bytes(b"half")
     (tmp_path / "spool" / "incoming" / "1.2" / "1.2.4.dcm").write_bytes(b"whole")
     listener = Listener(settings)
-    for folder in (listener.spool, listener.incoming, listener.dead):
+    assert not list(listener.work_folder.iterdir())
+    for folder in (listener.spool, listener.incoming, listener.dead, listener.work_folder):
         assert folder.stat().st_mode & 0o777 == 0o700
     assert (listener.spool / "queue.sqlite").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in listener.incoming.rglob("*")] == ["1.2", "1.2.4.dcm"]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="spool .*file/x cannot be used"):
         Listener(read_settings(write_settings(4242, spool="file/x")[0]))
+
+
+def test_a_folder_that_no_listener_made_is_no_spool_and_stays_as_it_is(write_settings, tmp_path):
+    """Of somebody's work, with folders called as ours; one that is empty, or a disk of its own, will do."""
+    settings = read_settings(write_settings(4242)[0])
+    (tmp_path / "spool" / "lost+found").mkdir(parents=True, mode=0o755)
+    for name in ("work/results.csv", "incoming/letter.pdf", ".1-2-mine.txt"):
+        (tmp_path / "spool" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "spool" / name).write_text("mine")
+    (tmp_path / "spool").chmod(0o755)
+    before = {path: path.stat().st_mode for path in [tmp_path / "spool", *(tmp_path / "spool").rglob("*")]}
+    for start in (lambda: Listener(settings), lambda: listen(str(tmp_path / "listen.yaml"))):
+        with pytest.raises(
+            InputError, match=r"holds .1-2-mine.txt, incoming, work and no queue.sqlite.* allowed is a new"
+        ):
+            start()
+    assert before == {path: path.stat().st_mode for path in [tmp_path / "spool", *(tmp_path / "spool").rglob("*")]}
+    for name in ("work", "incoming", ".1-2-mine.txt"):
+        (tmp_path / "spool" / name).rename(tmp_path / name)
+    Listener(settings)
+    Listener(settings)
+    assert (tmp_path / "spool").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def refusals(listener, jobs, monkeypatch):
+    """What sending raises, one after another, then nothing; ``refusals.checks`` are those of the archive."""
+
+    class Refusals(list):
+        checks: list = []
+
+    raised = Refusals()
+    raised.checks = []
+
+    def send(*_):
+        if raised:
+            raise raised.pop(0)
+
+    monkeypatch.setattr(listener_module, "send", send)
+    monkeypatch.setattr(listener_module, "check_reachable", lambda *given: raised.checks.append(given[2]))
+    monkeypatch.setattr(listener_module, "sop_classes", lambda files: {"CT", "SEG"})
+    return raised
+
+
+def work(listener, times: int) -> None:
+    for _ in range(times):
+        listener.queue._due.clear()
+        assert listener.work()
+
+
+def test_a_result_that_the_archive_refuses_is_computed_once_and_given_up(listener, jobs, refusals):
+    listener.queue.add("1.1", "SEG", "1", listener.incoming)
+    refusals += [ArchiveRefuses("takes no SEG")] * 2
+    work(listener, 1)
+    assert listener.health()["status"] == "degraded" and "takes no SEG" in listener.health()["troubles"]["archive"]
+    work(listener, 1)
+    assert jobs["runs"] == ["1.1"] and listener.queue.counts()["dead"] == 1 and not listener._unsent
+    listener.queue.add("1.2", "SEG", "1", listener.incoming)
+    work(listener, 1)
+    assert refusals.checks == [{CTImageStorage}, {"CT", "SEG"}]  # the next one is asked for what the last one had
+
+
+def test_a_result_waits_for_an_archive_that_is_away_and_is_sent_as_it_is(listener, jobs, refusals, monkeypatch):
+    listener.queue.add("1.1", "SEG", "1", listener.incoming)
+    refusals += [ArchiveAway("no room")] * 5
+    work(listener, 5)
+    monkeypatch.setattr(troubles_module, "DEGRADED_SECONDS", 0.0)
+    assert listener.health()["troubles"] == {"archive": "jobs that wait for ARCHIVE: 1"}
+    work(listener, 1)
+    assert jobs["runs"] == ["1.1"] and listener.queue.counts()["done"] == 1 and listener.health()["status"] == "ok"
+    listener.queue.add("1.2", "SEG", "1", listener.incoming, "a" * 16)
+    refusals.append(ArchiveAway("no room"))
+    work(listener, 1)
+    listener.queue.add("1.2", "SEG", "1", listener.incoming, "b" * 16)  # another one than was computed
+    work(listener, 1)
+    assert jobs["runs"] == ["1.1", "1.2", "1.2"] and listener.queue.counts()["done"] == 2
+
+
+def test_no_more_results_wait_than_a_disk_may_hold(listener, jobs, refusals, monkeypatch):
+    monkeypatch.setattr(listener_module, "UNSENT", 2)
+    for key in ("1.1", "1.2", "1.3"):
+        listener.queue.add(key, "SEG", "1", listener.incoming)
+        (listener.work_folder / key).mkdir()  # as running it would
+        refusals.append(ArchiveAway("no room"))
+        assert listener.work()
+        listener.queue._due = dict.fromkeys(listener.queue._due, float("inf"))
+    assert sorted(path.name for path in listener.work_folder.iterdir()) == ["1.2", "1.3"]
+    work(listener, 3)
+    assert jobs["runs"] == ["1.1", "1.2", "1.3", "1.1"] and not list(listener.work_folder.iterdir())
+
+
+def test_nothing_is_computed_for_an_archive_that_is_away(listener, jobs, refusals, monkeypatch):
+    def check(*_):
+        raise ArchiveAway("no connection")
+
+    monkeypatch.setattr(listener_module, "check_reachable", check)
+    listener.queue.add("1.1", "SEG", "1", listener.incoming)
+    work(listener, 3)
+    assert not jobs["runs"] and listener.queue.counts()["waiting"] == 1

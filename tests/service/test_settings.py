@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from maisi_tools.errors import InputError
+from maisi_tools.service.listener import Listener
 from maisi_tools.service.settings import http_address, read_settings
 
 
@@ -56,6 +57,14 @@ NAN, INF = float("nan"), float("inf")
         ({"listen": {**LISTEN, "host": 5}}, "listen.host is 5"),
         ({"send": {**SEND, "tls": "no"}}, "tls is 'no'; allowed are true and false"),
         ({"send": {"ae_title": "A", "host": "h"}}, "send.port is 0"),
+        (
+            {"send": {**SEND, "tls": True, "key": "k.pem"}},
+            "A has a key alone; allowed are certificate and key together",
+        ),
+        *[
+            ({"send": {**SEND, **files}}, "A has an authority or a certificate without TLS.* add it")
+            for files in ({"authority": "a.pem"}, {"certificate": "c.pem", "key": "k.pem"})
+        ],
         ({"send": {**SEND, "host": ""}}, "host is ''"),
         *[({"attempts": attempts}, "attempts") for attempts in (0, -1, "5", 2.5, True, INF)],
         *[({"retry_seconds": seconds}, "retry_seconds") for seconds in (0, -3, "30", NAN)],
@@ -94,6 +103,12 @@ def test_a_certificate_that_is_none_is_refused(write_settings, tmp_path):
     path, _ = write_settings(4242, listen=listen)
     with pytest.raises(InputError, match=r"none\.pem.*PEM"):
         read_settings(path).listen.tls()
+    for node in ({"send": {**SEND, "tls": True, **files}}, {"query": {**SEND, "tls": True, "authority": "none.pem"}}):
+        settings = read_settings(write_settings(4242, **node)[0])
+        assert settings.send.certificate in (None, str(tmp_path / "none.pem"))
+        with pytest.raises(InputError, match=r"none\.pem, for A, cannot be loaded.*PEM"):
+            Listener(settings)
+    assert not (tmp_path / "spool").exists()
 
 
 def test_what_is_asked_for_by_name_is_let_through(write_settings):

@@ -24,7 +24,7 @@ def listen(settings: str) -> None:
     import signal
 
     from maisi_tools.files import held
-    from maisi_tools.service.listener import Listener, make_private
+    from maisi_tools.service.listener import Listener, take_over
     from maisi_tools.service.settings import read_settings
 
     wanted = read_settings(str(settings))
@@ -32,7 +32,7 @@ def listen(settings: str) -> None:
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # tracebacks of what callers do; we say it in a line
     os.umask(0o077)
     taken = f"another listener works on the spool {wanted.spool}; stop it, or give this one a spool of its own"
-    make_private(Path(wanted.spool))
+    take_over(Path(wanted.spool))
     with held(Path(wanted.spool), taken):
         listener = Listener(wanted)
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -47,10 +47,10 @@ def jobs(settings: str, revive: str | None = None) -> None:
         settings: its YAML file.
         revive: key of a dead job.
     """
-    from maisi_tools.service.jobs import JobQueue
+    from maisi_tools.service.jobs import QUEUE, JobQueue
     from maisi_tools.service.settings import read_settings
 
-    path = Path(read_settings(str(settings)).spool) / "queue.sqlite"
+    path = Path(read_settings(str(settings)).spool) / QUEUE
     if not path.is_file():
         raise InputError(f"{path} does not exist; start `maisi listen {settings}` first")
     queue = JobQueue(path, recover=False)

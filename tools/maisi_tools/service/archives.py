@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from pydicom.dataset import Dataset
-from pynetdicom.sop_class import (  # type: ignore[attr-defined]
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelMove,
-)
+from pynetdicom.association import Association
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as FIND  # type: ignore[attr-defined]
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelMove as MOVE  # type: ignore[attr-defined]
 
 from maisi_tools.service.association import PENDING, SUCCESS, association
 from maisi_tools.service.receive import keep
@@ -116,38 +115,36 @@ class DimseArchive:
 
     def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
-        if study is None:
-            wanted = {"StudyDate": f"{since(self.settings.days):%Y%m%d}-", "ModalitiesInStudy": kind}
-            studies = [found.StudyInstanceUID for found in self._find("STUDY", StudyInstanceUID="", **wanted)]
-        else:
-            studies = [study]
+        wanted = {"StudyDate": f"{since(self.settings.days):%Y%m%d}-", "ModalitiesInStudy": kind}
         keys = {"Modality": kind, "SeriesInstanceUID": series or "", "NumberOfSeriesRelatedInstances": None}
-        return [
-            _found(found, one)
-            for one in studies
-            for found in self._find("SERIES", StudyInstanceUID=one, **keys)
-            if found.get("Modality") == kind  # an archive may match by less than it was asked
-        ]
+        with association(self.settings, self.ae_title, [FIND]) as opened:
+            studies = [study]
+            if study is None:
+                found_studies = self._find(opened, "STUDY", StudyInstanceUID="", **wanted)
+                studies = [found.StudyInstanceUID for found in found_studies]
+            return [
+                _found(found, one)
+                for one in studies
+                for found in self._find(opened, "SERIES", StudyInstanceUID=one, **keys)
+                if found.get("Modality") == kind  # an archive may match by less than it was asked
+            ]
 
     def fetch(self, study: str, series: str) -> None:
         """See :class:`Archive`."""
         wanted = Dataset()
         wanted.QueryRetrieveLevel = "SERIES"
         wanted.StudyInstanceUID, wanted.SeriesInstanceUID = study, series
-        model = StudyRootQueryRetrieveInformationModelMove
-        with association(self.settings, self.ae_title, [(model,)]) as opened:
-            answers = [answer for answer, _ in opened.send_c_move(wanted, self.ae_title, model)]
+        with association(self.settings, self.ae_title, [MOVE]) as opened:
+            answers = [answer for answer, _ in opened.send_c_move(wanted, self.ae_title, MOVE)]
         if not answers or not answers[-1] or answers[-1].Status != SUCCESS:
             raise ConnectionError(f"{self.settings.ae_title} does not send series {series} here: {_said(answers)}")
 
-    def _find(self, level: str, **keys: str | None) -> Iterator[Dataset]:
+    def _find(self, opened: Association, level: str, **keys: str | None) -> Iterator[Dataset]:
         asked = Dataset()
         asked.QueryRetrieveLevel = level
         for name, value in keys.items():
             setattr(asked, name, value)
-        model = StudyRootQueryRetrieveInformationModelFind
-        with association(self.settings, self.ae_title, [(model,)]) as opened:
-            answers = list(opened.send_c_find(asked, model))
+        answers = list(opened.send_c_find(asked, FIND))
         if not answers or not answers[-1][0] or answers[-1][0].Status != SUCCESS:
             raise ConnectionError(f"{self.settings.ae_title} does not answer: {_said([a for a, _ in answers])}")
         return (found for answer, found in answers if answer.Status in PENDING and found is not None)

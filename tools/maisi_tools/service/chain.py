@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.uid import CTImageStorage
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.dicom.objects import recordable
@@ -25,6 +24,7 @@ from maisi_tools.service.association import (
     STORED_WITH_WARNING,
     SUCCESS,
     ArchiveAway,
+    ArchiveRefuses,
     association,
 )
 from maisi_tools.service.jobs import Job
@@ -138,22 +138,21 @@ def gather(source: Path, incoming: Path) -> dict[str, str]:
 
 
 def send(files: list[Path], node: Node, calling: str) -> None:
-    """Store files in an archive with C-STORE.
+    """Store files in an archive with C-STORE; none where it does not take all their kinds.
 
     Raises:
         ArchiveAway: it cannot be reached, or has no room now.
-        ConnectionError: it does not take one of them.
+        ArchiveRefuses: it does not take one of them.
     """
     datasets = [pydicom.dcmread(path) for path in files]
-    kinds = {(str(ds.SOPClassUID), str(ds.file_meta.TransferSyntaxUID)) for ds in datasets}
     warned: set[str] = set()
-    with association(node, calling, kinds) as opened:
+    with association(node, calling, {str(ds.SOPClassUID) for ds in datasets}) as opened:
         for ds in datasets:
             status: Dataset = opened.send_c_store(ds)
             if not status or status.Status not in (SUCCESS, *STORED_WITH_WARNING):
                 code = f"status {status.Status:#06x}" if status else "no answer"
                 passing = not status or status.Status >> 8 == OUT_OF_RESOURCES
-                kind = ArchiveAway if passing else ConnectionError
+                kind = ArchiveAway if passing else ArchiveRefuses
                 raise kind(f"{node.ae_title} does not take {ds.SOPInstanceUID}: {code}")
             if status.Status != SUCCESS:
                 warned.add(f"{status.Status:#06x}")
@@ -161,13 +160,20 @@ def send(files: list[Path], node: Node, calling: str) -> None:
         logger.warning("%s stored the result with a warning: %s", node.ae_title, ", ".join(sorted(warned)))
 
 
-def check_reachable(node: Node, calling: str) -> None:
-    """Make sure that an archive would take a result, before one is computed.
+def sop_classes(files: list[Path]) -> set[str]:
+    """Of DICOM files."""
+    tags = ["SOPClassUID"]
+    return {str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags).SOPClassUID) for path in files}
+
+
+def check_reachable(node: Node, calling: str, classes: Iterable[str]) -> None:
+    """Make sure that an archive would take a result of some SOP classes, before one is computed.
 
     Raises:
         ArchiveAway: it cannot be reached, or refuses us.
+        ArchiveRefuses: it does not take one of the classes.
     """
-    with association(node, calling, [(CTImageStorage,)]):
+    with association(node, calling, classes):
         pass
 
 

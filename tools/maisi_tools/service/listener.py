@@ -15,13 +15,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from pydicom.uid import CTImageStorage
+
 from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.files import is_part, replacing, write_json
+from maisi_tools.files import LOCK, is_part, replacing, write_json
 from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
-from maisi_tools.service.association import ArchiveAway
-from maisi_tools.service.chain import check_reachable, run_job, send
-from maisi_tools.service.jobs import Job, JobQueue
+from maisi_tools.service.association import ArchiveAway, ArchiveRefuses
+from maisi_tools.service.chain import Made, check_reachable, run_job, send, sop_classes
+from maisi_tools.service.jobs import QUEUE, Job, JobQueue
 from maisi_tools.service.receive import Intake, forget_old_studies, queue_whole_studies, start_receiver
 from maisi_tools.service.server import Server
 from maisi_tools.service.settings import Poll, Query, Settings, http_address
@@ -30,6 +32,9 @@ from maisi_tools.service.troubles import Troubles, printable
 logger = logging.getLogger(__name__)
 
 TICK = 0.5  # seconds between looks at the spool and the queue
+
+UNSENT = 8
+"""Results at most that are kept until the archive takes them; those of further jobs are computed again."""
 
 HTTP_SECONDS, HTTP_REQUESTS = 5.0, 16
 """How long a request of health or metrics may take, and how many are served at a time."""
@@ -59,16 +64,22 @@ class Listener:
         self.settings = settings
         self.spool = Path(settings.spool)
         self.incoming, self.dead, self.work_folder = (self.spool / name for name in ("incoming", "dead", "work"))
-        for folder in (self.spool, self.incoming, self.dead):
+        for node in (settings.send, settings.query):
+            if node is not None:
+                _ = node.context  # a certificate that cannot be read is said now, not by every job
+        take_over(self.spool)
+        self.queue = JobQueue(self.spool / QUEUE, settings.attempts)
+        shutil.rmtree(self.work_folder, ignore_errors=True)
+        for folder in (self.incoming, self.dead, self.work_folder):
             make_private(folder)
         for part in [path for path in self.spool.rglob(".*") if is_part(path)]:  # of a listener that was killed
             part.unlink(missing_ok=True)
-        self.queue = JobQueue(self.spool / "queue.sqlite", settings.attempts)
         self.troubles, self.intake = Troubles(), Intake()
         self.stopping = threading.Event()
-        self.looked = time.monotonic()
         self._outcome: Callable[[], None] | None = None
         self._away: dict[str, int] = {}  # job -> how often the archive was away, one time after the other
+        self._unsent: dict[str, tuple[Job, Made]] = {}  # job -> its result, which the archive has not taken yet
+        self._classes: dict[str, set[str]] = {}  # job's kind -> SOP classes of the last result
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -129,23 +140,42 @@ class Listener:
         calling = self.settings.listen.ae_title if self.settings.listen else "MAISI"
         start = time.perf_counter()
         try:
-            chain = self.settings.chain(job.kind)
-            if chain is None:
-                raise InputError(f"there is no chain for {job.kind} any more; add it, or leave the job")
-            if job.key in self._away:
-                check_reachable(self.settings.send, calling)
-            made = run_job(job, chain, self.work_folder, self.settings.device)
+            made = self._result(job, calling)
             send(made.files, self.settings.send, calling)
         except (Exception, SystemExit) as error:  # one bad job must not stop the others, nor a bundle that exits
             self._failed(job, error)
         else:
             self._away.pop(job.key, None)
+            self._unsent.pop(job.key, None)
             seconds = time.perf_counter() - start
             logger.info("%s %s done in %.1f s: %d objects stored", job.kind, job.key, seconds, len(made.files))
             self._outcome = partial(self.queue.finish, job, seconds, made.series)
-        shutil.rmtree(self.work_folder, ignore_errors=True)
+        if len(self._unsent) > UNSENT:
+            self._unsent.pop(next(iter(self._unsent)))
+        wanted = {uid_name(key) for key in self._unsent}
+        for folder in self.work_folder.glob("*"):
+            if folder.name not in wanted:
+                shutil.rmtree(folder, ignore_errors=True)
         self._note()
         return True
+
+    def _result(self, job: Job, calling: str) -> Made:
+        """A job's result: the one that the archive did not take before, or a new one, which it would take.
+
+        Raises:
+            Exception: it cannot be made, or would not be taken.
+        """
+        chain = self.settings.chain(job.kind)
+        if chain is None:
+            raise InputError(f"there is no chain for {job.kind} any more; add it, or leave the job")
+        before, made = self._unsent.pop(job.key, (job, None))
+        same = (before.study, before.content, before.received) == (job.study, job.content, job.received)
+        if made is None or not same:
+            check_reachable(self.settings.send, calling, self._classes.get(job.kind, {CTImageStorage}))
+            made = run_job(job, chain, self.work_folder / uid_name(job.key), self.settings.device)
+            self._classes[job.kind] = sop_classes(made.files)
+        self._unsent[job.key] = job, made
+        return made
 
     def _note(self) -> None:
         """Write what came of the last job into the queue, if that is not done yet."""
@@ -155,13 +185,15 @@ class Listener:
 
     def health(self) -> dict[str, Any]:
         """Whether all is well, what went wrong lately, and what is in the queue."""
-        late = time.monotonic() - self.looked > 60
+        late = time.monotonic() - self.intake.looked > 60
         try:
             counts: dict[str, Any] = dict(self.queue.counts())
         except Exception as error:
             self.troubles.add("queue", f"the queue cannot be used: {printable(error)}")
             counts = {}
         troubles = self.troubles.recent()
+        if waiting := len(self._away):  # some for longer than a trouble is shown
+            troubles.setdefault("archive", f"jobs that wait for {self.settings.send.ae_title}: {waiting}")
         status = "late" if late else "degraded" if troubles else "ok"
         return {"status": status, **counts, **({"troubles": troubles} if troubles else {})}
 
@@ -187,11 +219,15 @@ class Listener:
         text = printable(known if known else f"{type(error).__name__}: {error}")
         # What is wrong with the data stays wrong; an archive that is away comes back, if not within the hour.
         away = isinstance(error, ArchiveAway)
+        if refused := away or isinstance(error, ArchiveRefuses):
+            self.troubles.add("archive", text)
         absences = self._away.pop(job.key, 0) + 1
         if away:
             self._away[job.key] = absences
         times = absences if away else job.attempts
         last = known is not None or (not away and job.attempts >= self.settings.attempts)
+        if last or not refused:
+            self._unsent.pop(job.key, None)
         longest = max(self.settings.retry_seconds, LONGEST_PAUSE)
         pause = min(self.settings.retry_seconds * 2 ** min(times - 1, 20), longest)
         self._outcome = partial(self.queue.fail, job, text, None if last else pause, counts=not away)
@@ -247,7 +283,25 @@ class Listener:
                 self._look(archives)
             except Exception as error:  # a full disk may have room again
                 self.troubles.add("spool", f"the spool cannot be looked at: {printable(error)}")
-            self.looked = time.monotonic()
+            self.intake.looked = time.monotonic()
+
+
+def take_over(spool: Path) -> None:
+    """Make a folder the listener's own, in which files are removed.
+
+    Raises:
+        InputError: it holds what no listener wrote, or cannot be made.
+    """
+    try:
+        others = {path.name for path in spool.iterdir()} - {LOCK, "lost+found"} if spool.exists() else set()
+    except OSError as error:
+        raise _unusable(spool, error) from error
+    if others and QUEUE not in others:
+        raise InputError(
+            f"spool {spool} holds {', '.join(sorted(others)[:3])} and no {QUEUE}, so no listener made it; allowed is a "
+            "new or empty folder, or one that `maisi listen` made: files in it are removed, and others kept out"
+        )
+    make_private(spool)
 
 
 def make_private(folder: Path) -> None:
@@ -256,9 +310,13 @@ def make_private(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
     except OSError as error:
-        raise InputError(
-            f"spool {folder} cannot be used ({error.strerror}); allowed is a folder of this user, or one it may make"
-        ) from error
+        raise _unusable(folder, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"spool {folder} cannot be used ({error.strerror}); allowed is a folder of this user, or one it may make"
+    )
 
 
 class _HealthServer(ThreadingHTTPServer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import ssl
@@ -28,18 +29,49 @@ class Node:
         host: name or address.
         port: where it listens; 0 for one that only sends.
         tls: whether it is talked to in TLS.
+        authority: PEM file of the certificates that may have signed its own; None for those that the system trusts.
+        certificate, key: PEM files of ours, for one that asks who calls.
     """
 
     ae_title: str
     host: str
     port: int = 0
     tls: bool = False
+    authority: str | None = None
+    certificate: str | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         _check_title(self.ae_title)
         _check_text("host", self.host)
         check_number("port", self.port, 0, 65535, whole=True)
         _check_flag("tls", self.tls)
+        _check_pair(self.ae_title, self.certificate, self.key)
+        if not self.tls and (self.authority or self.certificate):
+            raise InputError(
+                f"{self.ae_title} has an authority or a certificate without TLS; allowed are these with tls: true: add "
+                "it, or leave them out"
+            )
+
+    @functools.cached_property
+    def context(self) -> ssl.SSLContext | None:
+        """None without TLS; the files are read once.
+
+        Raises:
+            InputError: a file that cannot be loaded.
+        """
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.authority)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except (OSError, ssl.SSLError) as error:
+            files = ", ".join(str(one) for one in (self.authority, self.certificate, self.key) if one is not None)
+            raise InputError(
+                f"{files or 'the system'}, for {self.ae_title}, cannot be loaded ({error}); give PEM files"
+            ) from error
+        return context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +106,7 @@ class Listen:
         check_number("listen.quiet_seconds", self.quiet_seconds, 0.1, 86400)
         check_number("listen.max_megabytes", self.max_megabytes, 1, 100_000, whole=True)
         check_number("listen.min_free_gigabytes", self.min_free_gigabytes, 0, 1e6)
-        if (self.certificate is None) != (self.key is None):
-            given = "certificate" if self.key is None else "key"
-            raise InputError(
-                f"listen has a {given} alone; allowed are certificate and key together, for TLS, or neither, for plain "
-                "DICOM: add the other one"
-            )
+        _check_pair("listen", self.certificate, self.key)
         if self.authority is not None and self.certificate is None:
             raise InputError("listen.authority needs TLS; allowed is one with certificate and key: add these")
 
@@ -163,7 +190,7 @@ class Query(Node):
     It has to know this listener's AE title with its host and port, and stands in ``listen.allowed``.
 
     Args:
-        ae_title, host, port, tls: see :class:`Node`.
+        ae_title, host, port, tls, authority, certificate, key: see :class:`Node`.
         every_seconds: how often.
         days: studies of today and so many days before are looked at.
     """
@@ -339,20 +366,22 @@ def read_settings(path: str | os.PathLike) -> Settings:
         return None if value is None else str(path.parent / Path(str(value)).expanduser())
 
     content["spool"] = near(content["spool"])
-    content["send"] = Node(**checked_fields(Node, content["send"], "send"))
+
+    def with_files(fields: dict[str, Any]) -> dict[str, Any]:
+        return fields | {name: near(fields.get(name)) for name in ("authority", "certificate", "key")}
+
+    content["send"] = Node(**with_files(checked_fields(Node, content["send"], "send")))
     if content.get("listen") is not None:
         listen = checked_fields(Listen, content["listen"], "listen")
         listen["allowed"] = tuple(
             Node(**checked_fields(Node, node, "listen.allowed"))
             for node in _list(listen.get("allowed", []), "listen.allowed")
         )
-        for name in ("certificate", "key", "authority"):
-            listen[name] = near(listen.get(name))
-        content["listen"] = Listen(**listen)
+        content["listen"] = Listen(**with_files(listen))
     if content.get("poll") is not None:
         content["poll"] = Poll(**checked_fields(Poll, content["poll"], "poll"))
     if content.get("query") is not None:
-        content["query"] = Query(**checked_fields(Query, content["query"], "query"))
+        content["query"] = Query(**with_files(checked_fields(Query, content["query"], "query")))
     chains = []
     for number, chain in enumerate(_list(content["chains"], "chains")):
         chain = checked_fields(Chain, chain, f"chains[{number}]")
@@ -398,6 +427,14 @@ def _check_title(value: Any) -> None:
     text = value.strip() if isinstance(value, str) else ""
     if not 1 <= len(text) <= 16 or not text.isascii() or not text.isprintable() or "\\" in text:
         raise InputError(f"ae_title is {value!r}; allowed are 1 to 16 characters (ASCII, no backslash)")
+
+
+def _check_pair(name: str, certificate: str | None, key: str | None) -> None:
+    if (certificate is None) != (key is None):
+        given = "certificate" if key is None else "key"
+        raise InputError(
+            f"{name} has a {given} alone; allowed are certificate and key together, or neither: add the other one"
+        )
 
 
 def _check_flag(name: str, value: Any) -> None:
