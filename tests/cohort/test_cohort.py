@@ -22,7 +22,7 @@ import pytest
 from maisi_tools.cli import main
 from maisi_tools.cohort.run import LEAST_RETRIES, make_cohort
 from maisi_tools.cohort.spec import read_spec
-from maisi_tools.cohort.worker import numbered_labels
+from maisi_tools.cohort.worker import mask_pool, numbered_labels, scans_of
 from maisi_tools.errors import InputError
 from maisi_tools.files import sha256
 from maisi_tools.masks.label_maps import read_label_map
@@ -577,6 +577,22 @@ def test_scans_are_known_by_their_content(write_spec, bundles, tmp_path):
     nib.save(nib.Nifti1Image(values[:-1], image.affine), tmp_path / "one.nii")
     with pytest.raises(InputError, match="made with other masks;"):
         make_cohort(spec, folder, bundles)
+
+
+@pytest.mark.parametrize("source", ["real", "files"])
+def test_of_a_datalist_the_training_section_is_taken(write_spec, tmp_path, caplog, source):
+    """A cohort is there to be trained with, so nothing of it is made of held-out patients."""
+    cases = {name: {"image": f"{name}_ct.nii.gz", "label": f"{name}_seg.nii.gz"} for name in ("p1", "p2", "p3")}
+    for file in (file for case in cases.values() for file in case.values()):
+        (tmp_path / file).touch()
+    lists = {"training": [cases["p1"], cases["p3"]], "validation": [cases["p2"]], "held_out": ["p2"]}
+    (tmp_path / "datalist.json").write_text(json.dumps(lists))
+    changes = REAL if source == "real" else {}
+    masks = f"{{source: {source}, path: datalist.json, label_map: openkbp}}"
+    spec = read_spec(write_spec(**{**changes, "masks": masks}))
+    found = [scan["image"] for scan in scans_of(spec)] or mask_pool(spec)
+    assert [Path(file).name for file in found] == ["p1_ct.nii.gz", "p3_ct.nii.gz"]
+    assert "'training' taken, 1 of 'validation' left out" in caplog.text
 
 
 def test_scans_with_a_file_for_each_class(write_spec, bundles, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from monai.data import MetaTensor
 
 from maisi_tools.cli import main
-from maisi_tools.cohort.twins import twin_mask
+from maisi_tools.cohort.twins import make_twins, twin_mask
 from maisi_tools.errors import InputError
 from maisi_tools.files import held
 from maisi_tools.masks.phantom import flat_ct, make_phantom
@@ -110,6 +110,29 @@ def test_a_cut_run_goes_on(scans, tmp_path, bundles, monkeypatch, capsys):
     assert twin(scans / "a.nii.gz", "--output_dir", out) == 0
     assert "1 twins made" in capsys.readouterr().out.splitlines()[-1]
     assert (out / "a_ct.nii.gz").read_bytes() == before and (out / "a_twin.json").read_text() == record
+
+
+def test_what_no_run_wrote_is_not_written_over(scans, tmp_path, bundles, monkeypatch, capsys):
+    monkeypatch.chdir(bundles.parent)
+    mine = tmp_path / "out" / "a_ct.nii.gz"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
+    assert twin(scans / "a.nii.gz", "--output_dir", mine.parent) == 2
+    assert "a_ct.nii.gz would be written over, and no earlier run wrote it" in capsys.readouterr().err
+    assert mine.read_bytes() == b"mine"
+
+
+def test_twins_of_a_datalist_are_those_of_its_training_section(scans, tmp_path, bundles, monkeypatch, capsys):
+    """`maisi prepare` writes both; a list of held-out ones alone has to be named file by file."""
+    monkeypatch.chdir(bundles.parent)
+    made: list[str] = []
+    monkeypatch.setattr("maisi_tools.cohort.twins._make", lambda items, *_: made.extend(i["image"] for i in items) or {})
+    (scans / "list.json").write_text(json.dumps({"training": ["b.nii.gz"], "validation": ["a.nii.gz"]}))
+    make_twins(scans / "list.json", tmp_path / "out", "thresholds", bundles / "maisi_controlnet")
+    assert made == [str(scans / "b.nii.gz")]
+    (scans / "list.json").write_text(json.dumps({"validation": ["a.nii.gz"]}))
+    assert twin(scans / "list.json", "--output_dir", tmp_path / "out") == 2
+    assert "cases under 'validation' alone, which are kept out" in capsys.readouterr().err
 
 
 def test_another_config_is_noticed(scans, bundle, tmp_path, bundles, monkeypatch, capsys):

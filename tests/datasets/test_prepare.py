@@ -307,11 +307,51 @@ def test_a_share_is_of_patients_and_none_is_on_both_sides(seed):
         assert patient == item.name[:3]
         sections[section].add(patient)
     assert len(sections["validation"]) == 2 and not sections["training"] & sections["validation"]
-    # the same whatever the order, and others stay where they are when a patient is added
+    # the same whatever the order, and one other moves at most when a patient is added
     assert split(cases[::-1], validation=0.1, patient_pattern="^(.*)_", seed=seed) == placed[::-1]
     more = split([*cases, *cases_of("q_a")], validation=0.1, patient_pattern="^(.*)_", seed=seed)
     held = {patient for patient, section in more if section == "validation"}
     assert len(held | sections["validation"]) == 3 and held - sections["validation"]
+
+
+def test_who_is_held_out_stays_so_when_patients_are_added():
+    """Of 20 and of 24 patients a fifth are not the same ones; the names of the first list are."""
+    few, more = (cases_of(*(f"pt_{i}" for i in range(count))) for count in (20, 24))
+    held = {patient for patient, section in split(few, validation=0.2) if section == "validation"}
+    assert len(held) == 4
+    assert {patient for patient, section in split(more, held_out=held) if section == "validation"} == held
+
+
+def test_a_datalist_says_who_its_patients_are(tmp_path):
+    """Also one that `prepare` wrote itself; a pattern that is given is stronger."""
+    data = tmp_path / "data"
+    for name in (f"p{patient}_t{time}" for patient in range(5) for time in range(2)):
+        write(data / f"{name}_ct.nii.gz")
+    first, _ = prepare(data, f"--output={tmp_path / 'all.json'}", "--patient_pattern=^(p.)_")
+    lists, report = prepare(tmp_path / "all.json", f"--output={tmp_path / 'split.json'}", "--validation=0.3")
+    assert report["patients"] == {"training": 3, "validation": 2}
+    assert all(item["patient"] == item["name"][:2] for section in ("training", "validation") for item in lists[section])
+    sides = [{item["name"][:2] for item in lists[section]} for section in ("training", "validation")]
+    assert not sides[0] & sides[1]
+    by_time, _ = prepare(tmp_path / "all.json", f"--output={tmp_path / 'x.json'}", "--patient_pattern=t.", "--held_out=t1")
+    assert {item["patient"] for item in by_time["validation"]} == {"t1"} and len(by_time["validation"]) == 5
+
+    entries = [{"image": item["image"], "patient": index // 2} for index, item in enumerate(first["training"])]
+    leaking = {"training": entries[::2], "validation": entries[1::2]}
+    (tmp_path / "own.json").write_text(json.dumps(leaking))
+    with pytest.raises(InputError, match="patients on both sides: 0, 1, 2, 3, 4"):
+        split(find_cases(tmp_path / "own.json")[0])
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PIR"])
+def test_a_mask_in_another_orientation_than_its_volume_is_on_its_grid(tmp_path, axes):
+    """As the trainings and `complete_masks` take the pair."""
+    case(tmp_path / "data", "a")
+    path = tmp_path / "data" / "a_ct.nii.gz"
+    image, wanted = nib.load(path), nib.orientations.axcodes2ornt(axes.replace("R", "L"))
+    nib.save(image.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(image.affine), wanted)), path)
+    lists, report = prepare(tmp_path / "data", f"--output={tmp_path / 'list.json'}")
+    assert report["refused"] == {} and report["masks"] == 1 and names(lists["training"]) == ["a"]
 
 
 def test_seeds_differ():

@@ -10,7 +10,7 @@ import pytest
 from monai.data import list_data_collate
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import check_output_dir, find_inputs, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of
 
 from .conftest import SHAPE, ct_values
 
@@ -78,19 +78,24 @@ def test_sections_that_are_left_out_are_said(folder, caplog):
     assert "'validation' taken, 1 of 'training' left out" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
-        assert len(find_inputs(path, to_train=True)) == 2
+        assert len(find_inputs(path, sections=("training", "validation"))) == 2
     assert not caplog.text
+    assert names(find_inputs(path, sections=TRAINED)) == ["a.nii"]
+    assert "'training' taken, 1 of 'validation' left out" in caplog.text
+    path.write_text(json.dumps({"validation": ["b.nii.gz"], "testing": ["c.nrrd"]}))
+    with pytest.raises(InputError, match="under 'testing' and 'validation' alone.*allowed are those under 'training'"):
+        find_inputs(path, sections=TRAINED)
 
 
 def test_what_is_kept_for_testing_is_not_encoded_to_be_trained_on(folder, caplog):
     path = folder / "split.json"
     path.write_text(json.dumps({"training": ["a.nii"], "validation": ["b.nii.gz"], "testing": ["c.nrrd"]}))
     with caplog.at_level("INFO"):
-        assert names(find_inputs(path, to_train=True)) == ["b.nii.gz", "a.nii"]
+        assert names(find_inputs(path, sections=("validation", "training"))) == ["b.nii.gz", "a.nii"]
     assert "'validation' and 'training' taken, 1 of 'testing' left out" in caplog.text
     path.write_text(json.dumps({"testing": ["c.nrrd"]}))
     with pytest.raises(InputError, match="cases under 'testing' alone"):
-        find_inputs(path, to_train=True)
+        find_inputs(path, sections=("validation", "training"))
 
 
 def test_results_beside_a_series_do_not_change_its_fingerprint(write_series, tmp_path):

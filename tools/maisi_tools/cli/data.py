@@ -34,8 +34,8 @@ def prepare(
         label_map: how the masks' labels are to be read: a name such as totalsegmentator, or a JSON file.
         validation: share of the patients to hold out of training, such as 0.1.
         held_out: names to hold out instead, as NAME,NAME or as a JSON file (a list, or one under "held_out").
-        patient_pattern: regular expression that finds the patient in a name, such as "^(.*)_scan"; by default every
-            name is a patient.
+        patient_pattern: regular expression that finds the patient in a name, such as "^(.*)_scan"; by default a
+            patient is who the datalist says under "patient", or else every name is one.
         seed: of the choice by --validation.
         workers: processes that read.
     """

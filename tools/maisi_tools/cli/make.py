@@ -150,7 +150,8 @@ def twin(
     """Make a labelled synthetic CT with the anatomy of each real one (docs/how-to/twins.md); started again, it goes on.
 
     Args:
-        cts: files (NIfTI, NRRD), folders or zip files of one DICOM series, folders of these, or datalists.
+        cts: files (NIfTI, NRRD), folders or zip files of one DICOM series, folders of these, or datalists, of
+            which "training" is taken.
         segmenter: thresholds, totalsegmentator (where it is installed), or the folder of a MONAI segmentation bundle.
         output_dir: folder for NAME_ct, NAME_mask and NAME_twin.json, and of a DICOM series the study NAME_dicom.
         label_map: how a bundle's labels are to be read; by default by the names of its classes.

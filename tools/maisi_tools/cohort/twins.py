@@ -25,7 +25,7 @@ from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
-from maisi_tools.volumes.inputs import check_output_dir, find_inputs, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -50,7 +50,7 @@ def make_twins(
     """Make what is missing of the twins of CTs.
 
     Args:
-        cts: see :func:`~maisi_tools.volumes.inputs.find_inputs`.
+        cts: see :func:`~maisi_tools.volumes.inputs.find_inputs`; of a datalist with sections those under "training".
         output_dir: gets ``NAME_ct.nii.gz``, ``NAME_mask.nii.gz``, ``NAME_ct.json`` and the record ``NAME_twin.json``,
             of a DICOM series also the study ``NAME_dicom``.
         segmenter, label_map: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
@@ -68,7 +68,7 @@ def make_twins(
         InputError: no CT, a segmenter or setting that cannot be used, an output that is an input, or twins there that
             were made in another way. What is wrong with one CT is in its record, and the others are made.
     """
-    items = find_inputs(cts, "image")
+    items = find_inputs(cts, "image", sections=TRAINED)
     folder = check_output_dir(output_dir)
     check_edited(items, folder)
     labeller = open_segmenter(segmenter, label_map, device)

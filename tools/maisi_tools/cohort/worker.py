@@ -32,7 +32,7 @@ from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
 from maisi_tools.masks.vocabulary import BODY, label_id
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import TRAINED, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_sidecar, write_volume
 
@@ -312,7 +312,7 @@ def scans_of(spec: CohortSpec) -> list[dict[str, str]]:
     """The scans that are edited, see :func:`~maisi_tools.diffusion.editing.find_scans`; none of other sources."""
     if spec.masks.source != "real":
         return []
-    return find_scans(spec.masks.path, None, label_map=read_label_map(spec.masks.label_map))
+    return find_scans(spec.masks.path, None, label_map=read_label_map(spec.masks.label_map), sections=TRAINED)
 
 
 def mask_pool(spec: CohortSpec) -> list[Path]:
@@ -320,7 +320,7 @@ def mask_pool(spec: CohortSpec) -> list[Path]:
     masks = spec.masks
     if masks.source == "files":
         label_map = read_label_map(masks.label_map)
-        found = find_masks(masks.path, label_map)
+        found = find_masks(masks.path, label_map, TRAINED)
         return [Path(item["image"]) for item in found]
     if masks.source == "library":
         label_map = read_label_map(masks.label_map)

@@ -34,12 +34,13 @@ class Case:
     """One volume of a data set, not yet read.
 
     Attributes:
-        name: tells cases apart, and patients, where no pattern says otherwise.
+        name: tells cases apart, and patients, where neither `patient` nor a pattern says otherwise.
         image: the volume's file.
         label: its mask's, where it has one.
         modality: "ct", "mri" or what the data set calls it.
         section: "training" or "validation" where the data set says so.
         region: body regions where the data set says so.
+        patient: whose it is, where the data set says so.
         refused: why it cannot be used, where its name says so already.
     """
 
@@ -49,6 +50,7 @@ class Case:
     modality: str = "ct"
     section: str | None = None
     region: tuple[str, ...] = ()
+    patient: str | None = None
     refused: str | None = None
 
 
@@ -121,7 +123,8 @@ def _of_datalist(path: Path, content: Any) -> list[Case]:
 def _case(
     path: Path, entry: Mapping, name: str, image: str | Path, label: str | None, modality: str, section: str | None
 ) -> Case:
-    """The case of a list's entry, which may say its name, modality and region itself."""
+    """The case of a list's entry, which may say its name, modality, region and patient itself."""
+    patient = entry.get("patient")
     return Case(
         name=str(entry.get("name") or name),
         image=_from(path, image),
@@ -129,6 +132,7 @@ def _case(
         modality=_modality(entry.get("modality") or modality),
         section=section,
         region=checked_regions(entry.get("region")),
+        patient=None if patient in (None, "") else str(patient),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.transforms import Orientation
 
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.datasets.layouts import Case, find_cases
@@ -91,10 +92,11 @@ def split(
 
     Args:
         cases: all of them, those that cannot be used included: their names may be held out, too.
-        validation: share of the patients to hold out. Who it is depends on the seed and the patients' names alone.
+        validation: share of the patients to hold out, rounded up. Who it is depends on the seed and the names of all
+            patients: as some are added a few others change sides, where `held_out` keeps who is held out.
         held_out: names of patients or cases whose patients are held out.
         patient_pattern: regular expression that finds the patient in a case's name, as its first group or, without
-            one, as the whole match. By default a patient is a case's name.
+            one, as the whole match. By default a patient is who the data set says, or else the case's name.
         seed: of the choice.
         usable: whether each case can be used, which the share is of; by default all that are not refused.
 
@@ -105,7 +107,7 @@ def split(
             a name that is not there; a pattern that is none, or does not match a name; or the data set's own split has
             a patient on both sides.
     """
-    patients = [_patient(case.name, None if case.refused else patient_pattern) for case in cases]
+    patients = [_patient(case, None if case.refused else patient_pattern) for case in cases]
     everyone = {patient for case, patient in zip(cases, patients, strict=True) if not case.refused}
     if validation is not None and held_out:
         raise InputError("validation and held_out both say who is held out; give one of them")
@@ -122,7 +124,7 @@ def split(
                 f"validation {validation} of {len(everyone)} patients leaves none to train on; give a smaller share"
                 f"{refused}"
             )
-        # By a hash of the name, so that a patient who is added later does not shuffle the others.
+        # By a hash of the name, so that patients who are added later move few of the others.
         chosen = set(sorted(everyone, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
     elif held_out:
         names = {case.name for case in cases}
@@ -251,10 +253,12 @@ def _read(case: Case, mapping: LabelMap) -> Finding:
         labels = None
         if case.label is not None:
             mask = read_numbers(case.label, mapping)
-            if difference := grid_difference(mask, image):
+            # In one orientation, in which all that use them compare them.
+            turned: list[Any] = [Orientation(axcodes="RAS", labels=None)(volume) for volume in (mask, image)]
+            if difference := grid_difference(*turned):
                 raise InputError(
-                    f"the mask {case.label} lies on another grid than the volume ({difference}); resample it to the "
-                    "volume"
+                    f"the mask {case.label} lies on another grid than the volume (in RAS: {difference}); resample it "
+                    "to the volume"
                 )
             apply_label_map(mask[0].numpy(), mapping)
             labels = tuple(int(label) for label in mask.unique() if label)
@@ -263,9 +267,10 @@ def _read(case: Case, mapping: LabelMap) -> Finding:
     return Finding(case, None, size, spacing, labels)
 
 
-def _patient(name: str, pattern: str | None) -> str:
+def _patient(case: Case, pattern: str | None) -> str:
+    name = case.name
     if pattern is None:
-        return name
+        return case.patient or name
     try:
         match = re.search(str(pattern), name)
     except re.error as error:

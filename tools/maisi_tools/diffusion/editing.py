@@ -65,6 +65,7 @@ def find_scans(
     new_mask: Any = None,
     label_map: LabelMap | None = None,
     output_dir: str | os.PathLike | None = None,
+    sections: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """The scans to edit: ``[{"image": CT, "mask": its labels, "new_mask": those it is to have, if given}, ...]``.
 
@@ -75,6 +76,7 @@ def find_scans(
         new_mask: a mask of that CT that was edited already; True takes those of the datalist.
         label_map: tells a folder with one file a class.
         output_dir: where the edited scans are to go.
+        sections: of the datalist, see :func:`~maisi_tools.volumes.inputs.find_inputs`.
 
     Raises:
         InputError: several CTs with one mask, no mask, what :func:`find_inputs` refuses, or an input that would be
@@ -84,9 +86,9 @@ def find_scans(
     def is_one(folder: Path) -> bool:
         return label_map is not None and is_class_folder(folder, label_map)
 
-    scans = find_inputs(input, "image")
+    scans = find_inputs(input, "image", sections=sections)
     if mask is None and _has_labels(scans):  # outputs are named by the CTs alone
-        masks = [item["label"] for item in find_inputs(input, "label", is_one, unique=False)]
+        masks = [item["label"] for item in find_inputs(input, "label", is_one, sections, unique=False)]
     elif mask is not None and len(scans) == 1:
         masks = [str(mask)]
     else:
@@ -97,7 +99,7 @@ def find_scans(
     items = [{"image": scan["image"], "mask": labels} for scan, labels in zip(scans, masks, strict=True)]
     if new_mask is True:
         items = [item | {"new_mask": new["new_label"]} for item, new in
-                 zip(items, find_inputs(input, "new_label", is_one, unique=False), strict=True)]  # fmt: skip
+                 zip(items, find_inputs(input, "new_label", is_one, sections, unique=False), strict=True)]  # fmt: skip
     elif new_mask is not None:
         if len(items) > 1:
             raise InputError(f"new_mask is {new_mask!r} for {len(items)} CTs; allowed is true: new_label in a datalist")

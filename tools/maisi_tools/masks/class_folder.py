@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ def is_class_folder(path: str | os.PathLike, label_map: LabelMap) -> bool:
     return 2 * sum(label_map.label_of(name) is not None for name in names) > len(names)
 
 
-def find_masks(input: Any, label_map: LabelMap) -> list[dict[str, str]]:
+def find_masks(input: Any, label_map: LabelMap, sections: Sequence[str] = ()) -> list[dict[str, str]]:
     """The masks that an input names, files and class folders, as :func:`~maisi_tools.volumes.inputs.find_inputs`."""
-    return find_inputs(input, "image", lambda folder: is_class_folder(folder, label_map))
+    return find_inputs(input, "image", lambda folder: is_class_folder(folder, label_map), sections)
 
 
 def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:

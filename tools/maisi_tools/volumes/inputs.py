@@ -23,7 +23,10 @@ SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 """Volume files that are read: NIfTI and NRRD."""
 
 DATALIST_SECTIONS = ("testing", "validation", "training")
-"""Sections of a MONAI (Decathlon) datalist; the first one present is the input."""
+"""Sections of a MONAI (Decathlon) datalist; the first one present is the input, unless others are asked for."""
+
+TRAINED = ("training",)
+"""The section of which synthetic data are made: of those of held-out patients a network would learn these."""
 
 ALLOWED = (
     f"a volume file ({', '.join(SUFFIXES)}), a folder or zip file with one DICOM series, a folder of those, a glob, a "
@@ -61,7 +64,7 @@ def find_inputs(
     input: Any,
     key: str = "image",
     folder_is_one: Callable[[Path], bool] | None = None,
-    to_train: bool = False,
+    sections: Sequence[str] = (),
     prefer: str = "",
     unique: bool = True,
 ) -> list[dict[str, str]]:
@@ -74,12 +77,12 @@ def find_inputs(
             - a folder of volume files and of folders and zip files of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
-              "testing", "validation" or "training" (the first one present, but see `to_train`); paths are relative to
-              the JSON file;
+              "testing", "validation" or "training" (see `sections`); paths are relative to the JSON file;
             - a list of these, or of ``{key: path}`` dicts; further entries of a dict are kept, but for what is null.
         key: the entry of an item that holds the path.
         folder_is_one: tells folders that are one item each, as those of one DICOM series always are.
-        to_train: take "validation" and "training" of a datalist, and leave out what is kept for "testing".
+        sections: of a datalist that are taken, such as :data:`TRAINED`; by default the
+            first one present of :data:`DATALIST_SECTIONS`, those that are held out. A warning says what is left out.
         prefer: of a folder or a glob where names end so, only these are taken, such as "_latent.nii.gz".
         unique: refuse two inputs of one stem, which outputs are named by.
 
@@ -87,7 +90,8 @@ def find_inputs(
         Items in the order given; those of a folder or of a glob sorted by path.
 
     Raises:
-        InputError: nothing found, a missing file, a file type that is not read, or two inputs of one stem.
+        InputError: nothing found, a missing file, a file type that is not read, a datalist with none of the `sections`,
+            or two inputs of one stem.
     """
     entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
     if not isinstance(entries, Sequence):
@@ -96,7 +100,7 @@ def find_inputs(
     def is_one(folder: Path) -> bool:
         return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
 
-    items = [item for entry in entries for item in _items_of(entry, key, to_train, is_one, prefer)]
+    items = [item for entry in entries for item in _items_of(entry, key, sections, is_one, prefer)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     if unique:
@@ -206,7 +210,7 @@ def fingerprint_input(path: str | os.PathLike) -> str:
     return fingerprint_file(folder, is_dicom if folder.is_dir() and holds_dicom(folder) else None)
 
 
-def _items_of(entry: Any, key: str, to_train: bool, is_one: IsOne, prefer: str) -> list[dict[str, str]]:
+def _items_of(entry: Any, key: str, sections: Sequence[str], is_one: IsOne, prefer: str) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
         return [_item(entry, key, Path(), is_one)]
@@ -214,7 +218,7 @@ def _items_of(entry: Any, key: str, to_train: bool, is_one: IsOne, prefer: str) 
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
     path = Path(entry).expanduser()
     if path.suffix.lower() == ".json":
-        return _read_datalist(path, key, to_train, is_one)
+        return _read_datalist(path, key, sections, is_one)
     paths = _expand(path, is_one)
     return [{key: found} for found in [path for path in paths if path.endswith(prefer)] or paths]
 
@@ -238,7 +242,7 @@ def _said(entry: Mapping) -> dict:
     return {name: value for name, value in said.items() if value is not None and value != {}}
 
 
-def _read_datalist(path: Path, key: str, to_train: bool, is_one: IsOne) -> list[dict[str, str]]:
+def _read_datalist(path: Path, key: str, wanted: Sequence[str], is_one: IsOne) -> list[dict[str, str]]:
     try:
         content = read_json(path)
     except OSError as error:
@@ -252,11 +256,11 @@ def _read_datalist(path: Path, key: str, to_train: bool, is_one: IsOne) -> list[
                 f"datalist {path} has the keys {sorted(content)}; allowed is a list, or a list under one of "
                 f"{', '.join(DATALIST_SECTIONS)}"
             )
-        taken = [name for name in sections if name != "testing"] if to_train else sections[:1]
+        taken = [name for name in sections if name in wanted] if wanted else sections[:1]
         if not taken:
             raise InputError(
-                f"datalist {path} has cases under 'testing' alone, which are neither trained nor validated on; allowed "
-                "are 'training' and 'validation': name the files themselves if that is meant"
+                f"datalist {path} has cases under {' and '.join(map(repr, sections))} alone, which are kept out of this; "
+                f"allowed are those under {' and '.join(map(repr, wanted))}: name the files themselves if that is meant"
             )
         parts = {name: content[name] for name in sections}
     else:
@@ -264,7 +268,7 @@ def _read_datalist(path: Path, key: str, to_train: bool, is_one: IsOne) -> list[
     if wrong := [part for part in parts.values() if not isinstance(part, list)]:
         raise InputError(f"datalist {path} holds a {type(wrong[0]).__name__}; allowed is a list of {{{key!r}: path}}")
     if left := [f"{len(part)} of {name!r}" for name, part in parts.items() if name not in taken]:
-        logger.info("%s: %s taken, %s left out", path, " and ".join(map(repr, taken)), ", ".join(left))
+        logger.warning("%s: %s taken, %s left out", path, " and ".join(map(repr, taken)), ", ".join(left))
     content = [entry for name in taken for entry in parts[name]]
     entries = [{key: entry} if isinstance(entry, str) else entry for entry in content]
     for entry in entries:
