@@ -27,12 +27,13 @@ import torch
 from monai.bundle import ConfigParser, run
 from scipy.stats import bootstrap
 
-from maisi_tools.datasets.datalist import read_datalist
+from maisi_tools.datasets.datalist import belongs, read_datalist
+from maisi_tools.datasets.layouts import CT_SUFFIX
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import fingerprint_file, write_csv, write_json
 from maisi_tools.settings import json_mapping
 from maisi_tools.training import checkpoint
-from maisi_tools.volumes.inputs import check_output_dir, check_stems
+from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ ORDERS = ("mixed", "then_real")
 steps see either kind; or first, and the real ones after them."""
 
 RESAMPLES = 9999
-"""Of the kept-out cases, for a difference's interval."""
+"""Of the kept-out patients, for a difference's interval."""
 
 CASES = ("training", "first", "validation", "kept_out")
 """Lists of cases among an arm's settings."""
@@ -93,15 +94,16 @@ class Experiment:
     Args:
         datalist: real cases with ``image`` and ``label``: "training" is drawn from, "validation" ends the trainings
             and chooses their weights.
-        kept_out: its "validation" section is what every arm is measured on, once.
+        kept_out: its "validation" section is what every arm is measured on, once; several cases of one ``patient``
+            count as one, their mean.
         synthetic: its "training" section has synthetic CTs with their labels, numbered as the real ones are.
         output_dir: gets a folder for each arm (:attr:`Arm.name`).
         segmentation: a bundle with :data:`CONFIGS`, as ``evaluation/segmentation`` is.
         overrides: of its configs.
 
     Raises:
-        InputError: a case without label or file, one that is kept out and trained or validated with, or no such
-            bundle.
+        InputError: a case without label or file, one that is kept out and trained or validated with, one that is
+            validated and trained with, a synthetic one of either, or no such bundle.
     """
 
     def __init__(
@@ -121,8 +123,17 @@ class Experiment:
         self.real, self.synthetic = _labelled(datalist, "training"), _labelled(synthetic, "training")
         self.validation, self.kept_out = _labelled(datalist, "validation"), _labelled(kept_out, "validation")
         check_stems(case["image"] for case in self.kept_out)  # by which they are measured
-        _check_apart(datalist, ("training", "validation"), kept_out)
-        _check_apart(synthetic, ("training",), kept_out)
+        known = [stem_of(case["image"]) for case in (*self.real, *self.validation, *self.kept_out)]
+        _check_apart(datalist, "training", kept_out, "kept out")
+        _check_apart(datalist, "validation", kept_out, "kept out")
+        _check_apart(datalist, "training", datalist, "validated with")
+        _check_apart(synthetic, "training", kept_out, "kept out", known)
+        _check_apart(synthetic, "training", datalist, "validated with", known)
+        self.patients = {
+            stem_of(case["image"]): str(case["patient"])
+            for case in read_datalist(kept_out, "validation")
+            if case.get("patient")
+        }
         self.folder = check_output_dir(output_dir)
         self.overrides = dict(overrides or {})
         self.fingerprints: dict[str | Path, str] = {}
@@ -170,7 +181,7 @@ class Experiment:
 
     def _write(self, found: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Write what is known so far: ``downstream.json``, ``downstream.csv`` and ``table.md``."""
-        rows = compare_arms({arm: record["figures"] for arm, record in found.items()})
+        rows = compare_arms({arm: record["figures"] for arm, record in found.items()}, self.patients)
         arms = {arm.name: dict(record) for arm, record in found.items()}
         write_json(self.folder / "downstream.json", {"arms": arms, "table": rows})
         if rows:
@@ -283,17 +294,21 @@ class Experiment:
                 )
 
 
-def compare_arms(figures: Mapping[Arm, Mapping[str, Mapping[str, float]]]) -> list[dict[str, Any]]:
-    """Real alone against real and synthetic, paired by seed and case.
+def compare_arms(
+    figures: Mapping[Arm, Mapping[str, Mapping[str, float]]], patients: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Real alone against real and synthetic, paired by seed and patient.
 
     Args:
         figures: arm -> case -> figure -> value, the Dice of each kept-out case.
+        patients: case -> patient, where a patient may have several; each other case is a patient's.
 
     Returns:
         For each N, M, order and figure of the seeds that have both arms: ``real``, ``synthetic``, ``order``,
-        ``figure``, ``seeds``; ``dice_real`` and ``dice_with_synthetic``, means over cases and seeds; their
-        ``difference``; ``low`` and ``high``, its 95 % interval by bootstrap over the cases (each case's difference
-        being the mean over the seeds; empty for a single case); ``lowest`` and ``highest`` of the seeds' differences.
+        ``figure``, ``seeds``; ``dice_real`` and ``dice_with_synthetic``, means over patients and seeds; their
+        ``difference``; ``low`` and ``high``, its 95 % interval by bootstrap over the patients (each one's difference
+        being the mean over seeds and cases; empty for a single one; of less than 20, too narrow); ``lowest`` and
+        ``highest`` of the seeds' differences.
     """
     rows = []
     kinds = sorted({(arm.real, arm.synthetic, arm.order) for arm in figures if arm.real and arm.synthetic})
@@ -307,10 +322,13 @@ def compare_arms(figures: Mapping[Arm, Mapping[str, Mapping[str, float]]]) -> li
         for name in names:
             cases = [case for case, found in pairs[0][0].items() if name in found]
             both = np.array([[[arm[case][name] for case in cases] for arm in pair] for pair in pairs])  # (S, 2, cases)
+            # Cases of one patient are alike: as if each were another's, they would make the interval too narrow.
+            owners = np.array([(patients or {}).get(case, case) for case in cases])
+            both = np.stack([both[..., owners == owner].mean(axis=-1) for owner in dict.fromkeys(owners)], axis=-1)
             alone, mixed = both.mean(axis=(0, 2))
             differences = both[:, 1] - both[:, 0]
-            by_seed, by_case = differences.mean(axis=1), differences.mean(axis=0)
-            low, high = _interval(by_case)
+            by_seed, by_patient = differences.mean(axis=1), differences.mean(axis=0)
+            low, high = _interval(by_patient)
             rows.append(
                 {
                     "real": n,
@@ -399,27 +417,49 @@ def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
     return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
 
 
-def _check_apart(datalist: str | Path, sections: Sequence[str], kept_out: str | Path) -> None:
-    """Refuse a kept-out case whose files, or whose patient, are also among those of these sections.
+def _check_apart(
+    datalist: str | Path, section: str, held: str | Path, reason: str, known: Sequence[str] | None = None
+) -> None:
+    """Refuse a case of a list's "validation" whose files, or whose patient, are also among those of another section.
 
-    A synthetic CT is another file than the real one; that its labels are a kept-out case's tells where it came from.
     Patients are compared where both lists name them, as `maisi prepare` does.
+
+    Args:
+        datalist, section: where it must not be.
+        held: the list.
+        reason: why it has to stay out.
+        known: stems of all real cases. `datalist` is of synthetic ones then, whose files are others: that their labels
+            are a held case's tells where they came from, and so do their names, which begin with that of their case.
     """
-    cases = [case for section in sections for case in read_datalist(datalist, section)]
+    cases = read_datalist(datalist, section)
     # One file may be written in two ways: relative, absolute, by a link.
     files = {Path(case[key]).resolve() for case in cases for key in ("image", "label") if case.get(key)}
     patients = {str(case["patient"]) for case in cases if case.get("patient")}
-    for case in read_datalist(kept_out, "validation"):
+    made_of: dict[str | None, str] = {}
+    for file in (case[key] for case in cases for key in ("image", "label") if known):
+        made_of.setdefault(_origin(stem_of(file), known or ()), file)
+    for case in read_datalist(held, "validation"):
         for file in (case["image"], case["label"]):
             if Path(file).resolve() in files:
                 raise InputError(
-                    f"{file} is kept out by {kept_out}, but {datalist} has it; leave it out of one of them"
+                    f"{file} is {reason} by {held}, but {datalist} has it under {section!r}; leave it out of one of "
+                    "them"
                 )
         if case.get("patient") and str(case["patient"]) in patients:
             raise InputError(
-                f"patient {case['patient']} of {case['image']} is kept out by {kept_out}, but {datalist} has that "
-                "patient; leave the patient out of one of them, or name two patients differently"
+                f"patient {case['patient']} of {case['image']} is {reason} by {held}, but {datalist} has that "
+                f"patient under {section!r}; leave the patient out of one of them, or name two patients differently"
             )
+        if (made := made_of.get(stem_of(case["image"]))) is not None:
+            raise InputError(
+                f"{case['image']} is {reason} by {held}, but by its name {made} of {datalist} is made of it; leave "
+                "that out, or rename it if it is not"
+            )
+
+
+def _origin(stem: str, known: Sequence[str]) -> str | None:
+    """The real case that a synthetic one is made of, as twins and edits of NAME_ct are called NAME_ct_ct."""
+    return max((name for name in known if belongs(stem, name.removesuffix(CT_SUFFIX))), key=len, default=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -270,7 +270,7 @@ def given(tmp_path_factory) -> Path:
     }
     lists = {"training": [cases["pt_1"]], "validation": [cases["pt_50"]]}
     for name, content in {
-        "datalist": lists,
+        "datalist": {**lists, "held_out": ["pt_50"]},  # as `maisi prepare` leaves it
         "data/datalist": {section: [{"image": f"../{item['image']}"} for item in lists[section]] for section in lists},
         "held_out": {"held_out": ["pt_50"]},
         "docs/held_out": {"held_out": ["pt_50"]},

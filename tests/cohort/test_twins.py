@@ -126,7 +126,9 @@ def test_twins_of_a_datalist_are_those_of_its_training_section(scans, tmp_path, 
     """`maisi prepare` writes both; a list of held-out ones alone has to be named file by file."""
     monkeypatch.chdir(bundles.parent)
     made: list[str] = []
-    monkeypatch.setattr("maisi_tools.cohort.twins._make", lambda items, *_: made.extend(i["image"] for i in items) or {})
+    monkeypatch.setattr(
+        "maisi_tools.cohort.twins._make", lambda items, *_: made.extend(i["image"] for i in items) or {}
+    )
     (scans / "list.json").write_text(json.dumps({"training": ["b.nii.gz"], "validation": ["a.nii.gz"]}))
     make_twins(scans / "list.json", tmp_path / "out", "thresholds", bundles / "maisi_controlnet")
     assert made == [str(scans / "b.nii.gz")]

@@ -225,8 +225,27 @@ def test_axes_of_the_file_do_not_matter(cases, tmp_path):
 
 def test_unknown_label_is_refused(cases, tmp_path):
     (tmp_path / "map.json").write_text(json.dumps({"8": "liver"}))
-    with pytest.raises(InputError, match="does not know: 7"):
+    with pytest.raises(InputError, match=r"p1_seg\.nii\.gz: .*does not know: 7"):
         complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+
+
+def test_a_mask_without_labels_is_refused_by_name(cases, tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((40, 40, 16), np.uint8), AFFINE), cases[0]["label"])
+    with pytest.raises(InputError, match=r"p1_seg\.nii\.gz: the mask is empty"):
+        complete_masks(cases, tmp_path / "out", tmp_path / "map.json")
+
+
+def test_labels_too_small_for_a_spacing_are_said(cases, tmp_path, caplog):
+    """Two voxels 3 mm wide between those of a grid of 12 mm; without them the case is as one without labels."""
+    (tmp_path / "map.json").write_text(json.dumps({"7": "liver", "8": "spleen"}))
+    labels = np.zeros((40, 40, 16), np.uint8)
+    labels[14, 14, 7] = 7
+    for spleen, lost in ((0, "liver"), (8, "liver, spleen")):
+        labels[17, 14, 7] = spleen
+        nib.save(nib.Nifti1Image(labels, AFFINE), cases[0]["label"])
+        made, other = complete_masks(cases, tmp_path / "out", tmp_path / "map.json", [12, 12, 4])
+        np.testing.assert_array_equal(np.asarray(nib.load(made).dataobj), np.asarray(nib.load(other).dataobj))
+        assert f"p1_seg.nii.gz: of {lost} nothing is left at [12, 12, 4] mm" in caplog.text
 
 
 def test_a_spacing_completes_what_is_air_after_resampling(tmp_path):

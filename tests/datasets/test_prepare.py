@@ -102,6 +102,28 @@ def test_nothing_usable_ends_with_an_error_and_a_report(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", {"note": "mine"}),
+        ("list.json", {"training": [], "validation": [], "held_out": [], "testing": []}),
+        ("list.json", "{cut"),
+        ("list_report.json", "mine"),
+    ],
+)
+def test_what_no_prepare_wrote_is_not_written_over(tmp_path, capsys, name, content):
+    """What one wrote is, also after a run in which nothing could be used."""
+    case(tmp_path / "data", "a")
+    line = ["prepare", str(tmp_path / "data"), "-o", str(tmp_path / "list.json")]
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    before = (tmp_path / name).read_bytes()
+    assert main(line) == 2
+    assert f"{name} would be written over, and no `maisi prepare` wrote it" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == before
+    (tmp_path / name).unlink()
+    assert [main([*line, *more]) for more in (["--label_map=openkbp"], [], ["--label_map=openkbp"])] == [0, 0, 0]
+
+
 def test_volumes_of_another_name_are_listed(tmp_path, capsys):
     """As soon as one file is called NAME_ct, the others are no volumes; nor is a mask without a volume."""
     data = tmp_path / "data"
@@ -333,7 +355,9 @@ def test_a_datalist_says_who_its_patients_are(tmp_path):
     assert all(item["patient"] == item["name"][:2] for section in ("training", "validation") for item in lists[section])
     sides = [{item["name"][:2] for item in lists[section]} for section in ("training", "validation")]
     assert not sides[0] & sides[1]
-    by_time, _ = prepare(tmp_path / "all.json", f"--output={tmp_path / 'x.json'}", "--patient_pattern=t.", "--held_out=t1")
+    by_time, _ = prepare(
+        tmp_path / "all.json", f"--output={tmp_path / 'x.json'}", "--patient_pattern=t.", "--held_out=t1"
+    )
     assert {item["patient"] for item in by_time["validation"]} == {"t1"} and len(by_time["validation"]) == 5
 
     entries = [{"image": item["image"], "patient": index // 2} for index, item in enumerate(first["training"])]

@@ -194,13 +194,56 @@ def test_a_kept_out_patient_is_not_trained_with(experiment, lists, tmp_path):
     """Another scan of one: refused where both lists name patients; without names nothing is known."""
     datalist, other = tmp_path / "datalist.json", tmp_path / "kept_out.json"
     real, kept = (json.loads(lists[name].read_text()) for name in ("datalist", "kept_out"))
-    datalist.write_text(json.dumps({key: [case | {"patient": "7"} for case in cases] for key, cases in real.items()}))
     other.write_text(json.dumps({"validation": [kept["validation"][0] | {"patient": "7"}]}))
-    with pytest.raises(InputError, match="patient 7 of .* is kept out by .* has that patient; leave"):
-        experiment(datalist=datalist, kept_out=other)
+    for section in ("training", "validation"):
+        of_one = {section: [case | {"patient": "7"} for case in real[section]]}
+        datalist.write_text(json.dumps(real | of_one))
+        with pytest.raises(
+            InputError, match=f"patient 7 of .* is kept out by .* has that patient under '{section}'; leave"
+        ):
+            experiment(datalist=datalist, kept_out=other)
     for patient in ({"patient": "8"}, {}):
         other.write_text(json.dumps({"validation": [kept["validation"][0] | patient]}))
         Experiment(datalist, other, lists["synthetic"], tmp_path / "out")
+
+
+def test_a_patient_who_is_validated_with_is_not_trained_with(lists, tmp_path):
+    real = json.loads(lists["datalist"].read_text())
+    for again, words in (
+        (real["training"][0], "p0_ct.nii.gz is validated with by .* has it under 'training'"),
+        (
+            real["validation"][0] | {"patient": 7},
+            "patient 7 of .*p3_ct.nii.gz is validated with by .* has that patient",
+        ),
+    ):
+        training = [case | {"patient": "7"} for case in real["training"]]
+        (tmp_path / "list.json").write_text(json.dumps({"training": training, "validation": [again]}))
+        with pytest.raises(InputError, match=words):
+            Experiment(**lists | {"datalist": tmp_path / "list.json"}, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"),
+    [
+        ("p4_ct_mask_ct", "p4_ct.nii.gz is kept out"),  # of the mask that complete_masks made
+        ("p4_ct_ct", "p4_ct.nii.gz is kept out"),  # a twin, an edit
+        ("p4_drawn", "p4_ct.nii.gz is kept out"),
+        ("p3_ct_ct", "p3_ct.nii.gz is validated with"),
+        ("p0_ct_ct", None),
+        ("p40_ct", None),
+    ],
+)
+def test_a_synthetic_case_tells_by_its_name_what_it_is_made_of(lists, tmp_path, name, origin):
+    """Its files are others, and lists of synthetic cases name no patients."""
+    made = json.loads(lists["synthetic"].read_text())["training"]
+    made[1]["image"] = shutil.copy(made[1]["image"], str(tmp_path / f"{name}.nii.gz"))
+    (tmp_path / "synthetic.json").write_text(json.dumps({"training": made}))
+    given = lists | {"synthetic": tmp_path / "synthetic.json", "output_dir": tmp_path / "out"}
+    if origin is None:
+        Experiment(**given)
+    else:
+        with pytest.raises(InputError, match=f"{origin} by .*, but by its name .*{name}.nii.gz .* is made of it"):
+            Experiment(**given)
 
 
 def test_synthetic_cases_of_kept_out_ones_are_refused(lists, tmp_path):
@@ -288,6 +331,32 @@ def test_an_interval_is_that_of_the_mean():
     error = 1.96 * differences.std(ddof=1) / 40**0.5
     assert row["low"] == pytest.approx(differences.mean() - error, abs=0.004)
     assert row["high"] == pytest.approx(differences.mean() + error, abs=0.004)
+
+
+def test_cases_of_one_patient_count_as_one():
+    """12 patients with 4 cases each: as of the 12 means, not as of 48 cases, of which the interval is half as wide."""
+    random = np.random.default_rng(0)
+    by_patient = random.normal(0.03, 0.05, 12)
+    cases = {f"p{p}_{t}": by_patient[p] + random.normal(0, 0.001) for p in range(12) for t in range(4)}
+    means = {f"p{p}": np.mean([cases[f"p{p}_{t}"] for t in range(4)]) for p in range(12)}
+
+    def compared(differences: dict, **given) -> dict:
+        arms = {Arm(1, 0, "real", 0): 0.0, Arm(1, 1, "mixed", 0): 1.0}
+        figures = {arm: {case: {"dice_x": on * d} for case, d in differences.items()} for arm, on in arms.items()}
+        (row,) = compare_arms(figures, **given)
+        return row
+
+    found = compared(cases, patients={case: case.split("_")[0] for case in cases})
+    assert found == compared(means)
+    each = compared(cases)
+    assert found["high"] - found["low"] == pytest.approx(2 * (each["high"] - each["low"]), rel=0.1)
+
+
+def test_an_experiment_knows_the_patients_of_its_kept_out_cases(lists, tmp_path):
+    kept = json.loads(lists["kept_out"].read_text())["validation"]
+    (tmp_path / "kept_out.json").write_text(json.dumps({"validation": [kept[0] | {"patient": 4}]}))
+    given = lists | {"kept_out": tmp_path / "kept_out.json", "output_dir": tmp_path / "out"}
+    assert Experiment(**given).patients == {"p4_ct": "4"}
 
 
 def test_a_run_ends_when_its_validation_stops_improving():

@@ -44,6 +44,24 @@ def test_groups_agree_with_numpy_and_scipy(tables):
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
+def test_several_scans_of_a_patient_count_once(tmp_path):
+    """Six patients, five scans each: the rows of their means, and their p-value (0.51), not that of 30 (0.11)."""
+    dice = {f"p{i}": 0.8 + 0.01 * i for i in range(6)}
+    (tmp_path / "cases.csv").write_text("\n".join(["case,sex", *(f"p{i},{'FM'[i % 2]}" for i in range(6))]))
+    tables = {
+        "scans": [f"{name}_s{j}_ct,{mean + 0.001 * (j - 2)}" for name, mean in dice.items() for j in range(5)],
+        "means": [f"{name}_ct,{mean}" for name, mean in dice.items()],
+    }
+    for name, lines in tables.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(["case,dice", *lines]))
+    scans, means = (
+        stratify(tmp_path / f"{name}.csv", tmp_path / "cases.csv", ["sex"], tmp_path / "out.csv") for name in tables
+    )
+    assert scans == means and [row["cases"] for row in scans] == [3, 3]
+    expected = stats.kruskal([dice[f"p{i}"] for i in (0, 2, 4)], [dice[f"p{i}"] for i in (1, 3, 5)]).pvalue
+    assert float(scans[0]["p_value"]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_numbers_are_grouped_by_edges(tables):
     folder, dice, _ = tables
     options = {"edges": {"age": [40, 60]}, "case_column": "name"}

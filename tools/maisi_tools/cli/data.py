@@ -54,6 +54,7 @@ def prepare(
     report_path = path.with_name(f"{path.stem}_report.json")
     files = [*datasets, *([held_out] if str(held_out).endswith(".json") else [])]
     check_targets([name for name in files if Path(name).is_file()], [path, report_path])
+    steps.check_ours(path, report_path)
     findings, label_names = steps.survey([str(dataset) for dataset in datasets], str(label_map), workers)
     cases, usable = [finding.case for finding in findings], [finding.refused is None for finding in findings]
     placed = steps.split(cases, validation, names, patient_pattern, seed, usable)

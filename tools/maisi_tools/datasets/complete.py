@@ -19,11 +19,12 @@ from maisi_tools.files import canonical_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.edits import twins
-from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, ReadLabelsd, read_label_map
 from maisi_tools.masks.vocabulary import (
     PLACEHOLDER_NAMES,
     VOCABULARY,
     checked_regions,
+    display_name,
     label_id,
     labels_in_group,
     region_of,
@@ -59,7 +60,8 @@ def complete_masks(
     """Write ``<stem of the CT>_mask.nii.gz`` for every case, in the MAISI vocabulary and on the CT's grid.
 
     A case's own labels stay; body, airway, lung and bone that they leave open are added from the CT
-    (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. A JSON beside each mask
+    (:func:`maisi_tools.masks.body.label_from_ct`). A case without a mask gets the latter alone. Labels that are too
+    small for the `spacing` are left out, with a warning. A JSON beside each mask
     says what it was made from, and which of its placeholders are a left and a right one (:func:`twins_of`); masks that
     are up to date are skipped, so an interrupted run can be started again, and a mask without such a JSON is the user's
     own and stays. At the end :data:`CASES` lists the CTs with their body regions: those of the item, or else those that
@@ -74,8 +76,8 @@ def complete_masks(
         workers: processes that work beside one another; what is written does not depend on it.
 
     Raises:
-        InputError: a file cannot be read, has a label that the map does not know, or lies on another grid than its CT;
-            two CTs of one stem; a spacing that is not three positive numbers.
+        InputError: a file cannot be read, has no label or one that the map does not know, or lies on another grid than
+            its CT; two CTs of one stem; a spacing that is not three positive numbers.
     """
     folder = check_output_dir(output_dir)
     _regrid(spacing, "nearest")  # a bad one is refused before any work
@@ -185,7 +187,15 @@ def _completed(
                 "one grid for both: resample the mask to the CT"
             )
         own.affine = ct.affine  # the same to a tenth of a voxel; resampled, they would differ in size
-        labels = apply_label_map(np.asarray(_regrid(spacing, "nearest")(own)[0]), mapping)
+        own = ReadLabelsd("label", mapping)({"label": own})["label"]
+        labels = np.asarray(_regrid(spacing, "nearest")(own)[0]).astype(np.uint8)
+        if lost := np.setdiff1d(np.asarray(own), labels).tolist():
+            logger.warning(
+                "%s: of %s nothing is left at %s mm, and its mask goes without; give a finer spacing if that matters",
+                item["label"],
+                ", ".join(map(display_name, lost)),
+                spacing,
+            )
     ct = _regrid(spacing, "bilinear")(ct)
     if labels is None:
         labels = np.zeros(ct.shape[1:], dtype=np.uint8)

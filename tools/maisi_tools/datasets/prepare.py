@@ -18,12 +18,19 @@ from maisi_tools.datasets.datalist import belongs
 from maisi_tools.datasets.layouts import Case, find_cases
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError
+from maisi_tools.files import read_json
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import stem_of
 from maisi_tools.volumes.reading import read_volume
+
+LISTS = ("training", "validation", "held_out")
+"""What a datalist has."""
+
+REPORTED = {"volumes", "usable", "refused"}
+"""What a report has, of any version."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +168,7 @@ def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]
         findings: see :func:`survey`.
         placed: patient and section of each, see :func:`split`.
     """
-    lists: dict[str, list] = {"training": [], "validation": [], "held_out": []}
+    lists: dict[str, list] = {name: [] for name in LISTS}
     for finding, (patient, section) in zip(findings, placed, strict=True):
         if finding.refused is not None:
             continue
@@ -178,6 +185,28 @@ def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]
             stem = stem_of(case.image)
             lists["held_out"].append(case.name if belongs(stem, case.name) else stem)
     return lists
+
+
+def check_ours(path: Path, report: Path) -> None:
+    """Refuse to write over a datalist or a report that no earlier run wrote.
+
+    Raises:
+        InputError: there is one.
+    """
+
+    def keys(file: Path) -> set[str]:
+        try:
+            found = read_json(file)
+        except (OSError, ValueError):
+            return set()
+        return set(found) if isinstance(found, dict) else set()
+
+    for file, is_ours in ((path, keys(path) == set(LISTS)), (report, keys(report) >= REPORTED)):
+        if file.exists() and not is_ours:
+            raise InputError(
+                f"{file} would be written over, and no `maisi prepare` wrote it; allowed are names that are free: give "
+                "another --output, or move the file away"
+            )
 
 
 def describe(

@@ -38,7 +38,8 @@ def stratify(
     Args:
         metrics: ``metrics.csv`` of an evaluation: a row a case, numbers in the other columns.
         cases: CSV file with a row a case; a case of `metrics` belongs to the row whose name it is or begins with,
-            followed by "_", the longest one (``pt_1_ct_recon`` to ``pt_1``).
+            followed by "_", the longest one (``pt_1_ct_recon`` to ``pt_1``). Of several that belong to one row, such as
+            the scans of a patient, the mean counts, once.
         by: columns of `cases`.
         output: file to write.
         edges: column of `by` with numbers -> ascending bounds of its groups: ``{"age": [40, 60]}`` gives below 40, 40
@@ -63,24 +64,17 @@ def stratify(
     columns = list(next(iter(table.values())))
     if unknown := sorted(set(by) - set(columns)):
         raise InputError(f"{cases} has no column {', '.join(unknown)}; allowed are {', '.join(columns)}")
-    owners = {case: _owner(case, table) for case in figures}
-    if lost := [case for case, owner in owners.items() if owner is None]:
+    owners = {case: owner for case in figures if (owner := _owner(case, table)) is not None}
+    if lost := [case for case in figures if case not in owners]:
         raise InputError(f"{cases} has no row for {', '.join(lost[:5])} of {metrics}; add it, or name it alike")
     rows = []
     for column in by:
-        group_of = {
-            case: _group(table[str(owner)][column], bounds.get(column), column, cases) for case, owner in owners.items()
-        }
+        group_of = {owner: _group(table[owner][column], bounds.get(column), column, cases) for owner in owners.values()}
         names = sorted(set(group_of.values()), key=lambda name: (name == UNKNOWN, _order(name, bounds.get(column))))
         for figure in _figures(figures):
-            values = {
-                name: [
-                    value
-                    for case in figures
-                    if group_of[case] == name and (value := _number(figures[case].get(figure, ""))) is not None
-                ]
-                for name in names
-            }
+            values: dict[str, list[float]] = {name: [] for name in names}
+            for owner, found in _by_owner(figures, figure, owners).items():
+                values[group_of[owner]].append(statistics.fmean(found))
             tested = [found for name, found in values.items() if name != UNKNOWN and len(found) > 1]
             differ = len(tested) > 1 and len({value for found in tested for value in found}) > 1
             p_value: Any = f"{stats.kruskal(*tested).pvalue:.4g}" if differ else ""
@@ -133,6 +127,15 @@ def _bounds(column: Any, given: Any) -> list[float]:
 def _owner(case: str, table: Table) -> str | None:
     fitting = [name for name in table if case == name or case.startswith(f"{name}_")]
     return max(fitting, key=len, default=None)
+
+
+def _by_owner(figures: Table, figure: str, owners: Mapping[str, str]) -> dict[str, list[float]]:
+    """Row of the case table -> the values of a figure in the cases that belong to it."""
+    found: dict[str, list[float]] = {}
+    for case, row in figures.items():
+        if (value := _number(row.get(figure, ""))) is not None:
+            found.setdefault(owners[case], []).append(value)
+    return found
 
 
 def _group(entry: str | None, edges: Sequence[float] | None, column: str, cases: str | Path) -> str:

@@ -258,9 +258,10 @@ def _read_datalist(path: Path, key: str, wanted: Sequence[str], is_one: IsOne) -
             )
         taken = [name for name in sections if name in wanted] if wanted else sections[:1]
         if not taken:
+            given, allowed = (" and ".join(map(repr, names)) for names in (sections, wanted))
             raise InputError(
-                f"datalist {path} has cases under {' and '.join(map(repr, sections))} alone, which are kept out of this; "
-                f"allowed are those under {' and '.join(map(repr, wanted))}: name the files themselves if that is meant"
+                f"datalist {path} has cases under {given} alone, which are kept out of this; allowed are those under "
+                f"{allowed}: name the files themselves if that is meant"
             )
         parts = {name: content[name] for name in sections}
     else:
