@@ -154,6 +154,26 @@ def test_samples_of_one_mask_differ(write_spec, bundles, tmp_path):
     assert rows[0]["mask_sha256"] == rows[1]["mask_sha256"]
 
 
+def test_classes_of_ones_own_keep_their_sides_and_names(write_spec, bundles, tmp_path):
+    """Placeholders are what the label map says, in a mirrored body too, and not OpenKBP's structures."""
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    ours = np.select([labels == 18, labels == 20, labels == 2, labels > 0], [1, 2, 3, 9]).astype(np.uint8)
+    nib.save(nib.Nifti1Image(ours, np.diag([5.0, 5.0, 3.4, 1.0])), tmp_path / "mask.nii.gz")
+    classes = {"1": "placeholder: left eye", "2": "placeholder: right eye", "3": "placeholder 18: chiasm", "9": "body"}
+    (tmp_path / "map.json").write_text(json.dumps(classes))
+    masks = f"{{source: files, path: {tmp_path / 'mask.nii.gz'}, label_map: {tmp_path / 'map.json'}}}"
+    given = {"masks": masks, "count": "1", "flip": "1", "layout": "msd"}
+    folder = made(write_spec, bundles, tmp_path / "out", **given)
+    (row,) = rows_of(folder)
+    mask = nib.load(folder / row["mask"])
+    values = np.asarray(mask.dataobj)
+    ids = {21: ours == 2, 129: ours == 1, 18: ours == 3}  # right eyes become left ones, in their mirrored place
+    for id, was in ids.items():
+        np.testing.assert_array_equal(values == id, was[::-1], err_msg=str(id))
+    named = {"0": "background", "18": "chiasm", "21": "left eye", "129": "right eye", "200": "body"}
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == named
+
+
 def test_what_samples_depend_on_stays_as_it_was(write_spec, bundles, tmp_path):
     """The masks that are drawn from, what their labels mean, the config; weights that it never loads may come."""
     bundles = shutil.copytree(bundles, tmp_path / "bundles")
@@ -616,15 +636,35 @@ def test_scans_keep_their_labels_in_nnunets_numbering(write_spec, bundles, tmp_p
     write_scans(tmp_path)
     folder = made(write_spec, bundles, tmp_path / "out", **{**REAL, "layout": "nnunet", "count": "1"})
     names = json.loads((folder / "dataset.json").read_text())["labels"]
-    assert {"brainstem", "spinal cord", "left parotid gland", "skull", "body"} < names.keys() and "airway" not in names
+    assert {"brainstem", "spinal cord", "left parotid gland", "skull"} < names.keys()
+    assert not {"airway", "body"} & names.keys()  # which no scan labels
     assert sorted(names.values()) == list(range(len(names)))
     labels = np.asarray(nib.load(folder / rows_of(folder)[0]["mask"]).dataobj)
+    parotid = nib.as_closest_canonical(nib.load(tmp_path / "one_seg.nii.gz")).get_fdata() == 6
+    left = parotid & (labels[::-1, ::-1] != names["left parotid gland"])
+    assert 0.2 < left.sum() / parotid.sum() < 0.45 and (labels[::-1, ::-1][left] == 0).all()
     assert (labels == names["left parotid gland"]).sum() > 100 and labels.max() < len(names)
     masks = "{source: real, path: scans.json, label_map: totalsegmentator}"
     lung = "[{lesion: lung tumor, diameter_mm: 20}]"
     spec = read_spec(write_spec(**{**REAL, "masks": masks, "resize": "{}"}, tumors=lung))
     numbered, merged = numbered_labels(spec, {"keep_labels": [120, 200], "merge_labels": {"bone": 120}})
-    assert {label_id("lung tumor"), label_id("liver"), label_id("spleen"), 200} < set(numbered) and not merged
+    assert {label_id("lung tumor"), label_id("liver"), label_id("spleen")} < set(numbered) and not merged
+    assert 200 not in numbered
+
+
+def test_classes_of_scans_have_their_own_names(write_spec, bundles, tmp_path):
+    write_scans(tmp_path)
+    classes = {str(label): name for label, name in read_label_map("openkbp").classes.items()}
+    classes |= {"1": "placeholder 20: pituitary", "6": "placeholder: left gland", "7": "placeholder: right gland"}
+    (tmp_path / "map.json").write_text(json.dumps(classes | {"5": "skull"}))
+    masks = f"{{source: real, path: scans.json, label_map: {tmp_path / 'map.json'}}}"
+    given = {**REAL, "masks": masks, "resize": "{placeholder 21: 0.7}", "layout": "nnunet", "count": "1"}
+    folder = made(write_spec, bundles, tmp_path / "out", **given)
+    (row,) = rows_of(folder)
+    assert row["status"] == "done" and float(row["hu_body"]), row
+    names = json.loads((folder / "dataset.json").read_text())["labels"]
+    assert {"pituitary", "left gland", "right gland", "larynx", "skull"} < names.keys()
+    assert not [name for name in names if "placeholder" in name or name in ("brainstem", "body")]
 
 
 @pytest.fixture

@@ -431,6 +431,48 @@ def test_a_label_that_the_map_does_not_know_is_not_another_one(tmp_path):
         CropEditd("image", MAISI, {"redraw": "body"}, VIEW)(item)
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1 / 256, 0.0), (5 / 65535, 2.5), (-0.5, 0.0)])
+def test_a_new_structure_gets_its_number_in_labels_with_a_slope(tmp_path, slope, intercept):
+    """nibabel stores floating-point labels under an integer header so that they fill the type's range."""
+    hu, labels = patient()
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    ours = np.where(labels == LIVER, 5, 0)
+    stored = np.rint((ours - intercept) / slope).clip(-32768, 32767).astype(np.int16)
+    item = {
+        "image": str(save(tmp_path / "in" / "case.nii.gz", hu.astype(np.int16), affine)),
+        "mask": str(save(tmp_path / "in" / "mask.nii.gz", stored, affine, slope, intercept)),
+    }
+    label_map = LabelMap("ours", {5: LIVER}, {5: "liver"})
+    crop = CropEditd("image", label_map, {"insert": {"hepatic tumor": 6}}, VIEW)(item)
+    WriteEditd("pred", "image", tmp_path, label_map)({**crop, "pred": crop["image"][:1]})
+    image = nib.load(tmp_path / "case_mask.nii.gz")
+    tumor = np.zeros(labels.shape, bool)
+    start = json.loads(crop["plan"])["start"]
+    place = tuple(slice(first, first + n) for first, n in zip(start, crop["edited"].shape[1:], strict=True))
+    tumor[place] = crop["edited"][0].numpy() == TUMOR
+    assert tumor.sum() == round(np.pi / 6 * 6**3 / 8)
+    np.testing.assert_array_equal(image.get_fdata(), np.where(tumor, 6, ours))
+    assert (image.dataobj.slope, image.dataobj.inter) == (1, 0) and image.get_data_dtype() == np.int16
+
+
+@pytest.mark.parametrize("has_body", [False, True])
+def test_the_room_that_an_organ_leaves_is_body_where_the_mask_has_body(tmp_path, has_body):
+    hu, labels = patient()
+    given = labels if has_body else np.where(labels == LIVER, LIVER, 0).astype(np.uint8)
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    item = {
+        "image": str(save(tmp_path / "in" / "case.nii.gz", hu.astype(np.int16), affine)),
+        "mask": str(save(tmp_path / "in" / "mask.nii.gz", given, affine)),
+    }
+    crop = CropEditd("image", MAISI, {"resize": {"liver": 0.6}}, VIEW)(item)
+    WriteEditd("pred", "image", tmp_path, MAISI)({**crop, "pred": crop["image"][:1]})
+    mask = np.asarray(nib.load(tmp_path / "case_mask.nii.gz").dataobj)
+    left = (given == LIVER) & (mask != LIVER)
+    assert left.sum() == pytest.approx(0.4 * (given == LIVER).sum(), abs=1)
+    np.testing.assert_array_equal(mask, np.where(left, BODY if has_body else 0, given))
+    assert "body" in json.loads((tmp_path / "case_ct.json").read_text())["hu"]
+
+
 def test_masks_of_one_name_belong_to_their_scans(tmp_path):
     entries = [{"image": f"{name}/ct_{name}.nii.gz", "label": f"{name}/labels.nii.gz"} for name in "ab"]
     for name in "ab":

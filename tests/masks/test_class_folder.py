@@ -57,7 +57,23 @@ def test_overlap_is_told(folder, caplog):
     nib.save(nib.Nifti1Image(values, AFFINE), folder / "aorta.nii.gz")
     mask = read_class_folder(folder, read_label_map("totalsegmentator_v1"))
     assert (mask == 7).sum() == 2 and (mask == 3).sum() == 4
-    assert "2 voxels belong to several classes" in caplog.text
+    assert "classes overlap, and the smaller one stays: kidney_left and aorta (2 voxels)" in caplog.text
+
+
+@pytest.mark.parametrize(("organ", "lesion"), [("left lung upper lobe", "lung tumor"), ("liver", "hepatic tumor")])
+def test_a_tumor_stays_in_an_organ_that_includes_it(tmp_path, organ, lesion, caplog):
+    """Whichever has the lower id, and with a third class that is smaller than both or larger."""
+    maisi = read_label_map("maisi")
+    inside = {organ: slice(0, 8), lesion: slice(2, 5), "body": slice(0, 9), "bone lesion": slice(4, 6)}
+    for name, part in inside.items():
+        values = np.zeros((10, 3, 2), np.uint8)
+        values[part] = 1
+        nib.save(nib.Nifti1Image(values, AFFINE), tmp_path / f"{name.replace(' ', '_')}.nii.gz")
+    wanted = np.zeros(10)
+    for name in sorted(inside, key=lambda name: inside[name].start - inside[name].stop):  # the largest first
+        wanted[inside[name]] = maisi.label_of(name)
+    assert read_class_folder(tmp_path, maisi)[0, :, 0, 0].tolist() == wanted.tolist()
+    assert organ in caplog.text and lesion in caplog.text
 
 
 @pytest.mark.parametrize(

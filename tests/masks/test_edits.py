@@ -202,6 +202,21 @@ def test_resize_counts_the_tumor_as_part_of_the_organ_and_leaves_bone_and_other_
     assert (resize_organ(labels, (2, 2, 2), 1, 0.6) == TUMOR)[labels != TUMOR].sum() == 0
 
 
+def test_an_organ_that_the_volume_cuts_stays_at_its_border():
+    """A straight cord gets thinner, not shorter. What fills the volume has no surface but its border."""
+    x, y = np.ogrid[:40, :40]
+    labels = np.full((40, 40, 30), BODY, np.uint8)
+    cord = label_id("spinal cord")
+    labels[(x - 20) ** 2 + (y - 20) ** 2 <= 6**2] = cord
+    for factor in (0.9, 0.5):
+        resized = resize_organ(labels, (2, 2, 2.5), cord, factor) == cord
+        assert abs(resized.sum() - factor * (labels == cord).sum()) <= 0.5
+        in_slices = resized.sum(axis=(0, 1))
+        assert in_slices.max() - in_slices.min() <= 8, "but for which of several equal voxels is taken"
+    whole = np.full((8, 8, 8), 1, np.uint8)
+    assert (resize_organ(whole, (2, 2, 2), 1, 0.5) == 1).sum() == 256
+
+
 def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
     labels = np.zeros((4, 1, 1), np.uint8)
     labels[:, 0, 0] = [18, 2, 0, 20]
@@ -213,6 +228,10 @@ def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
     assert twins(read_label_map(path))[129] == 130 and 18 not in twins(read_label_map(path))
     path.write_text('{"1": 18, "2": 20, "3": "placeholder 129: face"}')
     assert twins(read_label_map(path))[18] == 20 and 129 not in twins(read_label_map(path))
+    path.write_text('{"1": "liver"}')  # says nothing of placeholders: they are OpenKBP's
+    assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [18, 0, 2, 20]
+    path.write_text('{"1": "placeholder 18: pituitary", "2": "placeholder 20: oral cavity"}')
+    assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [20, 0, 2, 18]
 
 
 def test_sides_of_arrays_and_tensors():

@@ -235,7 +235,8 @@ def test_placeholders_on_request(asked, expected):
         ({"face": 1}, "id 1; allowed are 2, 16, 18"),
         ({"face": None}, "id None"),
         ({"face": 2, "pulmonary_artery": 2}, "id 2 is taken"),
-        ({str(label): "auto" for label in range(200, 209)}, "more new classes than placeholder ids"),
+        ({str(label): "auto" for label in range(200, 209)}, "free placeholder ids, .* 21, 129, 130, 131; .* 2 .brain"),
+        ({str(label): "auto" for label in range(200, 205)}, "more new classes than free"),
         ("always", "'always'; allowed are auto"),
     ],
 )
@@ -253,6 +254,21 @@ def test_placeholders_in_a_json(write):
         read_label_map(write({"2": "placeholder", "liver": 2}))
     with pytest.raises(InputError, match="map.json: placeholders gives label 2 the id '5'"):
         read_label_map(write({"2": "placeholder 5"}))
+
+
+def test_a_placeholder_that_weights_know_as_something_else_is_said(write, caplog):
+    """By the ids of OpenKBP's structures the small weights would draw these."""
+    label_map = read_label_map(write({"1": "placeholder 18: pituitary", "2": "placeholder 20: Right_Parotid_Gland"}))
+    assert label_map.own_names == {18: "pituitary", 20: "Right_Parotid_Gland"}
+    assert label_map.shown_to(None) is label_map.shown_to([2, 129]) is label_map and not caplog.text
+    assert label_map.shown_to([18, 20]) is label_map
+    assert "18 is pituitary here, left parotid gland there; free are 21, 129, 130, 131" in caplog.text
+    assert "Right" not in caplog.text
+    four = {str(label): f"placeholder: class {label}" for label in range(1, 5)}
+    assert set(read_label_map(write(four)).values()) == {21, 129, 130, 131}
+    with pytest.raises(InputError, match=r"map.json: .*name the ids of what these know: placeholder 2 \(brainstem\)"):
+        read_label_map(write(four | {"5": "placeholder: pituitary"}))
+    assert read_label_map(write(four | {"5": "placeholder 2: pituitary"}))[5] == 2  # on request
 
 
 # --- the way back -----------------------------------------------------------------------------------------------------

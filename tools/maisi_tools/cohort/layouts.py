@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,22 @@ def consecutive_labels(labels: np.ndarray, keep: Sequence[int], merge: dict[str,
     return table[np.asarray(merge_labels(labels, keep, merge)).astype(int)]
 
 
-def label_names(layout: Layout, keep: Sequence[int], merge: dict[str, int], seen: Iterable[int]) -> dict[int, str]:
+def label_names(
+    layout: Layout, keep: Sequence[int], merge: dict[str, int], seen: Iterable[int], own: Mapping[int, str]
+) -> dict[int, str]:
     """Number in the masks -> name: all of `keep` where they are consecutive, else the labels `seen`.
 
-    A label that a group is merged into has the group's name: it stands for all bones, not for the skull.
+    A label that a group is merged into has the group's name: it stands for all bones, not for the skull. Placeholders
+    have those of the label map that the masks were read with, `own`.
     """
     if layout.consecutive:
-        groups = {label: group for group, label in merge.items()}
-        return {number: groups.get(label) or display_name(label) for number, label in enumerate(keep, start=1)}
-    return {label: display_name(label) for label in sorted(seen) if label in VOCABULARY}
+        names = {label: group for group, label in merge.items()}
+        return {number: names.get(label) or _name(label, own) for number, label in enumerate(keep, start=1)}
+    return {label: _name(label, own) for label in sorted(seen) if label in VOCABULARY}
+
+
+def _name(label: int, own: Mapping[int, str]) -> str:
+    return own.get(label) or display_name(label)
 
 
 def _nnunet(folder: Path, name: str, samples: Sequence[str], labels: dict[int, str]) -> None:

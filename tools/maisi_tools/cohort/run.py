@@ -151,7 +151,8 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
     done = [record for record in records if record["status"] == DONE]
     layout = LAYOUTS[spec.layout]
     numbered = numbered_labels(spec, _config(bundles, spec))
-    names = label_names(layout, *numbered, {label for record in done for label in record["labels"]})
+    seen = {label for record in done for label in record["labels"]}
+    names = label_names(layout, *numbered, seen, read_label_map(spec.masks.label_map).own_names)
     layout.describe(folder, spec.name, [record["name"] for record in done], names)
     return {"done": len(done), "left_out": named[LEFT_OUT], "failed": named[FAILED]}
 

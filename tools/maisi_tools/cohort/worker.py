@@ -31,7 +31,7 @@ from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
-from maisi_tools.masks.vocabulary import BODY, label_id
+from maisi_tools.masks.vocabulary import display_name, label_id
 from maisi_tools.volumes.inputs import TRAINED, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_sidecar, write_volume
@@ -97,6 +97,7 @@ class Worker:
         self.ct.load()
         config = {key: self.ct.parser.get_parsed_content(key) for key in ("keep_labels", "merge_labels")}
         self.keep, self.merge = numbered_labels(spec, config)
+        self.label_map = read_label_map(spec.masks.label_map).shown_to(config["keep_labels"])
         self.pool = mask_pool(spec)
         self.scans = scans_of(spec)
 
@@ -149,7 +150,7 @@ class Worker:
                 labels = insert_lesion(labels, spacing, label_id(tumor.lesion), diameter, random)
                 edits.append(f"{tumor.lesion} {diameter:.3g} mm")
         if random.random() < self.spec.flip:
-            labels = flip_sides(labels)
+            labels = flip_sides(labels, self.label_map)
             edits.append("flip")
         source = self.scratch / f"{name}.nii.gz"
         write_volume(source, labels, affine, np.uint8)
@@ -190,7 +191,7 @@ class Worker:
             if drawn:
                 wanted.append({"insert": {tumor.lesion: diameter}, "seed": int(random.integers(2**31))})
         # In the vocabulary, which has a number for whatever is put in.
-        mask: Any = read_mask(scan["mask"], read_label_map(self.spec.masks.label_map))
+        mask: Any = read_mask(scan["mask"], self.label_map)
         given = self.scratch / f"{name}_labels.nii.gz"
         write_volume(given, mask[0].numpy(), mask.affine.numpy(), np.uint8)
         self.ct.preprocessing.edits = wanted
@@ -202,6 +203,7 @@ class Worker:
         turn = ornt_transform(io_orientation(mask.affine.numpy()), io_orientation(affine))
         used = used.as_reoriented(turn)  # as the CT's file is, whatever the mask's was
         values = np.asarray(used.dataobj)
+        named = {display_name(id): name for id, name in self.label_map.own_names.items()}
         record = {
             "seed": seed,
             "origin": stem_of(scan["image"]),
@@ -214,7 +216,7 @@ class Worker:
             "size": list(values.shape),
             "spacing": [round(float(mm), 6) for mm in used.header.get_zooms()],
             "labels": [int(label) for label in np.unique(values) if label],
-            **{f"hu_{what.replace(' ', '_')}": hu["after"] for what, hu in sidecar["hu"].items()},
+            **{f"hu_{named.get(what, what).replace(' ', '_')}": hu["after"] for what, hu in sidecar["hu"].items()},
         }
         labels = consecutive_labels(values, self.keep, self.merge) if self.layout.consecutive else values
         write_volume(made["mask"], labels, affine, np.uint8)
@@ -232,7 +234,7 @@ class Worker:
             (one,) = self.generator.masks(masks.request, 1, seed)
             return one.mask, one.origin, one.misfits
         path = self.pool[int(random.integers(len(self.pool)))]
-        (one,) = FileSource([path], read_label_map(masks.label_map)).masks(masks.request, 1)
+        (one,) = FileSource([path], self.label_map).masks(masks.request, 1)
         return one.mask, one.origin, one.misfits
 
     @cached_property
@@ -305,7 +307,7 @@ def numbered_labels(spec: CohortSpec, config: Mapping[str, Any]) -> tuple[list[i
         return [int(label) for label in config["keep_labels"]], dict(config["merge_labels"])
     labelled = read_label_map(spec.masks.label_map).ids.values()
     put_in = (label_id(tumor.lesion) for tumor in spec.tumors)
-    return sorted({*labelled, *put_in, BODY} - {0}), {}
+    return sorted({*labelled, *put_in} - {0}), {}
 
 
 def scans_of(spec: CohortSpec) -> list[dict[str, str]]:

@@ -197,6 +197,7 @@ class CropEditd(MapTransform):
         hu, grid = to_ras(volume[0].numpy(), affine), ras_affine(affine, volume.shape[1:])
         spacing = np.linalg.norm(grid[:3, :3], axis=0)
         before = _labels(paths["mask"], self.label_map, hu.shape, grid, data[key])
+        source = {"ct": str(data[key]), **paths, "edits": self.edits, "labels_body": bool((before == BODY).any())}
         anew = None
         if "new_mask" in paths:
             if self.edits:
@@ -213,13 +214,12 @@ class CropEditd(MapTransform):
                 f"the edits of {data[key]} change no voxel of its mask; allowed are edits that do, or redraw, which "
                 "draws a structure anew as it is"
             )
-        return {**data, **self._crop(key, data[key], paths, hu, grid, before, after, changed, has_body)}
+        return {**data, **self._crop(key, source, hu, grid, before, after, changed, has_body)}
 
     def _crop(
         self,
         key: Hashable,
-        ct: Any,
-        paths: Mapping[str, str],
+        source: Mapping[str, Any],
         hu: np.ndarray,
         grid: np.ndarray,
         before: np.ndarray,
@@ -252,25 +252,23 @@ class CropEditd(MapTransform):
         share = float((weight > 0).sum()) / max(float(np.count_nonzero(before)), float(body.sum()))
         if np.mean(hu[crop] > SKIN_HU) < LEAST_TISSUE:
             raise InputError(
-                f"there is no body around the region to be changed in {ct}; allowed is one inside the patient: correct "
-                "the mask"
+                f"there is no body around the region to be changed in {source['ct']}; allowed is one inside the "
+                "patient: correct the mask"
             )
         if share > LARGEST_REGION:
             raise InputError(
-                f"the region to be changed in {ct} is {share:.0%} of the body; allowed is {LARGEST_REGION:.0%}: edit "
-                "less, or generate the whole CT from the mask (inference.json)"
+                f"the region to be changed in {source['ct']} is {share:.0%} of the body; allowed is "
+                f"{LARGEST_REGION:.0%}: edit less, or generate the whole CT from the mask (inference.json)"
             )
         start = np.eye(4)
         start[:3, 3] = [side.start for side in crop]
         affine = torch.as_tensor(grid @ start)
         cut = np.stack([hu[crop], shown.astype(np.float32), weight]).astype(np.float32)
         edited = np.stack([after[crop], inside.astype(np.uint8)])
-        meta = {"filename_or_obj": str(ct)}
+        meta = {"filename_or_obj": source["ct"]}
         plan = {
+            **source,
             "start": [side.start for side in crop],
-            "ct": str(ct),
-            **paths,
-            "edits": self.edits,
             "ml": _volumes(before, after, mm),
             "region_share_of_body": round(share, 4),
         }
@@ -435,7 +433,8 @@ class WriteEditd(MapTransform):
 
     ``NAME_ct.nii.gz`` has the CT's type, scaling and geometry, and its very bits wherever the weight is 0;
     ``NAME_mask.nii.gz`` is in the numbering of the input's mask (of the label map, where that is a class folder or a
-    segmentation of 3D Slicer), a structure that it lacks gets the next free number;
+    segmentation of 3D Slicer), a structure that it lacks gets the next free number, and the body where the mask has
+    it; labels that are stored with a slope are written as whole numbers without one;
     ``NAME_weight.nii.gz`` (float32) is the blend weight; ``NAME_ct.json`` says what was done, with HU before and after.
     Of a DICOM series there is also ``NAME_dicom``, a study of the same patient, see
     :func:`~maisi_tools.dicom.study.write_study`.
@@ -470,6 +469,8 @@ class WriteEditd(MapTransform):
         after, changed = _array(data["edited"]).astype(np.uint8)
         box = tuple(slice(first, first + size) for first, size in zip(plan["start"], drawn.shape, strict=True))
         given = {key: plan[key] for key in ("mask", "new_mask") if key in plan}
+        # Of a mask without the body label, the room that an organ leaves would be all there is of it.
+        labels = after if plan["labels_body"] else np.where(after == BODY, 0, after)
         check_edited([{"image": plan["ct"], **given}], self.output_dir)
         files = targets_of(plan["ct"], self.output_dir)
         for what in ("ct", "mask", "weight"):  # where a file is, its sidecar is about it
@@ -483,8 +484,8 @@ class WriteEditd(MapTransform):
         place[reached] = scan.stored(drawn[reached].clip(min(lowest, highest), max(lowest, highest)))
         new_hu = scan.slope * place.astype(np.float64) + scan.intercept
 
-        study = {} if not is_series(plan["ct"]) else {"mask": self._vocabulary(plan["mask"], box, after, changed > 0)}
-        mask, added = self._mask(plan["mask"], box, after, changed > 0)
+        study = {} if not is_series(plan["ct"]) else {"mask": self._vocabulary(plan["mask"], box, labels, changed > 0)}
+        mask, added = self._mask(plan["mask"], box, labels, changed > 0)
         weights = Stored(np.zeros(scan.values.shape, np.float32), scan.affine)
         weights.ras()[box] = weight
         record = {
@@ -540,7 +541,6 @@ class WriteEditd(MapTransform):
         else:
             mask = read_stored(path, "mask")
         numbers = {0: 0, **self.label_map.inverse}
-        numbers.setdefault(BODY, 0)  # what no label covers
         added = {}
         for label in np.unique(after[changed]).tolist():
             if label not in numbers:

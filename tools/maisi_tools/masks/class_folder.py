@@ -38,7 +38,7 @@ def find_masks(input: Any, label_map: LabelMap, sections: Sequence[str] = ()) ->
 def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
     """One mask of a folder that holds ``CLASS.nii.gz`` for every class: 0 outside, one other value inside.
 
-    Where classes overlap, the one with the higher label stays, and a warning counts the voxels.
+    Where classes overlap, the smaller one (fewer voxels) stays, as a tumor in its organ; a warning says which did.
 
     Args:
         path: the folder.
@@ -67,7 +67,9 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
             f" is no class of {label_map.name}; allowed are names such as "
             f"{', '.join(list(label_map.classes.values())[:3])}: rename or remove it, or give another label_map"
         )
-    mask, overlap = None, 0
+    mask = None
+    sizes: dict[int, int] = {}
+    overlaps: dict[tuple[int, int], int] = {}
     for label, file in sorted(files.items()):
         part = read_volume(file, "mask")
         inside = part.as_tensor() > 0
@@ -82,12 +84,23 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
             raise InputError(
                 f"{file} and {first} lie on different grids ({difference}); allowed is one grid for all files of a mask"
             )
-        overlap += int((inside & (values > 0)).sum())
-        values[inside] = label
+        under = values[inside]
+        sizes[label] = under.numel()
+        others, counts = under[under > 0].unique(return_counts=True)
+        overlaps |= {(int(other), label): int(count) for other, count in zip(others, counts, strict=True)}
+        smaller = torch.tensor([other for other, size in sizes.items() if size < sizes[label]])
+        values[inside] = torch.where(torch.isin(under, smaller), under, label)
     assert mask is not None
-    if overlap:
-        logger.warning("%s: %d voxels belong to several classes; they got the last of them", folder, overlap)
+    if overlaps:
+        logger.warning("%s: classes overlap, and the smaller one stays: %s", folder, _shown(overlaps, label_map))
     return MetaTensor(values, meta={**mask.meta, "filename_or_obj": str(folder)})
+
+
+def _shown(overlaps: Mapping[tuple[int, int], int], label_map: LabelMap) -> str:
+    """The largest overlaps of two classes, in words."""
+    largest = sorted(overlaps.items(), key=lambda one: -one[1])
+    named = [f"{label_map.classes[a]} and {label_map.classes[b]} ({count} voxels)" for (a, b), count in largest[:5]]
+    return ", ".join(named) + (f" and {len(largest) - 5} more pairs" if len(largest) > 5 else "")
 
 
 def read_numbers(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:

@@ -244,7 +244,7 @@ def resize_organ(labels: np.ndarray, spacing: Sequence[float], organ: int, facto
 
     The volume is that of the organ with the lesions in it. An organ that grows takes room from what yields (body,
     lung, bowel, muscle), one that shrinks leaves its room to body or lung, whichever is nearer. Bone, vessels, nerves
-    and other organs stay.
+    and other organs stay. What the volume cuts goes on beyond it: that is no surface, and stays at its border.
 
     Args:
         labels: (X, Y, Z) in the vocabulary.
@@ -304,7 +304,7 @@ def _shrink(labels: np.ndarray, whole: np.ndarray, count: int, mm: np.ndarray) -
     """Leave an organ's outermost voxels to what fills its room, whichever is nearer, in place."""
     for box, reach in _boxes(whole, mm):
         inside = whole[box]
-        vacated = inside & ~_lowest(_signed_distance(inside, mm), inside, count)
+        vacated = inside & ~_lowest(_signed_distance(inside, mm, goes_on=not inside.all()), inside, count)
         fills = np.isin(labels[box], _in_groups(FILLING)) & ~inside
         if fills.any() and ndimage.distance_transform_edt(~fills, sampling=mm)[vacated].max() <= reach:
             labels[box][vacated] = _nearest(labels[box], fills, mm)[vacated]
@@ -375,10 +375,11 @@ def flip_sides(labels: np.ndarray, label_map: LabelMap = LABEL_MAPS["openkbp"]) 
 
     Args:
         labels: (X, Y, Z) in the vocabulary, RAS axes.
-        label_map: tells the sides of placeholders, see :func:`twins`.
+        label_map: tells the sides of its placeholders, see :func:`twins`; without any, placeholders are OpenKBP's.
     """
     _check_labels(labels)
-    return swap_sides(np.ascontiguousarray(labels[::-1]), twins(label_map))
+    named = label_map if label_map.placeholders else LABEL_MAPS["openkbp"]
+    return swap_sides(np.ascontiguousarray(labels[::-1]), twins(named))
 
 
 def fit_field_of_view(
@@ -609,7 +610,7 @@ def edit_file(
         labels, mm, rng, remove, resize or {}, insert or {}, augment or {}, shift_mm, elastic_mm, label_map
     )
     if flip:
-        labels = flip_sides(labels, label_map if label_map.placeholders else LABEL_MAPS["openkbp"])
+        labels = flip_sides(labels, label_map)
     edited = MetaTensor(torch.from_numpy(labels)[None], meta=mask.meta, applied_operations=mask.applied_operations)
     edited = fit_field_of_view(edited, spacing, size, [structure_id(name, label_map) for name in organs])
     after = volumes_ml(edited.as_tensor()[0].numpy(), [float(value) for value in edited.pixdim])
@@ -645,9 +646,9 @@ def _piece(score: np.ndarray, room: np.ndarray, start: np.ndarray, count: int) -
     return below(high)
 
 
-def _signed_distance(inside: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Mm to the surface of a solid, negative inside."""
-    padded = np.pad(inside, 1)  # the border of the volume counts as outside
+def _signed_distance(inside: np.ndarray, spacing: np.ndarray, goes_on: bool = False) -> np.ndarray:
+    """Mm to the surface of a solid, negative inside; where the volume cuts it, it ends or `goes_on`."""
+    padded = np.pad(inside, 1, "edge" if goes_on else "constant")
     within = ndimage.distance_transform_edt(padded, sampling=spacing)[1:-1, 1:-1, 1:-1]
     return ndimage.distance_transform_edt(~inside, sampling=spacing) - within
 

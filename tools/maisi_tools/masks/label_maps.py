@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from monai.transforms import MapTransform
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.data_sets import DATA_SETS
-from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, display_name, label_id, labels_in_group
+from maisi_tools.masks.vocabulary import ALLOWED, PLACEHOLDER_NAMES, VOCABULARY, display_name, label_id, labels_in_group
 from maisi_tools.volumes.checks import whole_labels
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,8 @@ class LabelMap(Mapping[int, int]):
 
         Args:
             request: "auto" for one id for each such class, in the order of their numbers; or class (its name or its
-                label in the file) -> placeholder id or "auto". Automatic ones are the free placeholder ids, last of
-                them those that stand for OpenKBP's structures, since the small weights know these.
+                label in the file) -> placeholder id or "auto". Automatic ones are :data:`FREE`: not those of OpenKBP's
+                structures, as which the small weights would draw them.
 
         Raises:
             InputError: no such class, no placeholder id, one that is taken, or none free.
@@ -79,16 +79,20 @@ class LabelMap(Mapping[int, int]):
             raise InputError(f"placeholders is {request!r}; allowed are auto, or class -> id: {{'face': 129}}")
         wanted = {self._new_class(key): id for key, id in request.items()}
         taken = set(self.ids.values()) | {int(id) for id in wanted.values() if _is_number(id)}
-        free = [id for id in _AUTOMATIC if id not in taken]
+        free = [id for id in FREE if id not in taken]
         assigned: dict[int, int] = {}
         for label, id in wanted.items():
             if id == AUTO:
                 if not free:
-                    raise InputError(f"there are more new classes than placeholder ids; these are {_PLACEHOLDERS_TEXT}")
+                    raise InputError(
+                        f"there are more new classes than free placeholder ids, which are {_text(FREE)}; drop some (0) "
+                        "or, for weights other than the small ones, name the ids of what these know: "
+                        + ", ".join(f"placeholder {id} ({name})" for id, name in PLACEHOLDER_NAMES.items())
+                    )
                 assigned[label] = free.pop(0)
                 continue
-            if not _is_number(id) or int(id) not in _AUTOMATIC:
-                raise InputError(f"placeholders gives label {label} the id {id!r}; allowed are {_PLACEHOLDERS_TEXT}")
+            if not _is_number(id) or int(id) not in _PLACEHOLDERS:
+                raise InputError(f"placeholders gives label {label} the id {id!r}; allowed are {_text(_PLACEHOLDERS)}")
             if int(id) in self.ids.values() or int(id) in assigned.values():
                 raise InputError(f"placeholder id {int(id)} is taken by another class of {self.name}; give a free one")
             assigned[label] = int(id)
@@ -99,6 +103,29 @@ class LabelMap(Mapping[int, int]):
             {**self.placeholders, **assigned},
         )
 
+    def shown_to(self, keep_labels: Sequence[int] | None) -> LabelMap:
+        """The same map; classes at ids that the weights (`keep_labels`) may know as something else are named."""
+        others = {
+            id: name
+            for id, name in self.own_names.items()
+            if id in (keep_labels or ()) and _plain(name) != PLACEHOLDER_NAMES.get(id, _plain(name))
+        }
+        if others:
+            given = ", ".join(f"{id} is {name} here, {PLACEHOLDER_NAMES[id]} there" for id, name in others.items())
+            logger.warning(
+                "%s has ids by which the small weights know something else, and draw it: %s; free are %s: leave the "
+                "id out, unless your weights learned these classes by it",
+                self.name,
+                given,
+                _text(FREE),
+            )
+        return self
+
+    @property
+    def own_names(self) -> dict[int, str]:
+        """Placeholder id -> the name of the class that has it in the file."""
+        return {id: self.classes[label] for label, id in self.placeholders.items()}
+
     def label_of(self, name: str) -> int | None:
         """The label in the file of a class, by its name there (in any case, "_" for " "), else None."""
         wanted = _plain(name)
@@ -106,7 +133,7 @@ class LabelMap(Mapping[int, int]):
 
     def record(self, numbering: str) -> dict[str, Any]:
         """What a sidecar keeps of a mask's numbering, one of :data:`NUMBERINGS`; see :func:`recorded_label_map`."""
-        placeholders = {self.classes[label]: id for label, id in self.placeholders.items()}
+        placeholders = {name: id for id, name in self.own_names.items()}
         return {"numbering": numbering, "label_map": self.name, "placeholders": placeholders}
 
     @property
@@ -152,8 +179,8 @@ LABEL_MAPS: dict[str, LabelMap] = {
 """The label maps that have a name."""
 
 _PLACEHOLDERS = labels_in_group("placeholder")
-_PLACEHOLDERS_TEXT = ", ".join(map(str, _PLACEHOLDERS))
-_AUTOMATIC = sorted(_PLACEHOLDERS, key=lambda id: (id in LABEL_MAPS["openkbp"].values(), id))
+FREE = tuple(id for id in _PLACEHOLDERS if id not in PLACEHOLDER_NAMES)
+"""The placeholder ids that stand for nothing yet."""
 
 JSON_HELP = (
     f"name one of {', '.join(LABEL_MAPS)}, "
@@ -417,6 +444,10 @@ def label_target(path: Path, meaning: Any) -> int:
         return 0 if meaning.strip().casefold() == "background" else label_id(meaning)
     except InputError as error:
         raise InputError(f"label map {path}: {error} ('placeholder' for a class that MAISI lacks)") from None
+
+
+def _text(ids: Iterable[int]) -> str:
+    return ", ".join(map(str, ids))
 
 
 def _plain(name: str) -> str:

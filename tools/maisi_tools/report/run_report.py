@@ -215,7 +215,7 @@ def _with_labels(case: Case, labels: np.ndarray, numbering: Mapping[str, Any]) -
     if numbering.get("numbering") == "input":
         try:
             label_map = recorded_label_map(numbering)
-            own = {id: label_map.classes[label] for label, id in label_map.placeholders.items()}
+            own = dict(label_map.own_names)
             added = {int(number): label_id(name) for name, number in case.sidecar.get("added_labels", {}).items()}
             translated = apply_label_map(labels, {**label_map, **added}) if present else labels
         except (InputError, AttributeError, TypeError, ValueError):  # moved, or the sidecar was not written by us

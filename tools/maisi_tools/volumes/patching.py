@@ -13,6 +13,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
 from maisi_tools.files import replacing
+from maisi_tools.volumes.checks import whole_labels
 from maisi_tools.volumes.inputs import is_zip
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.reading import read_volume
@@ -80,7 +81,8 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     Args:
         path: NIfTI or NRRD; for kind "ct" also a folder or zip file of one DICOM series, whose HU are taken, as int16
             where all are whole numbers.
-        kind: "ct" or "mask".
+        kind: "ct" or "mask", whose values are its labels: without a slope, since between those of a slope that fills a
+            type with the labels of a file there is no number for another label.
 
     Raises:
         InputError: see :func:`~maisi_tools.volumes.reading.read_volume`.
@@ -92,7 +94,12 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
         slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
         shape, affine = read_whole(path, lambda: read_nifti_grid(path, kind))
         values = np.array(image.dataobj.get_unscaled()).reshape(shape)
-        return Stored(values, affine, slope, intercept, image)
+        stored = Stored(values, affine, slope, intercept, image)
+        if kind == "ct" or (slope, intercept) == (1.0, 0.0):
+            return stored
+        labels = whole_labels(stored.meant(), str(path))
+        fits = np.promote_types(values.dtype, np.min_scalar_type(int(labels.max())))
+        return Stored(labels.astype(fits), affine, image=image)
     volume: Any = read_volume(path, kind)
     affine = np.asarray(volume.affine, dtype=float)
     read = volume[0].numpy()
