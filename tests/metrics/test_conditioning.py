@@ -65,6 +65,15 @@ def test_tissue_that_is_missing_or_moved(mask):
     assert found["bone"] == pytest.approx(expected, abs=0.03) and found["bone"] < 0.9
 
 
+def test_organs_of_the_mask_are_no_body_of_the_ct(mask):
+    """A CT of air has none, and one beside its mask as much of it as lies there; by a threshold of its own."""
+    assert tissue_dice(np.full(SIZE, -1000), mask, SPACING)["body"] == 0
+    moved = np.roll(paint(mask), 8, axis=0)
+    there = np.roll(mask > 0, 8, axis=0)
+    expected = 2 * np.count_nonzero(there & (mask > 0)) / (2 * np.count_nonzero(there))
+    assert tissue_dice(moved, mask, SPACING)["body"] == pytest.approx(expected, abs=0.02) and expected < 0.8
+
+
 def test_tissue_that_the_mask_lacks_is_left_out(mask):
     assert "lung" not in tissue_dice(paint(mask), np.where(np.isin(mask, labels_in_group("lung")), 200, mask), SPACING)
 

@@ -60,7 +60,8 @@ def plain_distance(a: CoarseVolume, b: CoarseVolume, shift: tuple[int, int, int]
 def test_distance_is_the_least_over_all_shifts(training):
     query, other = coarse_volume(patient(7), SPACING, "q"), read_coarse(training[0])
     shifts = np.stack(np.meshgrid(range(-4, 5), range(-4, 5), range(-8, 9)), -1).reshape(-1, 3)
-    least = min(plain_distance(query, other, tuple(shift)) for shift in shifts)
+    mirrored = CoarseVolume("", other.hu[::-1], other.body[::-1])
+    least = min(plain_distance(query, seen, tuple(shift)) for shift in shifts for seen in (other, mirrored))
     found = nearest_training([query], training[:1])[0]
     assert found["distance_hu"] == pytest.approx(least, abs=0.01)
     assert found["to_second"] == 1 and found["nearest"] == "p0_ct" and found["case"] == "q"
@@ -74,12 +75,16 @@ def test_copies_are_near_and_others_are_not(training, tmp_path):
     blurred = ndimage.gaussian_filter(original.astype(float), 0.8)
     cut = coarse_volume(original[4:, :-3, 8:], SPACING, "cut")  # 20 and 32 mm: whole coarse voxels or not
     padded = np.pad(blurred, ((0, 0), (0, 0), (10, 12)), constant_values=-1000)
-    queries = [exact, *(coarse_volume(hu, SPACING, "copy") for hu in (noisy, blurred, padded)), cut]
+    # A mirror image is a copy, too: networks are trained with both.
+    copied = (noisy, blurred, padded, blurred[::-1])
+    queries = [exact, *(coarse_volume(hu, SPACING, "copy") for hu in copied), cut]
     copies = nearest_training(queries, training)
     others = nearest_training([coarse_volume(patient(seed), SPACING) for seed in (12, 13, 14)], training)
     usual = np.mean([row["distance_hu"] for row in others])
     assert copies[0]["distance_hu"] == 0 and copies[0]["to_second"] == 0
-    assert [row["nearest"] for row in copies] == ["p2_ct"] * 5
+    (mirrored,) = nearest_training([CoarseVolume("mirrored", exact.hu[::-1], exact.body[::-1])], training)
+    assert mirrored["distance_hu"] == 0 and mirrored["nearest"] == "p2_ct"
+    assert [row["nearest"] for row in copies] == ["p2_ct"] * 6
     assert max(row["distance_hu"] for row in copies) < 0.5 * usual
     assert max(row["to_second"] for row in copies) < 0.4 < min(row["to_second"] for row in others)
 

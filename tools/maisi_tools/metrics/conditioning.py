@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_csv
-from maisi_tools.masks.body import label_from_ct
+from maisi_tools.masks.body import body_envelope, label_from_ct
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
@@ -52,14 +52,15 @@ def tissue_dice(ct: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> R
 
     Returns:
         ``bone``, ``airway``, ``lung``, ``body``; a tissue that the mask does not have is left out. Body is all that
-        lies inside the skin.
+        lies inside the skin of the CT, whatever the mask's organs say.
     """
     members = {tissue: labels_in_group(tissue) for tissue in TISSUES}
     open_labels = [BODY, *(label for labels in members.values() for label in labels)]
     organs = np.where(np.isin(mask, open_labels), 0, mask)
-    found = label_from_ct(ct, organs, spacing)
+    body = body_envelope(ct, spacing)
+    found = label_from_ct(ct, organs, spacing, body)
     dices = {name: dice(np.isin(found, labels), np.isin(mask, labels)) for name, labels in members.items()}
-    dices["body"] = dice(found > 0, mask > 0)
+    dices["body"] = dice(body, mask > 0)
     return {name: round(value, 4) for name, value in dices.items() if not np.isnan(value)}
 
 

@@ -1,4 +1,4 @@
-"""Is a sample a copy of a training volume? Distance to the nearest one, against that of real volumes kept out."""
+"""Is a sample a copy of a training volume, or of its mirror image? Its distance, against that of real ones kept out."""
 
 from __future__ import annotations
 
@@ -87,8 +87,9 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
     """The training volume that is nearest to each query.
 
     The distance of two volumes is the root mean square difference in HU over what is body in either of them and lies
-    in both, at the shift where it is least (whole coarse voxels). All shifts are tried at once by Fourier transforms;
-    the training files are read one after another.
+    in both, at the shift where it is least (whole coarse voxels), or that to the mirror image (left and right) where
+    this is nearer: networks are trained with both. All shifts are tried at once by Fourier transforms; the training
+    files are read one after another.
 
     Args:
         queries: the volumes asked about.
@@ -115,10 +116,12 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
     for column, path in enumerate(tqdm(training, desc="comparing", unit="volume", delay=2)):
         other = read_coarse(path)
         contents.append((other.hu.shape, hashlib.sha256(other.hu.tobytes()).digest()))
-        theirs = _Spectra.of(other, shape)
-        for row, (query, ours) in enumerate(zip(queries, spectra, strict=True)):
-            shift = _best_shift(ours, theirs, reach, shape)
-            distances[row, column] = np.inf if shift is None else _distance(query, other, shift)
+        for seen in (other, CoarseVolume(other.name, other.hu[::-1], other.body[::-1])):
+            theirs = _Spectra.of(seen, shape)
+            for row, (query, ours) in enumerate(zip(queries, spectra, strict=True)):
+                shift = _best_shift(ours, theirs, reach, shape)
+                if shift is not None:
+                    distances[row, column] = min(distances[row, column], _distance(query, seen, shift))
     found = []
     for query, to_training in zip(queries, distances, strict=True):
         nearest = int(np.argmin(to_training))
