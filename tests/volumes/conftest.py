@@ -51,6 +51,7 @@ def write_series(tmp_path):
             ds = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128, is_implicit_VR=False)
             ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
             ds.SeriesInstanceUID, ds.SeriesDescription, ds.Modality = uid, f"axial {name}", modality
+            ds.StudyInstanceUID, ds.FrameOfReferenceUID = "1.2.826.1", "1.2.826.2"
             ds.InstanceNumber = (7 * k) % hu.shape[2] + 1  # not in the order of the positions
             ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
             ds.ImagePositionPatient = [-10.0, 20.0, round(5.0 + step * k + (shift if k >= 3 else 0.0), 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import io
 import logging
@@ -282,11 +283,16 @@ def test_lossy_compression_is_said(write_series, said):
     assert "compressed with loss" in said.text
 
 
-def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path):
-    hu = ct_values(SHAPE)
-    folder = write_series(hu)
-    slices = [pydicom.dcmread(file) for file in folder.iterdir()]
-    multi = slices[0].copy()
+def in_order(folder):
+    return sorted(map(pydicom.dcmread, folder.iterdir()), key=lambda dataset: dataset.ImagePositionPatient[2])
+
+
+def as_enhanced(slices, path, groups=None):
+    """Writes slices as the frames of one Enhanced CT, and returns its folder.
+
+    `groups(number)` are further functional groups of a frame: sequence -> elements.
+    """
+    multi = copy.deepcopy(slices[0])
     multi.SOPClassUID = multi.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
     multi.NumberOfFrames = len(slices)
     multi.PixelData = b"".join(dataset.PixelData for dataset in slices)
@@ -301,22 +307,89 @@ def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path):
             item[tag] = multi[tag]
             del multi[tag]
         setattr(shared, sequence, Sequence([item]))
-    for dataset in slices:
-        position = Dataset()
-        position["ImagePositionPatient"] = dataset["ImagePositionPatient"]
+    for number, dataset in enumerate(slices):
         frame = Dataset()
-        frame.PlanePositionSequence = Sequence([position])
+        own = {"PlanePositionSequence": {"ImagePositionPatient": dataset.ImagePositionPatient}}
+        for sequence, elements in {**own, **(groups(number) if groups else {})}.items():
+            item = Dataset()
+            for keyword, value in elements.items():
+                setattr(item, keyword, value)
+            setattr(frame, sequence, Sequence([item]))
         frames.append(frame)
     del multi.ImagePositionPatient
     multi.SharedFunctionalGroupsSequence = Sequence([shared])
     multi.PerFrameFunctionalGroupsSequence = Sequence(frames)
     buffer = io.BytesIO()
     multi.save_as(buffer)
-    (tmp_path / "enhanced").mkdir()
-    (tmp_path / "enhanced" / "one.dcm").write_bytes(buffer.getvalue())
-    volume, expected = read_volume(tmp_path / "enhanced", "ct"), read_volume(folder, "ct")
+    path.mkdir()
+    (path / "one.dcm").write_bytes(buffer.getvalue())
+    return path
+
+
+def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path, said):
+    folder = write_series(ct_values(SHAPE))
+    enhanced = as_enhanced(in_order(folder), tmp_path / "enhanced")
+    (enhanced / "copy.dcm").write_bytes((enhanced / "one.dcm").read_bytes())
+    volume, expected = read_volume(enhanced, "ct"), read_volume(folder, "ct")
     assert np.array_equal(volume.numpy(), expected.numpy())
     assert np.allclose(volume.affine, expected.affine)
+    assert f"{SHAPE[2]} copies of slices" in said.text
+
+
+FAMILIES = [
+    ("CT", "FrameContentSequence", "TemporalPositionIndex", "TemporalPositionIdentifier", (1, 2)),
+    ("CT", "FrameContentSequence", "StackID", "StackID", ("1", "2")),
+    ("CT", "CardiacSynchronizationSequence", *["NominalPercentageOfCardiacPhase"] * 2, (40.0, 70.0)),
+    ("CT", "CTReconstructionSequence", *["ConvolutionKernel"] * 2, ("Br40", "Br64")),
+    ("CT", "CTXRayDetailsSequence", *["KVP"] * 2, (80.0, 140.0)),
+    ("MR", "MRDiffusionSequence", *["DiffusionBValue"] * 2, (0.0, 1000.0)),
+    ("MR", "MREchoSequence", *["EffectiveEchoTime"] * 2, (10.0, 90.0)),
+]
+
+
+@pytest.mark.parametrize(("modality", "sequence", "keyword", "tag", "values"), FAMILIES)
+def test_two_volumes_in_one_enhanced_object_are_refused(
+    write_series, tmp_path, modality, sequence, keyword, tag, values
+):
+    """Half a slice apart, and in the same places, the second one with more slices."""
+    slices = in_order(write_series(ct_values(SHAPE), modality=modality))
+    turns = as_enhanced(slices, tmp_path / "turns", lambda number: {sequence: {keyword: values[number % 2]}})
+    stacks = as_enhanced(
+        slices[:3] + slices, tmp_path / "stacks", lambda number: {sequence: {keyword: values[number >= 3]}}
+    )
+    for folder in (turns, stacks):
+        with pytest.raises(InputError, match=rf"slices of {tag} {values[0]} \(.* among those of {tag} {values[1]} "):
+            read_volume(folder, "ct", intensity_check=modality == "CT")
+
+
+def test_frames_in_one_place_are_no_copies(write_series, tmp_path):
+    slices = in_order(write_series(ct_values(SHAPE)))
+    with pytest.raises(InputError, match="two DICOM slices at the position 5.00 mm"):
+        read_volume(as_enhanced(slices[:3] + slices, tmp_path / "enhanced"), "ct")
+
+
+@pytest.mark.parametrize("tag", ["StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "PatientName"])
+def test_a_series_of_two_patients_studies_or_frames_of_reference_is_refused(write_series, tag):
+    folder = write_series(ct_values(SHAPE))
+    edit(folder, lambda dataset, number: setattr(dataset, tag, "1.2.3.5" if number < 2 else "1.2.3.6"))
+    with pytest.raises(
+        InputError, match=f"a series with 2 values of {tag}: .*2 slices.*, .*3 slices.*; allowed is one"
+    ) as e:
+        read_volume(folder, "ct")
+    assert ("1.2.3.5" in str(e.value)) == tag.endswith("UID")  # names of patients stand in no message
+
+
+def test_slices_that_say_less_of_the_same_patient_are_one_series(write_series):
+    """Anonymised in part, or the name written otherwise."""
+    folder = write_series(ct_values(SHAPE))
+
+    def change(dataset, number):
+        dataset.PatientName = ("Doe^Jane", "DOE^JANE^^", "")[number % 3]
+        if number % 2:
+            dataset.PatientID, dataset.StudyInstanceUID = "P1", ""
+
+    edit(folder, change)
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), ct_values(SHAPE))
 
 
 @pytest.mark.parametrize(("share", "refused"), [(0.008, False), (0.012, True), (0.1, True), (0.3, True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,25 +44,41 @@ THINNEST_HU, MAX_THINNER_SHARE = -1300.0, 0.1
 GEOMETRY_TAGS = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")
 RESCALE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType")
 ACQUISITION_TAGS = (
-    *("AcquisitionNumber", "TemporalPositionIdentifier", "NominalPercentageOfCardiacPhase"),
+    *("AcquisitionNumber", "TemporalPositionIdentifier", "StackID"),
+    *("NominalPercentageOfCardiacPhase", "NominalPercentageOfRespiratoryPhase"),
     *("ConvolutionKernel", "FilterType", "KVP", "ReconstructionDiameter"),
 )
 """What tells two scans, phases or reconstructions of CT apart that share a Series Instance UID."""
 
-MR_TAGS = ("TemporalPositionIdentifier", "EchoNumbers", "EchoTime", "InversionTime", "DiffusionBValue")
+MR_TAGS = (
+    *("TemporalPositionIdentifier", "StackID", "EchoNumbers", "EchoTime", "EffectiveEchoTime"),
+    *("InversionTime", "DiffusionBValue"),
+)
 """The same of MR, whose acquisitions may take turns slice by slice."""
+
+ONE_OF_EACH = ("StudyInstanceUID", "FrameOfReferenceUID", "PatientID", "PatientName")
+"""What the slices of one series share; results are written for the patient and the place that the first one names."""
 
 FRAME_TAGS = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 SCANNED_TAGS = (
     *GEOMETRY_TAGS,
     *RESCALE_TAGS,
     *FRAME_TAGS,
-    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"),
     *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
     *("LossyImageCompression", "BitsAllocated", "SamplesPerPixel"),
     *ACQUISITION_TAGS,
     *MR_TAGS,
+    *ONE_OF_EACH,
 )
+
+FRAME_GROUPS = (
+    *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence", "PixelValueTransformationSequence"),
+    *("CTImageFrameTypeSequence", "MRImageFrameTypeSequence", "CardiacSynchronizationSequence"),
+    *("RespiratorySynchronizationSequence", "CTReconstructionSequence", "CTXRayDetailsSequence"),
+    *("MREchoSequence", "MRModifierSequence", "MRDiffusionSequence"),
+)
+"""Functional groups of an Enhanced CT or MR (DICOM PS3.3 section C.7.6.16) whose elements a slice has itself."""
 
 
 class SeriesReader(PydicomReader):
@@ -178,9 +195,9 @@ def slice_order(
     Localizers and second copies of a slice (same SOP Instance UID) are left out, with a warning in the log.
 
     Raises:
-        InputError: no image slices, several series and none chosen, another modality than CT, slices of unlike
-            geometry, fewer than two slices, two slices in one place, slice distances that differ (a missing slice), or
-            slices that are not stacked along a line.
+        InputError: no image slices, several series and none chosen, another modality than CT, slices of several
+            patients, studies or frames of reference, slices of unlike geometry, fewer than two slices, two slices in
+            one place, slice distances that differ (a missing slice), or slices that are not stacked along a line.
     """
     found = [index for index, header in enumerate(headers) if "ImagePositionPatient" in header and "Rows" in header]
     if not found:
@@ -198,6 +215,7 @@ def slice_order(
             f"{path} holds a DICOM series of modality {modality}; allowed is {' or '.join(modalities)}: choose another "
             "series"
         )
+    _check_one_patient(path, [headers[index] for index in found])
     for tag in GEOMETRY_TAGS:
         values = [headers[index].get(tag) for index in found]
         if any(value is None for value in values) or not all(
@@ -261,20 +279,18 @@ def _frames(dataset: Dataset) -> list[Dataset]:
             if element.keyword not in (*FRAME_TAGS, "PixelData"):
                 frame.add(copy.copy(element))
         for group in (shared, own):
-            for sequence in (
-                *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
-                *("PixelValueTransformationSequence", "CTImageFrameTypeSequence", "MRImageFrameTypeSequence"),
-                *("MREchoSequence", "MRDiffusionSequence"),
-            ):
+            for sequence in FRAME_GROUPS:
                 for item in group.get(sequence) or ():
                     frame.update(copy.deepcopy(item))
         for item in own.get("FrameContentSequence") or ():
             for theirs, ours in (
                 ("FrameAcquisitionNumber", "AcquisitionNumber"),
                 ("TemporalPositionIndex", "TemporalPositionIdentifier"),
+                ("StackID", "StackID"),
             ):
                 if item.get(theirs) is not None:
                     setattr(frame, ours, item.get(theirs))
+        frame.InstanceNumber = number + 1  # all frames have one UID; this tells them apart
         if "FrameType" in frame:
             frame.ImageType = frame.FrameType
         if "PixelData" in dataset:
@@ -324,8 +340,10 @@ def _of_modality(path: Path, headers: Sequence[Any], found: list[int], modalitie
 
 
 def _without_copies(path: Path, headers: Sequence[Any], found: list[int]) -> list[int]:
-    def identity(index: int) -> tuple[str, str]:  # the frames of an Enhanced CT share their UID
-        return str(headers[index].get("SOPInstanceUID") or index), str(headers[index].ImagePositionPatient)
+    def identity(index: int) -> tuple[str, ...]:
+        header = headers[index]
+        frame = header.get("InstanceNumber", "")  # of frames alone, see _frames; that of slices is not read
+        return str(header.get("SOPInstanceUID") or index), str(frame), str(header.ImagePositionPatient)
 
     slices = sorted({identity(index): index for index in reversed(found)}.values())
     if len(slices) < len(found):
@@ -353,6 +371,23 @@ def _one_series(path: Path, headers: Sequence[Any], found: list[int], chosen: st
         f"{path} holds {len(series)} DICOM series: {listing}; allowed is one: put each into a folder of its own, or "
         "choose one by its UID with maisi dicom_read --series_uid UID"
     )
+
+
+def _check_one_patient(path: Path, slices: Sequence[Any]) -> None:
+    """Refuse slices of several patients, studies or frames of reference; where some slices do not say, they agree.
+
+    Patients are counted, not named: messages go to logs.
+    """
+    for tag in ONE_OF_EACH:
+        said = (str(header.get(tag) or "").strip(" ^").casefold() for header in slices)
+        counts = Counter(value for value in said if value)
+        if len(counts) > 1:
+            found = [f"{value} ({n} slices)" if tag.endswith("UID") else f"{n} slices" for value, n in counts.items()]
+            raise InputError(
+                f"{path} holds a series with {len(counts)} values of {tag}: {', '.join(found[:3])}"
+                f"{', ...' if len(found) > 3 else ''}; allowed is one patient, study and frame of reference: put the "
+                "slices of each into a folder of their own, or export the series again"
+            )
 
 
 def _check_rescale(path: Path, slices: Sequence[Any]) -> None:
