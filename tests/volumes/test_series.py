@@ -16,12 +16,18 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import EnhancedCTImageStorage, RLELossless, generate_uid
+from pydicom.uid import (
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+    generate_uid,
+)
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.dicom_files import DicomFile
 from maisi_tools.volumes.inputs import find_inputs, stem_of
-from maisi_tools.volumes.reading import read_volume
+from maisi_tools.volumes.reading import check_voxels, read_volume
 from maisi_tools.volumes.series import read_slices, slice_affine
 
 from .conftest import ct_values
@@ -334,6 +340,49 @@ def test_enhanced_ct_reads_as_its_slices(write_series, tmp_path, said):
     assert np.array_equal(volume.numpy(), expected.numpy())
     assert np.allclose(volume.affine, expected.affine)
     assert f"{SHAPE[2]} copies of slices" in said.text
+
+
+def test_the_one_file_of_an_enhanced_ct_is_an_input(write_series, tmp_path):
+    """Named itself; a slice of a series says what it lacks, and a mask is not asked to be one."""
+    folder = write_series(ct_values(SHAPE))
+    file = as_enhanced(in_order(folder), tmp_path / "enhanced") / "one.dcm"
+    bare = shutil.copy(file, tmp_path / "IM0001")
+    for path, stem in ((file, "one"), (bare, "IM0001")):
+        assert find_inputs(path) == [{"image": str(path)}] and stem_of(path) == stem
+        assert np.array_equal(read_volume(path, "ct").numpy(), read_volume(folder, "ct").numpy())
+    (datalist := tmp_path / "list.json").write_text('[{"image": "IM0001"}]')
+    assert find_inputs(datalist) == [{"image": str(bare)}]
+    check_voxels(file)
+    with pytest.raises(
+        InputError, match="holds one DICOM slice; allowed is a series of at least two: give the whole series"
+    ):
+        read_volume(find_inputs(next(folder.iterdir()))[0]["image"], "ct")
+    with pytest.raises(InputError, match="is a DICOM file; allowed as mask is .*maisi dicom_read"):
+        read_volume(file, "mask")
+
+
+@pytest.mark.parametrize("with_meta", [False, True])
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_slices_without_preamble_are_read_with_the_others(write_series, tmp_path, zipped, implicit, with_meta):
+    """As a dataset was sent over the network, or with its meta information and no prefix before it."""
+    hu = ct_values(SHAPE)
+    path = write_series(hu)
+    (path / "notes.txt").write_bytes(b"\x08\0 no DICOM, of 1.2.840")
+    for file in sorted(path.glob("*.dcm"))[::2]:
+        dataset, buffer = pydicom.dcmread(file), io.BytesIO()
+        if with_meta:
+            dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            pydicom.dcmwrite(buffer, dataset, enforce_file_format=True, overwrite=True)
+            file.write_bytes(buffer.getvalue()[132:])
+        else:
+            bare = Dataset(dataset)
+            bare.save_as(buffer, implicit_vr=implicit, little_endian=True)
+            file.write_bytes(buffer.getvalue())
+        assert file.read_bytes()[:2] in (b"\x02\0", b"\x08\0")
+    if zipped:
+        path = Path(shutil.make_archive(str(tmp_path / "sent"), "zip", path))
+    assert np.array_equal(read_volume(path, "ct")[0].numpy(), hu)
 
 
 FAMILIES = [

@@ -17,7 +17,8 @@ def dicom_read(
     A series taken with a tilted gantry is resampled to a straight grid.
 
     Args:
-        path: a folder or zip file with a CT series, a SEG or RTSTRUCT file, or a folder or zip file of it alone.
+        path: a folder or zip file with a CT series, an Enhanced CT, a SEG or RTSTRUCT file, or a folder or zip file
+            with nothing but that file.
         output: the NIfTI file to write; a mask has the ids of MAISI's vocabulary (--label_map maisi).
         series: for a mask, folder or zip file of the CT series it was drawn on; the mask gets its grid.
         series_uid: Series Instance UID to take where there are several CT series.

@@ -32,15 +32,7 @@ from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
-from maisi_tools.volumes.inputs import (
-    SUFFIXES,
-    check_earlier,
-    check_targets,
-    find_inputs,
-    holds_dicom,
-    is_zip,
-    stem_of,
-)
+from maisi_tools.volumes.inputs import SUFFIXES, check_earlier, check_targets, find_inputs, holds_dicom, stem_of
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.patching import Stored, ras_affine, read_stored, to_ras, write_stored
 from maisi_tools.volumes.reading import read_volume
@@ -564,9 +556,9 @@ def to_scan(ras: np.ndarray, scan: Stored) -> np.ndarray:
 
 
 def is_series(path: str | os.PathLike) -> bool:
-    """Whether a CT comes as DICOM: a folder, or a zip file."""
+    """Whether a CT comes as DICOM: a folder, a zip file, or the file of an Enhanced CT."""
     file = Path(path)
-    return not file.name.lower().endswith(SUFFIXES) and (file.is_dir() or is_zip(file)) and holds_dicom(file)
+    return not file.name.lower().endswith(SUFFIXES) and holds_dicom(file)
 
 
 def _resizes(edits: Any) -> bool:

@@ -13,10 +13,10 @@ from typing import IO, Any
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import is_dicom, is_zip, zipped_dicom
+from maisi_tools.volumes.inputs import PREFIX, is_dicom, is_zip, zipped_dicom
 from maisi_tools.volumes.limits import check_limit
 
 MAX_COMPRESSION = 4096
@@ -63,7 +63,12 @@ class DicomFile:
             self._check_deflated(file)
             file.seek(0)
             whole = self.member is not None and not options.get("stop_before_pixels")
-            return pydicom.dcmread(io.BytesIO(file.read()) if whole else file, **options)
+            # What comes here was found to be DICOM; force is for a file without preamble, which does not say so.
+            dataset = pydicom.dcmread(io.BytesIO(file.read()) if whole else file, force=True, **options)
+            if "TransferSyntaxUID" not in dataset.file_meta:
+                implicit, _ = dataset.original_encoding  # as pydicom found it
+                dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+            return dataset
 
     def check_claim(self, header: Dataset) -> None:
         """Refuse a header that claims more pixels than its file can hold, before they are made room for.
@@ -96,7 +101,8 @@ class DicomFile:
         Raises:
             InputError: it is.
         """
-        file.seek(PREAMBLE)
+        file.seek(0)
+        file.seek(PREAMBLE if file.read(PREAMBLE)[PREFIX] == b"DICM" else 0)
         meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag.group != 2)  # type: ignore[arg-type]
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
@@ -137,10 +143,13 @@ def reading(name: str | Path) -> Iterator[None]:
 
 
 def list_dicom(path: Path) -> list[DicomFile]:
-    """The DICOM files in a folder (searched deeper only where it holds none itself) or zip file, by their names."""
+    """The DICOM files in a folder (searched deeper only where it holds none itself) or zip file, by name, or `path` if it
+    is one."""
     if is_zip(path):
         names = zipped_dicom(path)
         archive = zipfile.ZipFile(path)  # closed when the last of its members is let go
         return [DicomFile(path, name, archive) for name in names]
+    if not path.is_dir():
+        return [DicomFile(path)] if is_dicom(path) else []
     files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
     return [DicomFile(file) for file in files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))]

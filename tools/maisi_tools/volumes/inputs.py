@@ -29,15 +29,19 @@ TRAINED = ("training",)
 """The section of which synthetic data are made: of those of held-out patients a network would learn these."""
 
 ALLOWED = (
-    f"a volume file ({', '.join(SUFFIXES)}), a folder or zip file with one DICOM series, a folder of those, a glob, a "
-    "list of them, or a datalist (JSON)"
+    f"a volume file ({', '.join(SUFFIXES)}), a folder or zip file with one DICOM series, the file of an Enhanced CT or "
+    "MR, a folder of those, a glob, a list of them, or a datalist (JSON)"
 )
 
 DAMAGES = (errno.EINVAL, errno.ENAMETOOLONG, errno.EEXIST)
 """What the system says of the offsets and the names in a damaged zip file."""
 
 PREFIX, HEAD = slice(128, 132), 512
-"""Where a DICOM file says that it is one, and how much of it has its Media Storage SOP Class."""
+"""Where a DICOM file says that it is one, and how much of it has its SOP Class."""
+
+BARE_STARTS, BARE_CLASS = (b"\x02\0", b"\x08\0"), b"1.2.840.10008.5.1.4.1.1."
+"""How one begins that was stored without preamble and prefix, with the group of its first element, and the root of the
+SOP Classes of stored objects, one of which it names soon after."""
 
 DIRECTORY = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
 """That element of a DICOMDIR, as it is stored (DICOM PS3.10 section 7.1): Media Storage Directory Storage."""
@@ -51,7 +55,7 @@ def stem_of(path: str | os.PathLike) -> str:
     name = Path(path).name
     if name in ("", "..") and os.fspath(path):  # the folder one is in, or the one above
         name = Path(path).resolve().name
-    suffix = ".zip" if name.lower().endswith(".zip") else _volume_suffix(name)
+    suffix = name[-4:] if name.lower().endswith((".zip", ".dcm")) else _volume_suffix(name)
     return name[: -len(suffix)] if suffix and not os.path.isdir(path) else name
 
 
@@ -73,7 +77,8 @@ def find_inputs(
     Args:
         input: one of
 
-            - a volume file (.nii, .nii.gz, .nrrd), or a folder or zip file that holds one DICOM series;
+            - a volume file (.nii, .nii.gz, .nrrd), a folder or zip file that holds one DICOM series, or a DICOM file
+              with all of it (Enhanced CT or MR);
             - a folder of volume files and of folders and zip files of DICOM series (not searched any deeper);
             - a glob pattern (files that are no volumes are passed over);
             - a datalist: a JSON file with a list of paths or of ``{key: path}``, or with such a list under
@@ -306,18 +311,18 @@ def _expand(path: Path, is_one: IsOne) -> list[str]:
 
 
 def _single(path: Path, is_one: IsOne) -> str:
-    """A volume file, or a folder or zip file of one DICOM series, as a string."""
-    if not _is_volume(path, is_one):
+    """A volume file, or a folder, zip file or file of one DICOM series, as a string."""
+    if not (_is_volume(path, is_one) or is_dicom(path)):
         what = "a folder without DICOM files" if path.is_dir() else "no supported file type"
         raise InputError(
-            f"input {path} is {what}; allowed are {', '.join(SUFFIXES)} and folders or zip files of "
-            "one DICOM series: give the folder of the DICOM files, or convert it to NIfTI"
+            f"input {path} is {what}; allowed are {', '.join(SUFFIXES)}, folders or zip files of one DICOM series, and "
+            "the file of an Enhanced CT or MR: give the folder of the DICOM files, or convert it to NIfTI"
         )
     return str(path)
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether `path` is a file with the DICOM prefix, and not the directory of a medium (DICOMDIR)."""
+    """Whether `path` is a DICOM file, with its prefix or without, and not the directory of a medium (DICOMDIR)."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -325,7 +330,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def _is_object(head: bytes) -> bool:
-    return head[PREFIX] == b"DICM" and DIRECTORY not in head
+    return DIRECTORY not in head if head[PREFIX] == b"DICM" else head.startswith(BARE_STARTS) and BARE_CLASS in head
 
 
 def is_zip(path: Path) -> bool:
@@ -372,9 +377,9 @@ def zipped_dicom(path: Path) -> list[str]:
 
 
 def holds_dicom(path: Path) -> bool:
-    """Whether a file directly in the folder, or one at any depth in the zip file or below a DICOMDIR, is DICOM."""
-    if is_zip(path):
-        return bool(zipped_dicom(path))
+    """Whether it is a DICOM file, or one is directly in the folder, or somewhere in the zip file or below a DICOMDIR."""
+    if not path.is_dir():
+        return bool(zipped_dicom(path)) if is_zip(path) else is_dicom(path)
     entries = list(path.iterdir())
     is_medium = any(entry.name.upper() == "DICOMDIR" and entry.is_file() for entry in entries)
     return any(is_dicom(entry) for entry in (*entries, *(path.rglob("*") if is_medium else ())))

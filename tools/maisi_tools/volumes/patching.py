@@ -14,7 +14,6 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from maisi_tools.files import replacing
 from maisi_tools.volumes.checks import whole_labels
-from maisi_tools.volumes.inputs import is_zip
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.stored import read_whole
@@ -79,8 +78,7 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     """The stored voxels of a volume, for :func:`write_stored`.
 
     Args:
-        path: NIfTI or NRRD; for kind "ct" also a folder or zip file of one DICOM series, whose HU are taken, as int16
-            where all are whole numbers.
+        path: NIfTI or NRRD; for kind "ct" also a DICOM series, whose HU are taken, as int16 where all are whole.
         kind: "ct" or "mask", whose values are its labels: without a slope, since between those of a slope that fills a
             type with the labels of a file there is no number for another label.
 
@@ -103,7 +101,7 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     volume: Any = read_volume(path, kind)
     affine = np.asarray(volume.affine, dtype=float)
     read = volume[0].numpy()
-    if name.endswith(".nrrd") and not path.is_dir() and not is_zip(path):
+    if name.endswith(".nrrd") and path.is_file():
         values = nrrd.read(str(path))[0].reshape(read.shape)
         # NIfTI has the types of NRRD but for bool; a byte order of its own is the machine's.
         return Stored(np.array(values, dtype=values.dtype.newbyteorder("=")), affine)

@@ -28,7 +28,7 @@ from maisi_tools.volumes.checks import (
 )
 from maisi_tools.volumes.dicom_files import reading
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_zip, sidecar_path
+from maisi_tools.volumes.inputs import SUFFIXES, holds_dicom, is_dicom, is_zip, sidecar_path
 from maisi_tools.volumes.latents import checked_sidecar
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.nifti import read_nifti
@@ -49,7 +49,8 @@ def read_volume(
     """Read one volume and check it.
 
     Args:
-        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder or zip file of one DICOM series.
+        path: .nii, .nii.gz or .nrrd; for kind "ct" also a folder or zip file of one DICOM series, or the file of an
+            Enhanced CT or MR.
         kind: "ct" (HU), "mask" (label values) or "latent" (four channels on the file's last axis).
         intensity_check: whether it must be a CT, with values that look like HU; else it may be an MR.
         series_uid: Series Instance UID to take where a folder or zip file holds several.
@@ -91,7 +92,7 @@ def check_voxels(path: Path) -> None:
     Raises:
         InputError: the header cannot be read, or claims more voxels than MAISI_MAX_VOXELS.
     """
-    if path.is_dir() or is_zip(path):
+    if path.is_dir() or is_zip(path) or is_dicom(path):
         return
 
     def claimed() -> list[int]:
@@ -208,11 +209,15 @@ def sidecar_if_any(path: str | os.PathLike) -> dict[str, Any]:
 def _read(path: Path, kind: str, series_uid: str | None, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Values (X, Y, Z), or (X, Y, Z, C) for a latent, float32, and the affine, of any format."""
     allowed = ".nii or .nii.gz" if kind == "latent" else ", ".join(SUFFIXES)
-    allowed += " or a folder or zip file of one DICOM series" if kind == "ct" else ""
+    allowed += ", or a folder or zip file of one DICOM series, or the file of an Enhanced CT" if kind == "ct" else ""
     if not path.exists():
         raise InputError(f"{path} does not exist; allowed is {allowed}: correct the path")
     name = path.name.lower()
-    if path.is_dir() or is_zip(path):
+    if path.is_dir() or is_zip(path) or is_dicom(path):
+        if kind != "ct" and is_dicom(path):
+            raise InputError(
+                f"{path} is a DICOM file; allowed as {kind} is {allowed}: make one of it with maisi dicom_read"
+            )
         if kind != "ct" or not holds_dicom(path):
             what = "folder" if path.is_dir() else "zip file"
             raise InputError(f"{path} is a {what} and holds no DICOM series; allowed as {kind} is {allowed}")

@@ -1,4 +1,4 @@
-"""A folder or a zip file with one CT or MR series in DICOM, read by MONAI and checked where MONAI only warns."""
+"""A folder, zip file or file with one CT or MR series in DICOM, read by MONAI and checked where MONAI only warns."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FRAME_GROUPS = (
 
 
 class SeriesReader(PydicomReader):
-    """MONAI's PydicomReader for a folder or a zip file that holds exactly one complete series.
+    """MONAI's PydicomReader for a folder or a zip file that holds exactly one complete series, or one Enhanced file.
 
     Slices, or the frames of an Enhanced CT or MR, are put in the order of their position, whatever their numbers say;
     files that are not image slices (reports, structure sets, DICOMDIR) are passed over. Rescale slope and intercept
@@ -142,7 +142,7 @@ def read_slices(
     """The slices of the one series in a folder or zip file, ordered along the slice normal.
 
     Args:
-        path: folder (searched deeper only where it holds no DICOM itself) or zip file.
+        path: folder (searched deeper only where it holds no DICOM itself), zip file, or the one file of it.
         series: Series Instance UID to take where there are several.
         pixels: with their pixel data, decompressed; else only the headers (:data:`SCANNED_TAGS`).
         tags: further keywords to read of headers.
@@ -227,7 +227,9 @@ def slice_order(
                 "reformats and secondary captures out of the folder"
             )
     if len(found) < 2:
-        raise InputError(f"{path} holds one DICOM slice; allowed is a series of at least two: give the whole series")
+        raise InputError(
+            f"{path} holds one DICOM slice; allowed is a series of at least two: give the whole series (its folder)"
+        )
     row, column = np.asarray(headers[found[0]].ImageOrientationPatient, dtype=float).reshape(2, 3)
     if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-3):
         raise InputError(
