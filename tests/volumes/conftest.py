@@ -14,7 +14,7 @@ OBLIQUE = np.array([[-0.8, 0.3, 0.0, 12.5], [0.25, 0.9, -0.4, -30.0], [0.1, 0.35
 
 def ct_values(shape=SHAPE):
     """A different value in nearly each voxel, from -1000 HU on, so that a swapped or flipped axis is noticed."""
-    return (np.arange(np.prod(shape)).reshape(shape) % 2500 - 1000).astype(np.int16)
+    return (np.arange(np.prod(shape)).reshape(shape) * 7 % 2500 - 1000).astype(np.int16)
 
 
 @pytest.fixture

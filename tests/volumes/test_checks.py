@@ -63,6 +63,41 @@ def test_other_intensities_are_refused(values, message):
         check_ct_intensities(values, "x.nii")
 
 
+def body(tissue=0.3, lung=0.0, shape=(20, 20, 20)):
+    """Air with noise, and shares of soft tissue and lung."""
+    values = np.random.default_rng(0).normal(-1000, 8, shape).reshape(-1)
+    count, more = round(tissue * values.size), round(lung * values.size)
+    values[:count] += 1040
+    values[: count // 40] += 800  # bone
+    values[count : count + more] += 150
+    values[: more // 500] = 0  # a vessel
+    return values.reshape(shape)
+
+
+@pytest.mark.parametrize(("tissue", "lung"), [(0.3, 0.0), (0.005, 0.0), (0.0, 0.9), (0.0, 0.2), (0.005, 0.3)])
+def test_little_tissue_and_pure_lung_pass(tissue, lung):
+    check_ct_intensities(body(tissue, lung), "x.nii")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            np.maximum(body(), -1000) - 1024,
+            r"beside -2024, 60 of 8000 above -300 HU and 0 within 150 HU of.*twice, set it",
+        ),
+        (np.maximum(body() - 1024, -1024), r"from -1024 to .*60 of 8000 above -300 HU and 0 within"),
+        (np.where(body(0.1) > -500, 900, body(0.1)), "allowed is a CT in Houns.*more than 50% soft"),
+        (np.clip((body() + 160) / 400 * 255, 0, 255).round() - 1024, "as in an 8-bit picture with an intercept"),
+        (padded(between(-1024, -769), -2000), "as in an 8-bit picture with an intercept"),
+    ],
+)
+def test_air_with_hardly_any_soft_tissue_in_it_is_refused(values, message):
+    """An intercept added twice to what is clipped at air, and to a windowed picture."""
+    with pytest.raises(InputError, match=message):
+        check_ct_intensities(values, "x.nii")
+
+
 def test_nan_and_inf_are_counted():
     values = between(-1000, 1000)
     check_finite(values, "x.nii")

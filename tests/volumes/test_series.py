@@ -483,6 +483,49 @@ def test_the_scanners_padding_outside_of_its_field_is_no_fault(write_series, pad
     assert float(found.min()) == padding and (found == padding).sum() == 8 * SHAPE[2]
 
 
+@pytest.mark.parametrize(
+    ("value", "stored", "signed", "bits", "limit"),
+    [
+        (63536, 63536, 0, 16, None),  # -2000 stored unsigned
+        (63536, 63536, 1, 16, None),  # declared unsigned, of signed pixels
+        (65535, 65535, 0, 16, None),
+        (4095, 4095, 0, 12, None),  # the largest value, which is metal's, too
+        (63536, 2096, 0, 12, None),
+        (-2000, 63536, 1, 16, None),
+        (-32768, 32770, 1, 16, -32700),
+    ],
+)
+def test_declared_padding_is_air(write_series, said, value, stored, signed, bits, limit):
+    """Outside of the field of view alone: a pixel within it that has the value stays."""
+    hu = ct_values(SHAPE) // 2
+    folder = write_series(hu, PixelRepresentation=signed, BitsStored=bits, HighBit=bits - 1)
+
+    def pad(dataset, number):
+        pixels = np.frombuffer(dataset.PixelData, "<u2").reshape(SHAPE[1::-1]).copy()
+        pixels[:2, :3] = pixels[3, 4] = stored
+        dataset.PixelData = pixels.tobytes()
+        kind = "SS" if value < 0 else "US"
+        dataset.add_new("PixelPaddingValue", kind, value)
+        if limit is not None:
+            dataset.add_new("PixelPaddingRangeLimit", kind, limit)
+
+    edit(folder, pad)
+    inside = pydicom.dcmread(next(folder.iterdir())).pixel_array[3, 4] - 1024.0
+    expected = hu.astype(float)
+    expected[:3, :2], expected[4, 3] = -1000, inside
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), expected)
+    assert f"{6 * SHAPE[2]} voxels outside of the scanner's field of view" in said.text
+
+
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_padding_that_is_air_anyway_or_of_an_mr_stays(write_series, said, modality):
+    hu = np.maximum(ct_values(SHAPE), -1010)
+    hu[:3, :2] = -1024
+    folder = write_series(hu, modality=modality, PixelPaddingValue=0)
+    assert np.array_equal(read_volume(folder, "ct", intensity_check=modality == "CT")[0].numpy(), hu)
+    assert not said.records
+
+
 @pytest.mark.parametrize(("low", "share", "refused"), [(-2024, 0.5, True), (-1400, 0.3, True), (-1250, 0.5, False)])
 def test_an_intercept_that_was_added_twice(write_series, low, share, refused):
     """Then air lies near -2024; the documented bound is -1300 HU in more than a tenth of the voxels."""

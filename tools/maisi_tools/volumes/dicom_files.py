@@ -143,8 +143,7 @@ def reading(name: str | Path) -> Iterator[None]:
 
 
 def list_dicom(path: Path) -> list[DicomFile]:
-    """The DICOM files in a folder (searched deeper only where it holds none itself) or zip file, by name, or `path` if it
-    is one."""
+    """The DICOM files in a folder (searched deeper only where it has none itself) or zip file, by name; or the file."""
     if is_zip(path):
         names = zipped_dicom(path)
         archive = zipfile.ZipFile(path)  # closed when the last of its members is let go

@@ -377,7 +377,7 @@ def zipped_dicom(path: Path) -> list[str]:
 
 
 def holds_dicom(path: Path) -> bool:
-    """Whether it is a DICOM file, or one is directly in the folder, or somewhere in the zip file or below a DICOMDIR."""
+    """Whether it is a DICOM file, or one is directly in the folder, or anywhere in the zip file or below a DICOMDIR."""
     if not path.is_dir():
         return bool(zipped_dicom(path)) if is_zip(path) else is_dicom(path)
     entries = list(path.iterdir())

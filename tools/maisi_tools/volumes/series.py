@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from monai.data import PydicomReader
 from pydicom.dataset import Dataset
+from scipy import ndimage
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.checks import LEAST_HU
 from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.limits import check_limit
 
@@ -40,6 +42,10 @@ MAX_EXTENT_MM = 10_000.0
 
 THINNEST_HU, MAX_THINNER_SHARE = -1300.0, 0.1
 """Air is -1000 HU, and noise and filters hardly reach below -1300; values below it beyond this share are no HU."""
+
+PADDED_HU = -1000.0
+"""Air, which the scanner's padding outside of its field of view becomes; what is air already, that is between this and
+:data:`LEAST_HU`, stays."""
 
 GEOMETRY_TAGS = ("Rows", "Columns", "PixelSpacing", "ImageOrientationPatient")
 RESCALE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType")
@@ -86,7 +92,8 @@ class SeriesReader(PydicomReader):
 
     Slices, or the frames of an Enhanced CT or MR, are put in the order of their position, whatever their numbers say;
     files that are not image slices (reports, structure sets, DICOMDIR) are passed over. Rescale slope and intercept
-    are applied, which gives HU of a CT; the affine is in RAS and mm; that of a tilted gantry is sheared.
+    are applied, which gives HU of a CT, and its declared padding becomes air (:data:`PADDED_HU`); the affine is in RAS
+    and mm; that of a tilted gantry is sheared.
 
     Args:
         series: Series Instance UID to take where there are several.
@@ -119,9 +126,15 @@ class SeriesReader(PydicomReader):
         Raises:
             InputError: much of a CT lies below air, as when the intercept was in the stored values already.
         """
+        self.padded = 0
         values, meta = super().get_data(data)
         if not self.is_ct:
             return values, meta
+        if self.padded:
+            logger.warning(
+                "%s: %d voxels outside of the scanner's field of view (Pixel Padding Value) are set to %g HU",
+                *(self.path, self.padded, PADDED_HU),
+            )
         # The lowest value may be the scanner's padding outside of its field of view.
         thinner = np.count_nonzero((values < THINNEST_HU) & (values > values.min())) / values.size
         if thinner > MAX_THINNER_SHARE:
@@ -130,6 +143,15 @@ class SeriesReader(PydicomReader):
                 "CT in Hounsfield units (air near -1000): set the rescale intercept to 0, the values have it already"
             )
         return values, meta
+
+    def _get_array_data(self, img: Any, filename: Any) -> np.ndarray:
+        """Values (rows, columns) of a slice."""
+        values = super()._get_array_data(img, filename)
+        if self.is_ct and img.get("PixelPaddingValue") is not None:
+            outside = _padding(img) & ~((values >= LEAST_HU) & (values <= PADDED_HU))
+            values[outside] = PADDED_HU
+            self.padded += int(np.count_nonzero(outside))
+        return values
 
 
 def read_slices(
@@ -301,6 +323,23 @@ def _frames(dataset: Dataset) -> list[Dataset]:
             frame.file_meta = dataset.file_meta
         frames.append(frame)
     return frames
+
+
+def _padding(dataset: Dataset) -> np.ndarray:
+    """Which pixels (rows, columns) have a slice's padding value and hang together with its edge.
+
+    Within the body a pixel may have that value, too, as metal has the largest of 12 bits.
+    """
+    bits, ends = int(dataset.BitsStored), []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        # Scanners write it with more bits than they store, or with another sign: 63536 is -2000.
+        value = int(dataset.get(keyword, dataset.PixelPaddingValue)) % (1 << bits)
+        ends.append(value - (1 << bits) if dataset.PixelRepresentation and value >> (bits - 1) else value)
+    stored = dataset.pixel_array
+    padding = (stored >= min(ends)) & (stored <= max(ends))
+    edge = np.ones_like(padding)
+    edge[1:-1, 1:-1] = False
+    return ndimage.binary_propagation(padding & edge, mask=padding)
 
 
 def _decompressed(path: Path, dataset: Any) -> Dataset:
