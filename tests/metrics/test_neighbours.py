@@ -136,7 +136,7 @@ def test_what_is_refused(training, tmp_path):
     with pytest.raises(InputError, match="no voxel above"):
         coarse_volume(np.full((10, 10, 10), -1000.0), SPACING)
     speck = np.full((40, 40, 40), -1000, np.int16)
-    speck[20, 20, 20] = -100
+    speck[20, 20, 20] = -200
     sample = {"image": save(tmp_path / "speck_ct.nii.gz", speck)}
     with pytest.raises(InputError, match="speck_ct has no tissue above .* HU that is left at 10 mm; give a CT with"):
         score_samples([sample], [{"image": training[0]}], [{"image": training[1]}], tmp_path)

@@ -75,26 +75,32 @@ def body(tissue=0.3, lung=0.0, shape=(20, 20, 20)):
 
 
 @pytest.mark.parametrize(("tissue", "lung"), [(0.3, 0.0), (0.005, 0.0), (0.0, 0.9), (0.0, 0.2), (0.005, 0.3)])
-def test_little_tissue_and_pure_lung_pass(tissue, lung):
+def test_little_tissue_and_pure_lung_pass(tissue, lung, caplog):
     check_ct_intensities(body(tissue, lung), "x.nii")
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "soft"),
     [
-        (
-            np.maximum(body(), -1000) - 1024,
-            r"beside -2024, 60 of 8000 above -300 HU and 0 within 150 HU of.*twice, set it",
-        ),
-        (np.maximum(body() - 1024, -1024), r"from -1024 to .*60 of 8000 above -300 HU and 0 within"),
-        (np.where(body(0.1) > -500, 900, body(0.1)), "allowed is a CT in Houns.*more than 50% soft"),
-        (np.clip((body() + 160) / 400 * 255, 0, 255).round() - 1024, "as in an 8-bit picture with an intercept"),
-        (padded(between(-1024, -769), -2000), "as in an 8-bit picture with an intercept"),
+        (np.maximum(body(), -1000) - 1024, 0),
+        (np.maximum(body() - 1024, -1024), 0),
+        (np.where(body(0.1) > -500, 900, body(0.1)), 0),
+        (np.where(body(0.02) > -500, np.arange(8000).reshape(20, 20, 20) % 4 * 100, body(0.02)), 50),
     ],
 )
-def test_air_with_hardly_any_soft_tissue_in_it_is_refused(values, message):
-    """An intercept added twice to what is clipped at air, and to a windowed picture."""
-    with pytest.raises(InputError, match=message):
+def test_air_with_hardly_any_soft_tissue_in_it_is_named(values, soft, caplog):
+    """An intercept added twice to what is clipped at air; a narrow crop may look like it, so it goes on."""
+    check_ct_intensities(values, "x.nii")
+    assert f"of what is above -300 HU {soft} % is within 150 HU of water" in caplog.text and "twice" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.clip((body() + 160) / 400 * 255, 0, 255).round() - 1024, padded(between(-1024, -769), -2000)],
+)
+def test_an_8_bit_picture_with_an_intercept_is_refused(values):
+    with pytest.raises(InputError, match="as in an 8-bit picture with an intercept"):
         check_ct_intensities(values, "x.nii")
 
 

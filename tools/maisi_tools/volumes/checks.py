@@ -86,12 +86,12 @@ def check_ct_intensities(array: np.ndarray, name: str) -> None:
     """Refuse values that cannot be Hounsfield units. A CT of a body has voxels below 0 HU: fat, lung or air.
 
     Clipped CTs, and crops within soft tissue or lung, pass. The lowest value, where it is below :data:`LEAST_HU`, may
-    be the scanner's padding outside of its field of view, such as -3024, and says nothing of the others.
+    be the scanner's padding outside of its field of view, such as -3024, and says nothing of the others. A warning
+    names a CT of air and what is denser than soft tissue, as where the rescale intercept was added twice.
 
     Raises:
-        InputError: a constant volume, a normalised one (-1..1), an 8-bit one (0..255, or that with an intercept), one
-            without a value below 0, as stored by scanners before the rescale intercept is added, or one of air and
-            what is denser than soft tissue, as where that was added twice.
+        InputError: a constant volume, a normalised one (-1..1), an 8-bit one (0..255, or that with an intercept), or
+            one without a value below 0, as stored by scanners before the rescale intercept is added.
     """
     low, high = float(array.min()), float(array.max())
     if low == high:
@@ -115,11 +115,12 @@ def check_ct_intensities(array: np.ndarray, name: str) -> None:
         )
     if np.count_nonzero(array > LUNG_HU) < MUCH_LUNG * array.size:
         tissue, soft = np.count_nonzero(array > TISSUE_HU), np.count_nonzero(np.abs(array) < SOFT_HU)
-        if soft <= LEAST_SOFT * tissue:
-            raise InputError(
-                f"{found}, {tissue} of {array.size} above {TISSUE_HU} HU and {soft} within {SOFT_HU} HU of water; "
-                f"{HU_HINT}, with more than {LEAST_SOFT:.0%} soft tissue in a body: if the rescale intercept was added "
-                "twice, set it to 0"
+        share = float(soft) / max(int(tissue), 1)
+        if share <= LEAST_SOFT:  # a narrow crop may be so, too
+            logger.warning(
+                "%s, and of what is above %d HU %.0f %% is within %d HU of water, where a body has more than %.0f %%; if "
+                "the rescale intercept was added twice, set it to 0",
+                *(found, TISSUE_HU, 100 * share, SOFT_HU, 100 * LEAST_SOFT),
             )
 
 
