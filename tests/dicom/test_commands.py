@@ -121,7 +121,7 @@ def test_tilted_series_come_out_straight(files, hu, capsys):
         (["dicom_read", "none", "-o", "x.nii.gz", "--series", "."], "does not exist"),
         (["dicom_read", "ct.nii.gz", "-o", "x.png"], "is no NIfTI file"),
         (["dicom_write", "ct.nii.gz", "--source", "none"], "none does not exist"),
-        (["dicom_write", "ct.nii.gz", "--source", "mask.nii.gz"], "is a file; allowed is the folder of a CT series"),
+        (["dicom_write", "ct.nii.gz", "--source", "mask.nii.gz"], "is no DICOM; allowed is the folder of a CT series"),
         (["dicom_read", "ct.nii.gz", "-o", "x.nii.gz", "--names", "n.json"], "--names was given and"),
     ],
 )

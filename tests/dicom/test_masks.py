@@ -157,6 +157,13 @@ def box(low, high):
     return [(low, low), (high, low), (high, high), (low, high)]
 
 
+@pytest.mark.parametrize("name", ["SEG.dcm", "RTSTRUCT.dcm"])
+def test_the_file_of_an_enhanced_ct_is_a_series(studies, name):
+    folder = studies / "enhanced"
+    of_file, of_folder = (read_mask(folder / name, series) for series in (folder / "CT" / "CT.dcm", folder / "CT"))
+    assert np.array_equal(of_file, of_folder) and np.array_equal(of_file.affine, of_folder.affine)
+
+
 def test_foreign_structure_set(slices, studies, tmp_path, caplog):
     """A ring by two contours; planes between the slices, the nearest of which counts; points; an unknown ROI."""
     path = structure_file(
@@ -260,7 +267,7 @@ def test_masks_that_are_refused(slices, studies, tmp_path):
     for wrong, message in [(series, "no DICOM Segmentation and no RT"), (tmp_path / "none", "does not exist")]:
         with pytest.raises(InputError, match=message):
             read_mask(wrong)
-    for wrong, message in [(path, "is a file; allowed is the folder"), (tmp_path / "none", "does not exist")]:
+    for wrong, message in [(path, "no image slice"), (tmp_path / "none", "does not exist")]:
         with pytest.raises(InputError, match=message):
             read_mask(path, wrong)
 

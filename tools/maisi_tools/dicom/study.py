@@ -28,7 +28,7 @@ from maisi_tools.dicom.segmentation import segmentation, segments
 from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
-from maisi_tools.volumes.dicom_files import DicomFile, list_dicom, reading
+from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, stem_of
 from maisi_tools.volumes.reading import sidecar_if_any
@@ -67,8 +67,9 @@ def write_study(
         hu: (X, Y, Z) in HU, in any orientation; stored as whole int16 numbers.
         affine: (4, 4) from voxels to RAS in mm.
         mask: (X, Y, Z) in MAISI's vocabulary, on the same grid.
-        source: a CT series (folder or zip file) whose patient, study and frame of reference the objects join. Without
-            it they belong to a new, invented patient, and nothing of any other patient is in them.
+        source: a CT series (folder, zip file, or the file of an Enhanced CT) whose patient, study and frame of
+            reference the objects join. Without it they belong to a new, invented patient, and nothing of any other
+            patient is in them.
         seed: of the volume, to be recorded.
         conditions: of the volume, to be recorded; JSON-able, and free of names of files and persons.
         enhanced: one Enhanced CT object instead of a series of slices.
@@ -249,8 +250,8 @@ def read_mask(
 
     Args:
         path: the file, or a folder or zip file that holds it alone.
-        series: the CT series (folder or zip file) it was drawn on, whose grid the mask gets. A structure set needs it;
-            a segmentation without it keeps its own grid.
+        series: the CT series (folder, zip file, or the file of an Enhanced CT) it was drawn on, whose grid the mask
+            gets. A structure set needs it; a segmentation without it keeps its own grid.
         series_uid: of that series, where there are several and the file names none of them.
         names: JSON table of names, see :func:`maisi_tools.masks.codes.read_roi_table`.
 
@@ -312,14 +313,17 @@ def _check_exists(path: str | os.PathLike) -> Path:
 
 
 def _check_series(path: str | os.PathLike) -> Path:
-    """Refuse what is no folder and no zip file.
+    """Refuse what holds no DICOM by its kind.
 
     Raises:
-        InputError: it is not there, or is a file.
+        InputError: it is not there, or is another file.
     """
     series = _check_exists(path)
-    if not series.is_dir() and not is_zip(series):
-        raise InputError(f"{series} is a file; allowed is the folder of a CT series, or a zip file of it")
+    if not series.is_dir() and not is_zip(series) and not is_dicom(series):
+        raise InputError(
+            f"{series} is no DICOM; allowed is the folder of a CT series, a zip file of it, or the file of an Enhanced "
+            "CT"
+        )
     return series
 
 
@@ -330,7 +334,7 @@ def read_single(path: str | os.PathLike) -> Dataset:
         InputError: there is none.
     """
     file = _check_exists(path)
-    files = list_dicom(file) if file.is_dir() or is_zip(file) else [DicomFile(file)] if is_dicom(file) else []
+    files = list_dicom(file)
     head = files[0].read(stop_before_pixels=True) if len(files) == 1 else None
     if head is None or head.get("Modality") not in ("SEG", "RTSTRUCT"):
         raise InputError(f"{file} is no DICOM Segmentation and no RT Structure Set; allowed is one of these")

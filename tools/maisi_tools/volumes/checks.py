@@ -118,8 +118,8 @@ def check_ct_intensities(array: np.ndarray, name: str) -> None:
         share = float(soft) / max(int(tissue), 1)
         if share <= LEAST_SOFT:  # a narrow crop may be so, too
             logger.warning(
-                "%s, and of what is above %d HU %.0f %% is within %d HU of water, where a body has more than %.0f %%; if "
-                "the rescale intercept was added twice, set it to 0",
+                "%s, and of what is above %d HU %.0f %% is within %d HU of water, where a body has more than %.0f %%; "
+                "if the rescale intercept was added twice, set it to 0",
                 *(found, TISSUE_HU, 100 * share, SOFT_HU, 100 * LEAST_SOFT),
             )
 
