@@ -113,6 +113,10 @@ def test_conditions_alone_do_not_encode(encode, cases, tmp_path):
     one, two = (json.loads((tmp_path / "latents" / f"{name}_ct_latent.json").read_text()) for name in ("p1", "p2"))
     assert (one["region"], one["modality"]) == (["head", "chest"], "ct_contrast")
     assert (two["region"], two["modality"]) == (["head"], "ct")  # not in this run's input
+    (cases / "datalist.json").write_text(json.dumps([{"image": items[0]["image"]}]))
+    assert encode(views=VIEWS[:1]) == []
+    again = json.loads((tmp_path / "latents" / "p1_ct_latent.json").read_text())
+    assert (again["region"], again["modality"]) == (["head", "chest"], "ct")  # a list that says no region takes none
 
 
 @pytest.mark.parametrize("moment", ["sidecar", "volume"])

@@ -51,3 +51,11 @@ def test_a_section_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "list.json").write_text('{"training": [{"image": "a.nii.gz"}], "training": [{"image": "b.nii.gz"}]}')
     with pytest.raises(InputError, match="'training' stands there more than once"):
         read_datalist(tmp_path / "list.json", "training")
+
+
+def test_a_volume_in_both_sections_is_said(tmp_path, caplog):
+    lists = {"training": [{"image": "a.nii"}, {"image": "b.nii"}], "validation": [{"image": "b.nii"}]}
+    (tmp_path / "list.json").write_text(json.dumps(lists))
+    assert len(read_datalist(tmp_path / "list.json", "training")) == 2 and not caplog.text
+    read_datalist(tmp_path / "list.json", "validation")
+    assert "has 1 volumes under training and validation, such as b.nii; weights are then chosen by" in caplog.text

@@ -14,6 +14,7 @@ from monai.engines import SupervisedTrainer
 from monai.transforms import Compose, RandGaussianNoised
 
 from maisi_tools.errors import InputError, TrainingError
+from maisi_tools.training.budget import Budget, by_budget
 from maisi_tools.training.checkpoint import NAME, Checkpointer, constants_of, find_checkpoint, fingerprint_items
 from maisi_tools.training.loaders import TrainingLoader
 from maisi_tools.training.monitor import NanGuard, StepLog
@@ -263,3 +264,7 @@ def test_of_a_component_its_class_and_its_own_values_count():
     assert constants_of("schedule", max) == {"schedule": "max"}
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.5)
     assert constants_of("optimizer", optimizer)["optimizer#weight_decay"] == 0.5
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=7, power=2.0)
+    assert constants_of("rate", schedule) == {"rate": "PolynomialLR", "rate#power": 2.0}  # more epochs may follow
+    schedule = by_budget(optimizer, Budget(1.0), "late_fall")
+    assert constants_of("rate", schedule) == {"rate": "LambdaLR", "rate#shape": "late_fall"}

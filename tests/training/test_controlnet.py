@@ -4,20 +4,24 @@ import contextlib
 import json
 from copy import deepcopy
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from monai.transforms import Compose
 
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.networks import file_of_unet, load_controlled
-from maisi_tools.training.controlnet import FitMaskd, check_embedding, check_labels, start_from_unet, train_parts
+from maisi_tools.training.controlnet import FitMaskd, check_labels, check_network, start_from_unet, train_parts
+from maisi_tools.training.patches import RandLatentCropd
 from maisi_tools.volumes.grid import latent_affine
 
 
 def item(mask_size, latent_size, sidecar_size=None, image_affine=None, mask_affine=None):
     mask = torch.randint(1, 200, (1, *mask_size), dtype=torch.uint8)
+    mask[0, 0, 0, 0] = 200  # body
     affine = latent_affine(np.eye(4) if image_affine is None else image_affine, 4)
     return {
         "mask": MetaTensor(mask, affine=mask_affine, meta={"filename_or_obj": "case_mask.nii.gz"}),
@@ -59,9 +63,18 @@ def test_a_mirrored_mask_has_its_own_placeholders_exchanged(tmp_path):
     )
     data["mask"].meta["filename_or_obj"] = str(tmp_path / "a_mask.nii.gz")
     data["mask"][0, :, 0, 0] = torch.tensor([129, 130, 18, 20])
+    data["mask"][0, 0, 1, 1] = 200
     assert FitMaskd("mask", "latent")(data)["mask"][0, :, 0, 0].tolist() == [129, 130, 20, 18]
     (tmp_path / "a_mask.json").write_text('{"twins": [[129, 130], [130, 129]]}')
     assert FitMaskd("mask", "latent")(data)["mask"][0, :, 0, 0].tolist() == [130, 129, 18, 20]
+
+
+def test_a_mask_without_body_is_refused():
+    """Drawing adds it, so that weights would be shown what they never saw."""
+    data = item((8, 4, 12), (2, 1, 3))
+    data["mask"][data["mask"] == 200] = 0
+    with pytest.raises(InputError, match=r"case_mask.nii.gz has no body \(200\).*`maisi complete_masks`"):
+        FitMaskd("mask", "latent")(data)
 
 
 @pytest.mark.parametrize(("size", "shift"), [((10, 12, 5), 0), ((7, 12, 10), 0), ((10, 12, 7), 4), ((10, 12, 7), -4)])
@@ -175,10 +188,24 @@ def test_what_a_contrast_puts_in_a_labels_place_is_kept_too(repo_root):
         assert not lost or "contrast_labels has 1, but keep" in str(find_input_error(refused.value))
 
 
-def test_a_mask_embedding_of_another_factor_is_refused(tiny_controlled):
-    check_embedding(tiny_controlled, 4)
+def test_a_network_that_the_latents_do_not_fit_is_refused(tiny_controlled, tmp_path):
+    """A mask embedding of another factor, and latents that its two levels cannot see whole, before a step is made."""
+    plain, cropped = Compose([]), Compose([Compose([RandLatentCropd(["latent", "mask"], 4, [2] * 3, [2] * 3, 2)])])
+    lists: dict = {"training": [], "validation": []}
+    check_network(tiny_controlled, 4, lists, plain)
     with pytest.raises(InputError, match=r"latents have factor 2 .*, the ControlNet's mask embedding 4; .*: 2 numbers"):
-        check_embedding(tiny_controlled, 2)
+        check_network(tiny_controlled, 2, lists, plain)
+    for name, size in (("even", (4, 6, 2)), ("odd", (4, 5, 2))):
+        path = tmp_path / f"{name}_latent.nii.gz"
+        nib.save(nib.Nifti1Image(np.zeros((*size, 4), np.float32), np.eye(4)), path)
+        (tmp_path / f"{name}_latent.json").write_text(json.dumps({"factor": 4, "size": [4 * n for n in size]}))
+    even, odd = ([{"latent": str(tmp_path / f"{name}_latent.nii.gz")}] for name in ("even", "odd"))
+    words = r"odd_latent.nii.gz has 4 x 5 x 2 cells; .* multiples of 2 .*: encode again with --multiple 8"
+    for training, validation, preprocessing in ((odd, even, plain), (even, odd, plain), (even, odd, cropped)):
+        with pytest.raises(InputError, match=words):
+            check_network(tiny_controlled, 4, {"training": training, "validation": validation}, preprocessing)
+    check_network(tiny_controlled, 4, {"training": even, "validation": even}, plain)
+    check_network(tiny_controlled, 4, {"training": odd, "validation": even}, cropped)
 
 
 def test_the_unet_learns_together_with_its_controlnet_or_stays_frozen(tiny_controlled):

@@ -46,7 +46,13 @@ def test_latents_that_say_nothing_of_regions_are_said(cache, caplog):
     find_latents(cache, held_out=["pt_1"])
     assert "no latent in" in caplog.text and "cases.json of `maisi complete_masks`" in caplog.text
     caplog.clear()
-    sidecar = next(path for path in cache.glob("pt_2*.json"))
+    for sidecar in cache.glob("*.json"):
+        if "pt_10" not in sidecar.name:
+            sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "region": ["head"]}))
+    find_latents(cache, held_out=["pt_1"])
+    assert "not every latent (pt_10_ct) in" in caplog.text
+    caplog.clear()
+    sidecar = next(path for path in cache.glob("pt_10*.json"))
     sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "region": ["head"]}))
     find_latents(cache, held_out=["pt_1"])
     assert not caplog.text
@@ -200,6 +206,17 @@ def test_ranks_share_the_views_of_all_cases(volumes, tmp_path, tiny_autoencoder)
     shares = [jobs(volumes, tmp_path, tiny_autoencoder, rank=rank, ranks=4) for rank in range(4)]
     assert sorted(job["stem"] for share in shares for job in share) == sorted(job["stem"] for job in everything)
     assert [len(share) for share in shares] == [2, 2, 1, 1]
+
+
+def test_latents_of_what_is_given_no_more_are_said(volumes, tmp_path, tiny_autoencoder, caplog):
+    """A case that was taken out of the list, or a view, would be trained on all the same."""
+    (tmp_path / "out").mkdir()
+    add(tmp_path / "out", "a_ct", "b_ct_flip", "gone_ct")
+    jobs(volumes, tmp_path, tiny_autoencoder, rank=1, ranks=2)
+    assert not caplog.text
+    jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
+    assert "has 2 latents of no volume and view that are given now" in caplog.text
+    assert "see them, too: b_ct_flip, gone_ct; delete them" in caplog.text
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0), ("0", 1)])

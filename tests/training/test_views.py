@@ -9,7 +9,7 @@ from monai.data import MetaTensor
 from scipy.ndimage import map_coordinates
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.training.controlnet import FitMaskd
 from maisi_tools.training.views import SeeMaskd, SeeViewd, View, make_views
 from maisi_tools.volumes.grid import latent_affine
@@ -131,6 +131,7 @@ def test_a_mask_follows_its_view_and_changes_sides(view):
     labels[0, 17:22, 4:16, 2:10] = right
     labels[0, 2:7, 16:, 2:10], labels[0, 17:22, 16:, 2:10] = 18, 20  # openkbp's parotids, left and right
     labels[0, 10:13, 4:16, 2:10] = cord
+    labels[0, 10:13, 16:, 2:10] = BODY
     ct = MetaTensor((labels > 0) * 1000.0 - 900, affine=torch.as_tensor(AFFINE))
     seen = view.see(ct, 0, "pt_1")
     mask = MetaTensor(labels, affine=torch.as_tensor(AFFINE), meta={"filename_or_obj": "pt_1_mask.nii.gz"})

@@ -62,8 +62,9 @@ def test_a_ct_is_clipped_at_both_ends():
 def test_an_mr_of_air_is_refused():
     values = np.zeros((10, 10, 10))
     values[0, 0, :3] = 7
-    with pytest.raises(InputError, match="v has the value 0 in more than 99.5 %"):
-        ScaleMRd("image")(item(values))
+    for scale in (ScaleMRd("image"), NormaliseByModalityd("image")):
+        with pytest.raises(InputError, match="v has the value 0 in more than 99.5 %"):
+            scale(item(values, modality="mri"))
 
 
 def test_hu_and_what_networks_see_are_each_others_inverse_within_the_window():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from monai.data import load_decathlon_datalist
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
+
+logger = logging.getLogger(__name__)
 
 
 def belongs(stem: str, name: str) -> bool:
@@ -50,6 +53,13 @@ def read_datalist(
         )
     for item in listed:
         files_of_entry(path, item)
+    trained = {str(item.get("image")) for item in content.get("training") or [] if isinstance(item, dict)}
+    if section == "validation" and (both := [item["image"] for item in listed if item["image"] in trained]):
+        logger.warning(
+            "datalist %s has %d volumes under training and validation, such as %s; weights are then chosen by what "
+            "they were trained on: `maisi prepare` splits by patient",
+            *(path, len(both), both[0]),
+        )
     items: list[dict] = []
     if listed:
         items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)

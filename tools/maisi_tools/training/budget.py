@@ -114,4 +114,6 @@ def by_budget(optimizer: torch.optim.Optimizer, budget: Budget, shape: str) -> L
     """
     if shape not in SHAPES:
         raise InputError(f"shape is {shape!r}; allowed are {', '.join(SHAPES)}: name one of them")
-    return LambdaLR(optimizer, lambda _: SHAPES[shape](budget.progress))
+    schedule = LambdaLR(optimizer, lambda _: SHAPES[shape](budget.progress))
+    schedule.shape = shape  # type: ignore[attr-defined]  # what a checkpoint is compared by
+    return schedule

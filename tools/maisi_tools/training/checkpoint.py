@@ -59,6 +59,9 @@ def fingerprint_items(items: Sequence[Any]) -> str:
     return f"{len(names)} items {fingerprint_text(json.dumps(names))}"
 
 
+SHAPE = ("power", "shape")
+"""Of a schedule of the learning rate, what it falls by."""
+
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 
 
@@ -67,7 +70,7 @@ def constants_of(name: str, part: Any) -> dict[str, Any]:
 
     Args:
         name: of the setting.
-        part: a value, an optimizer, a function (with arguments given), or any object.
+        part: a value, an optimizer, a schedule (its :data:`SHAPE`), a function (with arguments given), or any object.
 
     Returns:
         ``name`` -> the value or the name of the class or function, and ``name#attribute`` -> value.
@@ -77,6 +80,8 @@ def constants_of(name: str, part: Any) -> dict[str, Any]:
     made = part.func if isinstance(part, functools.partial) else part
     values = part.keywords if isinstance(part, functools.partial) else vars(part) if hasattr(part, "__dict__") else {}
     values = part.defaults if isinstance(part, torch.optim.Optimizer) else values
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):  # whose other values move, or follow from max_epochs
+        values = {key: value for key, value in values.items() if key in SHAPE}
     own = {
         f"{name}#{key}": value
         for key, value in values.items()

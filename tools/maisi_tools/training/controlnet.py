@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.networks.utils import copy_model_state
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import Compose, MapTransform, SpatialResample
 from torch.nn.functional import pad
 
 from maisi_tools.datasets.complete import twins_of
@@ -19,6 +19,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
 from maisi_tools.masks.vocabulary import BODY, display_name, merge_labels
 from maisi_tools.networks import ControlledUNet, has_both, sees_coarse
+from maisi_tools.training.latents import check_latent_sizes
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.weights import load_weights
@@ -119,16 +120,23 @@ def check_labels(
         )
 
 
-def check_embedding(network: ControlledUNet, factor: int) -> None:
-    """Refuse a mask embedding that does not lead to the grid of the latents.
+def check_network(
+    network: ControlledUNet,
+    factor: int,
+    latents: Mapping[str, Sequence[Mapping[str, str]]],
+    preprocessing: Compose,
+) -> None:
+    """Refuse a network that the latents do not fit.
 
     Args:
         network: to be trained.
         factor: of the latents.
+        latents, preprocessing: see :func:`~maisi_tools.training.latents.check_latent_sizes`.
 
     Raises:
-        InputError: its mask embedding has another factor.
+        InputError: its mask embedding does not lead to their grid, or its U-Net cannot see them whole.
     """
+    check_latent_sizes(latents, network, preprocessing)
     if network.factor != factor:
         raise InputError(
             f"the latents have factor {factor} (image voxels per latent voxel), the ControlNet's mask embedding "
@@ -149,7 +157,8 @@ class FitMaskd(MapTransform):
         latent_key: key of the latent, with ``meta["sidecar"]``.
 
     Raises:
-        InputError: the mask does not belong to the latent (it does not cover the image the latent stands for).
+        InputError: the mask does not belong to the latent (it does not cover the image the latent stands for), or has
+            no body, which every mask has that is drawn from.
     """
 
     def __init__(self, keys: str, latent_key: str) -> None:
@@ -159,6 +168,11 @@ class FitMaskd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         mask, latent = data[self.keys[0]], data[self.latent_key]
+        if not (mask == BODY).any():
+            raise InputError(
+                f"mask {mask.meta.get('filename_or_obj')} has no body ({BODY}), and drawing adds it to every mask; "
+                "complete the masks with `maisi complete_masks`"
+            )
         size = [int(n) for n in latent.meta["sidecar"]["size"]]
         factor = latent.meta["sidecar"]["factor"]
         affine = image_affine(latent.affine, factor)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from monai.transforms import Compose
 from torch import nn
 from tqdm import tqdm
 
@@ -16,9 +17,11 @@ from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
 from maisi_tools.files import canonical_json, read_json
 from maisi_tools.masks.vocabulary import checked_regions
+from maisi_tools.training.patches import RandLatentCropd
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
 from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
+from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import MR_PERCENTILES, checked_window
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar
@@ -136,6 +139,12 @@ def latents_to_encode(
     endings = _endings(settings)
     targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
     check_targets([job["image"] for job in jobs.values()], targets, output_dir)
+    if rank == 0 and (others := sorted(set(_stems(Path(output_dir))) - jobs.keys())):
+        logger.warning(
+            "%s has %d latents of no volume and view that are given now, and a training would see them, too: %s; "
+            "delete them, or encode into another folder",
+            *(output_dir, len(others), _some(others)),
+        )
     share = list(jobs.values())[rank::ranks]
     sources: dict[str, str] = {}
     outdated = []
@@ -179,11 +188,11 @@ def find_latents(
             latent belongs to, because a misspelt name would put its patient into training.
     """
     root = Path(latents_dir)
-    found = [path for path in sorted(root.glob(f"*{SUFFIX}")) if not path.name.startswith(".")]
+    stems = _stems(root)
+    found = [root / f"{stem}{SUFFIX}" for stem in stems]
     if not found:
         raise InputError(f"no *{SUFFIX} in {root}; make them with configs/encode.json of the maisi_vae bundle")
     names = _names(held_out)
-    stems = [path.name.removesuffix(SUFFIX) for path in found]
     unknown = [name for name in names if not any(belongs(stem, name) for stem in stems)]
     if unknown:
         raise InputError(f"held-out cases {', '.join(unknown)} have no latent in {root}; correct the names")
@@ -214,18 +223,19 @@ def find_latents(
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     if bare:
-        some = ", ".join(bare[:5]) + (", ..." if len(bare) > 5 else "")
+        some = _some(bare)
         if names and not lists["validation"]:
             raise InputError(
                 f"none of the held-out cases has a mask *{mask_suffix} in {masks_dir} ({some}), so that nothing would "
                 "be validated on; make their masks with `maisi complete_masks`, or hold out others"
             )
         logger.warning("left out %d latents without a mask *%s in %s: %s", len(bare), mask_suffix, masks_dir, some)
-    if not any(sidecar.get("region") for sidecar in sidecars):
+    if unsaid := [stem for stem, sidecar in zip(stems, sidecars, strict=True) if not sidecar.get("region")]:
+        some = "no latent" if len(unsaid) == len(stems) else f"not every latent ({_some(unsaid)})"
         logger.warning(
-            "no latent in %s says which body region it shows, so nothing is learnt of regions; encode from the "
+            "%s in %s says which body region it shows, so nothing is learnt of regions from those; encode from the "
             "cases.json of `maisi complete_masks`, which has them (the latents that are there are kept)",
-            root,
+            *(some, root),
         )
     if not names:
         logger.warning("no case is held out, so nothing is validated on unseen patients; name some with held_out")
@@ -280,13 +290,49 @@ def made_by(
     return {name: value for name, value in record.items() if value is not None}
 
 
+def check_latent_sizes(
+    latents: Mapping[str, Sequence[Mapping[str, str]]], network: nn.Module, preprocessing: Compose
+) -> None:
+    """Refuse latents that a U-Net cannot see whole, before a step is made.
+
+    Args:
+        latents: as :func:`find_latents` lists them.
+        network: to be trained; one without :attr:`~maisi_tools.networks.DiffusionUNet.latent_multiple` sees something
+            of one size in their place, coarse CTs or masks.
+        preprocessing: of the training; where it crops them, only those of the validation are seen whole.
+
+    Raises:
+        InputError: with the first of another size.
+    """
+    multiple = getattr(network, "latent_multiple", 1)
+    crops = any(isinstance(one, RandLatentCropd) for one in preprocessing.flatten().transforms)
+    for item in [*latents["validation"], *(() if crops else latents["training"])]:
+        size = read_nifti_grid(item["latent"], "latent")[0][:3]
+        if any(side % multiple for side in size):
+            factor = read_sidecar(item["latent"]).get("factor") or UNRECORDED_FACTOR
+            raise InputError(
+                f"{item['latent']} has {' x '.join(map(str, size))} cells; the network takes multiples of {multiple} "
+                f"along each axis: encode again with --multiple {multiple * factor}"
+            )
+
+
+def _stems(folder: Path) -> list[str]:
+    """Of the latents in a folder, sorted; without what a process is writing."""
+    return [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}")) if path.name[0] != "."]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:
     path = folder / f"{job['stem']}{SUFFIX}"
     sidecar = sidecar_if_any(path)
     files = [folder / f"{job['stem']}{ending}" for ending in endings]
     if not all(file.is_file() for file in files) or any(sidecar.get(name) != job[name] for name in MADE_FROM):
         return False
-    wanted = {**sidecar, "region": job.get("region", []), "modality": job["modality"]}
+    # What a list does not say stays as a list with regions said it.
+    wanted = {**sidecar, "region": job.get("region", sidecar.get("region", [])), "modality": job["modality"]}
     if wanted != sidecar:
         write_sidecar(path, wanted)
     return True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRanged, ScaleIntensityRangePercentiles
+from monai.transforms import MapTransform, ScaleIntensityRange, ScaleIntensityRanged
 from monai.transforms.utils_pytorch_numpy_unification import percentile
 
 from maisi_tools.errors import InputError
@@ -77,18 +77,26 @@ class ScaleMRd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
         for key in self.key_iterator(items):
-            volume = items[key]
-            low, high = (float(percentile(volume.as_tensor(), q)) for q in MR_PERCENTILES)
-            if low == high:
-                name = volume.meta.get("filename_or_obj", key)
-                raise InputError(
-                    f"{name} has the value {low:g} in more than {MR_PERCENTILES[1]:g} % of its voxels; allowed is an "
-                    "MR of a body: crop the air away"
-                )
-            scaled: Any = ScaleIntensityRange(a_min=low, a_max=high, b_min=0, b_max=1, clip=True)(volume)
-            scaled.meta[INTENSITY] = torch.tensor([low, high], dtype=torch.float64)
+            scaled, limits = _scaled_mr(items[key], key)
+            scaled.meta[INTENSITY] = torch.tensor(limits, dtype=torch.float64)
             items[key] = scaled
         return items
+
+
+def _scaled_mr(volume: Any, key: Hashable) -> tuple[Any, tuple[float, float]]:
+    """An MR's :data:`MR_PERCENTILES` mapped to [0, 1], clipped, and their values.
+
+    Raises:
+        InputError: they are one value.
+    """
+    low, high = (float(percentile(volume.as_tensor(), q)) for q in MR_PERCENTILES)
+    if low == high:
+        name = volume.meta.get("filename_or_obj", key)
+        raise InputError(
+            f"{name} has the value {low:g} in more than {MR_PERCENTILES[1]:g} % of its voxels; allowed is an MR of a "
+            "body: crop the air away"
+        )
+    return ScaleIntensityRange(a_min=low, a_max=high, b_min=0, b_max=1, clip=True)(volume), (low, high)
 
 
 def restore_intensity(volume: Any, low: float, high: float) -> Any:
@@ -140,15 +148,13 @@ class NormaliseByModalityd(MapTransform):
         modality_key: of the item, as a datalist gives it.
 
     Raises:
-        InputError: another modality, or a CT whose values cannot be HU.
+        InputError: another modality, a CT whose values cannot be HU, or an MR of one value.
     """
 
     def __init__(self, keys: KeysCollection, modality_key: str = "modality") -> None:
         super().__init__(keys)
         self.modality_key = modality_key
         self.ct = ScaleIntensityRange(a_min=HU_RANGE[0], a_max=HU_RANGE[1], b_min=0, b_max=1, clip=True)
-        lower, upper = MR_PERCENTILES
-        self.mr = ScaleIntensityRangePercentiles(lower=lower, upper=upper, b_min=0, b_max=1, clip=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
@@ -161,7 +167,9 @@ class NormaliseByModalityd(MapTransform):
                     f"{name} has the modality {modality!r} in its datalist; allowed are 'ct' and 'mri', or names that "
                     "begin so: correct the datalist"
                 )
-            if kind == "ct":
-                check_ct_intensities(np.asarray(items[key]), name)
-            items[key] = (self.ct if kind == "ct" else self.mr)(items[key])
+            if kind == "mr":
+                items[key], _ = _scaled_mr(items[key], key)
+                continue
+            check_ct_intensities(np.asarray(items[key]), name)
+            items[key] = self.ct(items[key])
         return items
