@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
-from maisi_tools.diffusion.conditions import CONDITIONS, Conditions
+from maisi_tools.diffusion.conditions import CONDITIONS, MR_CODES, Conditions
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import region_in
 from maisi_tools.training.loaders import sample_numbers, seed_of
@@ -88,7 +88,7 @@ class DiffusionBatch:
             classifier-free guidance has an unconditional model.
         modality_dropout: probability of replacing the modality alone (MAISI: 0.1).
         modality_coarsening: probability of replacing a modality by the one above it: CT with or without contrast
-            (2, 3) by CT (1), the kinds of MR (9 and up) by MR (8) (MAISI: 0.1).
+            (2, 3) by CT (1), the kinds of MR (9 to 33) by MR (8) (MAISI: 0.1).
         min_snr_gamma: weights a sample's loss by its signal-to-noise ratio clipped at this (Hang et al. 2023, arXiv
             2303.09556; they take 5); None for weight 1. Not for rectified flow, which has no such ratio.
         mask_key: key of the label mask (B, 1, D, H, W) when a ControlNet is trained; the mask is then the network's
@@ -234,7 +234,8 @@ class DiffusionBatch:
 
     def _coarsened(self, labels: Tensor, chance: Tensor) -> Tensor:
         """The modalities, some replaced by a more general one or by 0 (unknown)."""
-        coarse = torch.where((labels == 2) | (labels == 3), 1, torch.where(labels >= 9, 8, labels))
+        kinds_of_mr = (labels >= MR_CODES[0]) & (labels <= MR_CODES[-1])
+        coarse = torch.where((labels == 2) | (labels == 3), 1, torch.where(kinds_of_mr, MR_CODES[0], labels))
         labels = torch.where(chance[1] < self.modality_coarsening, coarse, labels)
         return torch.where(chance[2] < self.modality_dropout, 0, labels)
 
