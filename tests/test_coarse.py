@@ -12,7 +12,7 @@ from torch import nn
 from maisi_tools.coarse.grid import Coarsend
 from maisi_tools.coarse.network import check_cascade
 from maisi_tools.coarse.sampler import CoarseSampler, FieldOfView
-from maisi_tools.coarse.training import CoarseCellsd, ReadCoarsed, tissue_scale_factor
+from maisi_tools.coarse.training import CoarseCellsd, ReadCoarsed, check_fields_of_view, tissue_scale_factor
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.diffusion.schedulers import rectified_flow
 from maisi_tools.errors import InputError
@@ -85,6 +85,26 @@ def test_a_field_of_view_beyond_the_known_is_said(caplog):
     assert not caplog.records
     FIELD.warn_beyond((200, 50, 100), (2, 4, 3))
     assert "400 x 200 x 300 mm is beyond" in caplog.text and "100 to 300 x" in caplog.text
+
+
+def test_a_training_says_that_its_fields_of_view_are_others(tmp_path, caplog):
+    """Of ten one may be: what is far from all others is no reason for another range."""
+
+    def cases(*lengths: float) -> list[dict[str, str]]:
+        for number, mm in enumerate(lengths):
+            image = nib.Nifti1Image(np.full((4, 4, 4), 0.5, np.float32), np.diag([50.0, 30.0, mm / 4, 1.0]))
+            nib.save(image, tmp_path / f"p{number}_coarse.nii.gz")
+        return [{"coarse": str(tmp_path / f"p{number}_coarse.nii.gz")} for number in range(len(lengths))]
+
+    check_fields_of_view(cases(*[400] * 9, 900), FIELD)
+    check_fields_of_view([], FIELD)
+    assert not caplog.records
+    check_fields_of_view(cases(*[400] * 8, 650.5, 900), FIELD)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "2 of 10 fields of view lie beyond field_of_view, [[100, 300], [100, 300], [100, 500]] mm, and count as its "
+        "end; the data have [[200, 201], [120, 121], [400, 900]]: give that"
+    )
 
 
 def test_cells_hold_all_of_a_coarse_ct():

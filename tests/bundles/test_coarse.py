@@ -112,6 +112,15 @@ def test_its_training_goes_on_with_the_same_settings_alone(cause, run_bundle, tr
     assert words in str(cause(raised.value))
 
 
+def test_a_training_on_other_fields_of_view_says_so(open_bundle, trained, tmp_path, caplog):
+    given = {**coarse_training(trained), "ckpt_dir": str(tmp_path)}
+    narrow = {"field_of_view#mm": [[300, 640], [190, 500], [140, 390]]}
+    open_bundle("maisi_ldm", ["train.json", "train_coarse.json"], **given)
+    assert "fields of view" not in caplog.text
+    open_bundle("maisi_ldm", ["train.json", "train_coarse.json"], **given, **narrow)
+    assert "2 of 2 fields of view lie beyond field_of_view" in caplog.text and "[[200, " in caplog.text
+
+
 def test_a_sample_follows_its_coarse_ct(draw, tmp_path):
     first, again = draw("a"), draw("b")
     np.testing.assert_array_equal(first, again)

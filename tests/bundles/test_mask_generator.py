@@ -32,7 +32,7 @@ GRID["spacing_range"] = [[5, 5], [5, 5], [5, 5]]
 def masks(tmp_path_factory, phantom_labels) -> Path:
     folder = tmp_path_factory.mktemp("masks")
     for i, name in enumerate(("p1", "p2", "p3")):
-        crop = phantom_labels[i : i + 40, 4:40, 4:44]
+        crop = phantom_labels[i + 4 : i + 36, 6:38, 4:44]
         nib.save(nib.Nifti1Image(crop, np.diag([5.0, 5.0, 3.4, 1.0])), folder / f"{name}_mask.nii.gz")
     return folder
 
@@ -127,13 +127,17 @@ def test_same_seed_same_bytes_other_seed_another_mask(generate, tmp_path):
     assert first != mask("c", seed=2)
 
 
-def test_draws_go_on_until_the_sizes_are_near_and_the_nearest_is_kept(generate, tmp_path, caplog):
-    """A tiny network cannot be near, so all draws are made; more of them never come out farther."""
-    asked = {"body": 3000, "bone": 400}
+def test_draws_go_on_until_the_sizes_are_near_and_the_nearest_is_kept(generate, organs, tmp_path, caplog):
+    """A tiny network cannot be near, so all draws are made; more of them never come out farther.
+
+    All sizes are asked for: of others the prior tells what goes with them, and a draw has to be near those, too.
+    """
+    asked = {name: sum(organ["range"]) / 2 for name, organ in organs.items()}
 
     def far(path: Path) -> float:
-        got = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["organ_ml"]
-        return sum(abs(math.log(max(got[name], 0.1) / ml)) for name, ml in asked.items())
+        got = volumes_ml(np.asarray(nib.load(path).dataobj), (5.0, 5.0, 5.0))
+        pairs = ((got.get(organs[name]["label"], 0.0), ml) for name, ml in asked.items())
+        return sum(abs(math.log(max(ml, 0.125) / wanted)) for ml, wanted in pairs)  # 0.125: a voxel
 
     plain = {"seed": 2, "organ_sizes": asked, "max_resize": 1}
     kept = [generate(tmp_path / str(n), redraws=n, **plain)[0] for n in range(4)]
@@ -200,6 +204,27 @@ def test_bad_requests_are_refused(generate, cause, tmp_path, override, words):
         generate(tmp_path, **override)
     assert all(word in str(cause(raised.value)) for word in words)
     assert not list(tmp_path.glob("*.nii.gz"))
+
+
+def test_what_does_not_fit_own_masks_is_refused_before_a_training(open_bundle, cause, trained, masks, tmp_path):
+    weights, out = str(trained / "vae" / "model.pt"), str(tmp_path / "out")
+    encode = {**AUTOENCODER, "input": str(masks), "output_dir": out, "ckpt_path": weights, "spacing": [5.0, 5.0, 5.0]}
+    learn = {"dataset_dir": str(trained / "latents"), "ckpt_dir": out, "autoencoder_ckpt_path": weights}
+    liver = {"liver": {"label": 1, "range": [1, 2000]}}
+    cases = (
+        (
+            "maisi_vae",
+            "train",
+            {"ckpt_dir": out, "keep_labels": [1, 200]},
+            "allowed are 3, one for each of the classes",
+        ),
+        ("maisi_vae", "encode", {**encode, "canvas": [16, 32, 32]}, "give --canvas '[32, 32, 32]'"),
+        ("maisi_ldm", "train", {**learn, "organs": liver}, "organs has liver (1), which none of the 6 training masks"),
+    )
+    for bundle, name, given, words in cases:
+        with pytest.raises(Exception) as raised:
+            open_bundle(bundle, [f"{name}.json", f"{name}_mask.json"], **given)
+        assert words in str(cause(raised.value))
 
 
 def test_validation_is_on_the_autoencoders_classes(trained):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,13 @@ from torch.nn.functional import one_hot
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.losses import MaskAutoencoderLoss, MaskBatch, class_of_label
 from maisi_tools.mask_generator.sizes import UNKNOWN
-from maisi_tools.mask_generator.training import MaskDiffusionBatch, OrganSizesd, size_directions
+from maisi_tools.mask_generator.training import (
+    MaskDiffusionBatch,
+    OrganSizesd,
+    ToCanvasd,
+    check_organs,
+    size_directions,
+)
 from maisi_tools.masks.bits import LabelBitsd
 from maisi_tools.training.losses import SizeVelocityLoss
 
@@ -42,11 +51,23 @@ def test_wrong_classes_are_refused(classes):
         class_of_label(classes)
 
 
+def test_weights_of_other_classes_are_refused():
+    """The shipped ones with labels of one's own; torch said it at the first step, and of tensors."""
+    shipped = [1, 4, 8, 4, 4, 4, 2, 3, 8, 8, 1]
+    words = (
+        r"class_weights has 11 numbers; allowed are 4, .* order: background, liver \(1\), skull \(120\), body \(200\)$"
+    )
+    with pytest.raises(InputError, match=words):
+        MaskAutoencoderLoss(0.01, shipped, [0, 1, 120, 200])
+    with pytest.raises(InputError, match="leading 0"):
+        MaskAutoencoderLoss(0.01, [1, 2], [0, 199])
+
+
 def test_loss_against_numpy():
     logits = torch.randn(2, 3, 4, 4, 4)
     target = torch.randint(0, 3, (2, 1, 4, 4, 4))
     mean, sigma = torch.randn(2, 4, 1, 1, 1), torch.rand(2, 4, 1, 1, 1) + 0.1
-    loss = MaskAutoencoderLoss(0.01, [1, 2, 5])
+    loss = MaskAutoencoderLoss(0.01, [1, 2, 5], [0, 18, 200])
     value = loss((logits, mean, sigma), target)
     p = (logits + torch.tensor([1, 2, 5.0]).log().reshape(1, 3, 1, 1, 1)).softmax(1).double().numpy()
     wanted = one_hot(target[:, 0], 3).movedim(-1, 1).double().numpy()
@@ -65,7 +86,7 @@ def test_the_mean_of_two_ranks_losses_is_that_of_their_batch():
     target = torch.zeros(2, 1, 4, 4, 4, dtype=torch.long)
     target[1, 0, :3] = 1
     parts = torch.randn(2, 2, 4, 4, 4), torch.randn(2, 4, 1, 1, 1), torch.rand(2, 4, 1, 1, 1) + 0.1
-    loss = MaskAutoencoderLoss(0.01, [1, 8])
+    loss = MaskAutoencoderLoss(0.01, [1, 8], [0, 200])
     ranks = [loss(tuple(part[i : i + 1] for part in parts), target[i : i + 1]) for i in range(2)]
     assert loss(parts, target).item() == pytest.approx(sum(ranks).item() / 2, rel=1e-5)
 
@@ -74,7 +95,7 @@ def test_weights_of_classes_do_not_make_them_larger():
     """The best logits for a mixture of voxels are those of their frequencies, whatever the weights."""
     target = torch.zeros(1, 1, 10, 10, 10, dtype=torch.long)
     target[0, 0, :2] = 1
-    loss = MaskAutoencoderLoss(0.0, [1, 8])
+    loss = MaskAutoencoderLoss(0.0, [1, 8], [0, 200])
     posterior = torch.zeros(1, 4, 1, 1, 1), torch.ones(1, 4, 1, 1, 1)
     shift = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=50)
@@ -109,6 +130,75 @@ def test_a_latent_of_a_ct_is_refused():
     latent = MetaTensor(torch.zeros(4, 1, 1, 1), meta={"sidecar": {}, "filename_or_obj": "p1_latent.nii.gz"})
     with pytest.raises(InputError, match=r"p1_latent.*encode_mask\.json"):
         OrganSizesd("latent", {})({"latent": latent})
+
+
+def mask_of(body: tuple[slice, ...], lung: tuple[slice, ...]) -> MetaTensor:
+    labels = torch.zeros(1, 40, 30, 50)
+    labels[0][body] = 200
+    labels[0][lung] = 28
+    meta = {"filename_or_obj": "p1_mask.nii.gz"}
+    return MetaTensor(labels, affine=torch.diag(torch.tensor([4.0, 4.0, 3.0, 1.0])), meta=meta)
+
+
+def test_a_canvas_that_would_cut_an_organ_is_refused(caplog):
+    """Of the body it may cut: 6 of 217 OpenKBP masks lose up to 0.6 % of it, and no organ."""
+    whole = (slice(None),) * 3
+    mask = mask_of(whole, (slice(10, 20), slice(10, 20), slice(0, 5)))
+    words = (
+        r"p1_mask.nii.gz has a body of 40 x 30 x 50 voxels; the canvas of 48 x 32 x 48 would cut left lung upper lobe "
+        r"\(28\), .* give --canvas '\[48, 32, 64\]'"
+    )
+    with pytest.raises(InputError, match=words):
+        ToCanvasd("image", [48, 32, 48], 16)({"image": mask})
+    assert not caplog.records
+    fitted = ToCanvasd("image", [48, 32, 64], 16)({"image": mask})["image"]
+    assert fitted.shape == (1, 48, 32, 64) and not caplog.records
+    assert torch.equal(fitted[:, 4:44, 1:31, 7:57].as_tensor(), mask.as_tensor())
+
+    inside = mask_of(whole, (slice(10, 20), slice(10, 20), slice(20, 25)))
+    fitted = ToCanvasd("image", [48, 32, 48], 16)({"image": inside})["image"]
+    assert torch.equal(fitted[:, 4:44, 1:31].as_tensor(), inside[..., 1:49].as_tensor())
+    assert "cuts off 4 % of it, and no organ; --canvas '[48, 32, 64]' holds it all" in caplog.text
+
+    with pytest.raises(InputError, match=r"canvas is \[48, 32, 50\]; allowed are multiples of 16"):
+        ToCanvasd("image", [48, 32, 50], 16)
+
+
+def latents_with(folder: Path, **ml: list[float]) -> list[dict[str, str]]:
+    """Of each label the volumes in as many masks."""
+    cases = [dict(zip(ml, values, strict=True)) for values in zip(*ml.values(), strict=True)]
+    for number, case in enumerate(cases):
+        sidecar = {"label_ml": {name.removeprefix("l"): value for name, value in case.items()}}
+        (folder / f"p{number}_latent.json").write_text(json.dumps(sidecar))
+    return [{"latent": str(folder / f"p{number}_latent.nii.gz")} for number in range(len(cases))]
+
+
+def test_an_organ_that_no_mask_has_is_refused(tmp_path, caplog):
+    organs = {"liver": {"label": 1, "range": [1, 2000]}, "body": {"label": 200, "range": [1, 9000]}}
+    latents = latents_with(tmp_path, l1=[0.0, 0.0], l3=[0.0, 90.0], l200=[5000.0, 5000.0])
+    with pytest.raises(InputError, match=r"liver \(1\), which none of the 2 .*; they have the labels \[3, 200\]: give"):
+        check_organs(latents, organs)
+    check_organs(latents, organs, "model.pt")  # which knows it, and has no other input
+    assert "the weights learn nothing more of it" in caplog.text
+    caplog.clear()
+    check_organs(latents_with(tmp_path, l1=[0.0, 5.0], l200=[5000.0, 5000.0]), organs)
+    check_organs([], organs)
+    assert not caplog.records
+
+
+def test_sizes_beyond_their_range_are_said(tmp_path, caplog):
+    """Not the few that the shipped ranges leave out of the OpenKBP masks, 5 %."""
+    organs = {"liver": {"label": 1, "range": [10, 60]}, "body": {"label": 200, "range": [1, 9000]}}
+    sizes = [20.0] * 18 + [100.3] * 3
+    check_organs(latents_with(tmp_path, l1=sizes[:20], l200=[50.0] * 20), organs)
+    assert not caplog.records
+    check_organs(latents_with(tmp_path, l1=[*sizes, 0.0], l200=[50.0] * 22), organs)
+    (record,) = caplog.records
+    words = "liver: 3 of 21 sizes lie beyond the range of organs, 10 to 60 ml, and count as its end; 95 % of the data's"
+    assert record.getMessage().startswith(words + " lie within [20, 101]: give that")
+    caplog.clear()
+    check_organs(latents_with(tmp_path, l1=[100.0], l200=[50.0]), organs)
+    assert "within [100, 101]" in caplog.text  # of one size no range
 
 
 def batch_of(count: int) -> dict:

@@ -49,15 +49,18 @@ class FieldOfView:
         """Mm along x, y, z."""
         return [n * float(mm) for n, mm in zip(size, spacing, strict=True)]
 
+    def holds(self, size: Sequence[int], spacing: Sequence[float]) -> bool:
+        """Whether the network can be told how large a volume is."""
+        axes = zip(self.extents(size, spacing), self.mm, spacing, strict=True)
+        return all(extent_within(mm, low, high, float(step)) for mm, (low, high), step in axes)
+
     def warn_beyond(self, size: Sequence[int], spacing: Sequence[float]) -> None:
         """Say that a volume is larger or smaller than what the network was told of in training."""
-        extents = self.extents(size, spacing)
-        axes = zip(extents, self.mm, spacing, strict=True)
-        if not all(extent_within(mm, low, high, float(step)) for mm, (low, high), step in axes):
+        if not self.holds(size, spacing):
             known = " x ".join(f"{low:g} to {high:g}" for low, high in self.mm)
             logger.warning(
                 "a field of view of %s mm is beyond that of the coarse CTs' weights, %s: the body is stretched to fit",
-                " x ".join(f"{mm:g}" for mm in extents),
+                " x ".join(f"{mm:g}" for mm in self.extents(size, spacing)),
                 known,
             )
 

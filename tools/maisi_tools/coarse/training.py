@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from maisi_tools.coarse.grid import CELL
 from maisi_tools.coarse.sampler import FieldOfView
+from maisi_tools.mask_generator.sizes import RARE, whole_range
 from maisi_tools.training.diffusion import body_scale_factor
 from maisi_tools.volumes.reading import read_volume
+
+logger = logging.getLogger(__name__)
 
 TISSUE = 0.4
 """In [0, 1], -200 HU: a coarse voxel above it lies in the body."""
@@ -61,6 +65,25 @@ class CoarseCellsd(MapTransform):
         told = self.field_of_view.vector(coarse.shape[1:], coarse.pixdim.tolist(), region)
         cells = pixelunshuffle(coarse.as_tensor()[None], 3, CELL)[0]
         return {self.keys[0]: coarse, self.keys[1]: cells, "organ_sizes": told}
+
+
+def check_fields_of_view(cases: Sequence[Mapping[Hashable, Any]], field_of_view: FieldOfView) -> None:
+    """Say where many cases are larger or smaller than what the network can be told.
+
+    Args:
+        cases: with the path of the coarse CT under ``coarse``.
+        field_of_view: what the network is told.
+    """
+    coarse = [ReadCoarsed("coarse")(case)["coarse"] for case in cases]
+    grids = [(one.shape[1:], one.pixdim.tolist()) for one in coarse]
+    beyond = sum(not field_of_view.holds(*grid) for grid in grids)
+    if beyond > RARE * len(grids):
+        logger.warning(
+            "%d of %d fields of view lie beyond field_of_view, %s mm, and count as its end; the data have %s: give "
+            "that, here and as coarse#field_of_view of inference.json",
+            *(beyond, len(grids), [list(pair) for pair in field_of_view.mm]),
+            [whole_range(extents) for extents in zip(*(FieldOfView.extents(*grid) for grid in grids), strict=True)],
+        )
 
 
 def tissue_scale_factor(samples: Iterable[Mapping[str, Any]]) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.bits import label_bits
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.training.autoencoder import posterior_noise
 from maisi_tools.training.losses import kl_divergence
 
@@ -79,6 +79,10 @@ class MaskAutoencoderLoss(nn.Module):
         class_weights: of each class in the cross entropy; more for what is thin or small. The losses see logits plus
             the weights' logarithms, so that the network's own are those of unweighted classes (logit adjustment, Menon
             et al. 2021, arXiv 2007.07314): decoded organs are not larger for it.
+        classes: see :func:`class_of_label`.
+
+    Raises:
+        InputError: wrong classes, or not one weight for each.
 
     Attributes:
         adjustment: what is added to the logits.
@@ -89,8 +93,15 @@ class MaskAutoencoderLoss(nn.Module):
     adjustment: Tensor
     class_weights: Tensor
 
-    def __init__(self, kl_weight: float, class_weights: Sequence[float]) -> None:
+    def __init__(self, kl_weight: float, class_weights: Sequence[float], classes: Sequence[int]) -> None:
         super().__init__()
+        class_of_label(classes)  # refuses what are none
+        if len(class_weights) != len(classes):
+            listed = ", ".join(f"{display_name(label)} ({label})" if label else "background" for label in classes)
+            raise InputError(
+                f"class_weights has {len(class_weights)} numbers; allowed are {len(classes)}, one for each of the "
+                f"classes, in their order: {listed}"
+            )
         self.kl_weight = float(kl_weight)
         self.dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True)
         weight = torch.tensor([float(value) for value in class_weights])

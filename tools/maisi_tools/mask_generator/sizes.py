@@ -29,6 +29,10 @@ TOLERANCE = 0.1
 LEEWAY = 0.75
 """So far beyond the range of the training masks, as a share of it, a draw may be asked for to get inside it."""
 
+RARE = 0.1
+"""Up to this share of training cases may lie beyond a range without a word: they count as its end. The ranges of
+``train_mask.json`` are those of the middle 95 % of the OpenKBP masks."""
+
 
 @dataclass(frozen=True)
 class OrganSizes:
@@ -108,6 +112,12 @@ def organ_ranges(organs: Mapping[str, Mapping[str, Any]]) -> list[list[float]]:
         organs: see :class:`OrganSizes`.
     """
     return [[organ["label"], *organ["range"]] for organ in OrganSizes(organs).organs.values()]
+
+
+def whole_range(values: Sequence[float]) -> list[int]:
+    """[lowest, highest] around these values, whole numbers and not the same."""
+    low = math.floor(min(values))
+    return [low, max(math.ceil(max(values)), low + 1)]
 
 
 class AskedSizes:

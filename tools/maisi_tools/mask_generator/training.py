@@ -2,22 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+import logging
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.networks.schedulers import RFlowScheduler
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ResizeWithPadOrCrop
 from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.mask_generator.prior import stacked
-from maisi_tools.mask_generator.sizes import UNKNOWN, OrganSizes
+from maisi_tools.mask_generator.sizes import RARE, UNKNOWN, OrganSizes, whole_range
+from maisi_tools.masks.vocabulary import BODY, display_name
 from maisi_tools.training.diffusion import DiffusionBatch
 from maisi_tools.training.loaders import sample_numbers, seed_of
+from maisi_tools.volumes.checks import check_output_size
+from maisi_tools.volumes.reading import read_sidecar
+
+logger = logging.getLogger(__name__)
 
 SIZES = 10
 """Purpose of the random numbers that drop sizes, beside those of :mod:`maisi_tools.training.loaders`."""
+
+
+class ToCanvasd(MapTransform):
+    """Puts a mask, a ``MetaTensor`` (1, X, Y, Z), into the middle of the canvas; what it cuts of the body is said.
+
+    Args:
+        keys: key of the mask.
+        canvas: voxels along x, y, z.
+        multiple: what has to divide a canvas.
+
+    Raises:
+        InputError: no canvas, or one that would cut an organ, whose size would be learned as what is left.
+    """
+
+    def __init__(self, keys: str, canvas: Sequence[int], multiple: int) -> None:
+        super().__init__(keys)
+        self.canvas = check_output_size(canvas, multiple, "canvas")
+        self.multiple = multiple
+        self.fit = ResizeWithPadOrCrop(self.canvas)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        mask = data[self.keys[0]]
+        fitted = self.fit(mask)
+        voxels, kept = (np.bincount(np.asarray(one, np.uint8).ravel(), minlength=BODY + 1) for one in (mask, fitted))
+        if cut := [int(label) for label in np.flatnonzero(kept < voxels) if label]:
+            size = mask.shape[1:]
+            wide = [
+                max(n, self.multiple * math.ceil(m / self.multiple)) for n, m in zip(self.canvas, size, strict=True)
+            ]
+            given = (
+                f"{mask.meta.get('filename_or_obj')} has a body of {' x '.join(map(str, size))} voxels; the canvas of "
+                f"{' x '.join(map(str, self.canvas))}"
+            )
+            if cut != [BODY]:
+                listed = ", ".join(f"{display_name(label)} ({label})" for label in cut)
+                raise InputError(
+                    f"{given} would cut {listed}, whose sizes would be learned as what is left; allowed is one that "
+                    f"holds all organs: give --canvas '{wide}', for all masks, or leave this one out"
+                )
+            lost = 100 * (voxels - kept)[BODY] / voxels[1:].sum()
+            logger.warning("%s cuts off %.2g %% of it, and no organ; --canvas '%s' holds it all", given, lost, wide)
+        return {**data, self.keys[0]: fitted}
 
 
 class OrganSizesd(MapTransform):
@@ -37,13 +87,51 @@ class OrganSizesd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         meta = data[self.keys[0]].meta
-        if "label_ml" not in meta["sidecar"]:
-            raise InputError(
-                f"latent {meta.get('filename_or_obj')} has no label_ml in its sidecar, the volumes of a mask's labels; "
-                "the mask generator trains from masks encoded with encode.json and encode_mask.json of maisi_vae"
-            )
-        volumes = {int(label): float(ml) for label, ml in meta["sidecar"]["label_ml"].items()}
+        volumes = _volumes_in(meta["sidecar"], meta.get("filename_or_obj"))
         return {**data, "organ_sizes": self.sizes.of_volumes(volumes)}
+
+
+def check_organs(
+    latents: Sequence[Mapping[str, str]], organs: Mapping[str, Mapping[str, Any]], weights: str | None = None
+) -> None:
+    """Refuse organs that no training mask has, and say where many sizes lie beyond their range.
+
+    Args:
+        latents: of masks, with their paths under ``latent``.
+        organs: see :class:`~maisi_tools.mask_generator.sizes.OrganSizes`.
+        weights: to go on from; they have learned their organs, so that one without masks is said.
+
+    Raises:
+        InputError: no mask has an organ, or a sidecar has no volumes.
+    """
+    volumes = [_volumes_in(read_sidecar(one["latent"]), one["latent"]) for one in latents]
+    found = {label for of_one in volumes for label, ml in of_one.items() if ml > 0}
+    absent = [f"{name} ({organ['label']})" for name, organ in organs.items() if int(organ["label"]) not in found]
+    if absent and volumes:
+        given = f"organs has {', '.join(absent)}, which none of the {len(volumes)} training masks has"
+        if weights is None:
+            raise InputError(f"{given}; they have the labels {sorted(found)}: give --organs with some of these alone")
+        logger.warning("%s: the weights learn nothing more of it", given)
+    for name, organ in organs.items():
+        low, high = organ["range"]
+        sizes = [ml for of_one in volumes if (ml := of_one.get(int(organ["label"]), 0.0)) > 0]
+        beyond = sum(not low <= ml <= high for ml in sizes)
+        if beyond > RARE * len(sizes):
+            logger.warning(
+                "%s: %d of %d sizes lie beyond the range of organs, %g to %g ml, and count as its end; 95 %% of the "
+                "data's lie within %s: give that, here and in mask_inference.json",
+                *(name, beyond, len(sizes), low, high, whole_range(np.percentile(sizes, [2.5, 97.5]).tolist())),
+            )
+
+
+def _volumes_in(sidecar: Mapping[str, Any], name: str | None) -> dict[int, float]:
+    """Label -> ml, as ``encode_mask.json`` writes them."""
+    if "label_ml" not in sidecar:
+        raise InputError(
+            f"latent {name} has no label_ml in its sidecar, the volumes of a mask's labels; the mask generator trains "
+            "from masks encoded with encode.json and encode_mask.json of maisi_vae"
+        )
+    return {int(label): float(ml) for label, ml in sidecar["label_ml"].items()}
 
 
 def size_directions(samples: Iterable[Mapping[str, Any]], scale_factor: float, ridge: float = 0.03) -> Tensor:
