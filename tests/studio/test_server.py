@@ -325,13 +325,13 @@ def test_a_killed_server_goes_on_where_it_was(start_studio, tmp_path, waits):
     long = first.ask("/v1/jobs", {"makes": "ct", "source": PHANTOM, "settings": {"num_inference_steps": 8}}).json["id"]
     later = first.ask("/v1/jobs", {"makes": "mask", "source": PHANTOM, "settings": {"seed": 9}}).json["id"]
     waits(lambda: first.ask(f"/v1/jobs/{long}").json["state"] == "running")
-    (first.folder / "uploads" / "half").mkdir(parents=True)  # as an upload that was interrupted
+    (first.folder / "uploads" / "0123456789abcdef").mkdir(parents=True)  # as an upload that was interrupted
     first.kill()
     waits(lambda: _is_free(first.folder))
     second = start_studio(tmp_path / "studio")
     assert [*second.events(long)][-1]["state"] == "done" and [*second.events(later)][-1]["state"] == "done"
     assert second.ask(f"/v1/jobs/{done['id']}").json == done
-    assert not (first.folder / "uploads" / "half").exists()
+    assert not (first.folder / "uploads" / "0123456789abcdef").exists()
     with pytest.raises(AssertionError, match="another studio runs in"):
         start_studio(tmp_path / "studio")
 

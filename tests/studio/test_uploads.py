@@ -114,7 +114,7 @@ def test_what_another_thread_warns_of_is_no_note(described):
 
 def test_files_of_a_zip_are_called_by_the_users_name_of_it(described):
     overlap = described(zipped({"liver.nii": blocks(1), "spleen.nii": blocks(1)}), "mask.zip")["notes"]
-    assert overlap == ["theirs: 6 voxels belong to several classes; they got the last of them"]
+    assert overlap == ["theirs: classes overlap, and the smaller one stays: spleen and liver (6 voxels)"]
 
 
 def test_an_error_calls_files_by_the_users_name(described):
