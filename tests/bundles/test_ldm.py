@@ -46,6 +46,18 @@ def test_saved_latent_decodes_to_the_sample(run_bundle, tmp_path):
     assert not list(tmp_path.glob("*_latent.*"))  # it was the earlier sample's
 
 
+@pytest.mark.parametrize(
+    ("config", "file"), [("inference.json", "own.nii.gz"), ("mask_inference.json", "own_mask.nii.gz")]
+)
+def test_a_sample_takes_no_name_of_a_file_that_no_run_wrote(cause, run_bundle, tmp_path, config, file):
+    for name in (file, "own_latent.nii.gz"):
+        (tmp_path / name).write_bytes(b"the user's")
+    with pytest.raises(Exception) as raised:
+        run_bundle("maisi_ldm", config, output_dir=str(tmp_path), input=[{"seed": 0, "name": "own"}])
+    assert f"{file} would be written over, and no earlier run wrote it" in str(cause(raised.value))
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"the user's"}
+
+
 def test_a_latent_of_another_factor_is_not_decoded(cause, run_bundle, save, tmp_path):
     latent = save(np.zeros((8, 8, 8, 4), dtype=np.float32), "other_latent.nii.gz")
     described = {"size": [32, 32, 32], "spacing": [1.25, 1.25, 0.85], "factor": 4, "scale_factor": 1.0}

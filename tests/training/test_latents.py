@@ -350,3 +350,14 @@ def test_what_an_earlier_run_left_among_the_volumes_is_no_volume(volumes, tmp_pa
     (tmp_path / "out" / "a_ct_latent.json").write_text(json.dumps({**made_from, "settings": "damaged"}))
     again = jobs([*volumes, {"image": str(made[2])}], tmp_path, tiny_autoencoder)
     assert len(again) == len(first) + 2
+
+
+@pytest.mark.parametrize("ending", ["latent", "sigma", "coarse"])
+def test_nothing_is_written_over_or_removed_that_no_run_wrote(volumes, tmp_path, tiny_autoencoder, ending):
+    """What an encoding without sigma takes for stale may be the patient's own file."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"b_ct_{ending}.nii.gz").write_text("the user's")
+    with pytest.raises(InputError, match=rf"b_ct_{ending}\.nii\.gz would be written over, and no earlier run wrote it"):
+        jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
+    others = [jobs(volumes, tmp_path, tiny_autoencoder, views=[{}], rank=rank, ranks=3) for rank in (0, 2)]
+    assert [job["stem"] for (job,) in others] == ["a_ct", "c_ct"]  # a rank may meet what another has begun

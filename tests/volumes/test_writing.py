@@ -140,6 +140,9 @@ def test_what_an_earlier_run_wrote_for_a_key_that_is_absent_now_is_removed(tmp_p
         write({"latent": latent, "name": name})
     write({"name": "one"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["two_latent.json", "two_latent.nii.gz"]
+    (tmp_path / "two_latent.json").unlink()  # as a file that is the user's own
+    write({"name": "two"})
+    assert (tmp_path / "two_latent.nii.gz").exists()
 
 
 @pytest.mark.parametrize("dtype", ["foo", "complex64", "float16", "bool", 3])

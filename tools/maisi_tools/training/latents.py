@@ -20,7 +20,7 @@ from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.patches import RandLatentCropd
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
-from maisi_tools.volumes.inputs import check_targets, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import check_earlier, check_targets, fingerprint_input, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import MR_PERCENTILES, checked_window
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
@@ -84,10 +84,12 @@ def latents_to_encode(
     Raises:
         InputError: an unknown modality, or one that the settings' window is not for; a padding that the autoencoder's
             factor does not divide; bad views, two latents of one name, an MR among CTs or the reverse, a latent that
-            would be written over an input, or a rank that is none.
+            would be written over an input or with its sigma or coarse CT over what no run wrote, or a rank that is
+            none.
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
+    folder = Path(output_dir).expanduser()
     kind = "mr" if is_mr(modality) else "ct"
     scaled = kind  # masks have no window
     if "window" in settings:
@@ -132,27 +134,29 @@ def latents_to_encode(
             # An empty list does not survive MONAI's collation.
             region = {"region": list(checked_regions(item["region"]))} if item.get("region") else {}
             jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
-    written = {path.resolve() for stem in jobs for path in _left_of(Path(output_dir), stem)}
+    written = {path.resolve() for stem in jobs for path in _left_of(folder, stem)}
     if own := {stem for stem, job in jobs.items() if Path(job["image"]).resolve() in written}:
         logger.info("%s: passed over %d files that an earlier run left there", output_dir, len(own))
         jobs = {stem: job for stem, job in jobs.items() if stem not in own}
     endings = _endings(settings)
-    targets = [Path(output_dir) / f"{stem}{ending}" for stem in jobs for ending in endings]
+    targets = [folder / f"{stem}{ending}" for stem in jobs for ending in endings]
     check_targets([job["image"] for job in jobs.values()], targets, output_dir)
-    if rank == 0 and (others := sorted(set(_stems(Path(output_dir))) - jobs.keys())):
+    if rank == 0 and (others := sorted(set(_stems(folder)) - jobs.keys())):
         logger.warning(
             "%s has %d latents of no volume and view that are given now, and a training would see them, too: %s; "
             "delete them, or encode into another folder",
             *(output_dir, len(others), _some(others)),
         )
     share = list(jobs.values())[rank::ranks]
+    for job in share:  # all that a run may write or remove; the other ranks may be writing theirs
+        check_earlier([folder / f"{job['stem']}{end}" for end in (SUFFIX, SIGMA_SUFFIX, COARSE_SUFFIX)])
     sources: dict[str, str] = {}
     outdated = []
     for job in tqdm(share, desc="comparing with the cache", unit="latent", delay=2, disable=rank > 0):
         if job["image"] not in sources:
             sources[job["image"]] = fingerprint_input(job["image"])
         job["source"] = sources[job["image"]]
-        if not _is_up_to_date(Path(output_dir), endings, job):
+        if not _is_up_to_date(folder, endings, job):
             outdated.append(job)
     logger.info("%s: %d latents up to date, %d to encode", output_dir, len(share) - len(outdated), len(outdated))
     return outdated

@@ -141,7 +141,7 @@ def check_output_dir(
         path: the folder.
         items: inputs, see :func:`find_inputs`, whose outputs have their stems.
         suffixes: of the outputs of each, such as "_ct".
-        key: the entry of an item that holds the path.
+        key: the entry of an item that holds the path, or "name", that of a sample which is made of no file.
 
     Raises:
         InputError: the folder cannot be made or written, or an output would be written over an input, or over a file
@@ -159,7 +159,8 @@ def check_output_dir(
         ) from error
     inputs = [item[key] for item in items]
     outputs = [[folder / f"{stem_of(one)}{suffix}.nii.gz" for suffix in suffixes] for one in inputs]
-    check_targets(inputs, [path for of_one in outputs for path in of_one], folder)
+    if key != "name":
+        check_targets(inputs, [path for of_one in outputs for path in of_one], folder)
     for of_one in outputs:
         check_earlier(of_one)
     return folder

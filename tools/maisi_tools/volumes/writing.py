@@ -208,7 +208,8 @@ class WriteVolumed(MapTransform):
         stem_key: key of the item with the path or name to take the stem from; by default the stem is that of the
             file that the volume was read from (``meta["filename_or_obj"]``).
         allow_missing_keys: pass over keys that the item does not have; with ``stem_key``, the file that an earlier run
-            wrote for such a key is removed with its sidecar, since it is not of this run's volume.
+            wrote for such a key is removed with its sidecar, since it is not of this run's volume. Of files without
+            sidecar, whoever lists the items has seen to it that an earlier run wrote them.
 
     Raises:
         InputError: NIfTI has no such type of numbers.
@@ -236,8 +237,9 @@ class WriteVolumed(MapTransform):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.stem_key and any(key not in items for key in self.keys):
             stale = self.output_dir / f"{stem_of(items[self.stem_key])}{self.suffix}.nii.gz"
-            for path in (stale, sidecar_path(stale)):
-                path.unlink(missing_ok=True)
+            if self.sidecar is None or sidecar_path(stale).exists():
+                for path in (stale, sidecar_path(stale)):
+                    path.unlink(missing_ok=True)
         for key in self.key_iterator(items):
             volume = items[key]
             stem = stem_of(items[self.stem_key] if self.stem_key else volume.meta["filename_or_obj"])
