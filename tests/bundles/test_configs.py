@@ -14,6 +14,8 @@ from maisi_tools.diffusion.conditions import check_conditions
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.tsp.inferer import TSPInferer
+from maisi_tools.volumes.inputs import OURS
+from maisi_tools.volumes.latents import SIDECAR
 from maisi_tools.weights import read_factor, save_weights
 
 LINES, REPEATED, LONGEST = 2587, 0.476, 175
@@ -382,6 +384,20 @@ def test_full_size_mask_networks_have_the_released_keys(bundles):
         for name, released in (("autoencoder_def", autoencoder), ("network_def", unet)):
             ours = parser.get_parsed_content(name).state_dict()
             assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in released.state_dict().items()}
+
+
+def test_what_the_configs_write_is_told_from_other_programs_files(bundles):
+    """Of the ControlNet's mask, the JSON beside its CT tells."""
+    evaluation = bundles.parent / "evaluation" / "segmentation" / "configs"
+    seen = []
+    for path in sorted([*bundles.glob("*/configs/*.json"), *evaluation.glob("*.json")]):
+        after = json.loads(path.read_text()).get("postprocessing")
+        for part in after["transforms"] if isinstance(after, dict) else ():
+            if isinstance(part, dict) and part.get("sidecar") and part["_target_"].endswith("WriteVolumed"):
+                keys = {*SIDECAR} if "SIDECAR" in part["sidecar"] else {*part["sidecar"]}
+                assert keys & OURS or keys == {"labels"}, (path, part)
+                seen.append(path.parts[-3])
+    assert {*seen} == {"maisi_vae", "maisi_ldm", "maisi_controlnet", "segmentation"} and len(seen) >= 8
 
 
 def test_the_masks_of_generator_and_controlnet_have_the_same_labels(bundles):

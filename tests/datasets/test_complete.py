@@ -187,8 +187,10 @@ def test_no_label_is_written_over(cases, tmp_path):
     again = [cases[0] | {"label": str(made)}]
     with pytest.raises(InputError, match="p1_ct_mask.nii.gz would be written over"):
         complete_masks(again, tmp_path / "out", tmp_path / "map.json")
-    made.with_name("p1_ct_mask.json").unlink()
     before = made.read_bytes()
+    made.with_name("p1_ct_mask.json").write_text('{"ConversionSoftware": "dcm2niix"}')
+    assert complete_masks(again, tmp_path / "out", tmp_path / "map.json") == [made] and made.read_bytes() == before
+    made.with_name("p1_ct_mask.json").unlink()
     assert complete_masks(again, tmp_path / "out", tmp_path / "map.json") == [made] and made.read_bytes() == before
 
 

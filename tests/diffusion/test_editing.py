@@ -497,7 +497,7 @@ def test_what_no_run_wrote_is_not_written_over(tmp_path):
     (tmp_path / "scan_ct.nii.gz").touch()
     with pytest.raises(InputError, match=r"scan_ct.nii.gz would be written over, and no earlier run wrote it"):
         check_edited([{"image": "data/scan.nii.gz"}], tmp_path)
-    (tmp_path / "scan_ct.json").touch()
+    (tmp_path / "scan_ct.json").write_text('{"added_labels": {}}')
     check_edited([{"image": "data/scan.nii.gz"}], tmp_path)
 
 

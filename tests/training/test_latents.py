@@ -250,10 +250,10 @@ def test_a_modality_that_the_window_is_not_for_is_refused_and_no_sidecar_changes
     settings = {"multiple": 4} | ({} if window is None else {"window": window})
     stale = tmp_path / "out" / "a_ct_latent.json"
     stale.parent.mkdir()
-    stale.write_text("{}")
+    stale.write_text('{"scale_factor": 1}')
     with pytest.raises(InputError, match=words):
         jobs(volumes, tmp_path, tiny_autoencoder, settings=settings, modality=modality)
-    assert stale.read_text() == "{}"
+    assert stale.read_text() == '{"scale_factor": 1}'
     (job, *_) = jobs(volumes, tmp_path, tiny_autoencoder, settings={"window": [0, 99.5]}, modality="mri_t1")
     assert job["modality"] == "mri_t1"
 
@@ -339,7 +339,7 @@ def test_what_an_earlier_run_left_among_the_volumes_is_no_volume(volumes, tmp_pa
     made[0].parent.mkdir()
     for path in made:
         path.write_text("4")
-    made_from = {"autoencoder": "x", "source": "y", "settings": '{"coarse_size": [16, 16, 16]}'}
+    made_from = {"scale_factor": 1, "autoencoder": "x", "source": "y", "settings": '{"coarse_size": [16, 16, 16]}'}
     for stem in ("a_ct", "b_ct_flip"):
         (tmp_path / "out" / f"{stem}_latent.json").write_text(json.dumps(made_from))
     again = jobs([*volumes, *({"image": str(path)} for path in made)], tmp_path, tiny_autoencoder)

@@ -214,7 +214,11 @@ def test_no_output_is_written_over_an_input(tmp_path):
     items = [{"image": a, "patient": str(tmp_path)}, {"image": b, "region": "x" * 5000}]
     with pytest.raises(InputError, match=r"a_ct\.nii\.gz would be written over, and no earlier run wrote it"):
         check_output_dir(tmp_path, items, ["_ct", "_mask"])  # a real CT beside its mask, say
-    (tmp_path / "a_ct.json").write_text("{}")  # as a run leaves it, before it writes the volume
+    for other in ("{}", "[1]", "{", '{"Modality": "CT", "ConversionSoftware": "dcm2niix", "Sources": []}'):
+        (tmp_path / "a_ct.json").write_text(other)
+        with pytest.raises(InputError, match="no earlier run wrote it"):
+            check_output_dir(tmp_path, items, ["_ct", "_mask"])
+    (tmp_path / "a_ct.json").write_text('{"metrics": {}}')  # as a run leaves it, before it writes the volume
     assert check_output_dir(tmp_path, items, ["_ct", "_mask"]) == tmp_path
     assert check_output_dir(tmp_path, [{"latent": a}], ["_ct"], key="latent") == tmp_path
 

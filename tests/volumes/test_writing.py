@@ -134,7 +134,9 @@ def test_absent_keys(write_nifti, tmp_path):
 
 
 def test_what_an_earlier_run_wrote_for_a_key_that_is_absent_now_is_removed(tmp_path):
-    write = WriteVolumed("latent", tmp_path, "_latent", stem_key="name", sidecar={"a": 1}, allow_missing_keys=True)
+    write = WriteVolumed(
+        "latent", tmp_path, "_latent", stem_key="name", sidecar={"scale_factor": 1}, allow_missing_keys=True
+    )
     latent = MetaTensor(torch.zeros(4, 2, 2, 2), affine=torch.eye(4))
     for name in ("one", "two"):
         write({"latent": latent, "name": name})

@@ -30,7 +30,14 @@ from maisi_tools.masks.vocabulary import (
     region_of,
 )
 from maisi_tools.volumes.grid import grid_difference
-from maisi_tools.volumes.inputs import check_output_dir, check_targets, fingerprint_input, sidecar_path, stem_of
+from maisi_tools.volumes.inputs import (
+    check_output_dir,
+    check_targets,
+    fingerprint_input,
+    of_a_run,
+    sidecar_path,
+    stem_of,
+)
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.reading import read_ras, read_sidecar, read_volume, sidecar_if_any
 from maisi_tools.volumes.writing import write_sidecar, write_volume
@@ -86,7 +93,7 @@ def complete_masks(
     if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
         raise InputError(f"several CTs have the name {', '.join(twice)}; masks are named by it: rename one")
     targets = [folder / f"{stem}{MASK}.nii.gz" for stem in stems]
-    ours = [path for path in targets if sidecar_path(path).is_file()]
+    ours = [path for path in targets if of_a_run(path)]
     check_targets([item[key] for item in items for key in ("image", "label") if key in item], ours, folder)
     complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
     regions = list(in_order(complete, items, workers, "completing masks"))
@@ -143,8 +150,7 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
     made_from = {"settings": canonical_json(settings), "sources": sources}
     named = sorted(twins(mapping).items() - twins(LABEL_MAPS["maisi"]).items())
     says = {TWINS: [list(pair) for pair in named]} if mapping.placeholders else {}
-    beside = sidecar_path(path)
-    found = read_sidecar(path) if path.is_file() and beside.is_file() else {}
+    found = read_sidecar(path) if path.is_file() and of_a_run(path) else {}
     if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
         completed, affine, own = _completed(item, mapping, spacing)
         found = {**made_from, **says, "labels": np.unique(completed), OWN: own}

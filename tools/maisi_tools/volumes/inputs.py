@@ -46,6 +46,9 @@ SOP Classes of stored objects, one of which it names soon after."""
 DIRECTORY = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
 """That element of a DICOMDIR, as it is stored (DICOM PS3.10 section 7.1): Media Storage Directory Storage."""
 
+OURS = frozenset(("metrics", "from_scan", "scale_factor", "organ_ml", "added_labels", "sources", "weights"))
+"""Keys of which the JSON that a run leaves beside its volume has one, in this version and in earlier ones. Those of
+scanners' software, such as dcm2niix, and of BIDS are spelt otherwise: Modality, Sources."""
 
 IsOne = Callable[[Path], bool]
 
@@ -170,14 +173,23 @@ def check_earlier(outputs: Sequence[Path]) -> None:
     """Refuse to write the outputs of one item over a file that no earlier run wrote.
 
     Raises:
-        InputError: one of them is there, and beside none the JSON that a run leaves.
+        InputError: one of them is there, and beside none the JSON that a run leaves, see :func:`of_a_run`.
     """
-    there = [path for path in outputs if path.exists()]
-    if there and not any(sidecar_path(path).exists() for path in outputs):
+    there = [file for path in outputs for file in (path, sidecar_path(path)) if file.exists()]
+    if there and not any(map(of_a_run, outputs)):
         raise InputError(
-            f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON beside it); allowed "
-            "are names that are free: give another output_dir, or move the file away"
+            f"{there[0]} would be written over, and no earlier run wrote it (there is no JSON of one beside it); "
+            "allowed are names that are free: give another output_dir, or move the file away"
         )
+
+
+def of_a_run(path: Path) -> bool:
+    """Whether a run wrote a volume, or was about to: there is a JSON beside it with a key of :data:`OURS`."""
+    try:
+        content = read_json(sidecar_path(path))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, Mapping) and not OURS.isdisjoint(content)
 
 
 def check_targets(

@@ -20,7 +20,7 @@ from torch import distributed
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
-from maisi_tools.volumes.inputs import sidecar_path, stem_of
+from maisi_tools.volumes.inputs import of_a_run, sidecar_path, stem_of
 from maisi_tools.volumes.normalise import intensity_of
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class WriteVolumed(MapTransform):
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.stem_key and any(key not in items for key in self.keys):
             stale = self.output_dir / f"{stem_of(items[self.stem_key])}{self.suffix}.nii.gz"
-            if self.sidecar is None or sidecar_path(stale).exists():
+            if self.sidecar is None or of_a_run(stale):
                 for path in (stale, sidecar_path(stale)):
                     path.unlink(missing_ok=True)
         for key in self.key_iterator(items):
