@@ -76,6 +76,13 @@ def test_paths_that_fire_made_numbers_of_are_the_text_again(workflow, monkeypatc
         (1000, ["--steps", "1000", "--output_dir", "1_000"], "1_000"),
         (1e5, ["--output-dir=1e5"], "1e5"),
         (2027, [], "2027"),
+        ("run", ["--output_dir", "run#2"], "run#2"),
+        ("run", ["--output_dir", "a", "--output_dir=run#2"], "run#2"),
+        ("a@b 'c#d", ["--output_dir", "a@b 'c#d"], "a@b 'c#d"),
+        ("old", ["--output_dir", "(old)"], "(old)"),
+        ("out", ["--output_dir", "out "], "out "),
+        ("run#2", ["--output_dir", "'run#2'"], "run#2"),
+        ("run/stage", ["--output_dir", "run#2"], "run/stage"),  # a command's own option
     ]:
         monkeypatch.setattr(sys, "argv", ["bundle", *words])
         run = workflow(output_dir=value)

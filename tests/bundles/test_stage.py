@@ -83,9 +83,9 @@ def test_a_stage_loads_once_and_draws_by_its_seed(bundle, tmp_path):
 
 def test_run_is_the_whole_config(bundle, tmp_path):
     items = [{"image": [[0.0, 0.0]], "name": "a"}]
-    Stage(bundle, ["inference.json", "louder.json"], output_dir=str(tmp_path / "out"), seed=3, items=items).run()
+    Stage(bundle, ["inference.json", "louder.json"], output_dir=str(tmp_path / "a#b"), seed=3, items=items).run()
     expected = 10 * torch.randn(1, 2, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(torch.load(tmp_path / "out" / "a.pt"), expected)
+    assert torch.equal(torch.load(tmp_path / "a#b" / "a.pt"), expected)
 
 
 def test_settings_from_a_file_are_values_of_the_configs_keys(bundle):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle import ComponentLocator, ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.utils import set_determinism
 
 from maisi_tools.errors import InputError, report_input_errors
@@ -52,7 +52,7 @@ def check_settings() -> None:
     """Check the settings of the config that is being run; its ``initialize`` calls this first, in :func:`begin`.
 
     A path that python-fire made a number of, as of ``--input 20260101`` or ``--output_dir 1_000``, becomes the text
-    that was typed.
+    that was typed; so does text that it cut, as ``--output_dir run#2`` and ``--input "(old)"``.
 
     Raises:
         InputError: a key that nothing in the config refers to, which a misspelt one is; a value of another kind than
@@ -67,8 +67,9 @@ def check_settings() -> None:
     check_keys(config, files)
     check_parts(config, files, parser.locator)
     for key, value in list(config.items()):
-        if is_path(key) and isinstance(value, (int, float)):
-            parser[key] = typed(key, value)
+        is_text = isinstance(value, str) or (is_path(key) and isinstance(value, (int, float)))
+        if is_text and (text := typed(key, value)) != value and not is_expression(text):
+            parser[key] = literal(text)
     check_values(config, files)
     check_preset(config, files)
     if "device" in config:
@@ -256,19 +257,39 @@ def is_path(key: str) -> bool:
     return key in _PATHS or key.endswith(_PATH_ENDINGS)
 
 
-def typed(key: str, value: int | float, words: Sequence[str] | None = None) -> str:
-    """What was typed for an option that python-fire made a number of: "1_000" for 1000; else the number as text.
+def literal(value: Any) -> Any:
+    """A value for MONAI's parser, which makes :: of any # in text; an expression may hold it, escaped."""
+    if isinstance(value, Mapping):
+        return {key: literal(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [literal(entry) for entry in value]
+    if not isinstance(value, str) or "#" not in value or is_expression(value):
+        return value
+    return "$" + repr(value).replace("#", r"\x23").replace("@", r"\x40")
+
+
+def typed(key: str, value: int | float | str, words: Sequence[str] | None = None) -> str:
+    """What was typed for an option where python-fire and MONAI made `value` of it; else `value` as text.
+
+    Fire makes 1000 of 1_000, and of run#2 and (old), as of Python with a comment and brackets, run and old. MONAI makes
+    run::2 of 'run#2'.
 
     Args:
         key: of the option.
-        value: the number.
+        value: what it became.
         words: of the command line, by default this process's.
     """
+    from fire.parser import DefaultParseValue  # MONAI needs it for command lines alone
+
     words = list(sys.argv[1:] if words is None else words)
     for word, following in zip(words, [*words, ""][1:], strict=True):
         name, equals, text = word.partition("=")
+        text = text if equals else following
         if word.startswith("-") and name.lstrip("-").replace("-", "_") == key:
-            return text if equals else following
+            made = DefaultParseValue(text)
+            if made == value or (isinstance(made, str) and ReferenceResolver.normalize_id(made) == value):
+                is_quoted = text[:1] in ("'", '"') and text[1:-1] == made
+                return str(made) if is_quoted else text
     return str(value)
 
 

@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import decollate_batch, list_data_collate
 
-from maisi_tools.bundles.settings import check_given
+from maisi_tools.bundles.settings import check_given, literal
 
 
 class Stage:
@@ -61,7 +61,7 @@ class Stage:
             config_file=files,
             meta_file=str(Path(files[0]).with_name("metadata.json")),
             logging_file=None if logs else False,
-            **{**given, **own},
+            **literal({**given, **own}),
         )
 
     @property

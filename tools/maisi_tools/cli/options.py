@@ -44,7 +44,7 @@ class Planned:
 def planned(command: Callable[..., None]) -> Callable[..., Planned]:
     """The command for Fire, with the call put off; what is annotated as text stays as it was typed.
 
-    Fire would make numbers of the folders 2027, 1_000 and 1e5.
+    Fire would make numbers of the folders 2027, 1_000 and 1e5, and of run#2 and (old) the folders run and old.
     """
 
     @functools.wraps(command)
@@ -97,13 +97,15 @@ def _checked(command: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 
 def _text(given: str) -> str | None:
     """An argument as it was typed, without the quotes that keep Fire from parsing it; None where it is none."""
+    if given == "None":
+        return None
     value = fire.parser.DefaultParseValue(given)
-    return value if isinstance(value, str) or value is None else given
+    return value if given[:1] in ("'", '"') and given[1:-1] == value else given
 
 
 def _text_or_list(given: str) -> Any:
     value = fire.parser.DefaultParseValue(given)
-    return value if isinstance(value, (str, list, tuple, dict)) or value is None else given
+    return value if isinstance(value, (list, tuple, dict)) else _text(given)
 
 
 def _names(given: str) -> Any:
