@@ -66,6 +66,16 @@ def test_a_value_that_an_overlay_left_without_use_passes_and_another_does_not():
         check_keys({"resume": True, "run": []}, files)
 
 
+@pytest.mark.parametrize("value", ["@spacing", "$1 + 1", {"_target_": "torch.nn.ReLU"}])
+def test_a_misspelt_key_is_refused_whatever_its_value(workflow, value):
+    with pytest.raises(Exception) as raised:
+        workflow(network_deff=value).initialize()
+    assert "no use for the key network_deff (nearest: network_def)" in str(find_input_error(raised.value))
+    run = workflow(other="$json.dump(1, open(@report, 'w'))")
+    run.run_id = "other"
+    run.initialize()
+
+
 def test_keys_of_the_config_and_new_ones_that_are_referred_to_pass(workflow):
     workflow(spacing=[2, 2, 2], steps=4, more=5, report="$str(@more)").initialize()
 

@@ -64,7 +64,7 @@ def check_settings() -> None:
     parser = workflow.parser
     config = parser.get()
     files = _configs_in(workflow.config_root_path)
-    check_keys(config, files)
+    check_keys(config, files, (workflow.init_id, workflow.run_id, workflow.final_id))
     check_parts(config, files, parser.locator)
     for key, value in list(config.items()):
         is_text = isinstance(value, str) or (is_path(key) and isinstance(value, (int, float)))
@@ -76,26 +76,29 @@ def check_settings() -> None:
         check_device(parser.get_parsed_content("device"))
 
 
-def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Refuse plain values that nothing in a config refers to: they were given and would change nothing.
+def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = (), ids: Collection[str] = ()) -> None:
+    """Refuse values that nothing in a config refers to: they were given and would change nothing.
 
-    Components and expressions may stand for themselves, as alternatives to one that is used, and an overlay may leave
-    a value of the config below it without use.
+    A bundle's own components and expressions may stand for themselves, as alternatives to one that is used, and an
+    overlay may leave a value of the config below it without use. So may what MONAI is told to run, by ``--run_id``.
 
     Args:
         config: merged from its files and what was given on the command line.
         files: the configs of the bundle, which the values of its own come from.
+        ids: of what MONAI runs, where these are others than "initialize", "run" and "finalize".
 
     Raises:
         InputError: with the nearest key that the config has.
     """
     referred = set(_references(config))
     shown = config.get(DISPLAYABLE) or {}
+    own = {name.removeprefix("+").split("#")[0] for file in files for name in file}
     known = [key for key in config if key in referred] + [key for key in shown if f"{DISPLAYABLE}::{key}" in referred]
     unknown = [
         key
         for key, value in config.items()
-        if key not in {*referred, *READ_BY_MONAI} and _is_plain(value) and not _stands_in(files, key, value)
+        if key not in {*referred, *READ_BY_MONAI, *ids}
+        and not (_stands_in(files, key, value) if _is_plain(value) else key in own)
     ]
     shown_in = [file.get(DISPLAYABLE) or {} for file in files]
     shown_in += [{name.split("#")[-1]: value for name, value in file.items() if "#" in name} for file in files]
