@@ -21,6 +21,7 @@ FAST = {
 def test_same_seed_same_bytes_other_seed_other_volume(run_bundle, tmp_path):
     run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "a"), num_samples=3, seed=5, **FAST)
     run_bundle("maisi_ldm", "inference.json", output_dir=str(tmp_path / "b"), num_samples=1, seed=6, **FAST)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["settings"]["seeds"] == [5, 6, 7]
     volumes = {p.name: np.asarray(nib.load(p).dataobj) for p in (tmp_path / "a").glob("*.nii.gz")}
     assert sorted(volumes) == [f"sample_seed{seed}.nii.gz" for seed in (5, 6, 7)]
     again = np.asarray(nib.load(tmp_path / "b" / "sample_seed6.nii.gz").dataobj)

@@ -115,7 +115,7 @@ def test_masks_are_labels_on_the_grid_that_was_asked_for(generate, tmp_path):
     volumes = volumes_ml(labels, (5.0, 5.0, 5.0))
     assert sidecar["seed"] == 3
     assert sidecar["organ_ml"]["body"] == pytest.approx(volumes.get(200, 0.0), abs=0.06)
-    assert json.loads((tmp_path / "run.json").read_text())["settings"]["seed"] == 3
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["seeds"] == [3]
 
 
 def test_same_seed_same_bytes_other_seed_another_mask(generate, tmp_path):

@@ -9,7 +9,15 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from maisi_tools.bundles.ranks import join_ranks, of_torchrun
-from maisi_tools.bundles.settings import check_keys, check_parts, check_preset, check_values, is_path, typed
+from maisi_tools.bundles.settings import (
+    check_keys,
+    check_parts,
+    check_preset,
+    check_samples,
+    check_values,
+    is_path,
+    typed,
+)
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.settings import check_device
 
@@ -206,6 +214,22 @@ def test_what_a_preset_stands_for_is_refused_beside_it(configs):
         {"presets": "mr_brain", "preset": "sagittal", "modality": "mri_swi"},
     ]:
         check_preset(given, configs("maisi_ldm"))
+
+
+def test_seeds_are_given_as_a_list_or_as_numbers(configs):
+    shown = {"seed": "@displayable_configs::seed", "num_samples": "@displayable_configs::num_samples"}
+    own = {**shown, "input": "seeds.json", "displayable_configs": {"seed": 0, "num_samples": 1}}
+    for bundle in ("maisi_ldm", "maisi_controlnet"):
+        check_samples(own, configs("maisi_ldm"))
+        check_samples({**own, "input": None, "seed": 5}, configs("maisi_ldm"))
+        check_samples({"input": "mask.nii.gz", "seed": 5}, configs(bundle))
+    for changed, words in [
+        ({"seed": 5}, "seed is 5, which"),
+        ({"num_samples": 3, "seed": 5}, "seed is 5, num_samples is 3, which"),
+        ({"displayable_configs": {"seed": 0, "num_samples": 3}}, "num_samples is 3, which"),
+    ]:
+        with pytest.raises(InputError, match=f"input is a list of samples with their seeds, and {words}"):
+            check_samples({**own, **changed}, configs("maisi_ldm"))
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])

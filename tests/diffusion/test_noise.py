@@ -27,8 +27,8 @@ def test_samples_from_a_number():
 
 
 def test_samples_from_a_list_or_its_file(tmp_path):
-    specs = [{"seed": 4}, {"seed": 4, "name": "again"}, {"seed": -1, "name": 7, "more": "ignored"}]
-    expected = [{"name": "sample_seed4", "seed": 4}, {"name": "again", "seed": 4}, {"name": "7", "seed": -1}]
+    specs = [{"seed": 4}, {"seed": 4, "name": "again"}, {"seed": 2**62, "name": 7}]
+    expected = [{"name": "sample_seed4", "seed": 4}, {"name": "again", "seed": 4}, {"name": "7", "seed": 2**62}]
     (tmp_path / "samples.json").write_text(json.dumps(specs))
     assert list_samples(specs, 1, 0) == expected
     assert (
@@ -51,6 +51,9 @@ def test_samples_from_a_list_or_its_file(tmp_path):
         ([{"seed": 1, "name": "run"}], "called run; allowed are names that are neither run.json's"),
         ([{"seed": 1, "name": "x"}, {"seed": 2, "name": "x_latent.nii"}], "called x_latent; allowed"),
         ([{"seed": True}], "no integer seed"),
+        ([{"seed": 1, "spacing": [1, 1, 1], "nmae": "a"}], "has nmae, spacing; allowed are seed and name"),
+        ([{"seed": -1}], r"seed of sample .* is -1; allowed is a whole number from 0 to 4611686018427387904"),
+        ([{"seed": 2**62 + 1}], "allowed is a whole number from 0"),
         ([], r"input is \[\]; allowed is a list like"),
         ({"seed": 1}, "allowed is a list like"),
     ],

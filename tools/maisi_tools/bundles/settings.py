@@ -72,6 +72,7 @@ def check_settings() -> None:
             parser[key] = literal(text)
     check_values(config, files)
     check_preset(config, files)
+    check_samples(config, files)
     if "device" in config:
         check_device(parser.get_parsed_content("device"))
 
@@ -208,6 +209,30 @@ def check_preset(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) 
         raise InputError(
             f"preset is {name!r}, and {', '.join(f'{key} is {config[key]!r}' for key in given)}; a preset stands in "
             "place of these: leave out either"
+        )
+
+
+def check_samples(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a number of samples or their first seed beside a list of samples, which has the seeds itself.
+
+    Args:
+        config: merged from its files and what was given on the command line.
+        files: the configs of the bundle, whose own values give way to the list.
+
+    Raises:
+        InputError: with the keys.
+    """
+    if config.get("input") is None or "num_samples" not in config:
+        return
+    given = []
+    for key in ("seed", "num_samples"):
+        value = config[DISPLAYABLE].get(key) if is_expression(config[key]) else config[key]
+        if not _stands_in([file.get(DISPLAYABLE) or {} for file in files], key, value):
+            given.append(f"{key} is {value!r}")
+    if given:
+        raise InputError(
+            f"input is a list of samples with their seeds, and {', '.join(given)}, which is for samples without a "
+            "list; leave out either"
         )
 
 

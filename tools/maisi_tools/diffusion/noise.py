@@ -14,6 +14,7 @@ from monai.transforms import MapTransform
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.errors import InputError
 from maisi_tools.files import RUN_RECORD, read_json
+from maisi_tools.settings import MOST_SEED, check_number
 from maisi_tools.volumes.grid import latent_affine
 from maisi_tools.volumes.inputs import stem_of
 
@@ -32,8 +33,8 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
             JSON file with one (``name`` may be left out).
 
     Raises:
-        InputError: the list cannot be read or is empty, has an entry without an integer seed, or samples whose
-            files would be written over each other, or over the run's record.
+        InputError: the list cannot be read or is empty, has an entry with another key or without a seed, or samples
+            whose files would be written over each other, or over the run's record.
     """
     if input is None:
         if int(num_samples) < 1:
@@ -52,6 +53,13 @@ def list_samples(input: str | Path | Sequence[Mapping] | None, num_samples: int,
     for spec in specs:
         if not isinstance(spec, Mapping) or type(spec.get("seed")) is not int:
             raise InputError(f'sample {spec!r} has no integer seed; give a list like [{{"seed": 0, "name": "first"}}]')
+        if unknown := sorted(map(str, set(spec) - {"seed", "name"})):
+            raise InputError(
+                f"sample {dict(spec)!r} has {', '.join(unknown)}; allowed are seed and name: give what all samples "
+                "share as settings of the run, and correct a misspelt name"
+            )
+        if input is not None:  # else they follow one that was checked
+            check_number(f"seed of sample {dict(spec)!r}", spec["seed"], 0, MOST_SEED, whole=True)
         name = spec.get("name")
         samples.append({"name": f"sample_seed{spec['seed']}" if name is None else str(name), "seed": spec["seed"]})
     stems = [stem_of(sample["name"]) for sample in samples]  # what the files are called
