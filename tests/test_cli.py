@@ -141,6 +141,12 @@ def test_names_that_look_like_numbers_are_text(arguments, named, capsys, tmp_pat
     assert named in fails(arguments, capsys)
 
 
+def test_options_of_ray_are_refused_without_it(capsys):
+    said = fails(["cohort", "a.yaml", "--workers", "8", "--gpus=0.5", "--address", "head:6379"], capsys)
+    assert "--workers 8, --gpus 0.5, --address head:6379 would be without effect" in said and "--engine ray" in said
+    assert "a.yaml" in fails(["cohort", "a.yaml", "--workers", "8", "--engine", "ray"], capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -17,6 +17,7 @@ CONFIG = {
     "steps": "@displayable_configs#steps",
     "solver": "@displayable_configs#solver",
     "spacing": None,
+    "guidance_scale": 2.0,
     "merge": {"bone": 120},
     "progress": True,
     "path": "$os.getcwd()",
@@ -60,7 +61,7 @@ def test_the_parser_would_have_run_it(tmp_path):
     ("settings", "words"),
     [
         ({"stepz": 3}, "has stepz, which is no key of the config; did you mean steps"),
-        ({"colour": 3}, "is no key of the config; allowed are merge, progress, solver, spacing, steps"),
+        ({"colour": 3}, "is no key of the config; allowed are guidance_scale, merge, progress, solver, spacing, steps"),
         ({"network_def": {"a": 1}}, "network_def, which is computed by the config"),
         ({"path": "/x"}, "path, which is computed by the config"),
         ({"imports": []}, "imports, which is computed"),
@@ -79,6 +80,7 @@ def test_the_parser_would_have_run_it(tmp_path):
         ({"steps": float("nan")}, "ct.steps is nan; allowed is a finite number"),
         ({"spacing": {1, 2}}, "ct.spacing is a set"),
         ({"spacing": [[[[[[1]]]]]]}, "nested deeper than 4"),
+        ({"guidance_scale": -1}, "ct.guidance_scale is -1; allowed is a number from 0 to 50"),
         ([1], r"ct is \[1\]; allowed is a mapping"),
     ],
 )

@@ -50,7 +50,9 @@ COUNTS = {
 }
 """Whole numbers, from which on."""
 
-_HIGHEST = {
+HIGHEST = {
+    "guidance_scale": 50.0,  # below 0, these two lead away from what is asked for
+    "control_scale": 10.0,
     **dict.fromkeys(("condition_dropout", "modality_dropout", "modality_coarsening", "control_dropout"), 1.0),
     **dict.fromkeys(("mask_dropout", "size_dropout", "intensity_prob", "perceptual_slices"), 1.0),
     **dict.fromkeys(("cache_rate", "ema_momentum", "prior_until"), 1.0),
@@ -166,8 +168,8 @@ def check_value(key: str, value: Any, own: Sequence[Any], where: str = "") -> No
     if key in COUNTS and not (key == "splits" and isinstance(value, str) and (value.isdecimal() or not value)):
         most = MOST_SEED if key == "seed" else math.inf
         check_number(where, value, COUNTS[key], most, whole=True)  # splits are text in a form of MONAI Label
-    if key in _HIGHEST:
-        check_number(where, value, 0, _HIGHEST[key])
+    if key in HIGHEST:
+        check_number(where, value, 0, HIGHEST[key])
     if isinstance(value, str) and value not in _CHOICES.get(key, (value,)):
         raise InputError(f"{where} is {value!r}; allowed are {', '.join(_CHOICES[key])}")
 

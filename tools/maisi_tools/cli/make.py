@@ -103,6 +103,13 @@ def cohort(
     for name, value in (("workers", workers), ("threads", threads)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{name} is {value!r}; allowed is a whole number, at least 1")
+    of_ray = (("workers", workers, 1), ("gpus", gpus, 0), ("address", address, None))
+    given = [f"--{name} {value}" for name, value, left_out in of_ray if value != left_out]
+    if engine == "process" and given:
+        raise InputError(
+            f"{', '.join(given)} would be without effect: the engine is {engine}; give --engine ray, or leave it out "
+            "(several processes: torchrun)"
+        )
     wanted = read_spec(str(spec))
     if wanted.format == "dicom":
         need_dicom()

@@ -13,7 +13,7 @@ from maisi_tools.masks.edits import VERBS
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import CENTERS
 from maisi_tools.masks.vocabulary import VOCABULARY, hosts_of, label_id
-from maisi_tools.settings import check_number, check_plain, checked_fields
+from maisi_tools.settings import HIGHEST, check_number, check_plain, checked_fields
 from maisi_tools.studio.catalogue import SMALL, SOURCES, Catalogue, Weights
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.memory import parse_bytes
@@ -298,7 +298,7 @@ def _check_settings(request: Request, kind: str, catalogue: Catalogue) -> dict[s
             raise InputError(f"weights is {settings['weights']!r}; allowed are {', '.join(catalogue.weights)}")
         weights = catalogue.weights[settings["weights"]]
         sampling = {**weights.defaults, **settings}
-        check_number("guidance_scale", sampling["guidance_scale"], 0, 50)
+        check_number("guidance_scale", sampling["guidance_scale"], 0, HIGHEST["guidance_scale"])
         check_sampling(weights.scheduler, sampling["num_inference_steps"], sampling["solver"])
         check_memory_limit(settings.get("memory_limit"))
     return settings
