@@ -105,6 +105,12 @@ def test_missing_weights_name_the_command(tmp_path):
             load_weights(network(), path)
 
 
+def test_missing_weights_of_a_bundle_that_was_not_named_say_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no folder models here: give the bundle's folder as --bundle_root"):
+        load_weights(network(), "models/model.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04 half a zip", b"\x80\x02half a pickle"])
 def test_damaged_file(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)

@@ -74,6 +74,21 @@ def test_a_value_that_an_overlay_left_without_use_passes_and_another_does_not():
         check_keys({"resume": True, "run": []}, files)
 
 
+def test_displayable_configs_are_not_given_in_part(workflow):
+    with pytest.raises(Exception) as raised:
+        workflow(displayable_configs={"seed": 5}).initialize()
+    found = str(find_input_error(raised.value))
+    assert "is {'seed': 5}, without num_inference_steps;" in found and found.endswith("such as --seed")
+
+
+def test_a_folder_of_data_that_nothing_reads_is_refused(configs):
+    files = configs("maisi_vae")
+    check_keys({"input": "a", "dataset_dir": "@input", "run": ["$@input"]}, files)
+    check_keys({"dataset_dir": "data", "run": ["$@dataset_dir"]}, files)
+    with pytest.raises(InputError, match="no use for the key dataset_dir"):
+        check_keys({"input": "a", "dataset_dir": "data", "run": ["$@input"]}, files)
+
+
 @pytest.mark.parametrize("value", ["@spacing", "$1 + 1", {"_target_": "torch.nn.ReLU"}])
 def test_a_misspelt_key_is_refused_whatever_its_value(workflow, value):
     with pytest.raises(Exception) as raised:

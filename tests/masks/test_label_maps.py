@@ -102,6 +102,8 @@ def test_unknown_map(tmp_path):
         read_label_map("mine")
     with pytest.raises(InputError, match="neither"):
         read_label_map(tmp_path)
+    with pytest.raises(InputError, match="label_map 'None' is neither"):
+        read_label_map(None)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32, np.float64])

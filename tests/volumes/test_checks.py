@@ -216,6 +216,11 @@ def test_small_field_of_view_is_only_a_warning(caplog):
     assert "use a larger size or spacing" in caplog.text
 
 
+def test_a_smallest_field_of_view_of_two_numbers_is_refused():
+    with pytest.raises(InputError, match=r"smallest_field_of_view is \[1, 1\]; allowed are three numbers"):
+        warn_field_of_view((64, 64, 64), (2, 2, 2), [1, 1])
+
+
 def test_a_field_of_view_that_lacks_a_fifth_of_a_voxel_is_said(caplog):
     warn_field_of_view((64, 64, 64), (2, 2, 2), (128, 128, 128.19))
     assert not caplog.records

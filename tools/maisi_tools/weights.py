@@ -304,6 +304,8 @@ def _check_exists(path: Path) -> None:
         listed = {entry["path"] for entry in _large_files(bundle)} if (bundle / "large_files.yml").is_file() else set()
         if f"models/{path.name}" in listed:
             do = f"fetch the released ones with `maisi weights {bundle.name}`"
+        elif not path.is_absolute() and not path.parent.is_dir():
+            do = f"there is no folder {path.parent} here: give the bundle's folder as --bundle_root, or the file's path"
         else:
             do = "train them with the bundle's configs/train.json, or take the repository's own"
         raise InputError(f"weights {path} do not exist; {do}.")

@@ -23,7 +23,7 @@ DISPLAYABLE = "displayable_configs"
 """Settings that MONAI Label shows; the config refers to them one by one."""
 
 READ_BY_MONAI = {
-    *("imports", "initialize", "run", "finalize", "_meta_", "bundle_root", "dataset_dir"),
+    *("imports", "initialize", "run", "finalize", "_meta_", "bundle_root"),
     *("save_execute_config", "tracking_uri", "experiment_name", "run_name", "is_not_rank0"),
 }
 """Keys that MONAI reads itself, with or without a reference to them."""
@@ -93,6 +93,12 @@ def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = (
     """
     referred = set(_references(config))
     shown = config.get(DISPLAYABLE) or {}
+    inner = {key.removeprefix(f"{DISPLAYABLE}::") for key in referred if key.startswith(f"{DISPLAYABLE}::")}
+    if missing := sorted(inner.difference(shown)):
+        raise InputError(
+            f"{DISPLAYABLE} is {shown!r}, without {', '.join(missing)}; allowed is a mapping with all its keys: give a "
+            f"key by itself, such as --{next(iter(shown), missing[0])}"
+        )
     own = {name.removeprefix("+").split("#")[0] for file in files for name in file}
     known = [key for key in config if key in referred] + [key for key in shown if f"{DISPLAYABLE}::{key}" in referred]
     unknown = [

@@ -206,8 +206,7 @@ def read_label_map(
     """
     if str(label_map) in LABEL_MAPS:
         return LABEL_MAPS[str(label_map)].with_placeholders(placeholders)
-    path = Path(label_map).expanduser()
-    if not path.is_file():
+    if not isinstance(label_map, (str, os.PathLike)) or not (path := Path(label_map).expanduser()).is_file():
         raise InputError(f"label_map {str(label_map)!r} is neither a known name nor a file; {JSON_HELP}")
     try:
         entries = read_json(path)

@@ -343,7 +343,13 @@ def check_output_size(size: Sequence[int], multiple: int, what: str = "output_si
 
 
 def warn_field_of_view(size: Sequence[int], spacing: Sequence[float], smallest_mm: Sequence[float]) -> None:
-    """Log a warning when the field of view, `size` (voxels) times `spacing` (mm), is smaller than trained on."""
+    """Log a warning when the field of view, `size` (voxels) times `spacing` (mm), is smaller than trained on.
+
+    Raises:
+        InputError: the smallest one is no three numbers.
+    """
+    if len(smallest_mm) != 3:
+        raise InputError(f"smallest_field_of_view is {smallest_mm!r}; allowed are three numbers, mm along x, y, z")
     extent = [n * mm for n, mm in zip(size, spacing, strict=True)]
     if not all(
         extent_within(mm, low, math.inf, step) for mm, low, step in zip(extent, smallest_mm, spacing, strict=True)
