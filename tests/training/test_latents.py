@@ -211,7 +211,7 @@ def test_ranks_share_the_views_of_all_cases(volumes, tmp_path, tiny_autoencoder)
 def test_latents_of_what_is_given_no_more_are_said(volumes, tmp_path, tiny_autoencoder, caplog):
     """A case that was taken out of the list, or a view, would be trained on all the same."""
     (tmp_path / "out").mkdir()
-    add(tmp_path / "out", "a_ct", "b_ct_flip", "gone_ct")
+    add(tmp_path / "out", "a_ct", "b_ct_flip", "gone_ct", scale_factor=1)
     jobs(volumes, tmp_path, tiny_autoencoder, rank=1, ranks=2)
     assert not caplog.text
     jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
@@ -361,3 +361,6 @@ def test_nothing_is_written_over_or_removed_that_no_run_wrote(volumes, tmp_path,
         jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
     others = [jobs(volumes, tmp_path, tiny_autoencoder, views=[{}], rank=rank, ranks=3) for rank in (0, 2)]
     assert [job["stem"] for (job,) in others] == ["a_ct", "c_ct"]  # a rank may meet what another has begun
+    if ending != "latent":  # a run was killed while it wrote b, after a
+        add(tmp_path / "out", "a_ct", scale_factor=1)
+        assert len(jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])) == 3

@@ -20,7 +20,7 @@ from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.patches import RandLatentCropd
 from maisi_tools.training.views import make_views
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR
-from maisi_tools.volumes.inputs import check_earlier, check_targets, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import check_earlier, check_targets, fingerprint_input, of_a_run, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import MR_PERCENTILES, checked_window
 from maisi_tools.volumes.reading import read_sidecar, sidecar_if_any
@@ -37,6 +37,9 @@ SIGMA_SUFFIX = "_sigma.nii.gz"
 
 COARSE_SUFFIX = "_coarse.nii.gz"
 """What it appends for the coarse CT, see :mod:`maisi_tools.coarse`."""
+
+BESIDE = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
+"""Setting of an encoding -> what lies beside each latent for it."""
 
 MADE_FROM = ("autoencoder", "source", "settings")
 """What a latent was made from, in its sidecar: fingerprints of the encoder's weights and of the volume's file, and all
@@ -148,8 +151,11 @@ def latents_to_encode(
             *(output_dir, len(others), _some(others)),
         )
     share = list(jobs.values())[rank::ranks]
-    for job in share:  # all that a run may write or remove; the other ranks may be writing theirs
-        check_earlier([folder / f"{job['stem']}{end}" for end in (SUFFIX, SIGMA_SUFFIX, COARSE_SUFFIX)])
+    # All that a run may write or remove; the other ranks may be writing theirs. In a cache of ours, a sigma or coarse
+    # CT without its latent is of a run that was killed.
+    begun = any(map(of_a_run, folder.glob(f"*{SUFFIX}")))
+    for job in share:
+        check_earlier([folder / f"{job['stem']}{end}" for end in (SUFFIX, *(() if begun else BESIDE.values()))])
     sources: dict[str, str] = {}
     outdated = []
     for job in tqdm(share, desc="comparing with the cache", unit="latent", delay=2, disable=rank > 0):
@@ -344,8 +350,7 @@ def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any])
 
 def _endings(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What the names of the files end in that are written with some settings."""
-    beside = {"sigma": SIGMA_SUFFIX, "coarse_size": COARSE_SUFFIX}
-    return (SUFFIX, *(ending for name, ending in beside.items() if settings.get(name)))
+    return (SUFFIX, *(ending for name, ending in BESIDE.items() if settings.get(name)))
 
 
 def _left_of(folder: Path, stem: str) -> list[Path]:
