@@ -86,7 +86,7 @@ def test_controlnet(evaluate, segmentation, tmp_path):
         rows = {row["structure"]: row for row in csv.DictReader(file)}
     assert {"bone", "airway", "body", "brainstem", "spinal cord", "left parotid", "all structures"} <= rows.keys()
     assert "mandible" not in rows and float(rows["body"]["generated"]) > 0.8
-    assert float(rows["bone"]["real"]) > 0.95 > float(rows["bone"]["generated"])
+    assert float(rows["bone"]["real"]) > float(rows["bone"]["generated"]) > 0.8
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["dice_bone"]["mean"] == float(rows["bone"]["generated"])
     assert summary["real_dice_spinal_cord"]["cases"] == summary["hu_bone"]["cases"] == 1
