@@ -397,7 +397,7 @@ def test_a_new_mask_is_not_read_as_the_one_before(open_page, files, tmp_path) ->
     part.locator("[data-label='5']").wait_for()
     assert part.locator(".label-map").input_value() == "totalsegmentator"
     assert part.get_by_label("Structure of label 5").input_value() == "liver"
-    said = "segmentations.zip: 1 voxels belong to several classes; they got the last of them"
+    said = "segmentations.zip: classes overlap, and the smaller one stays: spleen and liver (1 voxels)"
     assert part.locator(".notes").inner_text() == said
     part.get_by_label("Mask", exact=True).set_input_files(files["mask"])
     part.locator(f"[data-label='{PAROTID}']").wait_for()
