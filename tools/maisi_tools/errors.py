@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 from maisi_tools.tsp.errors import TSPError
@@ -17,6 +18,15 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a loss or the weights are no longer finite. The message says what broke and what to do."""
+
+
+FEW = 5
+"""Names of a kind that a message has."""
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Names for a message, which says where there are more."""
+    return ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")
 
 
 def find_input_error(error: BaseException | None) -> InputError | TrainingError | TSPError | None:

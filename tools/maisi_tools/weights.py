@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import canonical_json, fingerprint_tensors, replacing
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, checked_scale_factor
 
@@ -34,7 +34,6 @@ STATE_DICT_KEYS = ("model", "state_dict", "unet_state_dict", "controlnet_state_d
 LARGE_FILES = ("large_files.yml", "large_files.yaml", "large_files.json")  # the names that MONAI looks for
 LIST_FORM = "It must read `large_files:` followed by entries with path, url, hash_val and hash_type."
 HASH_TYPES = ("sha256", "sha512", "sha1", "md5")
-NAMED_KEYS = 5  # how many keys of a kind an error message names
 ENCODER = ("encoder.", "quant_conv_")  # what of an autoencoder makes a latent; another decoder leaves it valid
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte before a download is given up
@@ -78,7 +77,7 @@ def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -
         "with values too large for the network's type": too_large,
     }
     if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} keys {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+        listed = "; ".join(f"{len(keys)} keys {kind}: {first_few(keys)}" for kind, keys in faults.items() if keys)
         raise InputError(
             f"weights {path} do not fit {type(network).__name__} with {len(wanted)} keys: {listed}. The weights must "
             "come from the same network_def. The released full-size weights need the full-size networks: add "
@@ -105,8 +104,8 @@ def read_weights(path: str | Path, key: str | None = None, mapped: bool = False)
     faults = [f"{name} is {fault}" for name, value in state.items() if (fault := _fault(value))]
     if faults:
         raise InputError(
-            f"weights {path} cannot be used: {len(faults)} of {len(state)} tensors, {_some(faults)}. Allowed are dense "
-            "tensors of real, finite numbers; train the network again or fetch its weights again."
+            f"weights {path} cannot be used: {len(faults)} of {len(state)} tensors, {first_few(faults)}. Allowed are "
+            "dense tensors of real, finite numbers; train the network again or fetch its weights again."
         )
     return state
 
@@ -267,10 +266,6 @@ def _fault(value: Tensor) -> str | None:
     return None
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:NAMED_KEYS]) + (", ..." if len(keys) > NAMED_KEYS else "")
-
-
 def _said(path: str | Path, name: str, default: Any = None) -> Any:
     """What a checkpoint says of itself under a name."""
     checkpoint = _outline(path)
@@ -338,7 +333,9 @@ def _reason(error: Exception) -> str:
 def _state_dict(checkpoint: Any, path: Path, key: str | None) -> dict[str, Tensor]:
     if isinstance(checkpoint, Mapping) and key is not None:
         if key not in checkpoint:
-            raise InputError(f"checkpoint {path} has no {key!r}; its keys are {_some([str(k) for k in checkpoint])}.")
+            raise InputError(
+                f"checkpoint {path} has no {key!r}; its keys are {first_few([str(k) for k in checkpoint])}."
+            )
         checkpoint = checkpoint[key]
     seen: set[int] = set()
     while isinstance(checkpoint, Mapping) and id(checkpoint) not in seen:
@@ -351,7 +348,7 @@ def _state_dict(checkpoint: Any, path: Path, key: str | None) -> dict[str, Tenso
         if not found:
             break
         checkpoint = checkpoint[found[0]]
-    given = f"keys {_some([str(k) for k in checkpoint])}" if isinstance(checkpoint, Mapping) else type(checkpoint)
+    given = f"keys {first_few([str(k) for k in checkpoint])}" if isinstance(checkpoint, Mapping) else type(checkpoint)
     raise InputError(
         f"checkpoint {path} holds no state dict, but {given}. It must be one (names to tensors), or hold one under one "
         f"of {', '.join(STATE_DICT_KEYS)}."

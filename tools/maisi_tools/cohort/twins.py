@@ -25,7 +25,7 @@ from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
-from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of, study_dir
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -178,7 +178,7 @@ def _twin(
     files = [f"{name}_{what}.nii.gz" for what in ("ct", "mask")]
     if is_series(ct):
         _write_study(ct, folder, name, how)
-        files.append(f"{name}_dicom")
+        files.append(study_dir(ct, folder).name)
     return {"files": files, "labels": [VOCABULARY[int(id)].name for id in np.unique(mask) if id], "ml": ml}
 
 
@@ -189,7 +189,7 @@ def _write_study(ct: str, folder: Path, name: str, how: Mapping[str, Any]) -> No
     image: Any = nib.load(folder / f"{name}_ct.nii.gz")
     mask: Any = nib.load(folder / f"{name}_mask.nii.gz")
     write_study(
-        folder / f"{name}_dicom",
+        study_dir(ct, folder),
         np.asarray(image.dataobj),
         image.affine,
         np.asarray(mask.dataobj),

@@ -30,7 +30,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
-from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, study_dir
 from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.volumes.series import read_slices, slice_affine
 
@@ -138,17 +138,12 @@ def write_study(
     return [Path(folder).expanduser() / name for name in files]
 
 
-def study_dir(volume: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
-    """The folder of the study that a run writes of a volume, named by its file."""
-    return Path(output_dir).expanduser() / f"{stem_of(volume)}_dicom"
-
-
 def check_studies(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, key: str = "image") -> None:
     """Refuse, before anything is computed, to write a study where something else is than a study of an earlier run.
 
     Args:
         items: inputs, see :func:`maisi_tools.volumes.inputs.find_inputs`.
-        output_dir: where the studies go, see :func:`study_dir`.
+        output_dir: where the studies go, see :func:`~maisi_tools.volumes.inputs.study_dir`.
         key: the entry of an item that holds the path.
 
     Raises:
@@ -185,9 +180,10 @@ def _check_free(folder: Path, replace: bool) -> list[Path]:
 def _is_ours(path: Path) -> bool:
     """Whether a file is a DICOM object that :func:`write_study` wrote."""
     try:
-        return pydicom.dcmread(path, specific_tags=["Manufacturer"]).get("Manufacturer") == MANUFACTURER
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Manufacturer"])
     except (OSError, InvalidDicomError):
         return False
+    return header.get("Manufacturer") == MANUFACTURER
 
 
 SCANS = ("_recon.nii.gz", "_latent_ct.nii.gz")
@@ -348,7 +344,8 @@ class WriteStudyd(MapTransform):
     """MONAI dict transform: writes a generated CT as a DICOM study, see :func:`write_study`.
 
     Args:
-        keys: of the CT (1, X, Y, Z) in HU; the study goes to :func:`study_dir`, in place of one written before.
+        keys: of the CT (1, X, Y, Z) in HU; the study goes to :func:`~maisi_tools.volumes.inputs.study_dir`, in
+            place of one written before.
         output_dir: folder, made if missing.
         mask_key: of the mask (1, X, Y, Z) in the vocabulary, on the CT's grid; None for none.
         seed, conditions: to be recorded.

@@ -32,7 +32,15 @@ from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.networks import ControlledUNet
 from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
-from maisi_tools.volumes.inputs import SUFFIXES, check_earlier, check_targets, find_inputs, holds_dicom, stem_of
+from maisi_tools.volumes.inputs import (
+    SUFFIXES,
+    check_earlier,
+    check_targets,
+    find_inputs,
+    holds_dicom,
+    stem_of,
+    study_dir,
+)
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.patching import Stored, ras_affine, read_stored, to_ras, write_stored
 from maisi_tools.volumes.reading import read_volume
@@ -105,7 +113,7 @@ def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str
     """What an edited scan writes: "ct", "mask", "weight" and "sidecar", and the folder "dicom" of a series."""
     name, folder = stem_of(ct), Path(output_dir).expanduser()
     files = {what: folder / f"{name}_{what}.nii.gz" for what in ("ct", "mask", "weight")}
-    return {**files, "sidecar": folder / f"{name}_ct.json", "dicom": folder / f"{name}_dicom"}
+    return {**files, "sidecar": folder / f"{name}_ct.json", "dicom": study_dir(ct, output_dir)}
 
 
 def check_edited(scans: Sequence[Mapping[str, str]], output_dir: str | os.PathLike) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import MODALITIES, is_mr
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import canonical_json, read_json
 from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.patches import RandLatentCropd
@@ -148,7 +148,7 @@ def latents_to_encode(
         logger.warning(
             "%s has %d latents of no volume and view that are given now, and a training would see them, too: %s; "
             "delete them, or encode into another folder",
-            *(output_dir, len(others), _some(others)),
+            *(output_dir, len(others), first_few(others)),
         )
     share = list(jobs.values())[rank::ranks]
     # All that a run may write or remove; the other ranks may be writing theirs. In a cache of ours, a sigma or coarse
@@ -233,7 +233,7 @@ def find_latents(
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     if bare:
-        some = _some(bare)
+        some = first_few(bare)
         if names and not lists["validation"]:
             raise InputError(
                 f"none of the held-out cases has a mask *{mask_suffix} in {masks_dir} ({some}), so that nothing would "
@@ -241,7 +241,7 @@ def find_latents(
             )
         logger.warning("left out %d latents without a mask *%s in %s: %s", len(bare), mask_suffix, masks_dir, some)
     if unsaid := [stem for stem, sidecar in zip(stems, sidecars, strict=True) if not sidecar.get("region")]:
-        some = "no latent" if len(unsaid) == len(stems) else f"not every latent ({_some(unsaid)})"
+        some = "no latent" if len(unsaid) == len(stems) else f"not every latent ({first_few(unsaid)})"
         logger.warning(
             "%s in %s says which body region it shows, so nothing is learnt of regions from those; encode from the "
             "cases.json of `maisi complete_masks`, which has them (the latents that are there are kept)",
@@ -329,10 +329,6 @@ def check_latent_sizes(
 def _stems(folder: Path) -> list[str]:
     """Of the latents in a folder, sorted; without what a process is writing."""
     return [path.name.removesuffix(SUFFIX) for path in sorted(folder.glob(f"*{SUFFIX}")) if path.name[0] != "."]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _is_up_to_date(folder: Path, endings: Sequence[str], job: Mapping[str, Any]) -> bool:

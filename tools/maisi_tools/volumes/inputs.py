@@ -67,6 +67,11 @@ def sidecar_path(path: str | os.PathLike) -> Path:
     return Path(path).with_name(stem_of(path) + ".json")
 
 
+def study_dir(volume: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
+    """The folder of the DICOM study that a run writes of a volume, named by its file."""
+    return Path(output_dir).expanduser() / f"{stem_of(volume)}_dicom"
+
+
 def find_inputs(
     input: Any,
     key: str = "image",
