@@ -338,12 +338,13 @@ class Run:
         files, folder = files_of(self.out), self.out / "downstream"
         plan = json.loads((HERE / "downstream.json").read_text()) | self.changes.get("downstream", {})
         check_makers(self.out, "downstream")
-        patients = json.loads((self.out / "datalist.json").read_text())["training"]
-        if len(patients) < plan["count"]:
+        patients = json.loads((self.out / "datalist.json").read_text())
+        training = patients["training"]
+        if len(training) < plan["count"]:
             raise InputError(
-                f"there are {len(patients)} patients to train on, and downstream.json asks for {plan['count']}"
+                f"there are {len(training)} patients to train on, and downstream.json asks for {plan['count']}"
             )
-        drawn = random.Random(plan["seed"]).sample(patients, plan["count"])
+        drawn = random.Random(plan["seed"]).sample(training, plan["count"])
         masks = [self.out / "masks" / f"{stem_of(case['image'])}_mask.nii.gz" for case in drawn]
         cts = [folder / "cts" / f"{stem_of(mask)}_ct.nii.gz" for mask in masks]
         left = [{"image": str(mask)} for mask, ct in zip(masks, cts, strict=True) if not ct.is_file()]
@@ -358,8 +359,9 @@ class Run:
             run_bundle(ROOT / "bundles/maisi_controlnet", "inference.json", [], settings | self.inference)
         pairs = [{"image": str(ct), "label": case["label"]} for ct, case in zip(cts, drawn, strict=True)]
         write_json(folder / "synthetic.json", {"training": pairs})
+        write_json(folder / "real.json", patients | {"validation": patients["validation"][: plan["validation"]]})
         options = {
-            "datalist": self.out / "datalist.json",
+            "datalist": folder / "real.json",
             "kept_out": self.out / "kept_out.json",
             "synthetic": folder / "synthetic.json",
             "output_dir": folder / "arms",
