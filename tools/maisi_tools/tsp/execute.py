@@ -66,9 +66,12 @@ class Execution:
         if self.pool is not None:
             set_heap(self.lean)
         try:
-            for part in self.plan.passes:
-                if self.pool is not None:
+            left = 0  # bytes, at most, that temporaries of the passes so far have left in the heap
+            for part, peak in zip(self.plan.passes, self.plan.peaks, strict=True):
+                if self.pool is not None and peak + left > self.plan.peak:
                     trim_heap()
+                    left = 0
+                left = max(left, part.work)
                 self._open(part)
                 self._exchange(part)
                 gathered: dict[Node, list[tuple[Rows, Moments]]] = {

@@ -65,6 +65,11 @@ class Pass:
     steps: list[Step] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
 
+    @property
+    def work(self) -> int:
+        """Bytes of the temporaries of the step that has most."""
+        return max((step.work for step in self.steps), default=0)
+
 
 class Graph:
     """What has to be computed for the outputs, whatever the slabs.
@@ -191,6 +196,7 @@ class Plan:
         passes: what is computed, in order.
         where: kept volume -> "device", "host", "disk" or "output" (the tensor that is returned).
         peak: bytes on the device at the worst moment.
+        peaks: the same of each pass.
         flop: floating point operations, those done twice in halos included.
         away: kept volume -> share of its slabs that are moved off the device.
         moved: bytes written to, and read from, host memory or disk.
@@ -234,7 +240,8 @@ class Plan:
             self._free()
         else:  # the same slabs; only the places differ
             self.passes = like.passes
-        self.peak, self.peak_alive, self.moved = self._simulate(in_flight)
+        self.peaks, self.peak_alive, self.moved = self._simulate(in_flight)
+        self.peak = max(self.peaks, default=base)
         self.flop = sum(step.flop for done in self.passes for step in done.steps)
 
     def owned(self, node: Node, rank: int) -> Rows:
@@ -320,8 +327,10 @@ class Plan:
             for rows, step in zip(slabs[node], _last_readers(slabs[node], at.steps, node), strict=True):
                 step.free.append((node, rows))
 
-    def _simulate(self, in_flight: int) -> tuple[int, dict[Node, int], tuple[int, int]]:
+    def _simulate(self, in_flight: int) -> tuple[list[int], dict[Node, int], tuple[int, int]]:
+        """Each pass's peak, what is alive at the highest, bytes moved."""
         alive: dict[Node, int] = {}
+        peaks: list[int] = []
         peak, at_peak = self.base, {}
         written = read = 0
         gone: set[tuple[Node, Rows]] = set()
@@ -331,6 +340,7 @@ class Plan:
                 if done.keep and self.where[target] == "output":
                     alive[target] = size_of(target)
             fetched: dict[Node, int] = {}
+            peaks.append(self.base)
             for number, step in enumerate(done.steps):
                 now = self.base + sum(alive.values()) + lent + step.work * in_flight
                 for node, (a, b) in step.reads.items():
@@ -338,6 +348,7 @@ class Plan:
                         now += (b - a) * node.row_bytes  # what was read last stays until the next slab has its halo
                         read += (b - min(b, max(a, fetched.get(node, 0)))) * int(node.row_bytes * self.away[node])
                         fetched[node] = b
+                peaks[-1] = max(peaks[-1], now)
                 if now > peak:
                     peak, at_peak = now, dict(alive)
                 for target, span in zip(done.targets, step.rows, strict=True):
@@ -352,7 +363,7 @@ class Plan:
                 for node, rows in step.free:
                     if (node, rows) not in gone and node in alive:
                         alive[node] -= (rows[1] - rows[0]) * node.row_bytes
-        return peak, at_peak, (written, read)
+        return peaks, at_peak, (written, read)
 
     def __str__(self) -> str:
         lines = [f"{'computed':<44}{'rows':>6}{'slabs':>7}{'size':>11}  kept"]
