@@ -17,6 +17,7 @@ from maisi_tools.cli import main
 from maisi_tools.cohort.twins import make_twins, twin_mask
 from maisi_tools.errors import InputError
 from maisi_tools.files import held
+from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.metrics.segmenters import map_of_classes, open_segmenter
 
@@ -250,6 +251,23 @@ def test_classes_by_their_names():
     assert found.label_of("uterus") == 3
     with pytest.raises(InputError, match="--label_map"):
         map_of_classes("x", {"uterus": 1})
+
+
+def test_all_classes_of_the_shipped_judge_are_read(repo_root, caplog):
+    """As the label map of the data set that it was trained on reads them."""
+    judge = open_segmenter(str(repo_root / "evaluation" / "segmentation"))
+    assert dict(judge.label_map) == dict(LABEL_MAPS["openkbp"]) and len(judge.label_map) == 7
+    assert "are not found" not in caplog.text
+
+
+def test_classes_that_cannot_be_read_are_named(bundle, tmp_path, caplog):
+    open_segmenter(str(bundle))
+    assert "the classes mystery have no name of the vocabulary and are not found" in caplog.text
+    caplog.clear()
+    label_map = tmp_path / "map.json"
+    label_map.write_text('{"1": "skull", "2": 0}')
+    open_segmenter(str(bundle), str(label_map))
+    assert "are not found" not in caplog.text
 
 
 @pytest.mark.parametrize(

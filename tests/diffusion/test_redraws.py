@@ -129,6 +129,28 @@ def test_a_limit_for_all_leaves_bones_out_and_knows_placeholders():
     assert sorted(Judge(openkbp, {"larynx": 0.3, "skull": 0.2}).min_dice.values()) == [0.2, 0.3]
 
 
+def test_a_limit_for_all_leaves_out_a_lobe_that_stands_for_all_lung(mask):
+    """A judge that is right about every lobe finds the upper left one in a part of it: here in half."""
+
+    def upper_lobe(path):
+        image = nib.load(path)
+        found = np.where(np.asarray(image.dataobj) < -500, 28, 0)
+        found[:, :5] = 0
+        return MetaTensor(found[None], affine=image.affine)
+
+    lobes = Segmenter("lobes", upper_lobe, read_label_map("maisi"))
+    lung = torch.where(mask == SKULL, 28, 0)[0]
+    both = lung.clone()
+    both[:, :, :5] = torch.where(both[:, :, :5] == 28, 29, 0)
+    hu = np.where(lung[0] > 0, -800, 30)
+    assert Judge(lobes)(hu, lung) == {"dice": {}, "not_shown": []}
+    assert Judge(lobes)(hu, both)["dice"] == {"left lung upper lobe": 1, "left lung lower lobe": 0}
+    assert Judge(lobes, {"left lung upper lobe": 0.9})(hu, lung) == {
+        "dice": {"left lung upper lobe": round(2 / 3, 4)},
+        "not_shown": ["left lung upper lobe"],
+    }
+
+
 def test_a_seed_that_is_set_is_that_of_the_draw(mask):
     drawn = Drawn({5: (400, 30), 7: (400, 30)})
     checked = CheckedCT(drawn)

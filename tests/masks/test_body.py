@@ -15,10 +15,12 @@ from maisi_tools.masks.body import (
     envelope_of_labels,
     envelope_of_organs,
     label_from_ct,
+    labels_of_more,
     without_couch,
 )
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
 from maisi_tools.masks.phantom import make_phantom
+from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from thorough import examples
 
 SPACING = (4.0, 4.0, 2.5)
@@ -328,3 +330,16 @@ def test_real_patient(repo_root):
     assert ct[labels == 120].mean() > 250 and ct[labels == 132].mean() < -600 and -100 < ct[labels == 200].mean() < 100
     litres = np.count_nonzero(labels == 28) * np.prod(spacing) / 1e6
     assert 0.5 < litres < 2  # the upper third of two lungs
+
+
+def test_what_a_mask_may_have_more_of():
+    """A completed mask has the found bone and lung under one label each; several lobes, or others, are themselves."""
+    size, spacing = (60, 60, 40), (4.0, 4.0, 4.0)
+    ct = np.full(size, -1000.0)
+    ct[5:55, 5:55] = 30.0
+    ct[10:25, 20:40, 10:30], ct[28:32, 45:50, 5:35] = -800.0, 700.0
+    found = set(np.unique(label_from_ct(ct, np.zeros(size, np.uint8), spacing)).tolist())
+    assert found == {0, BODY, 28, 120}
+    bones = set(labels_in_group("bone"))
+    assert labels_of_more(found) == bones | {28} and {120, 33} <= bones
+    assert labels_of_more({28, 31}) == labels_of_more({30, 1}) == labels_of_more() == bones

@@ -118,12 +118,13 @@ def test_what_the_small_weights_know_has_a_name():
     assert [label_id(name) for name in ("larynx", "Brainstem", "left parotid gland", "right parotid gland")] == [
         *(16, 2, 18, 20)
     ]
+    assert [label_id(name) for name in ("left parotid", "Right parotid")] == [18, 20]  # as networks call them
     assert [label_id(display_name(label)) for label in VOCABULARY] == list(VOCABULARY)
 
 
 def test_unknown_name_suggests_one():
-    with pytest.raises(InputError, match="'left parotid' is no label.*left parotid gland"):
-        label_id("left parotid")
+    with pytest.raises(InputError, match="'left parotide' is no label.*left parotid"):
+        label_id("left parotide")
     with pytest.raises(InputError, match="'lever' is no label.*liver"):
         label_id("lever")
 

@@ -251,6 +251,37 @@ def test_a_mask_without_labels_is_read_by_the_names_of_the_classes(run, mask):
     check_structures([*items, *bare], Perfect.classes)
 
 
+def test_what_a_mask_may_have_more_of_is_not_compared_with_it(run, mask, caplog):
+    """A completed mask has all bone as skull, and all lung as one lobe: of a network that is right about a part of
+    either the Dice would be low. With structures, or with labels, it is compared."""
+    items, out, *_ = run
+    cord, part = mask == 121, mask == 120
+    part[: SIZE[0] // 2] = False
+
+    class Right:
+        classes = {"spinal cord": 1, "mandible": 2, "left lung upper lobe": 3, "uterus": 4}
+
+        def __call__(self, path):
+            ct = read_volume(path, "ct")
+            return MetaTensor(np.where(cord, 1, np.where(part, 2, 0))[None], affine=ct.affine)
+
+    lung = np.isin(mask, labels_in_group("lung"))
+    assert cord.any() and part.any() and lung.any()
+    save(out / "p_ct_mask_mask.nii.gz", np.where(lung, 28, mask))
+    bare = [{"image": items[0]["image"]}]
+    rows = {row["structure"]: row for row in score_generated(bare, out, Right())}
+    assert rows["spinal cord"]["generated"] == rows["all structures"]["generated"] == 1
+    assert not {"mandible", "left lung upper lobe"} & rows.keys()
+    assert "left lung upper lobe, mandible, uterus; they have no name of the vocabulary, or a mask" in caplog.text
+    rows = {row["structure"]: row for row in score_generated(bare, out, Right(), {"mandible": 120})}
+    expected = 2 * part.sum() / (part.sum() + (mask == 120).sum())
+    assert rows["mandible"]["generated"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="has the classes mandible, all bones.*give structures"):
+        check_structures(bare, {"mandible": 5})
+    check_structures(bare, {"mandible": 5}, {"mandible": 120})
+    check_structures(items, {"mandible": 5})
+
+
 def test_a_bundle_need_not_undo_its_resampling(run):
     """Labels of twice the voxels along each axis, turned, say the same of every voxel of the CT."""
     items, out, label, half = run

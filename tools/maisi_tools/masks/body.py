@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import make_phantom
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id
+from maisi_tools.masks.vocabulary import BODY, VOCABULARY, label_id, labels_in_group
 
 SKIN_HU = -300.0
 """Above it is tissue: fat has -100 HU, air -1000, and a voxel across the skin lies between."""
@@ -52,6 +52,9 @@ LANDMARKS = 3
 
 SIZE_PRIOR_MM = 30.0
 """Landmarks that spread less than this about their centre tell little of a patient's size: an average one is taken."""
+
+ALL_LUNG, ALL_BONE = label_id("left lung upper lobe"), label_id("skull")
+"""Labels that stand for all lung and all bone where these are found by their HU."""
 
 LUNG_ML, BONE_ML = 30.0, 0.3
 """Smallest connected volumes that are taken for lung and for bone; smaller dense ones are calcification or noise."""
@@ -259,8 +262,8 @@ def label_from_ct(
     """A mask completed by what the CT's intensities alone tell, so that weights can be trained on few organs.
 
     Inside the body and outside all given labels, air becomes "airway" or, where it has the HU and the volume of lung,
-    "left lung upper lobe" (which stands for all lung); dense components become "skull" (which stands for all bone);
-    the rest becomes body. Labels that are given stay, so air inside a larynx label remains larynx.
+    :data:`ALL_LUNG`; dense components become :data:`ALL_BONE`; the rest becomes body. Labels that are given stay, so
+    air inside a larynx label remains larynx.
 
     Args:
         ct_hu: (X, Y, Z) in HU.
@@ -283,13 +286,29 @@ def label_from_ct(
 
     air = free & (ct_hu < AIR_HU)
     completed[air] = label_id("airway")
-    completed[air & _lung(ct_hu, air, mm)] = label_id("left lung upper lobe")
+    completed[air & _lung(ct_hu, air, mm)] = ALL_LUNG
 
     bone = free & (ct_hu > BONE_HU)
     parts, _ = ndimage.label(bone, np.ones((3, 3, 3)))
     large = np.bincount(parts.ravel()) * voxel_ml >= BONE_ML
-    completed[bone & large[parts]] = label_id("skull")
+    completed[bone & large[parts]] = ALL_BONE
     return completed
+
+
+def labels_of_more(present: Iterable[int] = ()) -> set[int]:
+    """The ids under which a mask may have more than the organ they name, so that nobody can be asked to find that.
+
+    A mask that was completed by HU (:func:`label_from_ct`) has all bone as "skull", or all that its data set has not
+    labelled, and all lung as one lobe. So have masks that were merged.
+
+    Args:
+        present: the mask's ids, in the vocabulary.
+
+    Returns:
+        The bones, and :data:`ALL_LUNG` where it is the mask's only lobe.
+    """
+    lobes = set(labels_in_group("lung")).intersection(map(int, present))
+    return set(labels_in_group("bone")) | (lobes if lobes == {ALL_LUNG} else set())
 
 
 class AddBodyd(MapTransform):
@@ -331,7 +350,7 @@ def _landmarks(labels: np.ndarray, spacing: np.ndarray) -> dict[int, np.ndarray]
     whole = [
         int(id)
         for id in np.unique(labels)
-        if id and int(id) not in cut and VOCABULARY[int(id)].group not in _NO_LANDMARKS and id != label_id("skull")
+        if id and int(id) not in cut and VOCABULARY[int(id)].group not in _NO_LANDMARKS and id != ALL_BONE
     ]
     middles = ndimage.center_of_mass(labels > 0, labels, whole)
     return {id: np.array(middle) * spacing for id, middle in zip(whole, middles, strict=True)}

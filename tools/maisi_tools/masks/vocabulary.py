@@ -266,6 +266,7 @@ PLACEHOLDER_NAMES = {2: "brainstem", 16: "larynx", 18: "left parotid gland", 20:
 _BY_NAME = {label.name.casefold(): label.id for label in VOCABULARY.values()}
 _BY_NAME |= {label.totalsegmentator.casefold(): label.id for label in VOCABULARY.values() if label.totalsegmentator}
 _BY_NAME |= {name: id for id, name in PLACEHOLDER_NAMES.items()}
+_BY_NAME |= {name.removesuffix(" gland"): id for id, name in PLACEHOLDER_NAMES.items()}  # "left parotid"
 
 
 def label_id(name: str) -> int:

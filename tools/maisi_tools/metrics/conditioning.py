@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_csv
-from maisi_tools.masks.body import body_envelope, label_from_ct
+from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
@@ -105,12 +105,17 @@ def check_structures(
 
     Raises:
         InputError: `structures` names a class that the network does not have, or is one numbering for references of
-            two; or it is None, and the network's classes have no names by which a mask can be read.
+            two; or it is None, and the network's classes have no names by which a mask can be read, or those of bones
+            alone.
     """
     labelled = ["label" in item for item in items]
     if structures is None:
         if not all(labelled):
-            map_of_classes("the segmentation network", classes)
+            if not _in_mask(classes):
+                raise InputError(
+                    f"the segmentation network has the classes {', '.join(classes)}, all bones, of which a mask may "
+                    "have more under one label; give structures, such as {skull: 120}, or cases with labels"
+                )
         return
     if unknown := structures.keys() - classes.keys():
         raise InputError(
@@ -143,7 +148,8 @@ def score_generated(
         segmenter: CT file -> labels, with ``classes`` (name -> label), such as
             :class:`maisi_tools.metrics.segmentation.BundleSegmenter`; None for thresholds alone.
         structures: name -> label in the reference; None where labels have the segmenter's numbering (in a mask its
-            classes are looked for by their names).
+            classes are looked for by their names, but for those of which a mask may have more under one label: see
+            :func:`maisi_tools.masks.body.labels_of_more`).
 
     Returns:
         Rows of the table, see :func:`conditioning_table`. Where a structure of the network is called as a tissue
@@ -157,12 +163,18 @@ def score_generated(
     if segmenter is not None:
         check_structures(items, segmenter.classes, structures)
     cases = []
+    left_out: set[str] = set()
     for item in tqdm(items, desc="measuring anatomy", unit="case", delay=2):
         stem = stem_of(item["image"])
         generated = folder / f"{stem}_ct.nii.gz"
         paths = {"generated": generated} | ({"real": Path(item["ct"])} if "ct" in item else {})
         mask = read_ras(folder / f"{stem}_mask.nii.gz", "mask")
-        wanted = {} if segmenter is None else _wanted(segmenter.classes, structures, "label" in item)
+        wanted: Mapping[str, int] = {}
+        if segmenter is not None:
+            wanted = segmenter.classes if structures is None else structures
+            if structures is None and "label" not in item:
+                wanted = _in_mask(segmenter.classes, np.unique(channel_of(mask)))
+                left_out |= segmenter.classes.keys() - wanted.keys()
         volumes = {"generated": read_ras(generated, "ct", like=mask)}
         volumes |= {kind: read_ras(path, "ct") for kind, path in paths.items() if kind != "generated"}
         case: dict[str, Any] = {kind: {} for kind in ("ml", *paths)}
@@ -181,6 +193,13 @@ def score_generated(
                 case[kind] |= structure_dice(channel_of(predicted), channel_of(labels), segmenter.classes, wanted)
         _add_metrics(generated, case)
         cases.append(case)
+    if left_out:
+        logger.warning(
+            "not compared, or not in all cases, as the masks are the reference: %s; they have no name of the "
+            "vocabulary, or a mask may have more under their label, such as all bone: give structures, or cases with "
+            "labels",
+            ", ".join(sorted(left_out)),
+        )
     rows = conditioning_table(cases)
     _write_table(folder / TABLE, rows)
     return rows
@@ -251,14 +270,10 @@ def _volumes(reference: MetaTensor, structures: Mapping[str, int]) -> Row:
     return {name: found[label] for name, label in structures.items() if label in found}
 
 
-def _wanted(classes: Mapping[str, int], structures: Mapping[str, int] | None, labelled: bool) -> Mapping[str, int]:
-    """Name -> label in a case's reference, which is its labels, or else its mask in the vocabulary."""
-    if structures is not None:
-        return structures
-    if labelled:
-        return classes
-    read = map_of_classes("the segmentation network", classes)
-    return {name: read[label] for name, label in classes.items() if label in read}
+def _in_mask(classes: Mapping[str, int], present: Iterable[int] = ()) -> dict[str, int]:
+    """Name -> id of the classes that can be compared with a mask that has the ids `present`, in the vocabulary."""
+    read, more = map_of_classes("the segmentation network", classes), labels_of_more(present)
+    return {name: read[label] for name, label in classes.items() if label in read and read[label] not in more}
 
 
 def _on_grid(volume: MetaTensor, like: MetaTensor, mode: str, outside: float) -> MetaTensor:

@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from maisi_tools.errors import InputError
+from maisi_tools.masks.body import labels_of_more
 from maisi_tools.masks.intensity import label_of
-from maisi_tools.masks.vocabulary import VOCABULARY, display_name
+from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
 from maisi_tools.volumes.writing import write_volume
@@ -25,8 +26,9 @@ class Judge:
 
     Args:
         segmenter: see :func:`~maisi_tools.metrics.segmenters.open_segmenter`.
-        min_dice: an organ with a lower Dice is not shown: a number for all but bones, or organ -> number for these
-            alone. (A mask may have all bone under one label, of which a segmenter knows a part.)
+        min_dice: an organ with a lower Dice is not shown: a number for all, or organ -> number for these
+            alone. A number leaves out, too, what a mask may have all of under one label, of which a segmenter knows a
+            part: see :func:`~maisi_tools.masks.body.labels_of_more`.
 
     Raises:
         InputError: no such organ, one that the segmenter does not know, or a number outside 0 to 1.
@@ -37,7 +39,8 @@ class Judge:
             raise InputError(f"{segmenter.name} finds no organs of its own; give a segmentation bundle's folder")
         self.segmenter = segmenter
         known = sorted(set(segmenter.label_map.values()) - {0})
-        soft = [label for label in known if VOCABULARY[label].group != "bone"]
+        self.named = isinstance(min_dice, Mapping)
+        soft = [label for label in known if label not in labels_of_more()]
         wanted = min_dice if isinstance(min_dice, Mapping) else dict.fromkeys(soft, min_dice)
         self.min_dice = {label_of(name): value for name, value in wanted.items()}
         if not self.min_dice:
@@ -63,7 +66,9 @@ class Judge:
         with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
             path = write_volume(Path(scratch) / "ct.nii.gz", hu, affine.numpy(), np.int16)
             found = self.segmenter(path, MetaTensor(hu[None], affine=affine), may_be_empty=True)
-        present = [label for label in self.min_dice if (labels == label).any()]
+        there = set(np.unique(labels).tolist())
+        there -= set() if self.named else labels_of_more(there)
+        present = [label for label in self.min_dice if label in there]
         dices = {label: round(dice(found == label, labels == label), 4) for label in present}
         return {
             "dice": {display_name(label): value for label, value in dices.items()},

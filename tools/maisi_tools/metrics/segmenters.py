@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.reading import as_volume
+
+logger = logging.getLogger(__name__)
 
 THRESHOLDS, TOTALSEGMENTATOR = "thresholds", "totalsegmentator"
 """Segmenters that have a name; every other one is a bundle's folder."""
@@ -109,7 +112,17 @@ def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu")
             "a MONAI bundle that segments CTs, such as evaluation/segmentation"
         )
     bundle = BundleSegmenter(config, device=device)
-    read = map_of_classes(name, bundle.classes) if label_map is None else read_label_map(label_map)
+    if label_map is not None:
+        read = read_label_map(label_map)
+    else:
+        read = map_of_classes(name, bundle.classes)
+        if unread := [known for known, label in bundle.classes.items() if label not in read]:
+            logger.warning(
+                "segmenter %s: the classes %s have no name of the vocabulary and are not found; give a label map that "
+                "says what they are",
+                name,
+                ", ".join(unread),
+            )
     says = fingerprint_text(canonical_json(ConfigParser.load_config_file(config)))
     return Segmenter(name, bundle, read, fingerprint_tensors(bundle.network.state_dict()), says)
 
