@@ -246,6 +246,7 @@ class Experiment:
             "validation": self.validation,
             "kept_out": self.kept_out,
             "configs": [self._fingerprint(self.root / "configs" / name) for name in CONFIGS],
+            "scripts": [self._fingerprint(path) for path in sorted((self.root / "scripts").glob("*.py"))],
             "overrides": self.overrides,
         }
         for name in CASES:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +23,23 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from scipy import ndimage
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import fingerprint_file, replacing, write_csv, write_json
-from maisi_tools.masks.body import label_from_ct
+from maisi_tools.files import (
+    canonical_json,
+    fingerprint_file,
+    fingerprint_tensors,
+    fingerprint_text,
+    replacing,
+    write_csv,
+    write_json,
+)
+from maisi_tools.masks.body import label_from_ct, labels_of_more
 from maisi_tools.masks.class_folder import read_mask
 from maisi_tools.masks.edits import resize_organ
 from maisi_tools.masks.label_maps import LabelMap, read_label_map
@@ -39,7 +48,7 @@ from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import labels_on_grid
 from maisi_tools.settings import json_mapping
-from maisi_tools.volumes.inputs import stem_of
+from maisi_tools.volumes.inputs import check_stems, fingerprint_input, stem_of
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.volumes.writing import write_volume
 
@@ -114,7 +123,7 @@ class Editor:
     """Runs the bundle's edit and measures what it did.
 
     Args:
-        folder: for files.
+        folder: for files that nobody keeps.
         settings: keys of edit.json, the caller's own: MONAI's parser evaluates them.
         segmenter: numbered as the data set; None for none.
         label_map: of the data set, whose numbering the segmenter has.
@@ -162,10 +171,14 @@ class Editor:
     def dices(self, scan: Scan, edited: Path, organ: int) -> tuple[float, float]:
         """Dice of an organ as the network finds it in the edited and in the untouched scan, against the mask.
 
-        Not of bone, which completed masks have of the whole scan under one label.
+        Not of what a completed mask may have more of, see :func:`~maisi_tools.masks.body.labels_of_more`.
         """
-        numbers = {label: number for number, label in self.label_map.items() if label != BONE}
-        if self.segmenter is None or numbers.get(organ) not in self.segmenter.classes.values():
+        numbers = {label: number for number, label in self.label_map.items()}
+        if (
+            self.segmenter is None
+            or numbers.get(organ) not in self.segmenter.classes.values()
+            or organ in labels_of_more(np.unique(scan.labels))
+        ):
             return float("nan"), float("nan")
         number = numbers[organ]
         untouched = self.folder / "in" / f"{scan.name}.nii.gz"
@@ -277,6 +290,33 @@ def _begun(path: Path, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found["rows"]
 
 
+def content_of(
+    files: Sequence[str | Path],
+    cases: Sequence[Mapping[str, str]],
+    label_map: LabelMap,
+    segmenter: BundleSegmenter | None,
+    config: str | None,
+) -> dict[str, Any]:
+    """Fingerprints of all that a row follows from, whatever its files are called.
+
+    Args:
+        files: the datalist and the bundle's weights.
+        cases: CTs and their labels.
+        label_map: of the labels.
+        segmenter, config: the network that measures and its config, both None for none.
+    """
+    content: dict[str, Any] = {
+        "files": [fingerprint_file(path) for path in files],
+        "cases": [fingerprint_input(case[key]) for case in cases for key in ("image", "label")],
+        "label_map": fingerprint_text(canonical_json(label_map.ids)),
+    }
+    if segmenter is not None and config is not None:
+        content["segmenter"] = fingerprint_tensors(segmenter.network.state_dict())
+        content["segmenter_config"] = fingerprint_text(canonical_json(ConfigParser.load_config_file(config)))
+        content["segmenter_classes"] = segmenter.classes
+    return content
+
+
 def main() -> None:
     """Edit, measure, write edits.csv and table.md, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -292,26 +332,29 @@ def main() -> None:
     folder = Path(options.output_dir)
     label_map = read_label_map(options.label_map)
     segmenter = BundleSegmenter(options.segmenter, options.ckpt) if options.segmenter else None
-    editor = Editor(folder, json_mapping(options.settings, "settings"), segmenter, label_map)
-    scans = [read_scan(case, label_map) for case in read_datalist(options.datalist, options.section)]
-    given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
-    files = [options.datalist, options.ckpt, *editor.stage.parser.get_parsed_content("weights")]
-    given["content"] = [fingerprint_file(path) for path in files if path]
-    there = folder / "edits.json"
-    rows = _begun(there, given)[: options.count]
-    if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
-        rows.pop()
-    for row in rows_of(editor, scans, options.count, len(rows)):
-        rows.append(row)
-        write_json(there, {"given": given, "rows": rows})
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    cases = read_datalist(options.datalist, options.section)
+    check_stems(case["image"] for case in cases)  # by which scans and their figures are told apart
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
+        editor = Editor(Path(scratch), json_mapping(options.settings, "settings"), segmenter, label_map)
+        given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
+        weights = editor.stage.parser.get_parsed_content("weights")
+        given["content"] = content_of([options.datalist, *weights], cases, label_map, segmenter, options.segmenter)
+        there = folder / "edits.json"
+        rows = _begun(there, given)[: options.count]
+        if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
+            rows.pop()
+        scans = [read_scan(case, label_map) for case in cases]
+        for row in rows_of(editor, scans, options.count, len(rows)):
+            rows.append(row)
+            write_json(there, {"given": given, "rows": rows})
+            rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+            print(rounded, flush=True)
     write_csv(folder / "edits.csv", rows)
     lines = table(rows)
     with replacing(folder / "table.md") as part:
         part.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    for scratch in ("in", "out"):
-        shutil.rmtree(folder / scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,29 @@ def test_an_arm_of_other_images_is_another_arm(lists, tmp_path):
         Experiment(**given).run([2], [2], ["mixed"], 1)
 
 
+def test_an_arm_of_another_loss_is_another_arm(lists, repo_root, tmp_path):
+    """What the bundle's scripts say decides, too; an arm of before they were recorded counts."""
+    root = shutil.copytree(repo_root / "evaluation" / "segmentation", tmp_path / "bundle")
+    arm = Arm(2, 0, "mixed", 1)
+
+    def finished():
+        return Experiment(**lists, output_dir=tmp_path / "out", segmentation=root, overrides=TINY)._finished(arm)
+
+    settings = Experiment(**lists, output_dir=tmp_path / "out", segmentation=root, overrides=TINY)._settings(arm)
+    record = {"settings": settings, "figures": {"p4_ct": {}}}
+    path = tmp_path / "out" / arm.name / ARM
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record))
+    assert finished() == record
+    loss = root / "scripts" / "partial_labels.py"
+    loss.write_text(loss.read_text() + "# another\n")
+    with pytest.raises(InputError, match="was made with another scripts; give"):
+        finished()
+    del record["settings"]["scripts"]
+    path.write_text(json.dumps(record))
+    assert finished() == record
+
+
 def test_seeds_draw_nested_cases_and_repeat_the_real_ones():
     real, synthetic = ([{"image": f"{kind}{i}"} for i in range(9)] for kind in "rs")
     few, more = (Arm(n, m, "mixed", 1).draw(real, synthetic) for n, m in ((3, 2), (5, 4)))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
 
-from editing import AIR, BONE, KINDS, Editor, Scan, _begun, read_scan, rows_of, seam_ratio, with_sphere
+import editing
+from editing import AIR, BONE, KINDS, Editor, Scan, _begun, content_of, read_scan, rows_of, seam_ratio, with_sphere
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.label_maps import read_label_map
@@ -121,3 +127,90 @@ def test_an_organ_is_compared_by_its_number_in_the_data_set(tmp_path):
     dices = editor.dices(scan, tmp_path / "out" / "a_ct.nii.gz", parotid)
     assert dices == pytest.approx((2 * 48 / (48 + 64), 0))
     assert np.isnan(editor.dices(scan, tmp_path / "out" / "a_ct.nii.gz", BONE)).all()
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """A CT of 40 HU with a left parotid gland, and its labels as OpenKBP numbers them."""
+    hu, labels = np.full((16, 16, 16), 40.0), np.zeros((16, 16, 16))
+    hu[0], labels[4:12, 4:12, 4:12] = -1000, 6
+    case = {"image": str(tmp_path / "a.nii.gz"), "label": str(tmp_path / "a_seg.nii.gz")}
+    for key, array in (("image", hu), ("label", labels)):
+        nib.save(nib.Nifti1Image(array.astype(np.float32), np.diag([2.0, 2.0, 2.0, 1.0])), case[key])
+    return case
+
+
+def test_what_lay_in_the_output_folder_stays(scan, tmp_path, monkeypatch):
+    """The files of the edits alone go."""
+
+    class Fake:
+        stage = SimpleNamespace(parser=SimpleNamespace(get_parsed_content=lambda name: []))
+
+        def __init__(self, folder, *given):
+            self.folder = folder
+
+        def __call__(self, scan, new, edits, seed):
+            (self.folder / "in").mkdir(exist_ok=True)
+            (self.folder / "in" / "made.nii.gz").touch()
+            figures = {"hu": scan.hu, "changed": np.ones(new.shape, bool), "path": self.folder}
+            return figures | {"outside": 0, "seam": 1.0, "seconds": 1.0}
+
+        def dices(self, *given):
+            return 0.5, 0.75
+
+    (tmp_path / "list.json").write_text(json.dumps({"validation": [scan]}))
+    out = tmp_path / "study"
+    for name in ("in", "out"):
+        (out / name).mkdir(parents=True)
+        (out / name / "of_the_user.txt").touch()
+    before = {path for path in out.rglob("*")}
+    monkeypatch.setattr(editing, "Editor", Fake)
+    command = ["editing.py", "--datalist", str(tmp_path / "list.json"), "--output_dir", str(out), "--count", "1"]
+    monkeypatch.setattr(sys, "argv", command)
+    editing.main()
+    assert set(out.rglob("*")) - before == {out / name for name in ("edits.json", "edits.csv", "table.md")}
+    assert before <= set(out.rglob("*"))
+    (row,) = json.loads((out / "edits.json").read_text())["rows"]
+    assert (row["organ"], row["dice"], row["dice_untouched"]) == ("left parotid gland", 0.5, 0.75)
+    # Another CT under the same name is another run.
+    image = nib.load(scan["image"])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), scan["image"])
+    with pytest.raises(InputError, match="was begun with other options or files"):
+        editing.main()
+
+
+def test_scans_of_one_name_are_refused(scan, tmp_path, monkeypatch):
+    """The figures of the first would be taken for the second's."""
+    (tmp_path / "other").mkdir()
+    other = {key: shutil.copy(path, tmp_path / "other") for key, path in scan.items()}
+    (tmp_path / "list.json").write_text(json.dumps({"validation": [scan, other]}))
+    command = ["editing.py", "--datalist", str(tmp_path / "list.json"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(InputError, match="have the same stem 'a'"):
+        editing.main()
+
+
+def test_a_row_follows_from_the_content_of_all_files(scan, tmp_path):
+    config = tmp_path / "inference.json"
+    network = torch.nn.Linear(2, 2)
+    segmenter = SimpleNamespace(network=network, classes={"left parotid": 6})
+
+    def content(label_map="openkbp"):
+        return content_of([config], [scan], read_label_map(label_map), segmenter, str(config))
+
+    config.write_text("{}")
+    first = content()
+    assert content() == first
+    seen = [first, content("maisi")]
+    with torch.no_grad():
+        network.weight += 1
+    seen.append(content())
+    config.write_text('{"spacing": 2}')
+    seen.append(content())
+    segmenter.classes = {"right parotid": 6}
+    seen.append(content())
+    for path in scan.values():
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), path)
+        seen.append(content())
+    assert len({json.dumps(one, sort_keys=True) for one in seen}) == len(seen) == 7
