@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import gzip
 import importlib.util
 import io
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 
@@ -149,11 +151,12 @@ def test_names_and_values_cannot_become_markup(run_dir):
 
 def test_what_cannot_be_read_is_listed_and_the_rest_shown(run_dir, labels):
     (run_dir / "b_ct.nii.gz").write_bytes(b"no volume")
-    nib.save(nib.Nifti1Image(labels[:-1], np.diag([*SPACING, 1.0])), run_dir / "sample_seed3_mask.nii.gz")
+    shutil.copy(run_dir / "a_ct.nii.gz", run_dir / "c_ct.nii.gz")
+    nib.save(nib.Nifti1Image(labels[:-1], np.diag([*SPACING, 1.0])), run_dir / "c_mask.nii.gz")
     page = Page(write_report(run_dir).read_text())
     reasons = " ".join(element[2] for element in page.find("p", **{"class": "bad"}))
     assert "b_ct.nii.gz cannot be read" in reasons and "one grid" in reasons
-    assert len(page.find("details")) == 1
+    assert len(page.find("details")) == 2
 
 
 @pytest.mark.parametrize(("value", "kind"), [(-1, np.int16), (2.0**40, np.float32), (2**32 - 1, np.uint32)])
@@ -180,6 +183,56 @@ def test_voxels_without_a_value_are_counted_and_shown_as_the_lowest(run_dir, vol
     cells = [element[2] for element in page.find("td") if "number" in element[1].get("class", "")]
     assert f"{np.median(volume[(labels == 1) & ~lost]):.0f}" in cells and cells.count("no value") == 1
     assert "nan" not in cells and "nan to nan" not in cells
+
+
+def test_a_sample_has_no_mask_of_another_run(run_dir, labels):
+    """maisi_ldm draws CTs and masks of the same names: of noise each, and into the same folder if one likes."""
+    nib.save(nib.Nifti1Image(labels, np.diag([*SPACING, 1.0])), run_dir / "sample_seed3_mask.nii.gz")
+    nib.save(
+        nib.Nifti1Image(labels.astype(np.float32), np.diag([*SPACING, 1.0])), run_dir / "sample_seed3_weight.nii.gz"
+    )
+    page = Page(write_report(run_dir).read_text())
+    assert page.find("script", id="case0-mask") and not page.find("script", id="case1-mask")
+    assert len(page.find("details")) == 2 and not page.find("img", alt="Axial plane, weight")
+
+
+def test_an_mr_has_no_hu(run_dir, volume, labels):
+    """Neither ranges of medians nor windows of a CT; the window is that of its own intensities."""
+    assert "(outside)" in write_report(run_dir).read_text()
+    for modality in ("mri_t1", 9):
+        (run_dir / "run.json").write_text(
+            json.dumps({"settings": {"modality": modality, "hu_ranges": {"liver": [0, 1]}}})
+        )
+        text = write_report(run_dir).read_text()
+        assert "HU" not in text.split("<script>")[0] and "(outside)" not in text
+        assert "median intensity" in text and "soft tissue" not in text
+        (viewer,) = Page(text).find("div", id="case0")
+        shown = json.loads(viewer[1]["data-volume"])
+        low, high = np.percentile(volume, (0.5, 99.5))
+        assert shown["unit"] == "" and shown["window"] == [np.floor(low), np.ceil(high)]
+    for modality in ("ct", "of another config"):
+        (run_dir / "run.json").write_text(json.dumps({"settings": {"modality": modality}}))
+        text = write_report(run_dir).read_text()
+        assert "median HU" in text and "(outside)" in text
+
+
+def test_a_table_of_before_the_run_is_not_shown_as_its_own(run_dir, repo_root):
+    """New CTs in the folder of an earlier evaluation."""
+    weights = run_dir.parent / "model.pt"
+    weights.write_bytes(b"abc")
+    record_run(run_dir, repo_root / "bundles" / "maisi_vae", [weights], {})
+    began = datetime.datetime.fromisoformat(json.loads((run_dir / "run.json").read_text())["started"]).timestamp()
+    (run_dir / "conditioning.csv").write_text("structure,generated\ncord,0.625\n")
+    for name in ("metrics.csv", "conditioning.csv"):
+        os.utime(run_dir / name, (began + 60, began + 60))
+    text = write_report(run_dir).read_text()
+    assert "0.75" in text and "0.625" in text and "of before this run" not in text
+    os.utime(run_dir / "metrics.csv", (began - 60, began - 60))
+    text = write_report(run_dir).read_text()
+    assert ">0.75<" not in text and "0.625" in text and "metrics.csv: of before this run" in text
+    assert (run_dir / "metrics.csv").is_file()
+    (run_dir / "run.json").write_text('{"started": "some time"}')
+    assert ">0.75<" in write_report(run_dir).read_text()
 
 
 def test_large_volumes_are_thinned_and_many_counted(run_dir, volume, monkeypatch):

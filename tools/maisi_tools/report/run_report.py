@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import datetime
 import gzip
 import html
 import io
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.image import imsave
 
+from maisi_tools.diffusion.conditions import is_mr
 from maisi_tools.errors import InputError
 from maisi_tools.files import RUN_RECORD, replacing
 from maisi_tools.masks.intensity import hu_ranges
@@ -39,7 +41,10 @@ WINDOWS = {
     "brain": (0, 80),
     "whole range": (-1000, 1000),
 }
-"""Presets of the viewer: HU shown as black and as white."""
+"""Presets of the viewer: HU shown as black and as white; the first is shown at the start."""
+
+MR_PERCENTILES = (0.5, 99.5)
+"""Of an MR, whose intensities have no unit: shown as black and as white."""
 
 NO_VALUE = -32768
 """HU that a voxel is shown with that is NaN or infinite: less than any CT has, so that nobody takes it for tissue."""
@@ -53,11 +58,11 @@ LISTED_ROWS = 200
 
 @dataclass(frozen=True)
 class Case:
-    """A CT of the run, in RAS.
+    """A CT of the run, or an MR, in RAS.
 
     Attributes:
         name: its stem.
-        hu: (X, Y, Z).
+        hu: (X, Y, Z), in HU or, of an MR, without unit.
         labels: the mask on its grid, uint8: in the vocabulary where `translated`, else 1, 2, ... in the order of the
             file's labels; None where there is none.
         spacing: mm along x, y, z.
@@ -65,6 +70,9 @@ class Case:
         weight: an edit's blend weight, 0 to 1.
         names: label -> what the page calls it.
         translated: whether the labels are those of the vocabulary, whose ranges of HU then hold.
+        unit: "HU", empty for an MR.
+        windows: as :data:`WINDOWS`.
+        curve: ends of the organs' histograms.
     """
 
     name: str
@@ -75,13 +83,22 @@ class Case:
     weight: np.ndarray | None = None
     names: Mapping[int, str] = field(default_factory=dict)
     translated: bool = True
+    unit: str = "HU"
+    windows: Mapping[str, tuple[float, float]] = field(default_factory=lambda: WINDOWS)
+    curve: tuple[float, float] = CURVE_HU
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Shown at the start."""
+        return next(iter(self.windows.values()))
 
 
 def write_report(run_dir: str | Path, output: str | Path | None = None, max_cases: int = 20) -> Path:
     """Write one self-contained HTML page about what a bundle wrote into a folder.
 
     It has a contact sheet, a viewer for each CT with its mask, histograms of the HU in each organ, the tables that an
-    evaluation left, and the run's parameters, versions and weights, as far as ``run.json`` records them.
+    evaluation left, and the run's parameters, versions and weights, as far as ``run.json`` records them. A table that
+    is older than the run it lies beside is of another one, and is named alone.
 
     Args:
         run_dir: output folder of a bundle.
@@ -109,6 +126,7 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
 
     record = folder / RUN_RECORD
     settings = _settings(record)
+    older = _older(tables, record)
     ranges = _hu_ranges(settings)
     sheet, viewers = [], []
     for number, path in enumerate(volumes[:max_cases]):
@@ -128,7 +146,11 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
         f"<div class='sheet'>{''.join(sheet)}</div>",
         "<h2>Cases</h2>" if viewers else "",
         *viewers,
-        *(_csv(path) for path in tables),
+        *(_csv(path) for path in tables if path not in older),
+        f"<p class='note'>{_text(', '.join(path.name for path in older))}: of before this run, and not shown as of its "
+        "CTs; evaluate them again.</p>"
+        if older
+        else "",
         "<h2>Run</h2>",
         _record(record),
     ]
@@ -150,11 +172,11 @@ def _text(value: object) -> str:
 
 
 def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
-    """Read a CT, the mask beside it (NAME_mask for NAME_ct), and its sidecar.
+    """Read a CT, its sidecar and, where it is called NAME_ct, the NAME_mask beside it.
 
     Args:
         path: of the CT.
-        settings: of the run, which say how the masks of an edit are numbered.
+        settings: of the run, which say its modality and how the masks of an edit are numbered.
 
     Raises:
         InputError: a file is damaged, or the mask has another grid.
@@ -162,8 +184,11 @@ def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
     image = load_image(path, "CT")
     stem = stem_of(path)
     suffix = path.name[len(stem) :]
-    mask = path.with_name(f"{stem.removesuffix('_ct')}_mask{suffix}")
-    weight = path.with_name(f"{stem.removesuffix('_ct')}_weight{suffix}")
+    # A sample that was drawn without a mask has none, whatever mask of its name lies there.
+    mask, weight = (
+        path.with_name(f"{stem.removesuffix('_ct')}_{kind}{suffix}") if stem.endswith("_ct") else None
+        for kind in ("mask", "weight")
+    )
     content = _sidecar(path)
     x, y, z = image.header.get_zooms()[:3]
     case = Case(
@@ -172,14 +197,32 @@ def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
         None,
         (float(x), float(y), float(z)),
         content,
-        np.asanyarray(load_image(weight, "weight").dataobj) if weight.is_file() else None,
+        np.asanyarray(load_image(weight, "weight").dataobj) if weight and weight.is_file() else None,
     )
-    if not mask.is_file():
+    if _is_mr(settings or {}):
+        case = _as_mr(case)
+    if mask is None or not mask.is_file():
         return case
     numbering = _sidecar(mask).get("labels")
     if case.weight is not None and settings:  # an edit gives the mask back as it came
         numbering = {**settings, "numbering": "input"}
     return _with_labels(case, load_labels(mask, image), numbering if isinstance(numbering, Mapping) else {})
+
+
+def _is_mr(settings: Mapping[str, Any]) -> bool:
+    """Whether a run's settings say that it made MRs."""
+    try:
+        return is_mr(settings.get("modality", "ct"))
+    except InputError:  # of another config
+        return False
+
+
+def _as_mr(case: Case) -> Case:
+    """The case without unit, with a window of its own intensities."""
+    finite = case.hu[np.isfinite(case.hu)]
+    low, high = np.percentile(finite, MR_PERCENTILES) if finite.size else (0, 1)
+    window = (float(np.floor(low)), float(max(np.ceil(high), np.floor(low) + 1)))
+    return replace(case, unit="", windows={"whole range": window}, curve=window)
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
@@ -233,7 +276,7 @@ def _with_labels(case: Case, labels: np.ndarray, numbering: Mapping[str, Any]) -
 
 def _thumbnail(case: Case, anchor: str) -> str:
     """The axial plane through the middle of the anatomy, as a link to the case."""
-    picture = _picture(case.hu, centre_of(case.hu, case.labels), WINDOWS["soft tissue"])
+    picture = _picture(case.hu, centre_of(case.hu, case.labels), case.window)
     name = _text(case.name)
     return (
         f"<figure><a href='#{anchor}-case'><img alt='Axial plane of {name}' src='data:image/png;base64,{picture}'></a>"
@@ -258,14 +301,14 @@ def _edit(case: Case, weight: np.ndarray) -> str:
     """The axial plane through the middle of what was edited: the scan before, after, and the blend weight."""
     inside = np.argwhere(weight > 0)
     centre = ((inside.min(0) + inside.max(0)) // 2).tolist() if len(inside) else [n // 2 for n in weight.shape]
-    shown = [("after", case.hu, WINDOWS["soft tissue"]), ("weight", weight, (0, 1))]
+    shown = [("after", case.hu, case.window), ("weight", weight, (0, 1))]
     source, note = str(case.sidecar.get("source", "")), ""
     try:
         scan = read_stored(source, "ct")
         before = scan.ras()
         if before.shape != case.hu.shape:
             raise InputError(f"{source} has another shape than the edited scan")
-        shown.insert(0, ("before", scan.slope * before + scan.intercept, WINDOWS["soft tissue"]))
+        shown.insert(0, ("before", scan.slope * before + scan.intercept, case.window))
     except (InputError, OSError) as error:
         note = f"<p class='note'>The scan before the edit is not shown: {_text(error)}</p>"
     figures = "".join(
@@ -286,6 +329,8 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
         "size": hu.shape,
         "spacing": [mm * step for mm in case.spacing],
         "centre": centre_of(hu, labels),
+        "unit": case.unit,
+        "window": case.window,
     }
     if labels is not None:
         shown["labels"] = viewer_labels(labels, case.names)
@@ -294,11 +339,12 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
     parts = [
         f"<details class='case' id='{id}-case'{' open' if opened else ''}><summary>{_text(case.name)}</summary>",
         f"<p class='note'>{size} voxels of {spacing} mm{thinned}</p>",
-        f"<p class='bad'>{lost} voxels are NaN or infinite: shown as {NO_VALUE} HU, and left out of the organs' HU.</p>"
+        f"<p class='bad'>{lost} voxels are NaN or infinite: shown as {NO_VALUE} {case.unit}, and left out of the "
+        "organs' intensities.</p>"
         if lost
         else "",
         "" if case.weight is None else _edit(case, case.weight),
-        _viewer(id, shown),
+        _viewer(id, shown, case.windows),
         _data(f"{id}-ct", hu),
         "" if labels is None else _data(f"{id}-mask", labels),
         "" if case.labels is None else _organs(case, ranges if case.translated else {}),
@@ -308,9 +354,9 @@ def _case(case: Case, id: str, ranges: Mapping[int, tuple[float, float]], opened
     return "\n".join(parts)
 
 
-def _viewer(id: str, shown: Mapping[str, Any]) -> str:
-    presets = "".join(f"<option value='{low},{high}'>{name}</option>" for name, (low, high) in WINDOWS.items())
-    low, high = WINDOWS["soft tissue"]
+def _viewer(id: str, shown: Mapping[str, Any], windows: Mapping[str, tuple[float, float]]) -> str:
+    presets = "".join(f"<option value='{low:g},{high:g}'>{name}</option>" for name, (low, high) in windows.items())
+    (low, high), unit = shown["window"], shown["unit"]
     opacity = "<label>Mask <input class='opacity' type='range' min='0' max='1' step='0.05' value='0.4'></label>"
     planes = "".join(
         f"<div><canvas class='{name}' role='img' aria-label='{name} plane'></canvas><label>{name} slice "
@@ -320,8 +366,8 @@ def _viewer(id: str, shown: Mapping[str, Any]) -> str:
     return (
         f"<div class='viewer' id='{id}' data-volume='{_text(json.dumps(shown))}'><div class='controls'>"
         f"<label>Window <select class='preset'>{presets}</select></label>"
-        f"<label>from <input class='low' type='number' step='10' value='{low}'> HU</label>"
-        f"<label>to <input class='high' type='number' step='10' value='{high}'> HU</label>"
+        f"<label>from <input class='low' type='number' step='10' value='{low:g}'> {unit}</label>"
+        f"<label>to <input class='high' type='number' step='10' value='{high:g}'> {unit}</label>"
         f"{opacity if 'labels' in shown else ''}</div><div class='planes'>{planes}</div>"
         "<p class='read note'>Move over a picture to read a voxel; turn the wheel to change the slice.</p></div>"
     )
@@ -335,7 +381,7 @@ def _data(id: str, values: np.ndarray) -> str:
 def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
     """A row for each label: volume, median and middle 90 % of its HU, the expected range, its histogram.
 
-    HU are those of the finite voxels; an organ without any has none.
+    HU, or an MR's intensities, are those of the finite voxels; an organ without any has none.
     """
     assert case.labels is not None
     voxel_ml = float(np.prod(case.spacing)) / 1000
@@ -359,18 +405,18 @@ def _organs(case: Case, ranges: Mapping[int, tuple[float, float]]) -> str:
             f"<td class='number{' bad' if outside else ''}'>{about}</td>"
             f"<td class='number'>{middle}</td>"
             f"<td class='number'>{f'{expected[0]:g} to {expected[1]:g}' if expected else ''}"
-            f"{' (outside)' if outside else ''}</td><td>{_curve(finite)}</td></tr>"
+            f"{' (outside)' if outside else ''}</td><td>{_curve(finite, case.curve)}</td></tr>"
         )
     return (
         "<div class='scroll'><table><caption class='note'>Organs of the mask</caption><tr><th>organ</th><th>ml</th>"
-        "<th>median HU</th><th>5 to 95 %</th><th>expected median</th>"
-        f"<th>histogram, {CURVE_HU[0]} to {CURVE_HU[1]} HU</th></tr>{''.join(rows)}</table></div>"
+        f"<th>median {case.unit or 'intensity'}</th><th>5 to 95 %</th><th>expected median</th>"
+        f"<th>histogram, {case.curve[0]:g} to {case.curve[1]:g} {case.unit}</th></tr>{''.join(rows)}</table></div>"
     )
 
 
-def _curve(values: np.ndarray) -> str:
+def _curve(values: np.ndarray, ends: tuple[float, float]) -> str:
     """A histogram as a line of an SVG picture; what lies beyond its ends counts at them."""
-    counts, _ = np.histogram(values.clip(*CURVE_HU), CURVE_BINS, CURVE_HU)
+    counts, _ = np.histogram(values.clip(*ends), CURVE_BINS, ends)
     width, height = CURVE_SIZE
     x = np.linspace(0, width, CURVE_BINS)
     y = height - 1 - (height - 2) * counts / max(int(counts.max()), 1)
@@ -403,8 +449,22 @@ def _settings(record: Path) -> dict[str, Any]:
         return {}
 
 
+def _older(tables: Sequence[Path], record: Path) -> list[Path]:
+    """The tables that were written before the run began which ``run.json`` tells of; none where it does not say."""
+    try:
+        began = datetime.datetime.fromisoformat(json.loads(record.read_text())["started"]).timestamp()
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [path for path in tables if path.stat().st_mtime < began]
+
+
 def _hu_ranges(settings: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
-    """Plausible medians: those that the run itself checked where its settings have them, else the vocabulary's."""
+    """Plausible medians: those that the run itself checked where its settings have them, else the vocabulary's.
+
+    An MR has none.
+    """
+    if _is_mr(settings):
+        return {}
     try:
         return hu_ranges(settings["hu_ranges"])
     except (ValueError, LookupError, TypeError):  # of another config

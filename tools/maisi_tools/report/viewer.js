@@ -28,9 +28,9 @@ const STEPS = {
 };
 
 class Viewer {
-  constructor(root, { size, spacing, labels, centre }) {
-    Object.assign(this, { root, size, spacing, labels, centre: centre ?? size.map((n) => Math.floor(n / 2)) });
-    this.window = [-160, 240];
+  constructor(root, { size, spacing, labels, centre, unit = "HU", window = [-160, 240] }) {
+    Object.assign(this, { root, size, spacing, labels, unit, window });
+    this.centre = centre ?? size.map((n) => Math.floor(n / 2));
     this.opacity = 0.4;
     this.hidden = new Set(); // labels that are not painted
   }
@@ -126,7 +126,7 @@ class Viewer {
     const at = this.index(voxel);
     const label = this.mask ? this.mask[at] : 0;
     const organ = label ? [this.labels[label] ? this.labels[label][1] : `label ${label}`] : [];
-    const value = this.hu ? [`${Math.round(10 * this.hu[at]) / 10} HU`] : [];
+    const value = this.hu ? [`${Math.round(10 * this.hu[at]) / 10} ${this.unit}`.trim()] : [];
     this.find(".read").textContent = `voxel ${voxel.join(", ")}: ${[...value, ...organ].join(", ") || "nothing"}`;
   }
 
