@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -130,9 +131,27 @@ def test_table_of_samples_and_kept_out(training, tmp_path):
     assert "nearest" not in summary
 
 
+def test_volumes_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """A folder a patient, with a ct.nii.gz each."""
+    places = ("real/1", "real/2", "kept/3", "kept/4", "made/1", "made/2")
+    for seed, place in enumerate(places):
+        (tmp_path / place).mkdir(parents=True)
+        save(tmp_path / place / "ct.nii.gz", patient(seed))
+    shutil.copy(tmp_path / "real" / "2" / "ct.nii.gz", tmp_path / "made" / "1")
+    sets = {
+        kind: [{"image": str(path)} for path in sorted(tmp_path.glob(f"{kind}/*/*"))]
+        for kind in ("real", "kept", "made")
+    }
+    summary = score_samples(sets["made"], sets["real"], sets["kept"], tmp_path / "out")
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        lines = list(csv.reader(file))
+    assert lines[0].count("case") == 1 and len(set(lines[0])) == len(lines[0])
+    assert [line[0] for line in lines[1:]] == ["1/ct", "2/ct", "kept out: 3/ct", "kept out: 4/ct"]
+    assert lines[1][lines[0].index("nearest")] == "2/ct" and float(lines[1][lines[0].index("ratio")]) == 0
+    assert summary["distance_hu"]["cases"] == summary["kept_out_distance_hu"]["cases"] == 2
+
+
 def test_what_is_refused(training, tmp_path):
-    with pytest.raises(InputError, match="have the same stem 'ct'"):
-        score_samples([], [], [{"image": "1/ct.nii.gz"}, {"image": "2/ct.nii.gz"}], tmp_path / "twins")
     with pytest.raises(InputError, match="no voxel above"):
         coarse_volume(np.full((10, 10, 10), -1000.0), SPACING)
     speck = np.full((40, 40, 40), -1000, np.int16)

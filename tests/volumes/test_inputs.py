@@ -10,7 +10,16 @@ import pytest
 from monai.data import list_data_collate
 
 from maisi_tools.errors import InputError
-from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of
+from maisi_tools.volumes.inputs import (
+    NO_CT,
+    TRAINED,
+    check_output_dir,
+    find_cts,
+    find_inputs,
+    fingerprint_input,
+    short_names,
+    stem_of,
+)
 
 from .conftest import SHAPE, ct_values
 
@@ -121,6 +130,37 @@ def test_file_folder_glob_and_list(folder):
 def test_a_name_with_brackets_is_a_file_first(tmp_path):
     (tmp_path / "ct[1].nii.gz").touch()
     assert names(find_inputs(tmp_path / "ct[1].nii.gz")) == ["ct[1].nii.gz"]
+
+
+def test_of_a_folder_what_is_no_ct_is_left_out_and_said(tmp_path, caplog):
+    """CTs of two kinds of runs, whatever they are called; a file that is named itself is taken."""
+    files = ("s_0.nii.gz", "x_mask_ct.nii.gz", "s_0_latent.nii.gz", "x_mask_mask.nii.gz", "x_seg.nrrd", "x_weight.nii")
+    for name in files:
+        (tmp_path / name).touch()
+    for given in (tmp_path, tmp_path / "*"):
+        caplog.clear()
+        assert names(find_cts(given)) == ["s_0.nii.gz", "x_mask_ct.nii.gz"]
+        assert "4 volumes that are no CT by their names are left out (s_0_latent.nii.gz, x_" in caplog.text
+    assert names(find_cts([tmp_path / "x_seg.nrrd"])) == ["x_seg.nrrd"]
+    assert len(find_inputs(tmp_path)) == 6
+    with pytest.raises(InputError, match="holds no CT, by their names: x_mask_mask.nii.gz, x_seg.nrrd; allowed"):
+        find_inputs(tmp_path / "x_*[kg].n*", skip=NO_CT)
+
+
+@pytest.mark.parametrize(
+    ("paths", "wanted"),
+    [
+        (["a/x.nii.gz", "b/y.nii"], ["x", "y"]),
+        (["p1/ct.nii.gz", "p2/ct.nii.gz", "c/z_ct.nii"], ["p1/ct", "p2/ct", "z_ct"]),
+        (["a/p1/ct.nii", "b/p1/ct.nii", "b/p2/ct.nii"], ["a/p1/ct", "b/p1/ct", "p2/ct"]),
+        (["/ct.nii", "/a/ct.nii"], ["/ct", "a/ct"]),
+        (["/a/ct.nii", "/a/ct.nii.gz"], ["/a/ct.nii", "/a/ct.nii.gz"]),
+        (["a/ct.nii", "a/ct.nii"], ["ct", "ct"]),
+        ([], []),
+    ],
+)
+def test_names_are_as_short_as_tells_them_apart(paths, wanted):
+    assert short_names(paths) == wanted
 
 
 def test_of_a_folder_the_preferred_names_alone_where_there_are_any(folder):

@@ -143,14 +143,11 @@ def realism(
 
     from maisi_tools.metrics.realism import SliceNetwork, measure_realism
     from maisi_tools.settings import check_device
-    from maisi_tools.volumes.inputs import find_inputs
+    from maisi_tools.volumes.inputs import find_cts
 
     check_device(device)
-    # Of a ControlNet's outputs and of cohorts, the CTs; masks lie beside them.
-    real, made = (
-        [item["image"] for item in find_inputs(files, prefer="_ct.nii.gz", unique=False)]
-        for files in (reference, generated)
-    )
+    # Of a run's outputs and of data sets, the CTs; masks and latents lie beside them.
+    real, made = ([item["image"] for item in find_cts(files, unique=False)] for files in (reference, generated))
     features = SliceNetwork(str(network), None if weights is None else str(weights))
     with process_group():
         found = measure_realism(

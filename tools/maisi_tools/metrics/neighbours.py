@@ -17,7 +17,7 @@ from tqdm import tqdm
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU
 from maisi_tools.metrics.summary import tabulate
-from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
+from maisi_tools.volumes.inputs import check_output_dir, short_names, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras
@@ -122,7 +122,7 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
                 shift = _best_shift(ours, theirs, reach, shape)
                 if shift is not None:
                     distances[row, column] = min(distances[row, column], _distance(query, seen, shift))
-    found = []
+    found, names = [], short_names(training)
     for query, to_training in zip(queries, distances, strict=True):
         nearest = int(np.argmin(to_training))
         others = [content != contents[nearest] for content in contents]
@@ -131,7 +131,7 @@ def nearest_training(queries: Sequence[CoarseVolume], training: Sequence[str | P
             {
                 "case": query.name,
                 "distance_hu": round(float(first), 2),
-                "nearest": stem_of(training[nearest]),
+                "nearest": names[nearest],
                 "to_second": round(float(first / second), 4) if 0 < second < np.inf else 1.0,
             }
         )
@@ -157,13 +157,13 @@ def score_samples(
         volumes) of the samples, and the former two as ``kept_out_...``.
 
     Raises:
-        InputError: nothing is kept out, or two volumes of one stem, or nothing that can be compared, or as
-            :func:`nearest_training`.
+        InputError: nothing is kept out, or nothing that can be compared, or as :func:`nearest_training`.
     """
     folder = check_output_dir(output_dir)
     if not kept_out:
         raise InputError("no kept-out volume is given, to compare the samples' distances with; give at least one")
-    check_stems(item["image"] for item in kept_out)
+    names = [*short_names([item["image"] for item in samples])]
+    names += [f"kept out: {name}" for name in short_names([item["image"] for item in kept_out])]
     queries = [read_coarse(item["image"]) for item in (*samples, *kept_out)]
     found = nearest_training(queries, [item["image"] for item in training])
     number = len(samples)
@@ -174,13 +174,14 @@ def score_samples(
             "of other patients and of the same region"
         )
     usual = statistics.fmean(comparable)
-    rows: dict[str, dict[str, Any]] = {}
-    for row in found[:number]:
-        rows[row.pop("case")] = {**row, "ratio": round(row["distance_hu"] / usual, 4)}
-    for row in found[number:]:
-        name = f"kept out: {row.pop('case')}"
-        rows[name] = {f"kept_out_{key}": value for key, value in row.items()}
-    return tabulate(folder, rows)
+    rows = []
+    for place, row in enumerate(found):
+        figures = {key: value for key, value in row.items() if key != "case"}
+        if place < number:
+            rows.append({**figures, "ratio": round(row["distance_hu"] / usual, 4)})
+        else:
+            rows.append({f"kept_out_{key}": value for key, value in figures.items()})
+    return tabulate(folder, dict(zip(names, rows, strict=True)))
 
 
 def read_coarse(path: str | Path) -> CoarseVolume:

@@ -25,11 +25,8 @@ from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.label_maps import apply_label_map, recorded_label_map
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name, label_id
 from maisi_tools.report.preview import centre_of, load_image, load_labels, page_colour, plane
-from maisi_tools.volumes.inputs import is_volume, sidecar_path, stem_of
+from maisi_tools.volumes.inputs import NO_CT, is_volume, sidecar_path, stem_of
 from maisi_tools.volumes.patching import read_stored
-
-NO_CT = ("_mask", "_latent", "_sigma", "_coarse", "_seg", "_label", "_weight")
-"""Ends of the stems of volumes that are no CT."""
 
 MAX_VOXELS = 4_000_000
 """A volume with more is shown with every n-th voxel along each axis: some 6 MB in the page."""

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,9 @@ SOP Classes of stored objects, one of which it names soon after."""
 DIRECTORY = b"\x02\x00\x02\x00UI\x14\x001.2.840.10008.1.3.10"
 """That element of a DICOMDIR, as it is stored (DICOM PS3.10 section 7.1): Media Storage Directory Storage."""
 
+NO_CT = ("_mask", "_latent", "_sigma", "_coarse", "_seg", "_label", "_weight")
+"""Ends of the stems of volumes that are no CT."""
+
 OURS = frozenset(("metrics", "from_scan", "scale_factor", "organ_ml", "added_labels", "sources", "weights"))
 """Keys of which the JSON that a run leaves beside its volume has one, in this version and in earlier ones. Those of
 scanners' software, such as dcm2niix, and of BIDS are spelt otherwise: Modality, Sources."""
@@ -78,6 +82,7 @@ def find_inputs(
     folder_is_one: Callable[[Path], bool] | None = None,
     sections: Sequence[str] = (),
     prefer: str = "",
+    skip: tuple[str, ...] = (),
     unique: bool = True,
 ) -> list[dict[str, str]]:
     """The items that `input` names, as a MONAI data list ``[{key: path}, ...]`` in a fixed order.
@@ -97,14 +102,16 @@ def find_inputs(
         sections: of a datalist that are taken, such as :data:`TRAINED`; by default the
             first one present of :data:`DATALIST_SECTIONS`, those that are held out. A warning says what is left out.
         prefer: of a folder or a glob where names end so, only these are taken, such as "_latent.nii.gz".
+        skip: of a folder or a glob, volumes whose stems end so are left out, such as :data:`NO_CT`; a warning says how
+            many.
         unique: refuse two inputs of one stem, which outputs are named by.
 
     Returns:
         Items in the order given; those of a folder or of a glob sorted by path.
 
     Raises:
-        InputError: nothing found, a missing file, a file type that is not read, a datalist with none of the `sections`,
-            or two inputs of one stem.
+        InputError: nothing found or nothing but what is skipped, a missing file, a file type that is not read, a
+            datalist with none of the `sections`, or two inputs of one stem.
     """
     entries = [input] if isinstance(input, (str, os.PathLike, Mapping)) else input
     if not isinstance(entries, Sequence):
@@ -113,12 +120,28 @@ def find_inputs(
     def is_one(folder: Path) -> bool:
         return (folder_is_one is not None and folder_is_one(folder)) or holds_dicom(folder)
 
-    items = [item for entry in entries for item in _items_of(entry, key, sections, is_one, prefer)]
+    items = [item for entry in entries for item in _items_of(entry, key, sections, is_one, prefer, skip)]
     if not items:
         raise InputError(f"input {input!r} holds no item; give at least one: {ALLOWED}")
     if unique:
         check_stems(item[key] for item in items)
     return items
+
+
+def find_cts(input: Any, unique: bool = True) -> list[dict[str, str]]:
+    """The items of :func:`find_inputs`, of folders and globs without what has the name of no CT (:data:`NO_CT`)."""
+    return find_inputs(input, skip=NO_CT, unique=unique)
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """A name for each input that no other has: its stem, with as many folders before it as tell it from the others."""
+    files = [Path(path).absolute() for path in paths]
+    names: dict[Path, str] = {}
+    for folders in range(max((len(file.parts) for file in files), default=0)):
+        tails = {file: (*file.parts[max(0, len(file.parts) - 1 - folders) : -1], stem_of(file)) for file in files}
+        count = Counter(tails.values())
+        names = {file: str(Path(*tail)) for file, tail in tails.items() if count[tail] == 1} | names
+    return [names.get(file, str(file)) for file in files]
 
 
 def check_stems(paths: Iterable[str | os.PathLike]) -> None:
@@ -233,7 +256,9 @@ def fingerprint_input(path: str | os.PathLike) -> str:
     return fingerprint_file(folder, is_dicom if folder.is_dir() and holds_dicom(folder) else None)
 
 
-def _items_of(entry: Any, key: str, sections: Sequence[str], is_one: IsOne, prefer: str) -> list[dict[str, str]]:
+def _items_of(
+    entry: Any, key: str, sections: Sequence[str], is_one: IsOne, prefer: str, skip: tuple[str, ...]
+) -> list[dict[str, str]]:
     """The items of one element of the input: a path, a glob, a datalist or a datalist's entry."""
     if isinstance(entry, Mapping):
         return [_item(entry, key, Path(), is_one)]
@@ -243,6 +268,15 @@ def _items_of(entry: Any, key: str, sections: Sequence[str], is_one: IsOne, pref
     if path.suffix.lower() == ".json":
         return _read_datalist(path, key, sections, is_one)
     paths = _expand(path, is_one)
+    if left := [found for found in paths if stem_of(found).endswith(skip)] if skip and paths != [str(path)] else []:
+        names = f"{', '.join(Path(found).name for found in left[:3])}{', ...' if len(left) > 3 else ''}"
+        if len(left) == len(paths):
+            raise InputError(
+                f"{path} holds no CT, by their names: {names}; allowed are volumes whose names do not end in "
+                f"{', '.join(skip)}: rename them, or name them one by one"
+            )
+        logger.warning("%s: %d volumes that are no CT by their names are left out (%s)", path, len(left), names)
+        paths = [found for found in paths if found not in left]
     return [{key: found} for found in [path for path in paths if path.endswith(prefer)] or paths]
 
 
