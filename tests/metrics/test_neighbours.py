@@ -138,11 +138,10 @@ def test_volumes_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (tmp_path / place).mkdir(parents=True)
         save(tmp_path / place / "ct.nii.gz", patient(seed))
     shutil.copy(tmp_path / "real" / "2" / "ct.nii.gz", tmp_path / "made" / "1")
-    sets = {
-        kind: [{"image": str(path)} for path in sorted(tmp_path.glob(f"{kind}/*/*"))]
-        for kind in ("real", "kept", "made")
-    }
-    summary = score_samples(sets["made"], sets["real"], sets["kept"], tmp_path / "out")
+    made, real, kept = (
+        [{"image": str(path)} for path in sorted(tmp_path.glob(f"{kind}/*/*"))] for kind in ("made", "real", "kept")
+    )
+    summary = score_samples(made, real, kept, tmp_path / "out")
     with open(tmp_path / "out" / "metrics.csv") as file:
         lines = list(csv.reader(file))
     assert lines[0].count("case") == 1 and len(set(lines[0])) == len(lines[0])
