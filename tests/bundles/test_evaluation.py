@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +95,11 @@ def test_controlnet(evaluate, segmentation, tmp_path):
     assert summary["real_dice_spinal_cord"]["cases"] == summary["hu_bone"]["cases"] == 1
     with open(tmp_path / "out" / "metrics.csv") as file:
         assert [row["case"] for row in csv.DictReader(file)] == ["p3_ct_mask_ct"]
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["settings"]["segmenter_config"] == segmentation[0] and run["settings"]["structures"] is None
+    assert run["settings"]["segmenter_ckpt"] == segmentation[1] and run["settings"]["judge"] is None
+    assert list(run["weights"]) == ["model.pt", "autoencoder.pt", "segmentation.pt"]
+    assert run["weights"]["segmentation.pt"] == sha256(Path(segmentation[1]).read_bytes()).hexdigest()
 
 
 def test_controlnet_of_masks_alone(run_bundle, mask_file, tmp_path):
@@ -112,6 +120,18 @@ def test_wrong_segmentation_weights_stop_before_a_ct_is_made(cause, evaluate, tm
     with pytest.raises(Exception) as raised:
         evaluate(segmenter_ckpt=str(tmp_path / "model.pt"))
     assert "model.pt" in str(cause(raised.value)) and not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("key", ["label", "image"])
+def test_what_cannot_be_compared_stops_before_a_ct_is_made(cause, evaluate, datalist, save, phantom_ct, tmp_path, key):
+    """Labels on another grid than their CT, found from either side."""
+    case = json.loads(datalist.read_text())["validation"][0]
+    other = save((phantom_ct[:, :-2] if key == "image" else phantom_ct[:, :-2] * 0).astype(np.int16), "other.nii.gz")
+    shutil.copy(other, case[key])
+    with pytest.raises(Exception) as raised:
+        evaluate()
+    assert "p3_seg.nii.gz lies on another grid than" in str(cause(raised.value))
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_masks_in_the_inputs_numbering_are_not_evaluated(cause, evaluate, tmp_path):

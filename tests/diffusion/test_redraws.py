@@ -12,7 +12,7 @@ from maisi_tools.diffusion.noise import STRIDE
 from maisi_tools.diffusion.redraws import CheckedCT, SplitCheckedd
 from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LabelMap, read_label_map
-from maisi_tools.metrics.judge import Judge, open_judge
+from maisi_tools.metrics.judge import Judge, open_judge, weights_of
 from maisi_tools.metrics.segmenters import Segmenter
 
 SKULL, CORD = 120, 121
@@ -149,6 +149,14 @@ def test_a_limit_for_all_leaves_out_a_lobe_that_stands_for_all_lung(mask):
         "dice": {"left lung upper lobe": round(2 / 3, 4)},
         "not_shown": ["left lung upper lobe"],
     }
+
+
+def test_the_weights_of_those_who_judge_are_named(repo_root):
+    """Where they are a bundle's; what finds organs otherwise has none."""
+    folder = repo_root / "evaluation" / "segmentation"
+    judge = open_judge(str(folder), None, None)
+    networks = [None, judge, judge.segmenter.segment, Judge(SEGMENTER, {"skull": 0.9})]
+    assert weights_of(networks) == [folder / "models" / "model.pt"] * 2
 
 
 def test_a_seed_that_is_set_is_that_of_the_draw(mask):

@@ -12,6 +12,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import labels_in_group
 from maisi_tools.metrics.conditioning import (
+    check_cases,
     check_structures,
     conditioning_table,
     pair_masks,
@@ -306,13 +307,18 @@ def test_thresholds_alone(run):
 
 def test_what_is_refused(run, tmp_path):
     items, out, *_ = run
-    with pytest.raises(InputError, match="structures liver are no classes of the segmentation network"):
-        score_generated(items, out, Threshold(), {"liver": 1})
+    check_cases(items, Threshold())
+    check_cases([{"image": items[0]["image"]}])
+    for check in (check_cases, lambda items, *given: score_generated(items, out, *given)):
+        with pytest.raises(InputError, match="structures liver are no classes of the segmentation network"):
+            check(items, Threshold(), {"liver": 1})
     with pytest.raises(InputError, match="maisi complete_masks"):
         pair_masks([{"image": str(tmp_path / "q_ct.nii.gz")}], tmp_path / "masks")
     save(tmp_path / "p_ct.nii.gz", paint(make_phantom("head_neck", size=(48, 48, 32), spacing=SPACING)))
     with pytest.raises(InputError, match="another grid"):
         score_generated(items, out, Threshold())
+    with pytest.raises(InputError, match="p_seg.nii.gz lies on another grid than .*p_ct.nii.gz"):
+        check_cases(items)
     (out / "p_ct_mask_ct.nii.gz").unlink()
     with pytest.raises(InputError, match="p_ct_mask_ct.nii.gz does not exist"):
         score_generated(items, out)

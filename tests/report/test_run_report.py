@@ -256,6 +256,13 @@ def test_the_record_of_a_run_is_shown(run_dir, repo_root, tmp_path):
     record_run(tmp_path / "out", repo_root / "bundles" / "maisi_vae", both, {})
     names = json.loads((tmp_path / "out" / "run.json").read_text())["weights"]
     assert list(names) == [f"{tmp_path.name}/model.pt", "other/model.pt"]
+    judged = [tmp_path / name / "models" / "model.pt" for name in ("stage", "judge")]
+    for path in judged:
+        path.parent.mkdir(parents=True)
+        path.write_text(path.parts[-3])
+    record_run(tmp_path / "out", repo_root / "bundles" / "maisi_vae", judged, {})
+    names = json.loads((tmp_path / "out" / "run.json").read_text())["weights"]
+    assert list(names) == ["stage/models/model.pt", "judge/models/model.pt"]
     text = write_report(run_dir).read_text()
     assert "ba7816bf" in text and "versions torch" in text
     (run_dir / "run.json").unlink()

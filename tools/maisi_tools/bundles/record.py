@@ -15,6 +15,7 @@ from typing import Any
 
 from maisi_tools.bundles.settings import running
 from maisi_tools.files import RUN_RECORD, sha256, write_json
+from maisi_tools.volumes.inputs import short_names
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def record_run(
 
     Returns:
         The file: ``bundle``, ``version``, ``started`` (local time, ISO 8601), ``command``, ``settings``, ``weights``
-        (file name, with its folder's where two have one name, -> SHA-256), ``versions`` (package -> version) and
+        (file name, with as many folders as tell it from others, -> SHA-256), ``versions`` (package -> version) and
         ``machine``.
     """
     path = Path(output_dir).expanduser() / RUN_RECORD
@@ -60,7 +61,7 @@ def record_run(
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": sys.argv,
         "settings": {**settings, **(more or {})},
-        "weights": {name: sha256(file) for name, file in zip(_names(weights), weights, strict=True)},
+        "weights": {name: sha256(file) for name, file in zip(short_names(weights), weights, strict=True)},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "machine": f"{platform.system()} {platform.machine()}",
     }
@@ -68,13 +69,6 @@ def record_run(
     _warn_changed(path, record)
     write_json(path, record)
     return path
-
-
-def _names(files: Sequence[str | os.PathLike]) -> list[str]:
-    """The files' names, each with its folder's where another has the same: all may be a training's model.pt."""
-    paths = [Path(file).resolve() for file in files]
-    names = [path.name for path in paths]
-    return [str(Path(path.parent.name, path.name)) if names.count(path.name) > 1 else path.name for path in paths]
 
 
 def _warn_changed(path: Path, record: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from maisi_tools.files import write_csv
 from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
-from maisi_tools.metrics.overlap import Row, channel_of, dice, structure_dice
+from maisi_tools.metrics.overlap import Row, channel_of, check_labels, dice, structure_dice
 from maisi_tools.metrics.segmenters import labels_on_grid, map_of_classes
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import find_inputs, stem_of
@@ -127,6 +127,22 @@ def check_structures(
             f"structures is one numbering, and {sum(labelled)} of {len(labelled)} cases have labels, the others the "
             "mask itself; leave structures out, or evaluate cases with and without labels apart"
         )
+
+
+def check_cases(
+    items: Sequence[Mapping[str, str]], segmenter: Any = None, structures: Mapping[str, int] | None = None
+) -> None:
+    """Refuse, before a CT is made, what :func:`score_generated` would refuse after all are.
+
+    Args:
+        items, segmenter, structures: see there.
+
+    Raises:
+        InputError: as :func:`check_structures` and :func:`maisi_tools.metrics.overlap.check_labels`.
+    """
+    if segmenter is not None:
+        check_structures(items, segmenter.classes, structures)
+    check_labels(items, "ct")
 
 
 def score_generated(

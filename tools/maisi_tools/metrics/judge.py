@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from maisi_tools.masks.body import labels_of_more
 from maisi_tools.masks.intensity import label_of
 from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.metrics.overlap import dice
+from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
 from maisi_tools.volumes.writing import write_volume
 
@@ -95,3 +96,14 @@ def open_judge(
         return None
     opened = open_segmenter(segmenter, label_map, str(device))
     return Judge(opened) if min_dice is None else Judge(opened, min_dice)
+
+
+def weights_of(networks: Iterable[Any]) -> list[Path]:
+    """The weights' files of the networks that judge or measure a run, for its record.
+
+    Args:
+        networks: :class:`Judge`, :class:`~maisi_tools.metrics.segmentation.BundleSegmenter`, or None; those whose
+            weights are no file of a bundle have none.
+    """
+    segmenters = [one.segmenter.segment if isinstance(one, Judge) else one for one in networks]
+    return [one.weights for one in segmenters if isinstance(one, BundleSegmenter)]

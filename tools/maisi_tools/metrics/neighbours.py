@@ -162,7 +162,7 @@ def score_samples(
     folder = check_output_dir(output_dir)
     if not kept_out:
         raise InputError("no kept-out volume is given, to compare the samples' distances with; give at least one")
-    names = [*short_names([item["image"] for item in samples])]
+    names = short_names([item["image"] for item in samples])
     names += [f"kept out: {name}" for name in short_names([item["image"] for item in kept_out])]
     queries = [read_coarse(item["image"]) for item in (*samples, *kept_out)]
     found = nearest_training(queries, [item["image"] for item in training])

@@ -45,6 +45,22 @@ def structure_dice(
     return {name: round(value, 4) for name, value in found.items()}
 
 
+def check_labels(cases: Sequence[Mapping[str, str]], ct_key: str = "image") -> None:
+    """Read the CTs and labels that a run will be compared with, and refuse those that cannot be.
+
+    Args:
+        cases: a CT and, where there are any, its ``label``; a case without CT is passed over.
+        ct_key: the entry of a case that holds the CT.
+
+    Raises:
+        InputError: a file that is no CT or has no labels, or labels on another grid than their CT.
+    """
+    for case in tqdm(cases, desc="checking labels", unit="case", delay=2):
+        ct = read_ras(case[ct_key], "ct") if ct_key in case else None
+        if "label" in case:
+            read_ras(case["label"], "mask", like=ct)
+
+
 def score_segmentations(
     cases: Sequence[Mapping[str, str]],
     output_dir: str | Path,

@@ -32,6 +32,7 @@ class BundleSegmenter:
     Attributes:
         classes: name -> label in the results, from the ``channel_def`` of the first output in metadata.json, without
             the background.
+        weights: the file that was read.
 
     Raises:
         InputError: a file is missing, is no config of a segmentation bundle, or the weights do not fit.
@@ -55,9 +56,8 @@ class BundleSegmenter:
                 f"{config} has no {', '.join(missing)}; allowed is a segmentation bundle's inference config, with "
                 f"{', '.join(KEYS)}"
             )
-        self.network = load_weights(
-            stage.parser.get_parsed_content("network_def"), ckpt_path or root / "models" / "model.pt"
-        )
+        self.weights = Path(ckpt_path or root / "models" / "model.pt")
+        self.network = load_weights(stage.parser.get_parsed_content("network_def"), self.weights)
         self.network.to(self.device).eval()
         self.preprocessing, self.inferer = stage.preprocessing, stage.inferer
         transforms = Compose(stage.postprocessing).flatten().transforms
