@@ -193,7 +193,8 @@ def test_preview_of_wrong_input(tmp_path, volume, capsys):
     assert "does not exist" in fails(["preview", tmp_path / "nope.nii.gz"], capsys)
     assert "ends in .png" in fails(["preview", volume, "-o", tmp_path / "x.gif"], capsys)
     assert "window" in fails(["preview", volume, "-o", tmp_path / "x.png", "--window=soft"], capsys)
-    assert "lower one first" in fails(["preview", volume, "-o", tmp_path / "x.png", "--window=240,-160"], capsys)
+    for window in ("240,-160", "a,b", "-160", "0,1,2", "0,1e999"):
+        assert "lower one first" in fails(["preview", volume, "-o", tmp_path / "x.png", f"--window={window}"], capsys)
     (tmp_path / "file").touch()  # a file where the output's folder should be
     assert "file" in fails(["preview", volume, "-o", tmp_path / "file" / "x.png"], capsys)
 

@@ -151,6 +151,28 @@ def test_a_limit_for_all_leaves_out_a_lobe_that_stands_for_all_lung(mask):
     }
 
 
+@pytest.mark.parametrize("value", [30.0, float("nan"), 1e9])
+def test_a_draw_that_is_no_ct_shows_nothing_and_is_drawn_again(mask, value):
+    """Of one value, or none: a segmentation network's reader would refuse it, and end the run."""
+
+    def never(path):
+        raise AssertionError("a network was asked")
+
+    judge = Judge(Segmenter("bones", never, LabelMap("bones", {4: SKULL})), {"skull": 0.0001})
+    assert judge(np.full(mask.shape[2:], value), mask[0]) == {"dice": {"skull": 0.0}, "not_shown": ["skull"]}
+
+    class Empty(Drawn):
+        def _draw(self, mask, seed):
+            return torch.full_like(mask, float("nan")) if seed == 5 else super()._draw(mask, seed)
+
+    judge = Judge(SEGMENTER, {"skull": 0.9})
+    drawn = Empty({5 + STRIDE: (400, 30)})
+    output = CheckedCT(drawn, ranges={"skull": None}, redraws=1, judge=judge)(mask, None)
+    record = json.loads(output["draws"][0])
+    assert record["seed"] == 5 + STRIDE and record["tried"][0]["not_shown"] == ["skull"]
+    assert output["ct"].isfinite().all()
+
+
 def test_the_weights_of_those_who_judge_are_named(repo_root):
     """Where they are a bundle's; what finds organs otherwise has none."""
     folder = repo_root / "evaluation" / "segmentation"

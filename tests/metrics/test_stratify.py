@@ -157,3 +157,26 @@ def test_command(tables, capsys):
     assert "from 50" in shown and "unknown" in shown and "Kruskal" not in shown
     assert main(["stratify", *files, "--by", "sex", "--edges", "5"]) == 2
     assert "column -> bounds" in capsys.readouterr().err
+
+
+def test_columns_are_named_as_they_were_typed(tmp_path, capsys):
+    """Fire takes # for the beginning of a comment, and 1_0 for a number."""
+    (tmp_path / "metrics.csv").write_text("case,dice\n" + "".join(f"p{i},0.{i}\n" for i in range(1, 5)))
+    rows = "".join(f"p{i},F,{i % 2},x\n" for i in range(1, 5))
+    (tmp_path / "cases.csv").write_text(f"case,sex,#scans,1_0\n{rows}")
+    for by in ("sex,#scans,1_0", "sex, #scans, 1_0", "['sex','#scans','1_0']"):
+        files = [str(tmp_path / name) for name in ("metrics.csv", "cases.csv")]
+        assert main(["stratify", *files, "--by", by, "--output", str(tmp_path / "o.csv")]) == 0
+        with open(tmp_path / "o.csv", newline="") as file:
+            found = [(row["column"], row["group"], row["mean"]) for row in csv.DictReader(file)]
+        assert found == [("sex", "F", "0.25"), ("#scans", "0", "0.3"), ("#scans", "1", "0.2"), ("1_0", "x", "0.25")]
+
+
+def test_names_of_volumes_are_no_figures(tmp_path):
+    """Of training cases that are called by numbers."""
+    (tmp_path / "metrics.csv").write_text(
+        "case,distance_hu,nearest,kept_out_nearest\np1,200,17,\np2,300,4,\nkept,,,12\n"
+    )
+    (tmp_path / "cases.csv").write_text("case,sex\np1,F\np2,M\nkept,F\n")
+    rows = stratify(tmp_path / "metrics.csv", tmp_path / "cases.csv", ["sex"], tmp_path / "o.csv")
+    assert {row["figure"] for row in rows} == {"distance_hu"}

@@ -174,7 +174,7 @@ def test_mask_that_is_no_label_mask(tmp_path, ct):
         preview(save(tmp_path / "ct.nii.gz", ct), mask, tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("window", [(240, -160), (0, 0), (1, 2, 3), (float("nan"), 1)])
+@pytest.mark.parametrize("window", [(240, -160), (0, 0), (1, 2, 3), (float("nan"), 1), ("a", "b")])
 def test_wrong_window(tmp_path, ct, window):
     with pytest.raises(InputError, match="window"):
         preview(save(tmp_path / "ct.nii.gz", ct), output=tmp_path / "x.png", window=window)

@@ -143,6 +143,14 @@ def check_number(name: str, value: Any, low: float, high: float, whole: bool = F
         raise InputError(f"{name} is {value!r}; allowed is a {'whole ' if whole else ''}number from {low} {upto}")
 
 
+def is_range(value: Any) -> bool:
+    """Whether a value is two finite numbers, the lower one first."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        return False
+    numbers = [one for one in value if isinstance(one, Real) and not isinstance(one, bool) and math.isfinite(one)]
+    return len(numbers) == 2 and numbers[0] < numbers[1]
+
+
 def check_value(key: str, value: Any, own: Sequence[Any], where: str = "") -> None:
     """Refuse what a key of a config cannot be: another kind than its own values, a number or a word out of bounds.
 

@@ -113,7 +113,10 @@ def _names(given: str) -> Any:
     return _text_or_list(given) if given[:1] in ("[", "(") else _text(given)
 
 
-_PARSERS = {**dict.fromkeys(("reference", "generated", "overlay"), _text_or_list), "held_out": _names}
+_PARSERS = {
+    **dict.fromkeys(("reference", "generated", "overlay"), _text_or_list),
+    **dict.fromkeys(("held_out", "by"), _names),
+}
 """Of options that take a path or name, or several."""
 
 
@@ -222,15 +225,13 @@ def nifti_path(output: Any) -> Path:
 
 def hu_window(window: Any) -> Sequence[float]:
     """HU that are shown as black and as white."""
-    try:
-        lowest, highest = window
-        if lowest < highest:
-            return lowest, highest
-    except (TypeError, ValueError):
-        pass
-    raise InputError(
-        f"window {window!r} is not usable; give two values in HU, the lower one first, such as --window=-160,240."
-    )
+    from maisi_tools.settings import is_range
+
+    if not is_range(window):
+        raise InputError(
+            f"window {window!r} is not usable; give two values in HU, the lower one first, such as --window=-160,240."
+        )
+    return window
 
 
 def triple(name: str, value: Any, kind: type) -> tuple:

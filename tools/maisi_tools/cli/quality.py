@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.cli.options import CONTROLNET, bundle_folder, check_seed, hu_window, process_group
+from maisi_tools.cli.options import CONTROLNET, bundle_folder, check_seed, hu_window, listed, process_group
 from maisi_tools.errors import InputError
 
 
@@ -175,7 +175,7 @@ def stratify(
     from maisi_tools.metrics.stratify import COLUMNS
     from maisi_tools.metrics.stratify import stratify as group
 
-    columns = [str(name) for name in (by if isinstance(by, (tuple, list)) else str(by).split(","))]
+    columns = listed(by)
     if edges is not None and not isinstance(edges, dict):
         raise InputError(f"edges is {edges!r}; allowed is column -> bounds: \"{{'age': [40,60]}}\"")
     rows = group(str(metrics), str(cases), columns, str(output), edges, str(case_column))

@@ -10,6 +10,7 @@ from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, display_name, label_id, labels_in_group
+from maisi_tools.settings import is_range
 
 NOT_SOFT = ("bone", "airway", "lung", "cartilage", "bowel")
 """Groups whose voxels are not soft tissue: bowel holds gas, cartilage calcifies."""
@@ -75,7 +76,7 @@ def hu_ranges(changed: Mapping[str | int, Sequence[float] | None] | None = None)
         if limits is None:
             ranges.pop(label, None)
             continue
-        if not isinstance(limits, Sequence) or len(limits) != 2 or not limits[0] < limits[1]:
+        if not is_range(limits):
             raise InputError(f"hu_ranges has {name}: {limits!r}; allowed are [lowest, highest] in HU, or null")
         ranges[label] = (float(limits[0]), float(limits[1]))
     return ranges

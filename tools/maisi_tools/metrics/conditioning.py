@@ -19,7 +19,7 @@ from maisi_tools.files import write_csv
 from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
-from maisi_tools.metrics.overlap import Row, channel_of, check_labels, dice, structure_dice
+from maisi_tools.metrics.overlap import Row, channel_of, check_references, dice, structure_dice
 from maisi_tools.metrics.segmenters import labels_on_grid, map_of_classes
 from maisi_tools.volumes.grid import same_grid
 from maisi_tools.volumes.inputs import find_inputs, stem_of
@@ -138,11 +138,11 @@ def check_cases(
         items, segmenter, structures: see there.
 
     Raises:
-        InputError: as :func:`check_structures` and :func:`maisi_tools.metrics.overlap.check_labels`.
+        InputError: as :func:`check_structures` and :func:`maisi_tools.metrics.overlap.check_references`.
     """
     if segmenter is not None:
         check_structures(items, segmenter.classes, structures)
-    check_labels(items, "ct")
+    check_references(items, "ct")
 
 
 def score_generated(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,7 +20,10 @@ from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
+from maisi_tools.volumes.checks import check_ct_intensities, check_finite
 from maisi_tools.volumes.writing import write_volume
+
+logger = logging.getLogger(__name__)
 
 
 class Judge:
@@ -56,7 +60,7 @@ class Judge:
                 )
 
     def __call__(self, hu: np.ndarray, mask: Tensor) -> dict[str, Any]:
-        """``dice`` of each organ by its name, and the names that are ``not_shown``.
+        """``dice`` of each organ by its name, and the names that are ``not_shown``; all where the CT is none.
 
         Args:
             hu: CT (X, Y, Z).
@@ -64,9 +68,7 @@ class Judge:
         """
         affine = mask.affine.cpu() if isinstance(mask, MetaTensor) else torch.eye(4)
         labels = np.asarray(mask[0].cpu()).round().astype(int)
-        with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
-            path = write_volume(Path(scratch) / "ct.nii.gz", hu, affine.numpy(), np.int16)
-            found = self.segmenter(path, MetaTensor(hu[None], affine=affine), may_be_empty=True)
+        found = self._found(hu, affine)
         there = set(np.unique(labels).tolist())
         there -= set() if self.named else labels_of_more(there)
         present = [label for label in self.min_dice if label in there]
@@ -75,6 +77,18 @@ class Judge:
             "dice": {display_name(label): value for label, value in dices.items()},
             "not_shown": [display_name(label) for label, value in dices.items() if value < self.min_dice[label]],
         }
+
+    def _found(self, hu: np.ndarray, affine: Tensor) -> np.ndarray:
+        """Labels of a CT; nothing in a draw that nobody would take for one, such as of one value or of NaN."""
+        try:
+            check_finite(hu, "the draw")
+            check_ct_intensities(hu.astype(np.int16), "the draw")
+        except InputError as error:
+            logger.warning("the judge sees nothing: %s", error)
+            return np.zeros(hu.shape, np.uint8)
+        with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
+            path = write_volume(Path(scratch) / "ct.nii.gz", hu, affine.numpy(), np.int16)
+            return self.segmenter(path, MetaTensor(hu[None], affine=affine), may_be_empty=True)
 
 
 def open_judge(

@@ -45,7 +45,7 @@ def structure_dice(
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def check_labels(cases: Sequence[Mapping[str, str]], ct_key: str = "image") -> None:
+def check_references(cases: Sequence[Mapping[str, str]], ct_key: str = "image") -> None:
     """Read the CTs and labels that a run will be compared with, and refuse those that cannot be.
 
     Args:

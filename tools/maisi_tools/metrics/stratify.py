@@ -22,6 +22,9 @@ Table = dict[str, dict[str, str]]
 UNKNOWN = "unknown"
 """The group of cases without an entry."""
 
+NAMES = ("nearest", "kept_out_nearest")
+"""Columns of an evaluation that hold names, which may be numbers; they are no figures."""
+
 COLUMNS = ("column", "group", "figure", "cases", "mean", "sd", "median", "lowest", "highest", "p_value")
 
 
@@ -162,6 +165,7 @@ def _order(name: str, edges: Sequence[float] | None) -> Any:
 
 def _figures(figures: Table) -> list[str]:
     names = dict.fromkeys(name for row in figures.values() for name in row)
+    names = {name: None for name in names if name not in NAMES}
     return [name for name in names if any(_number(row.get(name, "")) is not None for row in figures.values())]
 
 

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
+from maisi_tools.settings import is_range
 from maisi_tools.volumes.checks import AGREES, check_labels, distance_in_voxels, whole_labels
 from maisi_tools.volumes.nifti import read_nifti
 from maisi_tools.volumes.stored import read_whole
@@ -55,8 +56,8 @@ def preview(
     output = Path(output)
     if output.suffix.lower() != ".png":
         raise InputError(f"output {output} is not a .png file; give a name that ends in .png.")
-    if len(window) != 2 or not window[0] < window[1]:
-        raise InputError(f"window {tuple(window)} is not usable; give two values in HU, the lower one first.")
+    if not is_range(window):
+        raise InputError(f"window {window!r} is not usable; give two values in HU, the lower one first.")
     image = load_image(volume, "volume")
     data = np.asanyarray(image.dataobj)
     labels = None if mask is None else load_labels(mask, image)
