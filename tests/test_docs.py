@@ -451,6 +451,7 @@ def test_every_setting_has_its_row(heading):
                 "initialize",
                 "run",
                 "weights",
+                "judges",
             }:
                 if is_setting(content[key]) and "#" not in key:  # of another config, which an overlay gives a value
                     found.setdefault(key, [set(), set(), set()])[column].add("x" if name == "train" else name)
