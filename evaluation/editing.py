@@ -333,6 +333,10 @@ def main() -> None:
     label_map = read_label_map(options.label_map)
     segmenter = BundleSegmenter(options.segmenter, options.ckpt) if options.segmenter else None
     cases = read_datalist(options.datalist, options.section)
+    if without := [case["image"] for case in cases if not case.get("label")]:
+        raise InputError(
+            f"{options.datalist} has no label of {without[0]}, which an edit needs: add it, or leave it out"
+        )
     check_stems(case["image"] for case in cases)  # by which scans and their figures are told apart
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:

@@ -179,8 +179,8 @@ def test_what_lay_in_the_output_folder_stays(scan, tmp_path, monkeypatch):
         editing.main()
 
 
-def test_scans_of_one_name_are_refused(scan, tmp_path, monkeypatch):
-    """The figures of the first would be taken for the second's."""
+def test_scans_of_one_name_or_without_labels_are_refused(scan, tmp_path, monkeypatch):
+    """The figures of the first would be taken for the second's. Nothing is written."""
     (tmp_path / "other").mkdir()
     other = {key: shutil.copy(path, tmp_path / "other") for key, path in scan.items()}
     (tmp_path / "list.json").write_text(json.dumps({"validation": [scan, other]}))
@@ -188,6 +188,10 @@ def test_scans_of_one_name_are_refused(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(InputError, match="have the same stem 'a'"):
         editing.main()
+    (tmp_path / "list.json").write_text(json.dumps({"validation": [scan, {"image": other["image"]}]}))
+    with pytest.raises(InputError, match="has no label of .*other/a.nii.gz"):
+        editing.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_row_follows_from_the_content_of_all_files(scan, tmp_path):
