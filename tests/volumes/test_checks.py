@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def padded(values, value):
 
 @pytest.mark.parametrize(
     "values",
-    [between(*limits) for limits in ((-1000, 1000), (-3024, 3071), (-100, 80), (-1000, 0), (-1.5, 1), (-20, 200))]
+    [between(*limits) for limits in ((-1000, 1000), (-3024, 3071), (-100, 80), (-1000, 0), (-17, 9), (-20, 200))]
     + [padded(between(-1000, 1000), -3024), padded(between(-20, 80), -2000), padded(between(0, 80), -1024)],
 )
 def test_hounsfield_units_pass(values):
@@ -47,6 +48,8 @@ def test_hounsfield_units_pass(values):
     [
         (between(0, 1), r"x\.nii has values from 0 to 1, as after normalisation; allowed is a CT in Houns.*: give"),
         (between(-1, 1), "from -1 to 1, as after normalisation"),
+        (between(-1.5, 1), "from -1.5 to 1, as after normalisation"),
+        (between(-15, 15), "as after normalisation"),
         (between(0, 255), r"from 0 to 255, as in an 8-bit picture; allowed is .*: export the CT"),
         (between(3, 250), "8-bit"),
         (between(0, 4095), r"from 0 to 4095 and none below 0; allowed is .* rescale intercept \(often -1024\)"),
@@ -102,6 +105,66 @@ def test_air_with_hardly_any_soft_tissue_in_it_is_named(values, soft, caplog):
 def test_an_8_bit_picture_with_an_intercept_is_refused(values):
     with pytest.raises(InputError, match="as in an 8-bit picture with an intercept"):
         check_ct_intensities(values, "x.nii")
+
+
+def anatomy(shape=(32, 32, 32)):
+    """HU with the shares of a CT: air, lung, fat, soft tissue and bone, with noise of 10 HU."""
+    count = math.prod(shape)
+    values = np.repeat([-1000.0, -850.0, -100.0, 40.0, 600.0], np.multiply([50, 10, 15, 22, 3], count) // 100)
+    noise = np.random.default_rng(0).normal(0, 10, count)
+    return (noise + np.pad(values, (0, noise.size - values.size), constant_values=40)).round().reshape(shape)
+
+
+def outlier(values, value):
+    values = values.copy()
+    values[0, 0, 0] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *(anatomy(), np.clip(anatomy(), -1000, 1000), np.where(anatomy() > 500, 1000, anatomy()), anatomy()[16:, :8]),
+        np.pad(anatomy(), 4, constant_values=-3024),
+        np.where(anatomy() > 500, 3000, anatomy()),  # metal
+        np.where(anatomy() > 0, 350, anatomy()),  # contrast medium
+        np.arange(-4, 4).repeat(64).reshape(8, 8, 8),  # water
+    ],
+)
+def test_bodies_and_crops_pass_without_a_word(values, caplog):
+    check_ct_intensities(values, "x.nii")
+    assert not caplog.text
+
+
+def test_one_odd_voxel_does_not_make_other_numbers_hounsfield_units():
+    """Each was taken for a CT, for the one voxel beyond the others or for those beyond 0 to 1."""
+    hu, normal = anatomy(), "as after normalisation"
+    stored = np.maximum(hu, -1024) + 1024
+    for values, message in (
+        ((hu - hu.mean()) / hu.std(), normal),
+        (hu / 1000, normal),
+        (outlier(np.clip(hu / 2000 + 0.5, 0, 1), -40), normal),
+        (outlier(np.clip(hu / 1000, -1, 1), 70), normal),
+        (np.pad(hu / 1000, 4, constant_values=-3024), "beside -3024, as after normalisation"),
+        (outlier(np.clip(hu / 2 + 40, 0, 255).round(), -1), "from -1 to 255, as in an 8-bit picture"),
+        (outlier(np.clip(hu / 2 + 40, 0, 255).round(), 300), "from 0 to 300, as in an 8-bit picture"),
+        (outlier(stored, -1), "and hardly any below 0; .* rescale intercept"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_ct_intensities(values, "x.nii")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.where(anatomy() < -990, -976, anatomy() + 1024), "within 150 of 1024, where a body has less than 5 %; if"),
+        (anatomy() * 10, "of them are below -2100 or above 4000 HU, where no tissue is; if they were multiplied"),
+        (np.clip(anatomy() * 0.6375 + 102, 0, 255) + np.sin(np.arange(32)), "as in a resampled 8-bit picture: "),
+    ],
+)
+def test_what_looks_unlike_a_ct_is_named(values, message, caplog):
+    check_ct_intensities(values, "x.nii")
+    assert caplog.text.count("WARNING") == 1 and message in caplog.text and "x.nii has values from" in caplog.text
 
 
 def test_nan_and_inf_are_counted():

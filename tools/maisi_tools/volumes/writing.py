@@ -20,13 +20,11 @@ from torch import distributed
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing
+from maisi_tools.volumes.checks import LEAST_STEPS
 from maisi_tools.volumes.inputs import of_a_run, sidecar_path, stem_of
 from maisi_tools.volumes.normalise import intensity_of
 
 logger = logging.getLogger(__name__)
-
-LEAST_STEPS = 32
-"""Whole numbers that an image needs between its lowest and its highest value: what has fewer was none of them."""
 
 SCANNER = 1
 """NIfTI code of a transform to scanner coordinates (NIFTI_XFORM_SCANNER_ANAT)."""
