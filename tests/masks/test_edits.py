@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -232,6 +234,32 @@ def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
     assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [18, 0, 2, 20]
     path.write_text('{"1": "placeholder 18: pituitary", "2": "placeholder 20: oral cavity"}')
     assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [20, 0, 2, 18]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("Parotid_L", "Parotid_R"),
+        ("ParotidLeft", "ParotidRight"),
+        ("Lt Parotid", "Rt Parotid"),
+        ("Brachial plexus (L)", "Brachial plexus (R)"),
+        ("Glnd_Submand_L", "Glnd_Submand_R"),
+        ("left eye", "Eye_R"),
+    ],
+)
+def test_flip_swaps_placeholders_of_whatever_clinical_names(left, right, tmp_path, caplog):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"7": f"placeholder: {left}", "8": f"placeholder: {right}", "9": "left kidney"}))
+    labels = np.array([21, 14, 0, 129], np.uint8).reshape(4, 1, 1)
+    assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [21, 0, 5, 129] and not caplog.text
+
+
+def test_flip_names_a_class_without_its_other_side(tmp_path, caplog):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"7": "placeholder: Eye_L", "8": "placeholder: Parotid_R", "9": "placeholder: Lens_LR"}))
+    labels = np.array([21, 14, 0, 129], np.uint8).reshape(4, 1, 1)
+    assert flip_sides(labels, read_label_map(path))[:, 0, 0].tolist() == [129, 0, 5, 21]
+    assert "map.json has no class for the other side of Eye_L, Parotid_R: where left and right" in caplog.text
 
 
 def test_sides_of_arrays_and_tensors():

@@ -19,7 +19,7 @@ from maisi_tools.masks.vocabulary import (
     label_id,
     labels_in_group,
     merge_labels,
-    other_side,
+    name_and_side,
     region_of,
 )
 
@@ -50,8 +50,8 @@ def test_sides_agree_with_totalsegmentator_and_come_in_pairs():
         if label.name == "right lung middle lobe":  # the left lung has two lobes
             assert label.side == "right"
         elif label.side:
-            twin = VOCABULARY[label_id(other_side(label.name))]
-            assert {twin.side, label.side} == {"left", "right"} and twin.group == label.group
+            other = {"left": "right", "right": "left"}[label.side]
+            assert VOCABULARY[label_id(label.name.replace(label.side, other))].group == label.group
             assert label.totalsegmentator is None or label.side in words
         # TotalSegmentator names a side of this one, MAISI only its place in the heart.
         elif label.name != "left atrial appendage":
@@ -59,17 +59,22 @@ def test_sides_agree_with_totalsegmentator_and_come_in_pairs():
 
 
 @pytest.mark.parametrize(
-    ("name", "other"),
+    ("name", "rest", "side"),
     [
-        ("left hip", "right hip"),
-        ("lung_upper_lobe_right", "lung_upper_lobe_left"),
-        ("Left parotid gland", "right parotid gland"),
-        ("cleft palate", None),
-        ("liver", None),
+        *(
+            (name, "parotid", "left")
+            for name in ("Parotid_L", "ParotidLeft", "Lt Parotid", "left parotid", "PAROTID (L)")
+        ),
+        ("Brachial plexus (R)", "brachialplexus", "right"),
+        ("Glnd_Submand_L", "glndsubmand", "left"),
+        ("lung_upper_lobe_right", "lungupperlobe", "right"),
+        ("Kidney L+R", "kidney", "both"),
+        ("cleft palate", "cleftpalate", ""),
+        ("vertebrae L5", "vertebrael5", ""),
     ],
 )
-def test_other_side(name, other):
-    assert other_side(name) == other
+def test_name_and_side(name, rest, side):
+    assert name_and_side(name) == (rest, side)
 
 
 def test_hosts_of_lesions():

@@ -95,7 +95,9 @@ def complete_masks(
     targets = [folder / f"{stem}{MASK}.nii.gz" for stem in stems]
     ours = [path for path in targets if of_a_run(path)]
     check_targets([item[key] for item in items for key in ("image", "label") if key in item], ours, folder)
-    complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing)
+    named = sorted(twins(mapping).items() - twins(LABEL_MAPS["maisi"]).items())
+    says = {TWINS: [list(pair) for pair in named]} if mapping.placeholders else {}
+    complete = functools.partial(_complete, folder=folder, mapping=mapping, spacing=spacing, says=says)
     regions = list(in_order(complete, items, workers, "completing masks"))
     cases = [
         {"image": os.path.abspath(item["image"]), "region": region}
@@ -141,15 +143,15 @@ def twins_of(mask: Any) -> dict[int, int]:
     return twins(LABEL_MAPS["maisi"]) | pairs
 
 
-def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None) -> list[str]:
-    """Write the mask of one case unless it is up to date, and return the case's regions."""
+def _complete(
+    item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing: Sequence[float] | None, says: Mapping[str, Any]
+) -> list[str]:
+    """Write the mask of one case unless it is up to date, its JSON with what it `says`; return the case's regions."""
     path = folder / f"{stem_of(item['image'])}{MASK}.nii.gz"
     settings = {"label_map": dict(mapping) if "label" in item else None, "spacing": spacing}
     files = [item[key] for key in ("image", "label") if key in item]
     sources = [fingerprint_input(file) for file in files if Path(file).exists()]  # reading refuses the others
     made_from = {"settings": canonical_json(settings), "sources": sources}
-    named = sorted(twins(mapping).items() - twins(LABEL_MAPS["maisi"]).items())
-    says = {TWINS: [list(pair) for pair in named]} if mapping.placeholders else {}
     found = read_sidecar(path) if path.is_file() and of_a_run(path) else {}
     if not path.is_file() or (found and {name: found.get(name) for name in made_from} != made_from):
         completed, affine, own = _completed(item, mapping, spacing)
@@ -158,7 +160,7 @@ def _complete(item: Mapping[str, Any], folder: Path, mapping: LabelMap, spacing:
         write_sidecar(path, found)
         write_volume(path, completed, affine, "uint8")
     elif found and says.get(TWINS) != found.get(TWINS):  # by an earlier version, or before classes were renamed
-        found = {name: value for name, value in found.items() if name != TWINS} | says
+        found = {name: value for name, value in found.items() if name != TWINS} | dict(says)
         write_sidecar(path, found)
     if item.get("region"):
         return list(checked_regions(item["region"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
-from maisi_tools.masks.vocabulary import BODY, VOCABULARY
+from maisi_tools.masks.vocabulary import BODY, BOTH, VOCABULARY, name_and_side
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -27,9 +26,6 @@ CATEGORIES = {"91723000": "Anatomical Structure", "49755003": "Morphologically A
 
 SIDES = {"left": ("7771000", "Left"), "right": ("24028007", "Right")}
 """SNOMED CT codes of the sides, from DICOM PS3.16 CID 244."""
-
-BOTH = "both"
-"""In place of a side: no label of a paired organ has it."""
 
 BILATERAL = "51440002"
 """SNOMED CT code of both sides, from DICOM PS3.16 CID 244."""
@@ -105,31 +101,15 @@ def side_of_codes(values: Iterable[str]) -> str:
     return BOTH if len(sides) > 1 else "".join(sides)
 
 
-def _key(name: str) -> tuple[str, str]:
-    """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L".
-
-    The side of "Kidney L+R" is :data:`BOTH`.
-    """
-    words = [word.casefold() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+", name)]
-    sides = {side for word in words for side in _SIDE_WORDS.get(word, ())}
-    side = BOTH if len(sides) > 1 else next(iter(sides), "")
-    return "".join(word for word in words if word not in _SIDE_WORDS), side
-
-
-_SIDE_WORDS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("l", "lt", "left"), ("left",)),
-    **dict.fromkeys(("r", "rt", "right"), ("right",)),
-    **dict.fromkeys(("lr", "rl", "bilat", "bilateral", "both"), ("left", "right")),
-}
-
-
 def _names() -> dict[tuple[str, str], int]:
-    names = {_key(entry.name): label for label, entry in VOCABULARY.items()}
-    names |= {_key(entry.totalsegmentator): label for label, entry in VOCABULARY.items() if entry.totalsegmentator}
+    names = {name_and_side(entry.name): label for label, entry in VOCABULARY.items()}
+    names |= {
+        name_and_side(entry.totalsegmentator): label for label, entry in VOCABULARY.items() if entry.totalsegmentator
+    }
     # roi_names.json: further names, among them those of AAPM TG-263; one of a paired organ stands for both sides.
     for name, meaning in json.loads(Path(__file__).with_name("roi_names.json").read_text()).items():
-        rest, side = _key(name)
-        target, target_side = _key(meaning)
+        rest, side = name_and_side(name)
+        target, target_side = name_and_side(meaning)
         for one in ("left", "right", ""):
             if (target, target_side or one) in names:
                 names.setdefault((rest, side or one), names[target, target_side or one])
@@ -144,7 +124,7 @@ def label_of_name(name: str) -> int | None:
 
     "~Liver" is a part of the liver (AAPM TG-263 section 8), which is none.
     """
-    return None if name.lstrip().startswith("~") else _BY_NAME.get(_key(name))
+    return None if name.lstrip().startswith("~") else _BY_NAME.get(name_and_side(name))
 
 
 def read_roi_table(path: str | os.PathLike) -> dict[str, int]:

@@ -7,6 +7,7 @@ Randomness comes from the generator that is given.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,19 +29,22 @@ from maisi_tools.masks.vocabulary import (
     ALLOWED,
     BODY,
     HOSTS,
+    OTHER_SIDE,
     VOCABULARY,
     Array,
     display_name,
     hosts_of,
     label_id,
     labels_in_group,
-    other_side,
+    name_and_side,
 )
 from maisi_tools.volumes.grid import regrid_mask
 from maisi_tools.volumes.inputs import check_targets
 from maisi_tools.volumes.orientation import RestoreOrientationd
 from maisi_tools.volumes.regions import box_of
 from maisi_tools.volumes.writing import write_volume
+
+logger = logging.getLogger(__name__)
 
 YIELDING = ("body", "lung", "bowel", "muscle")
 """Groups that make room for an organ that grows; bone, vessels, nerves and other organs stay as they are."""
@@ -56,6 +60,8 @@ KEPT_SHARE = 0.9
 
 VERBS = ("remove", "resize", "insert", "augment", "redraw")
 """What an edit of a scan may do, see :func:`apply_edits`; done in this order."""
+
+_PLACEHOLDERS = labels_in_group("placeholder")
 
 _ROUGHNESS = 0.2
 """Standard deviation of a new lesion's radius over its surface, as a share."""
@@ -334,21 +340,37 @@ def _boxes(inside: np.ndarray, mm: np.ndarray) -> Iterator[tuple[tuple[slice, ..
 def twins(label_map: LabelMap = LABEL_MAPS["openkbp"]) -> dict[int, int]:
     """Every id that a left/right flip changes -> the id it becomes.
 
-    Sides come from the vocabulary's names and, for placeholders, from the names that `label_map` gives its classes
-    (OpenKBP's left and right parotid gland, which the shipped weights know). The left lung has no middle lobe: the
-    right one becomes a part of the left upper lobe, as the lingula is.
+    Sides come from the vocabulary's names and, for placeholders, from the names that `label_map` gives its classes,
+    however these say a side ("Parotid_L", "Lt Parotid"; by default OpenKBP's left and right parotid gland, which the
+    shipped weights know). A warning names classes of one side whose twin has no id of its own. The left lung has no
+    middle lobe: the right one becomes a part of the left upper lobe, as the lingula is.
     """
-    pairs = {
-        label.id: label_id(other_side(label.name) or "")
-        for label in VOCABULARY.values()
-        if label.side and label.name != "right lung middle lobe"
-    }
-    pairs[label_id("right lung middle lobe")] = label_id("left lung upper lobe")
-    for label, name in label_map.classes.items():
-        twin = label_map.label_of(other_side(name) or "")
-        if twin is not None and label in label_map and twin in label_map and label_map[label] != label_map[twin]:
-            pairs[label_map[label]] = label_map[twin]
-    return pairs
+    middle, upper = label_id("right lung middle lobe"), label_id("left lung upper lobe")
+    paired = {label.id: label.name for label in VOCABULARY.values() if label.side and label.id != middle}
+    pairs, _ = _opposite(paired)
+    placed = {id: name for label, name in label_map.classes.items() if (id := label_map.get(label)) in _PLACEHOLDERS}
+    named, alone = _opposite(placed)
+    if alone:
+        logger.warning(
+            "%s has no class for the other side of %s: where left and right change, they keep their names",
+            label_map.name,
+            ", ".join(alone),
+        )
+    return {**pairs, middle: upper, **named}
+
+
+def _opposite(names: Mapping[int, str]) -> tuple[dict[int, int], list[str]]:
+    """Of ids with their names, id -> that of the other side, and the names of one side whose other is missing."""
+    ids = {name_and_side(name): id for id, name in names.items()}
+    pairs, alone = {}, []
+    for (rest, side), id in ids.items():
+        if side in OTHER_SIDE:
+            twin = ids.get((rest, OTHER_SIDE[side]))
+            if twin is None:
+                alone.append(names[id])
+            else:
+                pairs[id] = twin
+    return pairs, alone
 
 
 def swap_sides(labels: Array, pairs: Mapping[int, int] | None = None) -> Array:

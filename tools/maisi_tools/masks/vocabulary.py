@@ -45,6 +45,15 @@ a "placeholder" is an id that the released vocabulary leaves free for a new clas
 OTHER_SIDE = {"left": "right", "right": "left"}
 """The sides of a patient, each with the opposite one."""
 
+BOTH = "both"
+"""In place of a side: no label of a paired organ has it."""
+
+_SIDE_WORDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("l", "lt", "left"), ("left",)),
+    **dict.fromkeys(("r", "rt", "right"), ("right",)),
+    **dict.fromkeys(("lr", "rl", "bilat", "bilateral", "both"), ("left", "right")),
+}
+
 
 @dataclass(frozen=True)
 class Label:
@@ -304,12 +313,15 @@ def hosts_of(lesion: int) -> tuple[int, ...]:
     return tuple(label_id(host) for host in HOSTS[name])
 
 
-def other_side(name: str) -> str | None:
-    """A structure's name with its side exchanged ("left hip" -> "right hip", "hip_left" -> "hip_right"), else None."""
-    swapped = re.sub(
-        r"(?<![a-z])(left|right)(?![a-z])", lambda side: OTHER_SIDE[side[0].lower()], name, flags=re.IGNORECASE
-    )
-    return swapped if swapped != name else None
+def name_and_side(name: str) -> tuple[str, str]:
+    """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L".
+
+    The side is "left", "right", :data:`BOTH` ("Kidney L+R") or "".
+    """
+    words = [word.casefold() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+", name)]
+    sides = {side for word in words for side in _SIDE_WORDS.get(word, ())}
+    side = BOTH if len(sides) > 1 else next(iter(sides), "")
+    return "".join(word for word in words if word not in _SIDE_WORDS), side
 
 
 def labels_in_group(group: str) -> tuple[int, ...]:
