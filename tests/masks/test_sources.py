@@ -112,6 +112,25 @@ def test_class_folders_are_one_mask(tmp_path):
     assert place == tmp_path / "case1" and entry.volumes_ml == {"liver": 0.1, "spleen": 0.1}
 
 
+def test_class_folders_of_another_map_are_skipped_with_the_map_to_give(library):
+    """Each file had been one mask of the liver."""
+    for name in ("liver", "hip_left", "clavicula_left"):
+        (library / "case1").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), library / "case1" / f"{name}.nii.gz")
+    report = index_library(library, read_label_map("maisi"))
+    assert list(report.skipped) == ["case1"] and report.total == 3
+    assert report.skipped["case1"].endswith("give --label_map totalsegmentator")
+
+
+def test_links_that_lead_back_list_no_mask_twice(library):
+    before = index_library(library, read_label_map("maisi")).total
+    (library / "loop").symlink_to(library)
+    (library / "again").mkdir()
+    (library / "again" / "up").symlink_to(library / "again")
+    report = index_library(library, read_label_map("maisi"))
+    assert (report.total, report.new, report.gone, report.skipped) == (before, 0, 0, {})
+
+
 @pytest.mark.parametrize(
     ("asked", "first", "misfits"),
     [

@@ -25,7 +25,7 @@ from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import check_start, known_outside, sample, step_generator
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import SKIN_HU, add_body, label_from_ct
-from maisi_tools.masks.class_folder import ReadMaskd, is_class_folder
+from maisi_tools.masks.class_folder import ReadMaskd, is_one_mask
 from maisi_tools.masks.edits import apply_edits
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map
 from maisi_tools.masks.slicer import is_segmentation
@@ -84,7 +84,7 @@ def find_scans(
     """
 
     def is_one(folder: Path) -> bool:
-        return label_map is not None and is_class_folder(folder, label_map)
+        return label_map is not None and is_one_mask(folder, label_map)
 
     scans = find_inputs(input, "image", sections=sections)
     if mask is None and _has_labels(scans):  # outputs are named by the CTs alone

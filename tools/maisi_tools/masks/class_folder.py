@@ -13,8 +13,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation
 
-from maisi_tools.errors import InputError
-from maisi_tools.masks.label_maps import LabelMap, ReadLabelsd
+from maisi_tools.errors import InputError, first_few
+from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, ReadLabelsd
 from maisi_tools.masks.slicer import is_segmentation, read_segmentation
 from maisi_tools.volumes.grid import grid_difference
 from maisi_tools.volumes.inputs import find_inputs, is_volume, stem_of
@@ -25,14 +25,31 @@ logger = logging.getLogger(__name__)
 
 def is_class_folder(path: str | os.PathLike, label_map: LabelMap) -> bool:
     """Whether more than half of the volume files in a folder are named like classes of `label_map`."""
-    folder = Path(path)
-    names = [stem_of(file) for file in _volumes(folder)] if folder.is_dir() else []
-    return 2 * sum(label_map.label_of(name) is not None for name in names) > len(names)
+    names = _names(path)
+    return 2 * _known(names, label_map) > len(names)
+
+
+def is_one_mask(path: str | os.PathLike, label_map: LabelMap) -> bool:
+    """Whether a folder is no folder of masks, but one with a file a class.
+
+    So it is where it is a class folder of `label_map` or of another that has a name, or two of its files at least are
+    named like classes of `label_map`. Its files by themselves would all be the one class that has the number 1.
+    """
+    names = _names(path)
+    return is_class_folder(path, label_map) or _known(names, label_map) > 1 or _other_map(names) is not None
 
 
 def find_masks(input: Any, label_map: LabelMap, sections: Sequence[str] = ()) -> list[dict[str, str]]:
-    """The masks that an input names, files and class folders, as :func:`~maisi_tools.volumes.inputs.find_inputs`."""
-    return find_inputs(input, "image", lambda folder: is_class_folder(folder, label_map), sections)
+    """The masks that an input names, files and class folders, as :func:`~maisi_tools.volumes.inputs.find_inputs`.
+
+    Raises:
+        InputError: what `find_inputs` refuses, or files of a class folder that are no class of `label_map`.
+    """
+    items = find_inputs(input, "image", lambda folder: is_one_mask(folder, label_map), sections)
+    for item in items:
+        if Path(item["image"]).is_dir():
+            _files_of(Path(item["image"]), label_map)
+    return items
 
 
 def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
@@ -51,22 +68,7 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
         InputError: a file that is no class of `label_map`, has several values, or lies on another grid.
     """
     folder = Path(path)
-    files: dict[int, Path] = {}
-    unknown = []
-    for file in _volumes(folder):
-        label = label_map.label_of(stem_of(file))
-        if label is None:
-            unknown.append(file.name)
-        elif label in files:
-            raise InputError(f"{folder} holds {files[label].name} and {file.name}, one class twice: remove one of them")
-        else:
-            files[label] = file
-    if unknown or not files:
-        raise InputError(
-            f"{folder} is read as one mask with a file for each class, but {', '.join(unknown) or 'it holds no volume'}"
-            f" is no class of {label_map.name}; allowed are names such as "
-            f"{', '.join(list(label_map.classes.values())[:3])}: rename or remove it, or give another label_map"
-        )
+    files = _files_of(folder, label_map)
     mask = None
     sizes: dict[int, int] = {}
     overlaps: dict[tuple[int, int], int] = {}
@@ -96,6 +98,64 @@ def read_class_folder(path: str | os.PathLike, label_map: LabelMap) -> MetaTenso
     return MetaTensor(values, meta={**mask.meta, "filename_or_obj": str(folder)})
 
 
+def _files_of(folder: Path, label_map: LabelMap) -> dict[int, Path]:
+    """Label -> the file of its class, see :func:`read_class_folder`."""
+    files: dict[int, Path] = {}
+    unknown = []
+    for file in _volumes(folder):
+        label = label_map.label_of(stem_of(file))
+        if label is None:
+            unknown.append(file.name)
+        elif label in files:
+            raise InputError(f"{folder} holds {files[label].name} and {file.name}, one class twice: remove one of them")
+        else:
+            files[label] = file
+    if unknown or not files:
+        other = _other_map(_names(folder))
+        raise InputError(
+            f"{folder} is read as one mask with a file for each class, but {first_few(unknown) or 'it holds no volume'}"
+            f" is no class of {label_map.name}; allowed are names such as "
+            f"{', '.join(list(label_map.classes.values())[:3])}: "
+            + (
+                f"give --label_map {other}"
+                if other not in (None, label_map.name)
+                else "rename or remove it, or give another label_map"
+            )
+        )
+    return files
+
+
+def _names(folder: str | os.PathLike) -> list[str]:
+    """What the volume files in a folder are called; nothing where there is no folder."""
+    return [stem_of(file) for file in _volumes(Path(folder))] if Path(folder).is_dir() else []
+
+
+def _known(names: Sequence[str], label_map: LabelMap) -> int:
+    return sum(label_map.label_of(name) is not None for name in names)
+
+
+def _other_map(names: Sequence[str]) -> str | None:
+    """The name of the label map whose classes most of the names are, two at least; None where there is none."""
+    counts = {name: _known(names, known) for name, known in LABEL_MAPS.items()}
+    name = max(counts, key=lambda one: counts[one])
+    return name if counts[name] > max(1, len(names) / 2) else None
+
+
+def _warn_misread(mask: MetaTensor, path: str | os.PathLike, label_map: LabelMap) -> None:
+    """Log a warning where a file is named like one class and its only label stands for another."""
+    stem = stem_of(path)
+    named = next((known for known in (label_map, *LABEL_MAPS.values()) if known.label_of(stem) is not None), None)
+    if named is None:
+        return
+    labels = [int(label) for label in mask.as_tensor().unique() if label]
+    if len(labels) == 1 and label_map.get(labels[0]) != named.get(named.label_of(stem) or 0):
+        logger.warning(
+            "%s is named like a class, and its only label, %d, is %s in %s, as which it is read; of files of one class "
+            "give their folder, of others the label_map that says what %d is",
+            *(path, labels[0], label_map.classes.get(labels[0], "none"), label_map.name, labels[0]),
+        )
+
+
 def _shown(overlaps: Mapping[tuple[int, int], int], label_map: LabelMap) -> str:
     """The largest overlaps of two classes, in words."""
     largest = sorted(overlaps.items(), key=lambda one: -one[1])
@@ -116,7 +176,11 @@ def read_numbers(path: str | os.PathLike, label_map: LabelMap) -> MetaTensor:
     """
     if Path(path).is_dir():
         return read_class_folder(path, label_map)
-    return read_segmentation(path, label_map) if is_segmentation(path) else read_volume(path, "mask")
+    if is_segmentation(path):
+        return read_segmentation(path, label_map)
+    mask = read_volume(path, "mask")
+    _warn_misread(mask, path, label_map)
+    return mask
 
 
 class ReadMaskd(MapTransform):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
-from maisi_tools.masks.class_folder import is_class_folder, read_mask
+from maisi_tools.masks.class_folder import is_one_mask, read_mask
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.label_maps import LabelMap
 from maisi_tools.masks.vocabulary import REGIONS, VOCABULARY, display_name, label_id, region_of
@@ -128,7 +128,7 @@ def index_library(folder: str | os.PathLike, label_map: LabelMap) -> IndexReport
     """
     root = _folder(folder)
     known = _read(root, label_map)
-    places = list(_masks(root, label_map))
+    places = list(_masks(root, label_map, set()))
     if not places:
         raise InputError(f"{root} holds no mask; allowed are {', '.join(SUFFIXES)} files, and folders of one a class")
     report = IndexReport(gone=len(known.keys() - {_key(root, place) for place in places}))
@@ -186,16 +186,22 @@ def _folder(folder: str | os.PathLike) -> Path:
     return root
 
 
-def _masks(folder: Path, label_map: LabelMap) -> Iterator[Path]:
-    """Mask files and class folders below a folder, in a fixed order."""
-    if is_class_folder(folder, label_map):
+def _masks(folder: Path, label_map: LabelMap, seen: set[Path]) -> Iterator[Path]:
+    """Mask files and class folders below a folder, in a fixed order.
+
+    Folders whose targets were `seen` are passed over, which links may lead to once more, or for ever.
+    """
+    if (target := folder.resolve()) in seen:
+        return
+    seen.add(target)
+    if is_one_mask(folder, label_map):
         yield folder
         return
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _masks(entry, label_map)
+            yield from _masks(entry, label_map, seen)
         elif is_volume(entry):
             yield entry
 
