@@ -50,7 +50,12 @@ def test_decoding_what_was_encoded_is_the_reconstruction(run_bundle, save, mr, t
 
 def test_ct_and_mr_do_not_go_into_one_run(cause, run_bundle, save, mr, tmp_path):
     path = str(save(mr, "t1.nii.gz", AFFINE))
-    for configs, modality, words in ((["encode.json", *MR], "ct", "mr.json scales MR"), ("encode.json", "mri", "HU")):
+    cases = [([config, *MR], "ct", "mr.json scales MR") for config in ("encode.json", "inference.json")]
+    cases += [
+        (config, "mri", "without mr.json HU are") for config in ("encode.json", "inference.json", "evaluate.json")
+    ]
+    for configs, modality, words in cases:
+        configs = ["inference.json", configs] if configs == "evaluate.json" else configs
         with pytest.raises(Exception) as raised:
             run_bundle("maisi_vae", configs, input=[{"image": path, "modality": modality}], output_dir=str(tmp_path))
         assert words in str(cause(raised.value)) and repr(modality) in str(cause(raised.value))

@@ -516,6 +516,15 @@ def test_scans_are_found(tmp_path):
     for wrong in ((str(listed), a_seg), (a, None), ([a, b], a_seg), (str(listed), None, a_seg)):
         with pytest.raises(InputError, match="allowed is"):
             find_scans(*wrong)
+    for modality, refused in (("ct_contrast", False), ("MRI", True)):
+        listed.write_text(json.dumps([entry | {"modality": modality} for entry in entries]))
+        if refused:
+            with pytest.raises(
+                InputError, match=r"a\.nii\.gz has the modality 'MRI' in its datalist; .*allowed are ct,"
+            ):
+                find_scans(str(listed), None)
+        else:
+            assert len(find_scans(str(listed), None)) == 2
 
 
 @pytest.mark.parametrize("taken", ["ct", "mask", "weight", "dicom"])

@@ -227,7 +227,7 @@ def test_ranks_that_are_none_are_refused(volumes, tmp_path, tiny_autoencoder, ra
 
 
 def test_an_item_has_its_own_modality_but_is_a_ct(volumes, tmp_path, tiny_autoencoder):
-    volumes[1]["modality"] = "ct_contrast"
+    volumes[1]["modality"] = "CT_contrast"
     everything = jobs(volumes, tmp_path, tiny_autoencoder, views=[{}])
     assert [job["modality"] for job in everything] == ["ct", "ct_contrast", "ct"]
     for wrong in ("mri", "ct_foo"):
@@ -240,8 +240,8 @@ def test_an_item_has_its_own_modality_but_is_a_ct(volumes, tmp_path, tiny_autoen
     ("modality", "window", "words"),
     [
         ("foo", None, "modality is 'foo'; allowed are unknown, ct"),
-        ("mri", [-1000, 1000, 0, 1], "modality is 'mri'; encode.json without mr.json scales HU"),
-        (8, [-1000, 1000, 0, 1], "modality is 8; encode.json without mr.json scales HU"),
+        ("mri", [-1000, 1000, 0, 1], "modality is 'mri'; without mr.json HU are scaled"),
+        (8, [-1000, 1000, 0, 1], "modality is 8; without mr.json HU are scaled"),
         ("ct", [0.0, 99.5], "modality is 'ct'; mr.json scales MR"),
     ],
 )

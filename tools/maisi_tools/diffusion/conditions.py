@@ -89,6 +89,42 @@ def is_mr(modality: str | int) -> bool:
     return modality_code(modality) in MR_CODES
 
 
+SCALED = {"mr": "mr.json scales MR", "ct": "without mr.json HU are scaled"}
+"""For messages: what the VAE's configs take."""
+
+
+def modality_of(item: Mapping[str, Any], modality: str | int) -> str | int:
+    """The modality that an item of a datalist has of its own, as :data:`MODALITIES` calls it, or else the run's.
+
+    Args:
+        item: with ``image`` and, where the datalist says it, ``modality``; case does not matter.
+        modality: of the run, a name or a code.
+
+    Raises:
+        InputError: one that is not known, or a CT among MR or the reverse.
+    """
+    own = item.get("modality") or modality
+    name = str(own).casefold()
+    kind = "mr" if is_mr(modality) else "ct"
+    if own == modality or (name in MODALITIES and name.startswith(kind)):
+        return own if own == modality else name
+    raise InputError(
+        f"{item['image']} has the modality {own!r} in its datalist; {SCALED[kind]}, so allowed are "
+        f"{', '.join(name for name in MODALITIES if name.startswith(kind))}: leave it out of the input"
+    )
+
+
+def check_modalities(items: list[dict[str, Any]], modality: str | int) -> list[dict[str, Any]]:
+    """The items as they are, none of which is a CT among MR or the reverse.
+
+    Raises:
+        InputError: see :func:`modality_of`.
+    """
+    for item in items:
+        modality_of(item, modality)
+    return items
+
+
 def unit_of(modality: str | int) -> str:
     """What a volume of a modality is measured in, as names of figures begin: "hu", or "mr", which has no unit."""
     return "mr" if is_mr(modality) else "hu"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d, interpolate, max_pool3d
 
 from maisi_tools.diffusion.autoencoder import LatentEncoder
+from maisi_tools.diffusion.conditions import check_modalities
 from maisi_tools.diffusion.inferers import MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import check_start, known_outside, sample, step_generator
@@ -79,14 +80,15 @@ def find_scans(
         sections: of the datalist, see :func:`~maisi_tools.volumes.inputs.find_inputs`.
 
     Raises:
-        InputError: several CTs with one mask, no mask, what :func:`find_inputs` refuses, or an input that would be
+        InputError: several CTs with one mask, no mask, what :func:`find_inputs` refuses, a scan that is
+            no CT by its datalist, or an input that would be
             written over, see :func:`check_edited`.
     """
 
     def is_one(folder: Path) -> bool:
         return label_map is not None and is_one_mask(folder, label_map)
 
-    scans = find_inputs(input, "image", sections=sections)
+    scans = check_modalities(find_inputs(input, "image", sections=sections), "ct")
     if mask is None and _has_labels(scans):  # outputs are named by the CTs alone
         masks = [item["label"] for item in find_inputs(input, "label", is_one, sections, unique=False)]
     elif mask is not None and len(scans) == 1:

@@ -112,15 +112,12 @@ def _files_of(folder: Path, label_map: LabelMap) -> dict[int, Path]:
             files[label] = file
     if unknown or not files:
         other = _other_map(_names(folder))
+        own = other in (None, label_map.name)
+        advice = "rename or remove it, or give another label_map" if own else f"give --label_map {other}"
         raise InputError(
             f"{folder} is read as one mask with a file for each class, but {first_few(unknown) or 'it holds no volume'}"
             f" is no class of {label_map.name}; allowed are names such as "
-            f"{', '.join(list(label_map.classes.values())[:3])}: "
-            + (
-                f"give --label_map {other}"
-                if other not in (None, label_map.name)
-                else "rename or remove it, or give another label_map"
-            )
+            f"{', '.join(list(label_map.classes.values())[:3])}: {advice}"
         )
     return files
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from maisi_tools.datasets.datalist import belongs
-from maisi_tools.diffusion.conditions import MODALITIES, is_mr
+from maisi_tools.diffusion.conditions import SCALED, is_mr, modality_of
 from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import canonical_json, read_json
 from maisi_tools.masks.vocabulary import checked_regions
@@ -50,8 +50,6 @@ CACHED = ("view", *MADE_FROM)
 
 LABELS = ("keep_labels", "merge_labels")
 """Of the shared settings those that a training may change which goes on from weights."""
-
-_SCALES = {"mr": "mr.json scales MR", "ct": "encode.json without mr.json scales HU"}
 
 
 def latents_to_encode(
@@ -99,7 +97,7 @@ def latents_to_encode(
         scaled = "mr" if list(settings["window"]) == list(MR_PERCENTILES) else "ct"
     if kind != scaled:
         raise InputError(
-            f"modality is {modality!r}; {_SCALES[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
+            f"modality is {modality!r}; {SCALED[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
             f"{'leave out' if scaled == 'mr' else 'add'} mr.json, or correct the modality"
         )
     multiple, factor = settings.get("multiple"), getattr(autoencoder, "factor", 1)
@@ -120,13 +118,7 @@ def latents_to_encode(
     jobs: dict[str, dict[str, Any]] = {}
     for item in items:
         case = stem_of(item["image"])
-        own = item.get("modality") or modality
-        if own != modality and (own not in MODALITIES or not str(own).startswith(scaled)):
-            allowed = ", ".join(name for name in MODALITIES if name.startswith(scaled))
-            raise InputError(
-                f"{item['image']} has the modality {own!r} in its datalist; {_SCALES[scaled]}, so allowed are "
-                f"{allowed}: leave it out of the input"
-            )
+        own = modality_of(item, modality)
         for view in seen:
             stem = f"{case}_{view['view']}" if view["view"] else case
             if stem in jobs:
