@@ -292,6 +292,48 @@ def test_other_modalities_are_named(tmp_path):
     assert "mri" in report["warnings"][0]
 
 
+@pytest.mark.parametrize("channel", ["T1w", "t1gd", "ADC", "FLAIR", "MR"])
+def test_names_of_mr_channels(tmp_path, channel):
+    described = {"numTraining": 1, "channel_names": {"0": channel}, "training": ["x.nii.gz"]}
+    (tmp_path / "dataset.json").write_text(json.dumps(described | {"training": [{"image": "x.nii.gz"}]}))
+    assert [case.modality for case in find_cases(tmp_path)[0]] == ["mri"]
+
+
+def test_every_ct_must_have_hu_and_what_no_network_takes_is_refused(tmp_path):
+    """Whatever the case of its modality's letters; an MR has no unit, and the small weights know none."""
+    hu = {"plain": "CT", "contrast": "CT_Contrast", "native": "ct_wo_contrast"}
+    raw = {"raw": "ct", "raw_contrast": "ct_contrast", "mr": "MRI_T1", "pet": "PET", "odd": "ct_foo", "none": "unknown"}
+    entries = [{"image": str(write(tmp_path / f"{name}.nii.gz")), "modality": kind} for name, kind in hu.items()]
+    entries += [
+        {"image": str(write(tmp_path / f"{name}.nii.gz", hu=False)), "modality": kind} for name, kind in raw.items()
+    ]
+    (tmp_path / "all.json").write_text(json.dumps({"training": entries}))
+    lists, report = prepare(tmp_path / "all.json", f"--output={tmp_path / 'list.json'}")
+    assert {item["name"]: item.get("modality", "ct") for item in lists["training"]} == {
+        **{"plain": "ct", "contrast": "ct_contrast", "native": "ct_wo_contrast", "mr": "mri_t1"}
+    }
+    reasons = {Path(file).name.removesuffix(".nii.gz"): reason for file, reason in report["refused"].items()}
+    assert set(reasons) == {"raw", "raw_contrast", "pet", "odd", "none"}
+    assert "8-bit" in reasons["raw_contrast"] or "normalisation" in reasons["raw_contrast"]
+    assert reasons["pet"].startswith("has the modality 'PET'; allowed are ct, ct_wo_contrast, ct_contrast, mri,")
+    assert report["warnings"] == ["modality mri_t1 is in the list: these bundles' small weights know CT alone"]
+
+
+def test_a_class_without_counterpart_is_reported_as_body(tmp_path, capsys):
+    """Of TotalSegmentator 1 the pulmonary artery is 49; the report ended in KeyError."""
+    case(tmp_path / "data", "a", label=49)
+    case(tmp_path / "data", "b", label=5)
+    values = np.zeros((6, 5, 4), np.uint8)
+    values[1, 1], values[2, 2] = 49, 5
+    nib.save(nib.Nifti1Image(values, np.diag([2.0, 2, 3, 1])), tmp_path / "data" / "a_seg.nii.gz")
+    _, report = prepare(tmp_path / "data", f"--output={tmp_path / 'list.json'}", "--label_map=totalsegmentator_v1")
+    assert [(one["label"], one["read_as"], one["cases"]) for one in report["labels"]] == [
+        (5, "liver", 2),
+        (49, "no counterpart: body", 1),
+    ]
+    assert "49 = no counterpart: body: in 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

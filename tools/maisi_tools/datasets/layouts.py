@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.datasets.datalist import files_of_entry
+from maisi_tools.diffusion.conditions import MODALITIES
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.vocabulary import checked_regions
@@ -20,8 +21,10 @@ CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
 SECTIONS = ("training", "validation")
 """Sections of a datalist that are taken; "testing" is neither trained on nor validated on."""
 
-MODALITY_NAMES = {"ct": "ct", "cta": "ct", "mri": "mri", "mr": "mri", "t1": "mri", "t2": "mri", "flair": "mri"}
-"""What data sets call their channels -> our name; everything else stays as it is called."""
+MODALITY_NAMES = {"cta": "ct"} | dict.fromkeys(
+    ("mr", "t1", "t2", "flair", "t1w", "t2w", "t1ce", "t1gd", "adc", "dwi"), "mri"
+)
+"""What data sets call their channels, beside the names that the networks know -> the one of these."""
 
 ALLOWED = (
     "a folder with volumes, a MONAI datalist (JSON with a list under training or validation), or the dataset.json of "
@@ -37,7 +40,7 @@ class Case:
         name: tells cases apart, and patients, where neither `patient` nor a pattern says otherwise.
         image: the volume's file.
         label: its mask's, where it has one.
-        modality: "ct", "mri" or what the data set calls it.
+        modality: of :data:`~maisi_tools.diffusion.conditions.MODALITIES`, or else what the data set calls it.
         section: "training" or "validation" where the data set says so.
         region: body regions where the data set says so.
         patient: whose it is, where the data set says so.
@@ -219,7 +222,8 @@ def _numbered(path: Path, channels: Mapping) -> dict[int, str]:
 
 
 def _modality(name: Any) -> str:
-    return MODALITY_NAMES.get(str(name).casefold(), str(name))
+    folded = str(name).casefold()
+    return MODALITY_NAMES.get(folded, folded if folded in MODALITIES else str(name))
 
 
 def _mapping(content: Mapping, *keys: str) -> Mapping:

@@ -17,6 +17,7 @@ from monai.transforms import Orientation
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.datasets.layouts import Case, find_cases
 from maisi_tools.datasets.workers import in_order
+from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.class_folder import read_numbers
@@ -243,7 +244,7 @@ def describe(
             {
                 "label": label,
                 "cases": counts[label],
-                "read_as": _meaning(mapping[label]),
+                "read_as": _meaning(mapping, label),
                 **({"called": label_names[label]} if label in label_names else {}),
             }
             for label in sorted(counts)
@@ -275,9 +276,13 @@ def _read(case: Case, mapping: LabelMap) -> Finding:
     """Read a case the way the training will."""
     if case.refused is not None:
         return Finding(case, refused=case.refused)
+    known = [name for name in MODALITIES if name != "unknown"]
+    if case.modality not in known:
+        reason = f"has the modality {case.modality!r}; allowed are {', '.join(known)}: correct it, or leave it out"
+        return Finding(case, refused=reason)
+    mr = is_mr(case.modality)
     try:
-        wanted = ("MR",) if case.modality.startswith("mr") else None
-        image = read_volume(case.image, "ct", intensity_check=case.modality == "ct", modalities=wanted)
+        image = read_volume(case.image, "ct", intensity_check=not mr, modalities=("MR",) if mr else None)
         size, spacing = tuple(image.shape[1:]), tuple(round(float(mm), 4) for mm in image.pixdim)
         labels = None
         if case.label is not None:
@@ -319,8 +324,11 @@ def _range(values: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     return {axis: [float(lows[i]), float(middles[i]), float(highs[i])] for i, axis in enumerate("xyz")}
 
 
-def _meaning(id: int) -> str:
-    return VOCABULARY[id].name if id else "background"
+def _meaning(mapping: Mapping[int, int], label: int) -> str:
+    """What a label is read as; a class that the vocabulary lacks lies inside the body, which is added."""
+    if label not in mapping:
+        return "no counterpart: body"
+    return VOCABULARY[mapping[label]].name if mapping[label] else "background"
 
 
 def _warnings(
@@ -328,9 +336,9 @@ def _warnings(
 ) -> list[str]:
     warnings = []
     for label in sorted(set(counts) & set(names)):
-        read_as = _meaning(mapping[label])
+        read_as = _meaning(mapping, label)
         try:
-            same = label_id(names[label]) == mapping[label]
+            same = label_id(names[label]) == mapping.get(label)
         except InputError:
             same = False
         if not same:
@@ -338,7 +346,6 @@ def _warnings(
                 f"label {label} is called {names[label]!r} by the data set and would be read as {read_as!r}: if that "
                 "is not meant, give a --label_map"
             )
-    others = sorted({finding.case.modality for finding in usable} - {"ct"})
-    if others:
+    if others := sorted({finding.case.modality for finding in usable if is_mr(finding.case.modality)}):
         warnings.append(f"modality {', '.join(others)} is in the list: these bundles' small weights know CT alone")
     return warnings
