@@ -343,3 +343,11 @@ def test_a_key_that_stands_twice_is_refused(text, tmp_path):
     (tmp_path / "map.json").write_text(text)
     with pytest.raises(InputError, match="stands there more than once"):
         read_label_map(tmp_path / "map.json")
+
+
+def test_names_for_a_reader(tmp_path):
+    (tmp_path / "map.json").write_text('{"1": "liver", "2": "placeholder 129: Eye_L", "3": 18}')
+    read = read_label_map(tmp_path / "map.json")
+    assert [read.display_name(id) for id in (1, 129, 18, 130)] == [
+        *("liver", "Eye_L", "left parotid gland", "placeholder 130")
+    ]

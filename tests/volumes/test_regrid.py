@@ -132,6 +132,33 @@ def test_a_mask_outside_the_range_goes_to_the_nearest_spacing_and_its_ct_comes_b
     assert len(caplog.records) == 1 and "case.nii.gz: its spacing of" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "lost"),
+    [
+        ({"spacing": [3.0, 3.0, 3.0]}, "cord"),
+        ({"spacing_range": [[1.8, 3.0]] * 3}, "cord"),
+        ({"size": [2, 2, 2]}, "cord"),
+        ({"preset": PRESETS["small"]["head_neck"]}, "cord"),
+        ({"spacing": [1.0, 1.0, 1.0], "size": [4, 4, 4]}, "liver"),  # cropped
+        ({"spacing": [0.5, 0.5, 0.5]}, None),
+        ({"spacing_range": RANGE}, None),
+    ],
+)
+def test_what_a_coarser_or_smaller_grid_loses_is_named(settings, lost, caplog):
+    """A body, a liver of 3^3 voxels in a corner, and a spinal cord of one voxel that coarser grids' centres miss."""
+    labels = torch.full((1, 10, 10, 10), 200.0)
+    labels[:, :3, :3, :3], labels[:, 5, 5, 5] = 1, 121
+    given = MetaTensor(labels, affine=torch.eye(4, dtype=torch.float64), meta={"filename_or_obj": "case.nii.gz"})
+    put = RegridMaskd("mask", names={121: "cord", 1: "liver"}.get, **settings)({"mask": given})["mask"]
+    kept = {1, 121} - {None: set(), "cord": {121}, "liver": {1}}[lost]
+    assert set(put.unique().tolist()) - {0} == {200, *kept}
+    assert (
+        (f"case.nii.gz: of {lost} nothing is left on the grid of the CT, " in caplog.text)
+        if lost
+        else (not caplog.text)
+    )
+
+
 def test_a_mask_within_the_range_or_with_a_wish_is_left_alone():
     data = {"mask": mask(), "pred": torch.ones(1, 16, 8, 24)}
     assert RegridMaskd("mask", spacing_range=RANGE)(data)["mask"] is data["mask"]

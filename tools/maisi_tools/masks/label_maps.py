@@ -126,6 +126,10 @@ class LabelMap(Mapping[int, int]):
         """Placeholder id -> the name of the class that has it in the file."""
         return {id: self.classes[label] for label, id in self.placeholders.items()}
 
+    def display_name(self, id: int) -> str:
+        """What a reader sees of an id: the name of the file's own class, or :func:`vocabulary.display_name`."""
+        return self.own_names.get(id) or display_name(id)
+
     def label_of(self, name: str) -> int | None:
         """The label in the file of a class, by its name there (in any case, "_" for " "), else None."""
         wanted = _plain(name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.volumes.checks import (
     check_output_size,
     check_spacing,
@@ -33,7 +33,8 @@ class RegridMaskd(MapTransform):
     """:func:`~maisi_tools.volumes.grid.regrid_mask` when a spacing or a size is asked for.
 
     When neither is, and the mask's own spacing is outside `spacing_range`, the mask goes to the nearest spacing within,
-    and the mask as it was is kept under `own_key`, for :class:`RestoreGridd` to bring the CT back to its grid.
+    and the mask as it was is kept under `own_key`, for :class:`RestoreGridd` to bring the CT back to its grid. A
+    warning names labels of which nothing is left.
 
     Args:
         keys: of the mask (1, X, Y, Z).
@@ -43,6 +44,7 @@ class RegridMaskd(MapTransform):
         spacing_range: (lowest, highest) mm for x, y, z that the weights know; None leaves every spacing as it is.
         own_key: of the item.
         preset: whose spacing and size are taken; then the others are None.
+        names: label -> what the warning calls it.
 
     Raises:
         InputError: ``spacing`` is not three positive numbers, ``size`` is not divisible by ``multiple``, either is
@@ -58,6 +60,7 @@ class RegridMaskd(MapTransform):
         spacing_range: Sequence[Sequence[float]] | None = None,
         own_key: str = "own_mask",
         preset: Preset | None = None,
+        names: Callable[[int], str] = str,
     ) -> None:
         super().__init__(keys)
         if preset is not None:
@@ -69,7 +72,7 @@ class RegridMaskd(MapTransform):
             spacing, size = preset.spacing, preset.size
         self.spacing = three_positive(spacing, "spacing", "numbers in mm") if spacing is not None else None
         self.size = check_output_size(size, multiple) if size is not None else None
-        self.spacing_range, self.own_key = spacing_range, own_key
+        self.spacing_range, self.own_key, self.names = spacing_range, own_key, names
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         items = dict(data)
@@ -87,7 +90,20 @@ class RegridMaskd(MapTransform):
                     check_spacing(own, self.spacing_range, f"the spacing of {name}", LARGEST_FACTOR)
                 items[self.own_key] = mask.clone()
             items[key] = regrid_mask(mask, spacing, self.size)
+            if items[key] is not mask and (lost := sorted(_labels_in(mask) - _labels_in(items[key]))):
+                logger.warning(
+                    "%s: of %s nothing is left on the grid of the CT, %s voxels of %s; give a finer spacing or a "
+                    "larger field of view if that matters",
+                    mask.meta.get("filename_or_obj", key),
+                    first_few([self.names(label) for label in lost]),
+                    " x ".join(map(str, items[key].shape[1:])),
+                    _mm(items[key].pixdim),
+                )
         return items
+
+
+def _labels_in(mask: MetaTensor) -> set[int]:
+    return set(torch.bincount(mask.as_tensor().flatten().int()).nonzero().flatten().tolist()) - {0}
 
 
 class RestoreGridd(MapTransform):
