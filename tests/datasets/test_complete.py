@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from monai.transforms import Spacing
 
+from maisi_tools.cli import main
 from maisi_tools.datasets.complete import complete_masks, twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import AIR_HU
@@ -63,6 +64,35 @@ def test_masks_that_are_there_are_not_made_again(cases, tmp_path):
     before = paths[1].read_bytes(), paths[1].stat().st_mtime_ns
     assert complete_masks(cases, out, tmp_path / "map.json") == paths
     assert (paths[1].read_bytes(), paths[1].stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"image": "ct.nii.gz", "label": "seg.nii.gz"}]',
+        *('{"training": []}', '["a.nii.gz"]', "no JSON", "3", '[{"image": "a.nii.gz", "region": [], "patient": "x"}]'),
+    ],
+)
+def test_the_users_own_list_of_cases_is_not_written_over(cases, tmp_path, content):
+    own = tmp_path / "out" / "cases.json"
+    own.parent.mkdir()
+    own.write_text(content)
+    with pytest.raises(InputError, match=r"cases\.json would be written over, and no `maisi complete_masks` wrote it"):
+        complete_masks(cases, own.parent, tmp_path / "map.json")
+    assert own.read_text() == content and [path.name for path in own.parent.iterdir()] == ["cases.json"]
+    own.unlink()
+    complete_masks([{**cases[1], "modality": "ct"}], own.parent, tmp_path / "map.json")
+    complete_masks(cases, own.parent, tmp_path / "map.json")  # over a list of ours
+    assert len(json.loads(own.read_text())) == 2
+
+
+def test_a_list_without_cases_is_refused_and_nothing_written(tmp_path, capsys):
+    (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": "a.nii.gz"}]}))
+    assert main(["complete_masks", str(tmp_path / "list.json"), str(tmp_path / "out")]) != 0
+    assert "list.json has no case under training or validation" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no case is given"):
+        complete_masks([], tmp_path / "out", "maisi")
+    assert not (tmp_path / "out").exists()
 
 
 def test_links_keep_the_names_that_they_have(cases, tmp_path):

@@ -285,6 +285,14 @@ def test_another_run_in_the_folder_is_told_of(run_dir, repo_root, tmp_path, capl
     assert "earlier run with model.pt ba7816bf" in caplog.text
 
 
+@pytest.mark.parametrize("content", ['{"settings": {"lr": 1}}', "[1]", "no JSON", '{"epochs": 3}'])
+def test_a_run_json_that_no_run_wrote_is_not_replaced(tmp_path, repo_root, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match=r"run\.json would be written over, and no run wrote it; allowed are names"):
+        record_run(tmp_path, repo_root / "bundles" / "maisi_vae", [], {"seed": 5})
+    assert (tmp_path / "run.json").read_text() == content
+
+
 def test_medians_are_judged_by_the_ranges_of_the_run(run_dir):
     """A contrast phase that the run allowed is not marked as implausible."""
 

@@ -41,6 +41,14 @@ def test_header_of_a_plain_and_of_a_sheared_grid(tmp_path):
     assert (int(sheared["qform_code"]), int(sheared["sform_code"])) == (0, 1)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64, np.int32, np.uint32, np.float64])
+def test_every_type_of_an_nrrd_can_be_written(tmp_path, kind):
+    """nibabel refuses 64-bit integers whose type it is not told: an edit of such a file died at its end."""
+    values = np.arange(8).reshape(2, 2, 2).astype(kind) * 2**20
+    stored = nib.load(write_volume(tmp_path / "a.nii.gz", values, np.eye(4), kind))
+    assert stored.get_data_dtype() == kind and np.array_equal(np.asarray(stored.dataobj), values)
+
+
 def test_integers_are_rounded_and_clipped(tmp_path):
     values = np.array([-1000.5, -999.6, 0.4, 1.5, 40000, -40000, 30.51, -0.2], dtype=np.float32).reshape(2, 2, 2)
     stored = np.asarray(nib.load(write_volume(tmp_path / "a.nii.gz", values, np.eye(4))).dataobj)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.bundles.settings import running
-from maisi_tools.files import RUN_RECORD, sha256, write_json
+from maisi_tools.errors import InputError
+from maisi_tools.files import RUN_RECORD, read_json, sha256, write_json
 from maisi_tools.volumes.inputs import short_names
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,14 @@ def record_run(
         The file: ``bundle``, ``version``, ``started`` (local time, ISO 8601), ``command``, ``settings``, ``weights``
         (file name, with as many folders as tell it from others, -> SHA-256), ``versions`` (package -> version) and
         ``machine``.
+
+    Raises:
+        InputError: there is a ``run.json`` that no run wrote.
     """
     path = Path(output_dir).expanduser() / RUN_RECORD
     if int(os.environ.get("RANK", 0)):  # as torchrun sets it
         return path
+    _check_ours(path)
     if not isinstance(settings, Mapping):
         workflow = running()
         if workflow is None:
@@ -69,6 +74,18 @@ def record_run(
     _warn_changed(path, record)
     write_json(path, record)
     return path
+
+
+def _check_ours(path: Path) -> None:
+    try:
+        ours = not path.exists() or read_json(path).keys() >= {"settings", "weights"}
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{path} would be written over, and no run wrote it; allowed are names that are free: give another "
+            "output_dir, or move the file away"
+        )
 
 
 def _warn_changed(path: Path, record: Mapping[str, Any]) -> None:

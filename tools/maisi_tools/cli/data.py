@@ -96,4 +96,9 @@ def complete_masks(
     items = [
         item for section in ("training", "validation") for item in read_datalist(str(datalist), section, required=False)
     ]
+    if not items:
+        raise InputError(
+            f"datalist {datalist} has no case under training or validation; make one with `maisi prepare`, or name the "
+            "section so"
+        )
     print(f"{output_dir}: {len(complete(items, str(output_dir), str(label_map), spacing, workers))} masks")

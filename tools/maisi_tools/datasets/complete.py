@@ -15,7 +15,7 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError
-from maisi_tools.files import canonical_json, write_json
+from maisi_tools.files import canonical_json, read_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.edits import twins
@@ -56,6 +56,8 @@ OWN = "own_labels"
 CASES = "cases.json"
 """The datalist of CTs, regions and modalities that ``maisi_vae``'s encode.json takes as its input."""
 
+_LISTED = {"image", "region", "modality"}  # what an entry of it has
+
 
 def complete_masks(
     items: Sequence[Mapping[str, Any]],
@@ -83,10 +85,14 @@ def complete_masks(
         workers: processes that work beside one another; what is written does not depend on it.
 
     Raises:
-        InputError: a file cannot be read, has no label or one that the map does not know, or lies on another grid than
-            its CT; two CTs of one stem; a spacing that is not three positive numbers.
+        InputError: no items; a file cannot be read, has no label or one that the map does not know, or lies on another
+            grid than its CT; two CTs of one stem; a spacing that is not three positive numbers; a :data:`CASES` in the
+            folder that no earlier run wrote.
     """
+    if not items:
+        raise InputError("no case is given; allowed is at least one CT: see what `maisi prepare` writes of a data set")
     folder = check_output_dir(output_dir)
+    _check_cases(folder / CASES)
     _regrid(spacing, "nearest")  # a bad one is refused before any work
     mapping = read_label_map(label_map)
     stems = [stem_of(item["image"]) for item in items]
@@ -141,6 +147,19 @@ def twins_of(mask: Any) -> dict[int, int]:
             "files, and let `maisi complete_masks` make them again"
         )
     return twins(LABEL_MAPS["maisi"]) | pairs
+
+
+def _check_cases(path: Path) -> None:
+    """Refuse to write over a list of cases that no earlier run wrote."""
+    try:
+        ours = not path.exists() or all({"image", "region"} <= case.keys() <= _LISTED for case in read_json(path))
+    except (OSError, ValueError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{path} would be written over, and no `maisi complete_masks` wrote it; allowed are names that are free: "
+            "give another output_dir, or move the file away"
+        )
 
 
 def _complete(

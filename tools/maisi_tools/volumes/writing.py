@@ -139,7 +139,7 @@ def _voxel_type(dtype: DTypeLike) -> np.dtype:
 
 def _nifti(array: np.ndarray, affine: ArrayLike) -> nib.Nifti1Image:
     affine = np.asarray(affine, dtype=float)
-    image = nib.Nifti1Image(array, affine)
+    image = nib.Nifti1Image(array, affine, dtype=array.dtype)  # nibabel asks for 64-bit integers to be named
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, SCANNER)
     # A sheared grid (gantry tilt) fits no quaternion: qform is then marked unknown, so that all programs use sform.
