@@ -118,7 +118,7 @@ def latents_to_encode(
     jobs: dict[str, dict[str, Any]] = {}
     for item in items:
         case = stem_of(item["image"])
-        own = modality_of(item, modality)
+        imaged = modality_of(item, modality)
         for view in seen:
             stem = f"{case}_{view['view']}" if view["view"] else case
             if stem in jobs:
@@ -128,7 +128,7 @@ def latents_to_encode(
                 )
             # An empty list does not survive MONAI's collation.
             region = {"region": list(checked_regions(item["region"]))} if item.get("region") else {}
-            jobs[stem] = {"image": str(item["image"]), "modality": own, **region, "case": case, "stem": stem, **view}
+            jobs[stem] = {"image": str(item["image"]), "modality": imaged, **region, "case": case, "stem": stem, **view}
     written = {path.resolve() for stem in jobs for path in _left_of(folder, stem)}
     if own := {stem for stem, job in jobs.items() if Path(job["image"]).resolve() in written}:
         logger.info("%s: passed over %d files that an earlier run left there", output_dir, len(own))
