@@ -76,6 +76,33 @@ def test_values_and_gradients_are_those_of_float64(channels, out, size, kernel, 
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5 * (1 + float(expected.abs().max())))
 
 
+STRIDED = {
+    "strided": lambda: torch.randn(12)[::2],
+    "column": lambda: torch.randn(6, 3)[:, 1],
+    "row of a transposed": lambda: torch.randn(6, 4).t()[2],
+    "expanded": lambda: torch.randn(1).expand(6),
+    "offset": lambda: torch.randn(12)[3:9],
+}
+"""Biases that are parts of other tensors: each but the last is not contiguous."""
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("bias", STRIDED)
+def test_a_bias_may_be_part_of_another_tensor(bias, wanted):
+    """oneDNN's own entry reads it as if it were contiguous."""
+    torch.manual_seed(0)
+    x, w, b = *arguments()[:2], STRIDED[bias]()
+    exact = [t.double().requires_grad_() for t in (x, w, b)]
+    single = [t.requires_grad_(wanted) for t in (x, w, b)]
+    y, expected = conv3d(*single, padding=1), functional.conv3d(*exact, padding=1)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4)
+    if wanted:
+        weights = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+        gradients = torch.autograd.grad((y * weights).sum(), single)
+        for got, right in zip(gradients, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5 * float(right.abs().max()))
+
+
 @needs_onednn
 def test_only_what_pytorch_runs_slowly_is_taken(by_onednn):
     x, w, b = arguments()

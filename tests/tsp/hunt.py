@@ -416,7 +416,7 @@ def convolution(p, v, w, n):
             lambda: functional.conv3d(input=v, weight=p.weight, bias=p.scale, padding=1, stride=2),
             lambda: functional.conv3d(v, p.wide, padding="same"),
             lambda: functional.conv_transpose3d(v, p.up, stride=2),
-            lambda: functional.conv3d(v, p.weight, p.scale, 1, 1),
+            lambda: functional.conv3d(v, p.weight, p.up[:, 0, 0, 0, 0], 1, 1),
             lambda: functional.linear(v, torch.ones(3, v.shape[-1])),
         ],
     )()

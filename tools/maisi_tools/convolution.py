@@ -83,7 +83,7 @@ def conv3d(
         elif groups == 1 and _all_float32(input, weight, bias) and _takes_slow_path(input, weight):
             if differentiated:
                 return _Convolution.apply(input, weight, bias, stride, padding, dilation)
-            return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, 1)
+            return _convolved(input, weight, bias, stride, padding, dilation)
         elif not _BFLOAT16 and input.dtype == weight.dtype == torch.bfloat16:
             return _in_float32(conv3d, input, weight, bias, stride, padding, dilation, groups)
     return functional.conv3d(input, weight, bias, stride, padding, dilation, groups)
@@ -169,6 +169,14 @@ def _three(value: int | Sequence[int]) -> list[int]:
     return values * 3 if len(values) == 1 else values
 
 
+def _convolved(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """``torch.mkldnn_convolution``, which reads a bias as if it were contiguous, be it a column or an expanded one."""
+    bias = None if bias is None else bias.contiguous()
+    return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, 1)
+
+
 class _Convolution(torch.autograd.Function):
     """``torch.mkldnn_convolution`` of float32, with oneDNN's gradients."""
 
@@ -184,7 +192,7 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.settings, ctx.bias_sizes = (stride, padding, dilation, 1), None if bias is None else list(bias.shape)
-        return torch.mkldnn_convolution(input, weight, bias, padding, stride, dilation, 1)
+        return _convolved(input, weight, bias, stride, padding, dilation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
