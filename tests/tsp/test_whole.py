@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import itertools
+import logging
+import queue
 import random
+import re
 import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,6 +400,130 @@ def test_a_network_that_remembers_is_called_once(how):
         if how == "list":
             assert network.seen == [1]
     torch.testing.assert_close(*results)
+
+
+class Plain:
+    """An object that is no module."""
+
+    total = 0
+
+    def __init__(self):
+        self.count, self.inner = 0, [SimpleNamespace(count=0)]
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+
+def _generator(start=1):
+    while True:
+        yield float(start)
+        start += 1
+
+
+def _add(owner, name="count"):
+    setattr(owner, name, getattr(owner, name) + 1)
+    return float(getattr(owner, name))
+
+
+def _add_in_place(array):
+    array += 1
+    return float(array[0])
+
+
+REMEMBERED = {
+    "an iterator": (lambda: itertools.count(1), lambda state: float(next(state))),
+    "an iterator of a list": (lambda: iter([2.0, 3.0, 5.0, 7.0]), next),
+    "a generator": (_generator, next),
+    "an array": (lambda: np.zeros(2), _add_in_place),
+    "an object": (Plain, _add),
+    "a namespace": (lambda: SimpleNamespace(count=0), _add),
+    "an object in a list of an object": (Plain, lambda state: _add(state.inner[0])),
+    "an object with slots": (Slotted, _add),
+    "a class": (lambda: type("Other", (Plain,), {"total": 0}), lambda state: _add(state, "total")),
+    "random numbers of torch": (lambda: torch.Generator().manual_seed(1), lambda g: float(torch.rand(1, generator=g))),
+    "random numbers of numpy": (lambda: np.random.default_rng(1), lambda state: state.random()),
+    "random numbers of Python": (lambda: random.Random(1), lambda state: state.random()),
+    "an attribute of a function": (lambda: _fresh_function(), lambda state: state()),
+    "a default": (lambda: _fresh_default(), lambda state: state()),
+    "a queue": (lambda: queue.SimpleQueue(), lambda state: [state.put(1), float(state.qsize())][1]),
+}
+"""Where a network may count its calls -> what makes that, and what counts on and returns a number."""
+
+
+def _fresh_function():
+    def count():
+        return _add(count)
+
+    count.count = 0
+    return count
+
+
+def _fresh_default():
+    def count(calls=[]):  # noqa: B006
+        calls.append(1)
+        return float(len(calls))
+
+    return count
+
+
+@pytest.mark.parametrize("where", REMEMBERED)
+def test_wherever_a_network_counts_its_calls_it_is_called_once(where):
+    made, count = REMEMBERED[where]
+    conv, volume = nn.Conv3d(1, 1, 3, padding=1).eval(), torch.randn(1, 1, 8, 8, 8)
+
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.state = conv, made()
+
+        def forward(self, x):
+            return self.conv(x) * count(self.state)
+
+    def closes_over(state):
+        return lambda x: conv(x) * count(state)
+
+    class Owner:
+        def __init__(self):
+            self.state = made()
+
+        def decode(self, x):
+            return conv(x) * count(self.state)
+
+    for network in (lambda: Remembers().eval(), lambda: closes_over(made()), lambda: Owner().decode):
+        for splits in (None, 2):
+            inferer, split, plain = TSPInferer(splits=splits), network(), network()
+            for _ in range(3):
+                torch.testing.assert_close(inferer(volume, split), plain(volume))
+            assert isinstance(inferer.report.plan, Plan)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        lambda: np.ones(3),
+        Plain,
+        lambda: SimpleNamespace(scale=[1.0, {"deep": (2, None)}]),
+        lambda: functional.silu,
+        lambda: functools.partial(torch.add, alpha=2),
+        lambda: logging.getLogger("a network's"),
+        lambda: [torch.float32, Path("weights"), torch.device("cpu"), re.compile("x"), nn.ReLU, slice],
+        TSPInferer,  # which has its own books
+    ],
+)
+def test_what_only_is_there_does_not_make_slabs(network, volume, state):
+    network.state, inferer = state(), TSPInferer()
+    inner = network.state if isinstance(network.state, TSPInferer) else lambda x, layer: layer(x)
+
+    def call(x):
+        return inner(x, network)
+
+    for function in (network, call):
+        torch.testing.assert_close(inferer(volume, function), network(volume))
+        assert isinstance(inferer.report.plan, Whole)
 
 
 def test_a_hook_sees_each_call_once():

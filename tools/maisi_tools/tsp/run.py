@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
-import random
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -20,11 +16,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
-from maisi_tools.tsp.nodes import Node, given, place_of, storage_of
+from maisi_tools.tsp.nodes import Node, given, storage_of
 from maisi_tools.tsp.plan import Plan, format_bytes, make_plan, order_of
 from maisi_tools.tsp.plans import Plans
 from maisi_tools.tsp.ranks import Ranks, Shard
 from maisi_tools.tsp.shadow import Memory, Shadow
+from maisi_tools.tsp.state import Bookkeeping, State, modules_of
 from maisi_tools.tsp.volume import Recorder, Volume
 from maisi_tools.tsp.whole import Whole, run_whole, whole_of
 
@@ -110,7 +107,8 @@ class Call:
         self.settings = settings
         self.dry = dry
         self.plans = plans or Plans()
-        for module in modules_of(network):
+        modules = modules_of(network)
+        for module in modules:
             if module.training:
                 raise TSPError(
                     f"{type(module).__name__} is in training mode; call its eval() before it is run in slabs"
@@ -144,7 +142,7 @@ class Call:
         self.attempts: list[str] = []
         self.plan: Plan | None = None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        tensors += [p for module in modules_of(network) for p in module.parameters()]
+        tensors += [p for module in modules for p in module.parameters()]
         self.base = _bytes(tensors, self.device) + LIBRARY_BYTES.get(self.kind, 0)
         self.half_copies = 0
         if self.dtype in (torch.float16, torch.bfloat16):
@@ -166,7 +164,7 @@ class Call:
         # What has no volume in it is computed right here, by layers whose weights are still in the network's own type.
         half = self.dtype in (torch.float16, torch.bfloat16)
         here = self.kind if self.kind == there else "cpu"
-        before = None if known else _State(network)
+        before = None if known else State(network)
         cast = torch.autocast(here, self.dtype, enabled=half) if self.dtype else contextlib.nullcontext()
         with cast, self.recorder.watch:
             self.result = network(*arguments, **keywords)
@@ -350,7 +348,7 @@ class Call:
 _UNKNOWN = "unknown"
 
 
-class Runner:
+class Runner(Bookkeeping):
     """Runs calls of networks, whole or in slabs, and keeps what it found out about them for the next ones.
 
     A network runs whole where nobody asks for slabs, memory allows it and its largest result is small
@@ -430,13 +428,14 @@ def _form_of(network: Callable[..., Any], args: Any, kwargs: Any) -> Hashable:
         else (type(leaf), leaf if isinstance(leaf, (int, float, str)) else None)
         for leaf in leaves
     ]
-    modules = [part for module in modules_of(network) for part in module.modules()]
+    outer = modules_of(network)
+    modules = [part for module in outer for part in module.modules()]
     function = getattr(network, "__func__", network)
     autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     return (
         id(getattr(function, "__code__", type(function))),
         tuple((id(module), module.training) for module in modules),
-        tuple((part.dtype, part.shape) for module in modules_of(network) for part in module.parameters()),
+        tuple((part.dtype, part.shape) for module in outer for part in module.parameters()),
         str(spec),
         tuple(described),
         torch.is_grad_enabled(),
@@ -459,67 +458,6 @@ def run_in_slabs(
         TSPError: the call cannot be split, or the memory limit cannot be met (:class:`MemoryLimitError`).
     """
     return Call(settings or Settings(), network, args, kwargs).run(tick)
-
-
-def modules_of(network: Callable[..., Any]) -> list[nn.Module]:
-    """The modules behind a callable: itself, what it is bound to, or what it closes over."""
-    if isinstance(network, nn.Module):
-        return [network]
-    inner = getattr(network, "func", None)  # of functools.partial
-    if inner is not None:
-        return modules_of(inner)
-    owner = getattr(network, "__self__", None)
-    cells = [cell.cell_contents for cell in getattr(network, "__closure__", None) or ()]
-    return [value for value in [owner, *cells] if isinstance(value, nn.Module)]
-
-
-class _State:
-    """What a network remembers in its modules, and what it draws from, to tell whether a call changed it."""
-
-    def __init__(self, network: Callable[..., Any]) -> None:
-        self._modules = [part for outer in modules_of(network) for part in outer.modules()]
-        # A hook may do anything with what it is shown, so it is shown each call once.
-        self._hooked = any(vars(part).get(name) for part in self._modules for name in _HOOKS)
-        self._kept = self._contents()
-        self._places = [(value, place_of(value)) for value in self._kept if isinstance(value, Tensor)]
-        self._drawn = random.getstate(), _numpy_state()
-
-    def changed(self) -> bool:
-        """Whether an attribute, or what is in its lists and dictionaries, is another object, or a tensor elsewhere."""
-        now = self._contents()
-        return (
-            self._hooked
-            or len(now) != len(self._kept)
-            or any(map(operator.is_not, now, self._kept))
-            or any(place_of(tensor) != place for tensor, place in self._places)
-        )
-
-    def drew(self) -> bool:
-        """Whether Python's or numpy's random numbers were drawn, by this thread or another."""
-        return self._drawn != (random.getstate(), _numpy_state())
-
-    def _contents(self) -> list[Any]:
-        """All attributes of the modules, and what lies in their lists and dictionaries, at any depth."""
-        found: list[Any] = []
-        open_: list[Any] = [vars(module) for module in self._modules]
-        seen = set(map(id, open_))
-        while open_:
-            container = open_.pop()
-            values = [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
-            found += values
-            for value in values:
-                if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in seen:
-                    seen.add(id(value))
-                    open_.append(value)
-        return found
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def _numpy_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return name, np.asarray(keys).tobytes(), *rest
 
 
 def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:
