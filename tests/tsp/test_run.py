@@ -68,7 +68,13 @@ def _no_grad():
         ({"splits": 1.5}, "splits is 1.5"),
         ({"axis": 3}, "axis is 3; give 0, 1 or 2"),
         ({"offload": "cloud"}, "offload is 'cloud'; allowed are auto, host, disk, none"),
-        ({"dtype": "float7"}, "dtype is 'float7'; give a torch type"),
+        ({"dtype": "float7"}, "dtype is 'float7'; allowed are float16, bfloat16, float32, float64, or None"),
+        *(({"dtype": name}, f"dtype is '{name}'; allowed are float16") for name in "int8 uint8 int32 bool".split()),
+        ({"dtype": "complex64"}, "dtype is 'complex64'; allowed"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; allowed"),
+        ({"dtype": "nn"}, "dtype is 'nn'; allowed"),
+        ({"dtype": torch.int64}, "dtype is torch.int64; allowed"),
+        ({"dtype": 16}, "dtype is 16; allowed"),
         ({"devices": "all"}, "devices is 'all'; give a list of devices, or 'ranks'"),
         ({"memory_limit": "much"}, "memory_limit is 'much'; give a size such as 12GiB"),
         ({"memory_limit": 0}, "memory_limit is 0"),
@@ -83,6 +89,14 @@ def test_settings_are_checked_at_the_door(setting, message):
 @pytest.mark.parametrize(("given", "splits"), [("", None), ("3", 3), (None, None), (2, 2)])
 def test_splits_of_a_form_are_text(given, splits):
     assert TSPInferer(splits=given).settings.splits == splits
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [("half", torch.float16), ("bfloat16", torch.bfloat16), (torch.float32, torch.float32), ("double", torch.float64)],
+)
+def test_types_by_name(given, dtype):
+    assert TSPInferer(dtype=given).settings.dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import MaisiConvolution, MaisiGroupNorm3D
+from monai.data import MetaTensor
 from torch import nn
 from torch.nn import functional
 
@@ -221,6 +223,37 @@ def test_half_precision_is_as_exact_as_the_network_in_it(network, batch):
     found = inferer(volume, network, timesteps)
     assert isinstance(inferer.report.plan, Whole) and found.dtype == torch.float32
     assert 1e-4 < (found - exact).abs().max() <= 2 * own
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What some networks return."""
+
+    first: torch.Tensor
+    others: list
+    name: str = "parts"
+
+
+@pytest.mark.parametrize("given", [{}, {"splits": 2}])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float64"])
+def test_tensors_in_a_dataclass_are_as_those_in_a_tuple(network, volume, dtype, given):
+    """Of the input's type, and with its metadata where it has some."""
+
+    def parted(x):
+        y = network(x)
+        return Parts(y, [{"inner": Parts(y * 2, [])}, y > 0]), y
+
+    for x in (volume, MetaTensor(volume, meta={"patient": "phantom"})):
+        parts, alone = TSPInferer(dtype=dtype, **given)(x, parted)
+        inner = parts.others[0]["inner"]
+        assert (parts.name, inner.name, inner.others) == ("parts", "parts", [])
+        for found in (parts.first, inner.first, alone):
+            assert type(found) is type(x) and found.dtype == torch.float32
+            assert not isinstance(x, MetaTensor) or found.meta["patient"] == "phantom"
+        assert parts.others[1].dtype == torch.bool and type(parts.others[1]) is type(x)
+        assert torch.equal(parts.first, alone) and torch.equal(inner.first, alone * 2)
+        tolerance = 0.1 if dtype in ("bfloat16", "float16") else 1e-5
+        torch.testing.assert_close(torch.as_tensor(alone), network(volume), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

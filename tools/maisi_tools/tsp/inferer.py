@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
+from maisi_tools.tsp.opened import mapped
 from maisi_tools.tsp.plan import Plan
 from maisi_tools.tsp.run import Report, Runner, Settings
 from maisi_tools.tsp.whole import Whole
@@ -37,7 +38,8 @@ class TSPInferer(Inferer):
             bytes; None is what the device has free.
         offload: where results go that do not fit: "host" memory, "disk" (a temporary file in ``TMPDIR``), "none", or
             "auto", which is the host for a GPU and the disk for a CPU.
-        dtype: type to compute in, as ``torch.bfloat16``; statistics stay float32. None keeps the network's.
+        dtype: float16, bfloat16, float32 or float64, by name or as ``torch.bfloat16``, to compute in; statistics stay
+            float32. None keeps the network's.
         devices: the slabs are dealt out to these devices; weights are copied there. None is the input's device.
         progress: show a progress bar.
 
@@ -91,7 +93,7 @@ class TSPInferer(Inferer):
             with plain_maisi_modules():
                 result = self.runner.run(network, plain_args, kwargs, tick)
         if isinstance(inputs, MetaTensor):
-            return tree_map(lambda leaf: _with_meta(leaf, inputs), result)
+            return mapped(lambda leaf: _with_meta(leaf, inputs), result)
         return result
 
     def plan(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Plan | Whole:

@@ -23,6 +23,9 @@ Need = Callable[[int, int, int], Rows | None]
 
 _serial = itertools.count()
 
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Dimensions of a tensor -> the layout with its channels last."""
+
 
 def same_rows(k: int, a: int, b: int) -> Rows:
     """The need of an operation that treats every row by itself."""
@@ -38,11 +41,24 @@ def channels_last(dtype: torch.dtype, ndim: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and ndim in (4, 5)
 
 
-def arranged(tensor: Tensor) -> Tensor:
-    """Return the tensor in the memory layout of its type."""
-    if not channels_last(tensor.dtype, tensor.ndim):
+def is_arranged(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor is of that type, and in the memory layout of it."""
+    if tensor.dtype != dtype:
+        return False
+    return not channels_last(dtype, tensor.ndim) or tensor.is_contiguous(memory_format=_LAYOUTS[tensor.ndim])
+
+
+def arranged(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the tensor, as ``dtype`` where given, in the memory layout of its type; one copy is made, or none."""
+    dtype = dtype or tensor.dtype
+    if is_arranged(tensor, dtype):
         return tensor
-    return tensor.contiguous(memory_format=torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d)
+    layout = _LAYOUTS[tensor.ndim] if channels_last(dtype, tensor.ndim) else torch.preserve_format
+    if tensor.dtype == dtype:
+        return tensor.contiguous(memory_format=layout)
+    if layout is not torch.preserve_format and tensor.is_contiguous(memory_format=layout):
+        return tensor.to(dtype)
+    return tensor.to(dtype, memory_format=layout)
 
 
 def _forgotten(slabs: list[Tensor], a: int, b: int, **_: Any) -> Any:
@@ -85,6 +101,10 @@ class Constants:
                 alias.set_(alias.clone())  # type: ignore[call-overload]
                 del self._held[key]
 
+    def held(self) -> list[Tensor]:
+        """Return the tensors that something recorded holds."""
+        return [alias for _, found in self._held.values() if (alias := found()) is not None]
+
     def get(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Return ``tensor`` on ``device`` and, where given, as ``dtype``."""
         dtype = dtype or tensor.dtype
@@ -92,7 +112,8 @@ class Constants:
             return tensor
         key = (id(tensor), device, dtype)
         if key not in self._copies:  # the original is kept too, so that its id stays its own
-            self._copies[key] = (tensor, arranged(tensor.detach().to(device, dtype)))
+            near = tensor.detach() if tensor.device == device else tensor.detach().to(device, dtype)
+            self._copies[key] = (tensor, arranged(near, dtype))
         return self._copies[key][1]
 
 

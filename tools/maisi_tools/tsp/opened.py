@@ -1,13 +1,18 @@
 """The arguments of an operation, opened into leaves and put together again.
 
 As :mod:`torch.utils._pytree` does for any structure, with less work, for what torch's operations take; slices
-are opened too. A network has thousands of operations, and each is opened.
+are opened too. A network has thousands of operations, and each is opened. What a network returns is opened by
+:func:`mapped`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
+
+from torch.utils._pytree import tree_map
 
 
 def opened(value: Any, leaves: list[Any]) -> Hashable:
@@ -40,3 +45,17 @@ def closed(form: Any, leaves: Iterator[Any]) -> Any:
     if names:
         return kind(zip(names[0], values, strict=True))
     return kind(*values) if kind is slice or hasattr(kind, "_make") else kind(values)
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return a network's result with every leaf replaced, as torch's ``tree_map``; dataclasses are opened, too."""
+
+    def replaced(leaf: Any) -> Any:
+        if not is_dataclass(leaf) or isinstance(leaf, type):
+            return function(leaf)
+        opened = copy.copy(leaf)
+        for part in fields(leaf):
+            object.__setattr__(opened, part.name, mapped(function, getattr(leaf, part.name)))
+        return opened
+
+    return tree_map(replaced, value)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from maisi_tools.tsp.errors import TSPError
 from maisi_tools.tsp.execute import Execution, Tick
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
-from maisi_tools.tsp.nodes import Node, given, storage_of
+from maisi_tools.tsp.nodes import Node, given, is_arranged, place_of, storage_of
+from maisi_tools.tsp.opened import mapped
 from maisi_tools.tsp.plan import Plan, format_bytes, make_plan, order_of
 from maisi_tools.tsp.plans import Plans
 from maisi_tools.tsp.ranks import Ranks, Shard
@@ -26,6 +26,8 @@ from maisi_tools.tsp.volume import Recorder, Volume
 from maisi_tools.tsp.whole import Whole, run_whole, whole_of
 
 OFFLOADS = ("auto", "host", "disk", "none")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 LIBRARY_BYTES = {"cpu": 48 * 2**20}
 """What the convolution library keeps beside the slabs: up to 42 MB were measured on two cores (benchmarks)."""
@@ -51,11 +53,11 @@ class Settings:
             raise TSPError(f"axis is {self.axis!r}; give 0, 1 or 2 (x, y, z), or None for the longest")
         if self.offload not in OFFLOADS:
             raise TSPError(f"offload is {self.offload!r}; allowed are {', '.join(OFFLOADS)}")
-        if isinstance(self.dtype, str):
-            named = getattr(torch, self.dtype, None)
-            if not isinstance(named, torch.dtype):
-                raise TSPError(f"dtype is {self.dtype!r}; give a torch type, such as bfloat16")
-            self.dtype = named
+        named = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if named is None and self.dtype is not None or named not in (None, *DTYPES):
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TSPError(f"dtype is {self.dtype!r}; allowed are {allowed}, or None for the network's own")
+        self.dtype = named
         if isinstance(self.devices, str) and self.devices != "ranks":
             raise TSPError(f"devices is {self.devices!r}; give a list of devices, or 'ranks'")
         parse_bytes(self.memory_limit)
@@ -142,13 +144,8 @@ class Call:
         self.attempts: list[str] = []
         self.plan: Plan | None = None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        tensors += [p for module in modules for p in module.parameters()]
-        self.base = _bytes(tensors, self.device) + LIBRARY_BYTES.get(self.kind, 0)
-        self.half_copies = 0
-        if self.dtype in (torch.float16, torch.bfloat16):
-            # Autocast keeps copies of the weights; those of the volumes are made before the call.
-            others = {id(t): t for t in tensors if t.is_floating_point() and t.dtype != self.dtype}
-            self.half_copies = sum(2 * tensor.numel() for tensor in others.values())
+        tensors += [part for module in modules for part in (*module.parameters(), *module.buffers())]
+        self._weigh(tensors)
         self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
         self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
@@ -179,9 +176,17 @@ class Call:
                 self.outputs.append(node)
                 reached.update(order_of([node]))
         self.recorder.close()
+        self._weigh([*tensors, *self.recorder.constants.held()])
         watch = self.recorder.watch
         self.drew = before is not None and before.drew()
         self.touched = before is None or watch.drew or watch.left_a_trace() or self.drew or before.changed()
+
+    def _weigh(self, tensors: Sequence[Tensor]) -> None:
+        """Note what tensors take on the device, and their copies in the type that is computed in and its layout."""
+        there = {place_of(tensor): tensor for tensor in tensors if tensor.device == self.device}.values()
+        self.base = _bytes(there) + LIBRARY_BYTES.get(self.kind, 0)
+        types = [(t, self.dtype or t.dtype) for t in there if t.is_floating_point() and t.layout == torch.strided]
+        self.copies = sum(t.numel() * dtype.itemsize for t, dtype in types if not is_arranged(t, dtype))
 
     def _shadow(self, leaf: Tensor | _Elsewhere) -> Shadow:
         shadows = self.recorder.shadows
@@ -191,18 +196,13 @@ class Call:
         return shadows.empty(leaf.shape, self.recorder.kept(leaf.dtype, leaf.dtype))
 
     def _mapped(self, function: Callable[[Any], Any], value: Any) -> Any:
-        """The network's result with every leaf replaced; dataclasses are opened.
+        """The network's result with every leaf replaced.
 
         Raises:
             TSPError: handles are where they cannot be replaced.
         """
 
         def replaced(leaf: Any) -> Any:
-            if is_dataclass(leaf) and not isinstance(leaf, type):
-                opened = copy.copy(leaf)
-                for part in fields(leaf):
-                    object.__setattr__(opened, part.name, self._mapped(function, getattr(leaf, part.name)))
-                return opened
             inside = list(leaf) if isinstance(leaf, (set, frozenset)) else list(getattr(leaf, "__dict__", {}).values())
             if isinstance(leaf, Iterator) or any(isinstance(part, Volume) for part in tree_leaves(inside)):
                 if not isinstance(leaf, (Tensor, nn.Module)):
@@ -212,7 +212,7 @@ class Call:
                     )
             return function(leaf)
 
-        return tree_map(replaced, value)
+        return mapped(replaced, value)
 
     def _source(self, leaf: Tensor | _Elsewhere, axis: int) -> Node:
         if isinstance(leaf, Tensor):
@@ -242,7 +242,7 @@ class Call:
         if self.settings.dtype in (torch.float16, torch.bfloat16):
             if self.kind == "cpu":  # where autocast has norms and softmax in float32, and bfloat16 may be none
                 held *= 2
-            held += self.half_copies
+            held += self.copies
         return whole_of(self.outputs, self.base, held, self.device, self.kind, self.settings.dtype, self.result_dtype)
 
     def run(self, tick: Tick | None = None) -> Any:
@@ -293,7 +293,14 @@ class Call:
     def _key(self) -> Hashable:
         """What a plan depends on beside the nodes and the limit."""
         ranks = None if self.ranks is None else (self.ranks.rank, self.ranks.count)
-        return self.kind, self.base, self.settings.splits, self.settings.offload, ranks, tuple(self.devices)
+        return (
+            self.kind,
+            self.base + self.copies,
+            self.settings.splits,
+            self.settings.offload,
+            ranks,
+            tuple(self.devices),
+        )
 
     def _execute(self, nodes: Sequence[Node]) -> list[Any]:
         """Compute nodes that the network asks the values of while it is recorded."""
@@ -330,7 +337,7 @@ class Call:
         return make_plan(
             nodes,
             self.kind,
-            self.base,
+            self.base + self.copies,
             limit=limit,
             offload=self.settings.offload,
             rank=rank,
@@ -460,8 +467,11 @@ def run_in_slabs(
     return Call(settings or Settings(), network, args, kwargs).run(tick)
 
 
-def _bytes(tensors: Sequence[Tensor], device: torch.device) -> int:
-    sizes = {t.untyped_storage()._cdata: t.nbytes for t in tensors if t.device == device}  # shared ones count once
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    sizes: dict[int, int] = {}  # shared memory counts once
+    for tensor in tensors:
+        if tensor.layout == torch.strided:
+            sizes[storage_of(tensor)] = max(sizes.get(storage_of(tensor), 0), tensor.nbytes)
     return sum(sizes.values())
 
 

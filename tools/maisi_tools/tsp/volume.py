@@ -239,9 +239,7 @@ class Recorder:
 
     def source(self, tensor: Tensor, axis: int | None) -> Node:
         """Return the node of a plain tensor: of that itself, so that it is copied where it is written into later."""
-        if self.dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(self.dtype)
-        return source(arranged(tensor), axis)
+        return source(arranged(tensor, self.dtype if tensor.is_floating_point() else None), axis)
 
     def constant(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
         """Return a plain tensor on ``device``, as ``dtype`` or else in the type computed in."""

@@ -23,6 +23,7 @@ from maisi_tools.tsp.heap import lean_heap
 from maisi_tools.tsp.memory import free_bytes, parse_bytes
 from maisi_tools.tsp.moments import alike, moments, statistics_type
 from maisi_tools.tsp.nodes import Node, arranged
+from maisi_tools.tsp.opened import mapped
 from maisi_tools.tsp.plan import format_bytes, order_of, size_of
 
 WHOLE_BYTES = {"cpu": 128 * 2**20}
@@ -103,7 +104,7 @@ def run_whole(whole: Whole, network: Callable[..., Any], args: Any, kwargs: Any,
         result = network(*args, **kwargs)
     if half is None:
         return result
-    return tree_map(
+    return mapped(
         lambda leaf: leaf.to(whole.result_dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
         result,
     )
@@ -116,7 +117,7 @@ def _volumes_as(dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.ndim != first.ndim or not leaf.is_floating_point():
             return leaf
-        return arranged(leaf.to(dtype))
+        return arranged(leaf, dtype)
 
     return tree_map(cast, (args, kwargs))
 
