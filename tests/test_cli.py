@@ -421,6 +421,16 @@ def test_plan_prints_what_each_network_would_need(capsys, repo_root):
         (["--output_size=128,128,64", "--memory_limit=0"], "memory_limit is 0; give a size such as 12GiB"),
         (["--output_size=64,64,64", "--overlay=full_mask.json"], "full_mask.json changes asked, "),
         (["--output_size=64,64,64", "--overlay=mask_inference.json"], "is a config of the mask generator"),
+        (
+            ["--output_size=64,64,64", "--overlay=train.json"],
+            "train.json is a config by itself, which goes over no other",
+        ),
+        (["--output_size=128,128,64", "--overlay=encode.json"], "encode.json is a config by itself"),
+        (["--output_size=128,128,64", "--overlay=full.json,decode.json"], "decode.json is a config by itself"),
+        (
+            ["--output_size=128,128,64", "--overlay=multi_gpu_inference.json"],
+            "multi_gpu_inference.json spreads a volume",
+        ),
         (["--output_size=64,64,64", "--overlay=full_rflow.json,x.json"], "configs/x.json does not exist"),
         (["--output_size=64,64,64", "--overlay=x.json"], "are: full_ddpm.json, full_rflow.json, full_rflow_mr"),
     ],

@@ -46,12 +46,13 @@ def footprints(
     Args:
         configs: the bundle's inference.json, and overlays such as full_rflow.json.
         output_size: voxels of the CT.
-        splits, memory_limit: as in :class:`~maisi_tools.tsp.inferer.TSPInferer`; None for the limit plans without one.
+        splits, memory_limit: in place of the config's own (:class:`~maisi_tools.tsp.inferer.TSPInferer`); where neither
+            has a limit, it plans without one.
         device: "cpu" or "cuda", for which to plan; it need not be there.
 
     Raises:
-        InputError: the size is not legal for the bundle's networks; an overlay of another config, or the mask
-            generator's.
+        InputError: the size is not legal for the bundle's networks; an overlay of another config, the mask
+            generator's, or one for several processes.
         TSPError: splits that are no whole number, or a limit that is no size.
     """
     _check_overlays(configs)
@@ -59,11 +60,15 @@ def footprints(
     with torch.device("meta"):
         multiple = parser.get_parsed_content("size_multiple" if "size_multiple" in parser.get() else "factor")
     size = check_output_size(output_size, int(multiple))
+    own = parser.get_parsed_content("tsp").settings
+    limit = own.memory_limit if memory_limit is None else memory_limit
     inferer = TSPInferer(
-        splits,
-        memory_limit=UNLIMITED if memory_limit is None else memory_limit,
-        dtype=parser.get_parsed_content("tsp").settings.dtype,
-        devices=[device],
+        own.splits if splits is None else splits,
+        own.axis,
+        UNLIMITED if limit is None else limit,
+        own.offload,
+        own.dtype,
+        [device] * len(own.devices or [device]),
     )
     found = []
     for stage, network, inputs in _stages(parser, size, device):
@@ -80,17 +85,28 @@ def _check_overlays(configs: Sequence[str | Path]) -> None:
     base, known = Path(configs[0]).name, set[str]()
     for path in configs:
         content = ConfigParser.load_config_file(str(path))
-        known |= {key for key in content if not re.search("#|::", key)}
-        if absent := sorted({re.split("#|::", key)[0] for key in content} - known):
+        keys = {key.removeprefix("+") for key in content}
+        known |= {key for key in keys if not re.search("#|::", key)}
+        if absent := sorted({re.split("#|::", key)[0] for key in keys} - known):
             raise InputError(
                 f"{Path(path).name} changes {', '.join(absent)}, which {base} does not have; allowed are overlays of "
                 f"{base}, such as full_rflow.json"
             )
-    if "organs" in known:
-        raise InputError(
-            f"{Path(configs[-1]).name} is a config of the mask generator, whose masks have one size with its weights; "
-            f"allowed are {base} and its overlays: leave it out"
-        )
+        if content.get("tsp#devices") == "ranks":
+            raise InputError(
+                f"{Path(path).name} spreads a volume over the processes that torchrun starts, and a plan is of one; "
+                f"allowed are {base} and its overlays for one process: leave it out, each of N computes 1/N of the rows"
+            )
+        if "organs" in content:
+            raise InputError(
+                f"{Path(path).name} is a config of the mask generator, whose masks have one size with its weights; "
+                f"allowed are {base} and its overlays: leave it out"
+            )
+        if "bundle_root" in content and path != configs[0]:
+            raise InputError(
+                f"{Path(path).name} is a config by itself, which goes over no other; allowed are overlays of {base}, "
+                "such as full_rflow.json: leave it out"
+            )
 
 
 def _stages(
