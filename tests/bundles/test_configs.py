@@ -13,6 +13,7 @@ import config_lines
 from maisi_tools.diffusion.conditions import check_conditions
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import display_name
+from maisi_tools.settings import is_expression
 from maisi_tools.tsp.inferer import TSPInferer
 from maisi_tools.volumes.inputs import OURS
 from maisi_tools.volumes.latents import SIDECAR
@@ -62,6 +63,65 @@ def test_hu_ranges_of_the_small_weights_are_of_what_they_know_and_the_vocabulary
     assert added.keys() == typical.keys()
     assert all(low < typical[label] < high for label, (low, high) in added.items())
     assert {display_name(label) for label in added} == config["hu_ranges"].keys()
+
+
+OF_THE_WEIGHTS = {
+    "maisi_vae": {"ckpt_path", "network_def"},
+    "maisi_ldm": {
+        *("ckpt_path", "network_def", "autoencoder_ckpt_path", "autoencoder_def", "cascade", "condition_scale"),
+        *("guided_conditions", "last_step", "presets", "output_size", "spacing", "region", "spacing_range"),
+        *("smallest_field_of_view", "trained_regions", "trained_modalities"),
+    },
+    "maisi_controlnet": {
+        *("ckpt_path", "network_def", "autoencoder_ckpt_path", "autoencoder_def", "weights", "unet_file", "network"),
+        *("condition_scale", "guided_conditions", "guidance_interval", "guidance_parallel", "last_step", "hu_ranges"),
+        *("keep_labels", "merge_labels", "presets", "spacing_range", "smallest_field_of_view", "trained_modalities"),
+    },
+}
+"""What in an inference.json stands for the weights that it names."""
+
+OF_ANY_WEIGHTS = {
+    *(
+        "bundle_root",
+        "dataset_dir",
+        "displayable_configs",
+        "input",
+        "output_dir",
+        "label_map",
+        "placeholders",
+        "preset",
+    ),
+    *("output_labels", "output_size", "spacing", "region", "modality", "memory_limit", "dtype"),
+    *("output_dtype", "save_latents", "progress", "min_dice", "start", "door", "recorded"),
+    *("weights", "guidance_interval", "coarse_size", "drawn"),
+}
+"""Plain values that stand for none, or that overlays without a cascade leave unread."""
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_an_overlay_of_other_weights_resets_what_stands_for_the_small_ones(bundles, bundle):
+    """Every plain value of inference.json is of its weights or of any, so that a new one is thought about."""
+    folder = bundles / bundle / "configs"
+    base = json.loads((folder / "inference.json").read_text())
+    plain = {key for key, value in base.items() if not is_expression(value) and "_target_" not in str(value)}
+    assert plain - {"imports", "initialize", "run"} <= OF_THE_WEIGHTS[bundle] | OF_ANY_WEIGHTS
+    assert OF_THE_WEIGHTS[bundle] <= base.keys() | {"network"}
+    seen = 0
+    for path in sorted(folder.glob("full*.json")):
+        overlay = json.loads(path.read_text())
+        if "bundle_root" in overlay or "mask" in path.stem or "ckpt_path" not in overlay:
+            continue
+        reset = {key.split("#")[0] for key in overlay}
+        assert OF_THE_WEIGHTS[bundle] - reset == set(), path.name
+        assert overlay.get("hu_ranges", {}) == {}
+        seen += 1
+    assert seen == {"maisi_vae": 1, "maisi_ldm": 4, "maisi_controlnet": 2}[bundle]
+
+
+@pytest.mark.parametrize("overlay", ["full_rflow.json", "full_ddpm.json"])
+def test_released_weights_are_checked_by_the_vocabularys_ranges(bundles, overlay):
+    config = parser_of(bundles, "maisi_controlnet", "inference.json", overlay).get()
+    assert hu_ranges(config["hu_ranges"]) == hu_ranges()
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

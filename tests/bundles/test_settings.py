@@ -269,6 +269,28 @@ def test_without_torchrun_a_multi_gpu_config_says_how_it_is_started(repo_root, m
     assert "torchrun" in str(find_input_error(raised.value))
 
 
+@pytest.mark.parametrize("bundle", ["maisi_vae", "maisi_ldm", "maisi_controlnet"])
+def test_a_config_for_several_processes_goes_over_those_that_join_them(repo_root, bundle):
+    """Each config by itself that refers to no start is refused with it, and begins with it where it is taken."""
+    folder, taken = repo_root / "bundles" / bundle / "configs", set()
+    files = [ConfigParser.load_config_file(file) for file in folder.glob("*.json")]
+    for base in sorted(folder.glob("*.json")):
+        own = ConfigParser.load_config_file(base)
+        if "bundle_root" not in own:
+            continue
+        overlay = "multi_gpu_train.json" if base.stem == "train" else "multi_gpu_inference.json"
+        merged = ConfigParser.load_config_files([base, folder / overlay])
+        if "@start" in own["initialize"]:
+            check_keys(merged, files)
+            taken.add(base.name)
+            assert own["initialize"][0] == "@start" and own["start"] is None
+        else:
+            with pytest.raises(InputError, match="start, by which a multi_gpu config joins its processes, is nothing"):
+                check_keys(merged, files)
+            check_keys({**merged, "start": None}, files)
+    assert taken == {"inference.json", "train.json"} | ({"decode.json"} if bundle == "maisi_vae" else set())
+
+
 def test_devices_that_are_not_there_are_refused():
     assert check_device("cpu") == torch.device("cpu") == check_device(torch.device("cpu"))
     for wrong in ("cuda:99", "gpu", "cuda:x", 3.5):

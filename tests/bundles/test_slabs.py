@@ -86,3 +86,15 @@ def test_two_ranks_write_the_volume_of_one_process(run_on_two_ranks, run_bundle,
     for name in names:
         if name.endswith(".nii.gz"):
             assert np.abs(voxels(tmp_path / "one" / name) - voxels(tmp_path / "two" / name)).max() <= 1
+
+
+def test_two_ranks_decode_what_one_process_does(run_on_two_ranks, run_bundle, ct_file, tmp_path):
+    run_bundle("maisi_vae", "encode.json", input=str(ct_file), output_dir=str(tmp_path / "latents"))
+    latent = tmp_path / "latents" / "head_ct_latent.nii.gz"
+    run_bundle("maisi_vae", "decode.json", input=str(latent), output_dir=str(tmp_path / "one"))
+    configs = ["decode.json", "multi_gpu_inference.json"]
+    run_on_two_ranks("maisi_vae", configs, input=latent, output_dir=tmp_path / "two")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and "head_ct_latent_ct.nii.gz" in names
+    one, two = (voxels(tmp_path / name / "head_ct_latent_ct.nii.gz") for name in ("one", "two"))
+    assert one.std() > 100 and np.abs(one - two).max() <= 1

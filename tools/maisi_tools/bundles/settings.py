@@ -89,9 +89,14 @@ def check_keys(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]] = (
         ids: of what MONAI runs, where these are others than "initialize", "run" and "finalize".
 
     Raises:
-        InputError: with the nearest key that the config has.
+        InputError: with the nearest key that the config has; or an overlay for several processes over a config for one.
     """
     referred = set(_references(config))
+    if config.get("start") is not None and "start" not in referred:
+        raise InputError(
+            "start, by which a multi_gpu config joins its processes, is nothing that this config begins with; allowed "
+            "are configs that do, as inference.json and train.json: leave the multi_gpu config out"
+        )
     shown = config.get(DISPLAYABLE) or {}
     inner = {key.removeprefix(f"{DISPLAYABLE}::") for key in referred if key.startswith(f"{DISPLAYABLE}::")}
     if missing := sorted(inner.difference(shown)):
