@@ -204,6 +204,40 @@ def test_copies_in_another_type_or_layout_count(width, out, kernel, size, given,
             TSPInferer(splits=8, dtype=computed, memory_limit=plan.base - 1).plan(volume, network)
 
 
+UNRULED = {
+    "power average": nn.LPPool3d(2, 1).eval(),
+    "gated": nn.GLU(1).eval(),
+    "local response": nn.LocalResponseNorm(5).eval(),
+    "several results": lambda x: torch.median(x, 1)[0] + x.sort(1)[0],
+    "differences": lambda x: torch.diff(x, n=3, dim=2),
+    "by hand": lambda x: nn.functional.pairwise_distance(x.transpose(1, 4) + 1, x.transpose(1, 4)),
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"splits": 4}])
+@pytest.mark.parametrize("name", UNRULED)
+def test_what_an_operation_without_a_rule_takes_on_the_way_counts(name, given):
+    """Many of torch's functions call others, whose results are there for a moment."""
+    volume = torch.randn(1, 16, 32, 24, 24)
+    with torch.no_grad():
+        inferer = TSPInferer(**given)
+        plan = inferer.plan(volume, UNRULED[name])
+        inferer(volume, UNRULED[name])
+        most = allocated_at_most(lambda: inferer(volume, UNRULED[name]))
+    room = plan.peak - volume.nbytes - LIBRARY_BYTES["cpu"]
+    assert 0.45 * room <= most <= 1.02 * room
+
+
+def test_what_is_on_the_way_by_hand():
+    """Local response: sums of squares, these times alpha or its power, and these plus k are there at once."""
+    volume = torch.randn(1, 4, 8, 8, 8)
+    for layer, held in ((nn.LocalResponseNorm(3), 3), (nn.ReLU(), 1)):
+        whole = TSPInferer().plan(volume, layer.eval())
+        assert whole.peak - whole.base == held * volume.nbytes
+    slabs = TSPInferer(splits=1).plan(volume, nn.LocalResponseNorm(3).eval())
+    assert slabs.peak - slabs.base == (1 + 3) * volume.nbytes  # the output as well, into which the result is copied
+
+
 class Holder:
     """Layers in an object that is no module, for a method of it."""
 

@@ -152,6 +152,7 @@ class Node:
             keyword ``moments``.
         channel_concat: the inputs are joined along dimension 1, so that moments join, too.
         ruled: False for an operation without a rule, which ran on the gathered tensor.
+        room: bytes that computing it takes on the way, beside inputs and result, where ``cost`` does not say.
         key: what tells ``need`` from another one that is the same at both ends and in the middle.
     """
 
@@ -167,6 +168,7 @@ class Node:
         "moments_of",
         "name",
         "need",
+        "room",
         "ruled",
         "serial",
         "shape",
@@ -187,6 +189,7 @@ class Node:
         moments_of: Node | None = None,
         channel_concat: bool = False,
         ruled: bool = True,
+        room: int = 0,
         value: Tensor | None = None,
         key: Hashable = None,
     ) -> None:
@@ -203,6 +206,7 @@ class Node:
         self.moments_of = moments_of
         self.channel_concat = channel_concat
         self.ruled = ruled
+        self.room = room
         self.value = value
         self.key = key
 
@@ -269,6 +273,7 @@ def gathered(
     shapes: Sequence[torch.Size],
     dtypes: Sequence[torch.dtype],
     compute: Callable[..., Any],
+    room: int = 0,
 ) -> list[Node]:
     """Return the results of an operation that takes all rows of its inputs at once: one whole for each shape."""
     inputs = tuple(inputs)
@@ -277,9 +282,9 @@ def gathered(
         return None if inputs[k].axis is None else (0, inputs[k].rows)
 
     if len(shapes) == 1:
-        return [Node(name, inputs, shapes[0], dtypes[0], None, compute, need, ruled=False)]
+        return [Node(name, inputs, shapes[0], dtypes[0], None, compute, need, ruled=False, room=room)]
     size = sum(shape.numel() for shape in shapes)
-    together = Node(name, inputs, (size,), dtypes[0], None, compute, need, ruled=False)
+    together = Node(name, inputs, (size,), dtypes[0], None, compute, need, ruled=False, room=room)
 
     def none(k: int, a: int, b: int) -> None:
         return None
@@ -288,7 +293,7 @@ def gathered(
         return lambda slabs, a, b: slabs[0][place]
 
     return [
-        Node(f"{name}[{i}]", (together,), shape, dtype, None, result(i), none)
+        Node(f"{name}[{i}]", (together,), shape, dtype, None, result(i), none, ruled=False)
         for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
     ]
 

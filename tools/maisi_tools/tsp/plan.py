@@ -525,7 +525,7 @@ class _Probe:
             held += self.visit(given, *(rows or (0, 1)), base + held)
         size = (b - a) * node.row_bytes
         # Convolution libraries copy both sides into a layout of their own.
-        work = held + size if node.cost else 0
+        work = node.room + (held + size if node.cost else 0)
         self.top = max(self.top, self._held + base + held + size + work)
         self.widest = max(self.widest, size, held // max(len(node.inputs), 1))
         self.flop += (b - a) * node.row_flop

@@ -98,6 +98,7 @@ def _form(order: Sequence[Node], outputs: Sequence[Node]) -> Hashable:
                 if there
                 else (
                     node.cost,
+                    node.room,
                     node.elementwise,
                     node.channel_concat,
                     node.key,

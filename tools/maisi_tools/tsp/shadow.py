@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,35 @@ class Watch(TorchDispatchMode):
             self._foreign = True
 
 
+class _Rehearsal(Watch):
+    """Sees what an operation would allocate, too, while it runs on fakes.
+
+    Args:
+        given: storages of its arguments.
+
+    Attributes:
+        most: bytes that there are at once, at most, of what it makes.
+    """
+
+    def __init__(self, written: Callable[[Tensor], None], given: Collection[torch.UntypedStorage]) -> None:
+        super().__init__(written)
+        self.most = 0
+        self._given = {memory._cdata for memory in given}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for part in leaves_of(result):
+            if isinstance(part, Tensor) and part.layout == torch.strided and storage_of(part) not in self._given:
+                memory = part.untyped_storage()
+                self._made[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._made.values()))
+        return result
+
+
 _WRITES: dict[Any, list[tuple[int, str]]] = {}
 
 
@@ -205,6 +234,7 @@ class Seen:
         written: places of the arguments whose memory it writes into.
         reshaped: it changes an argument's shape in place.
         drew: it draws random numbers.
+        room: bytes that it takes on the way, beside its results.
         failed: it cannot run on fakes: it needs values, or torch refuses it.
     """
 
@@ -214,6 +244,7 @@ class Seen:
     written: set[int] = field(default_factory=set)
     reshaped: bool = False
     drew: bool = False
+    room: int = 0
     failed: bool = False
 
 
@@ -321,13 +352,13 @@ class Shadows:
     def _run(self, func: Callable[..., Any], name: str, leaves: Sequence[Any], form: Hashable) -> Seen:
         seen, quiet = Seen(), _LOG.disabled
         written: set[int] = set()
-        watch = Watch(lambda tensor: written.add(storage_of(tensor)))
         own = torch.autocast(self.device.type, enabled=False) if self.dtype else contextlib.nullcontext()
         storages: dict[Memory, torch.UntypedStorage] = {}
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False), torch.no_grad(), own:
             mode = self._mode
             fakes = {i: _fake(mode, leaf, storages) for i, leaf in enumerate(leaves) if isinstance(leaf, Shadow)}
             args, kwargs = closed(form, iter([fakes.get(i, leaf) for i, leaf in enumerate(leaves)]))
+            watch = _Rehearsal(lambda tensor: written.add(storage_of(tensor)), storages.values())
             try:
                 _LOG.disabled = True  # it would print the trace of what is tried again on values
                 with mode, watch:
@@ -364,6 +395,8 @@ class Shadows:
                 stride = torch.empty(part.shape, device="meta", memory_format=layout).stride()
                 like = Shadow(part.shape, stride, 0, part.dtype, part.device, _NOWHERE)
             seen.parts.append(_Part(identities.get(id(part)), memory, like))
+        made = {part.memory: part.like.nbytes for part in seen.parts if part.memory[0] == "new"}
+        seen.room = max(0, watch.most - sum(made.values()))
         return seen
 
 

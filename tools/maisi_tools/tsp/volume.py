@@ -352,7 +352,7 @@ class Recorder:
         inputs = [shadow for shadow in shadows if isinstance(shadow, Shadow)]
         given = [leaf.node for leaf in held if isinstance(leaf, Volume)]
         args, kwargs = closed(form, iter([self._stand_in(leaf) for leaf in held]))
-        nodes = self._nodes(func, name, args, kwargs, given, inputs, expected, seen.drew)
+        nodes = self._nodes(func, name, args, kwargs, given, inputs, expected, seen)
         if nodes is None:
             return self.now(*call)
         handles = [
@@ -365,7 +365,8 @@ class Recorder:
         # A convolution library copies both sides into a layout of its own.
         computed = [leaf.shadow for leaf in held if isinstance(leaf, Volume) and leaf.node.value is None]
         costly = any(node.cost for node in nodes)
-        self.holdings.passing(sum(shadow.nbytes for shadow in (*computed, *expected)) if costly else 0)
+        copied = sum(shadow.nbytes for shadow in (*computed, *expected)) if costly else 0
+        self.holdings.passing(copied if all(node.ruled for node in nodes) else seen.room)
         return closed(seen.form, iter(handles))
 
     def _held(self, value: Any) -> Any:
@@ -468,7 +469,7 @@ class Recorder:
         given: list[Node],
         inputs: list[Shadow],
         expected: list[Shadow],
-        drew: bool,
+        seen: Seen,
     ) -> list[Node] | None:
         """The nodes of an operation's results: its rule's, if they are what torch would return.
 
@@ -491,9 +492,9 @@ class Recorder:
                 made = None  # a spelling of the arguments that the rule does not know
         nodes = [made] if isinstance(made, Node) else list(made or ())
         if [(node.shape, node.dtype) for node in nodes] != [(shadow.shape, shadow.dtype) for shadow in expected]:
-            if drew:
+            if seen.drew:
                 return None
-            nodes = self._opaque(func, name, args, kwargs, expected)
+            nodes = self._opaque(func, name, args, kwargs, expected, seen.room)
         odd = self.dtype is None and self._odd({shadow.dtype for shadow in inputs})
         for node, shadow in zip(nodes, expected, strict=True):
             if node not in given:
@@ -528,8 +529,9 @@ class Recorder:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         expected: list[Shadow],
+        room: int,
     ) -> list[Node]:
-        """The nodes of an operation that needs all of its inputs at once."""
+        """The nodes of an operation that needs all of its inputs at once, and so much room on the way."""
         if name in ("view", "view_as") and not any(isinstance(arg, torch.dtype) for arg in args):
             func = Tensor.reshape if name == "view" else Tensor.reshape_as  # a computed slab may have other strides
         leaves: list[Any] = []
@@ -559,6 +561,7 @@ class Recorder:
             [shadow.shape for shadow in expected],
             [shadow.dtype for shadow in expected],
             compute,
+            room,
         )
 
     def now(self, func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
