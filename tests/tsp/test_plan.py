@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,6 +276,24 @@ def test_weights_count_wherever_they_are_held(holder):
             module.train()
         with pytest.raises(TSPError, match="is in training mode"):
             TSPInferer()(volume, network)
+
+
+inner = nn.Conv3d(2, 2, 1)
+"""In training mode; nothing reads it but by an attribute's name."""
+
+GLOBAL = [nn.Conv3d(2, 3, 1).eval()]
+
+
+def test_an_attribute_is_no_global_of_its_name():
+    volume, held = torch.randn(1, 2, 8, 8, 8), SimpleNamespace(inner=nn.Conv3d(2, 2, 1).eval())
+
+    def network(x):
+        return GLOBAL[0](held.inner(x))
+
+    assert set(modules_of(network)) == {held.inner, *GLOBAL}
+    weights = sum(part.nbytes for layer in modules_of(network) for part in layer.parameters())
+    with torch.no_grad():
+        assert TSPInferer().plan(volume, network).base == volume.nbytes + weights + LIBRARY_BYTES["cpu"]
 
 
 def test_tensors_that_are_no_weights_count_as_they_are_met():

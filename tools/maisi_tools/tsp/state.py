@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dis
 import functools
 import logging
 import random
@@ -126,7 +127,7 @@ def _inside(value: Any) -> list[Any] | None:
         return [*own, value.func, value.args, value.keywords]
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
-        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        named = [value.__globals__.get(name) for name in _globals_of(value.__code__)]
         functions = (types.FunctionType, types.BuiltinFunctionType)
         return [
             *(*own, *cells, value.__defaults__, value.__kwdefaults__),
@@ -137,6 +138,13 @@ def _inside(value: Any) -> list[Any] | None:
     if not own or not made_plainly or copyreg._slotnames(kind):  # type: ignore[attr-defined]
         return None
     return [*own, *kind.__mro__]
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> list[str]:
+    """The global names that a function reads; its own list of names has those of attributes, too."""
+    read = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return [name for name in code.co_names if name in read]
 
 
 def _numpy_state() -> tuple[Any, ...]:
