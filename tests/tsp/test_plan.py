@@ -7,6 +7,7 @@ peaks are counted in rows, above what is on the device anyway.
 from __future__ import annotations
 
 import functools
+import gc
 import random
 from types import SimpleNamespace
 
@@ -127,11 +128,10 @@ def test_operations_are_counted_with_the_halo():
 
 def allocated_at_most(function):
     """The most bytes that torch had allocated at once while a function ran, above those before."""
-    events = []
-    for _ in range(3):  # now and then, on a busy machine, the profiler sees nothing at all
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            function()
-        events = events or [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    gc.collect()  # or what earlier calls left is freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
