@@ -92,7 +92,7 @@ OF_ANY_WEIGHTS = {
         "preset",
     ),
     *("output_labels", "output_size", "spacing", "region", "modality", "memory_limit", "dtype"),
-    *("output_dtype", "save_latents", "progress", "min_dice", "start", "door", "recorded"),
+    *("output_dtype", "save_latents", "progress", "min_dice", "judges", "start", "door", "recorded"),
     *("weights", "guidance_interval", "coarse_size", "drawn"),
 }
 """Plain values that stand for none, or that overlays without a cascade leave unread."""
