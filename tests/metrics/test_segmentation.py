@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -136,6 +137,20 @@ def test_evaluate_writes_the_dice_of_every_case(bundle, files, labels, weights, 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["dice_spinal_cord"]["mean"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()), abs=1e-4)
     assert "dice_mandible" not in summary and summary["dice_mean"]["cases"] == 1
+
+
+def test_what_cannot_be_measured_is_refused_before_a_ct_is_segmented(bundle, files, labels, weights, tmp_path):
+    other = tmp_path / "other.nii.gz"
+    nib.save(nib.Nifti1Image(labels[:-1].astype(np.uint8), nib.load(files[1]).affine), other)
+    datalist, settings = tmp_path / "list.json", {"ckpt_path": str(weights), "output_dir": str(tmp_path / "out")}
+    second = shutil.copy(files[0], tmp_path / "b_ct.nii.gz")
+    for case, reason in (({"label": str(other)}, "another grid"), ({}, "has no label in the datalist")):
+        cases = [{"image": str(files[0]), "label": str(files[1])}, {"image": str(second), **case}]
+        datalist.write_text(json.dumps({"validation": cases}))
+        with pytest.raises(Exception) as error:
+            run(bundle, "inference.json", "evaluate.json", datalist=str(datalist), **settings)
+        assert reason in str(find_input_error(error.value))
+        assert not list((tmp_path / "out").glob("*_seg.nii.gz"))
 
 
 # --- a bundle as the model zoo has them -------------------------------------------------------------------------------

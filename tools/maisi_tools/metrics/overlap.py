@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from tqdm import tqdm
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import check_stems, stem_of
 from maisi_tools.volumes.reading import read_ras
@@ -61,6 +61,27 @@ def check_references(cases: Sequence[Mapping[str, str]], ct_key: str = "image") 
             read_ras(case["label"], "mask", like=ct)
 
 
+def check_labelled(cases: Sequence[Mapping[str, str]]) -> None:
+    """Refuse, before a CT is segmented, what :func:`score_segmentations` would refuse after all are.
+
+    Args:
+        cases: see there.
+
+    Raises:
+        InputError: a case without ``label``, two cases of one stem, or as :func:`check_references`.
+    """
+    _check_cases(cases)
+    check_references(cases)
+
+
+def _check_cases(cases: Sequence[Mapping[str, str]]) -> None:
+    check_stems(case["image"] for case in cases)
+    if without := [case["image"] for case in cases if "label" not in case]:
+        raise InputError(
+            f"{first_few(without)} has no label in the datalist; Dice needs one: add it, or take the case out"
+        )
+
+
 def score_segmentations(
     cases: Sequence[Mapping[str, str]],
     output_dir: str | Path,
@@ -82,14 +103,10 @@ def score_segmentations(
         InputError: a case without ``label``, a file that is missing, two grids, or two cases of one stem.
     """
     folder = Path(output_dir).expanduser()
-    check_stems(case["image"] for case in cases)
+    _check_cases(cases)
     rows: dict[str, Row] = {}
     for case in tqdm(cases, desc="measuring", unit="case", delay=2):
         stem = stem_of(case["image"])
-        if "label" not in case:
-            raise InputError(
-                f"{case['image']} has no label in the datalist; Dice needs one: add it, or take the case out"
-            )
         reference = read_ras(case["label"], "mask")
         prediction = read_ras(folder / f"{stem}_seg.nii.gz", "mask", like=reference)
         found = structure_dice(
