@@ -231,3 +231,13 @@ def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     assert early.returncode and "has no masks to pack; run the stages prepare and masks first" in early.stderr
     few = run(tmp_path, "--split", str(data / "few.json"))
     assert few.returncode == 1 and "has 1 patients to train on, 1 to validate with and 3 kept out" in few.stderr
+
+
+def test_the_downstream_table_of_the_docs_is_what_the_recipe_makes(repo_root):
+    plan = json.loads((repo_root / "recipes" / "small" / "downstream.json").read_text())
+    found = json.loads((repo_root / "docs" / "downstream.json").read_text())
+    assert found["settings"] == plan["settings"] and found["validation"] == plan["validation"]
+    kinds = {(row["real"], row["synthetic"], row["order"]) for row in found["rows"]}
+    real, synthetic, orders = (plan[name].split(",") for name in ("real", "synthetic_counts", "orders"))
+    assert kinds == {(int(n), int(m), order) for n in real for m in synthetic for order in orders}
+    assert {row["seeds"] for row in found["rows"]} == {plan["seeds"]}
