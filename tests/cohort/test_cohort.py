@@ -226,6 +226,34 @@ def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
 
 
 @pytest.mark.usefixtures("without_samples")
+def test_placeholders_keep_the_names_that_samples_were_made_with(write_spec, bundles, tmp_path):
+    """Names say which is the other side in a mirrored body. An earlier version recorded the ids alone."""
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    ours = np.select([labels == 18, labels == 20, labels > 0], [1, 2, 9]).astype(np.uint8)
+    nib.save(nib.Nifti1Image(ours, np.diag([5.0, 5.0, 3.4, 1.0])), tmp_path / "mask.nii.gz")
+    table, folder = tmp_path / "map.json", tmp_path / "out"
+    spec = read_spec(write_spec(masks=f"{{source: files, path: {tmp_path / 'mask.nii.gz'}, label_map: {table}}}"))
+
+    def go_on(one: str, two: str) -> None:
+        table.write_text(json.dumps({"1": f"placeholder 129: {one}", "2": f"placeholder 130: {two}", "9": "body"}))
+        make_cohort(spec, folder, bundles)
+
+    go_on("left eye", "right eye")
+    go_on("left eye", "right eye")
+    described = json.loads((folder / "cohort.json").read_text())
+    assert described["class_names"] == {"129": "left eye", "130": "right eye"}
+    for others in (("eye", "lens"), ("right eye", "left eye"), ("left eye", "right lens")):
+        with pytest.raises(InputError, match="made with other class_names;"):
+            go_on(*others)
+    assert json.loads((folder / "cohort.json").read_text()) == described
+    del described["class_names"]
+    (folder / "cohort.json").write_text(json.dumps(described))
+    go_on("eye", "lens")
+    with pytest.raises(InputError, match="made with other class_names;"):  # known from now on
+        go_on("left eye", "right eye")
+
+
+@pytest.mark.usefixtures("without_samples")
 def test_organs_in_another_order_are_another_cohort(write_spec, bundles, tmp_path):
     """Numbers are drawn for them as they stand."""
     spec = read_spec(write_spec())

@@ -277,7 +277,10 @@ def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
         (path,) = config_files(bundles / "maisi_ldm", CONFIG)
         found["generator"] = fingerprint_text(json.dumps(ConfigParser.load_config_file(path)))  # in its order
     if spec.masks.path:
-        found["label_map"] = {str(label): id for label, id in read_label_map(spec.masks.label_map).ids.items()}
+        label_map = read_label_map(spec.masks.label_map)
+        found["label_map"] = {str(label): id for label, id in label_map.ids.items()}
+        # By these a flip finds the other side of a placeholder, and files name it.
+        found["class_names"] = {str(id): name for id, name in label_map.own_names.items()}
         scans = scans_of(spec)
         masks = [Path(scan["mask"]) for scan in scans] or mask_pool(spec)
         listed = [f"{stem_of(path)} {fingerprint_file(path)}" for path in masks]
