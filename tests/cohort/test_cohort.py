@@ -174,6 +174,33 @@ def test_classes_of_ones_own_keep_their_sides_and_names(write_spec, bundles, tmp
     assert json.loads((folder / "dataset.json").read_text())["labels"] == named
 
 
+@pytest.mark.usefixtures("without_samples")
+@pytest.mark.parametrize(
+    ("name", "layout", "said"),
+    [
+        ("bone", "nnunet", "would be called bone;"),  # as a group of labels that the weights were trained with
+        ("right parotid gland", "nnunet", "would be called right parotid gland;"),  # as what they know at 20
+        ("bone", "msd", None),  # which tells labels apart by their numbers
+        ("chiasm", "nnunet", None),
+    ],
+)
+def test_names_of_an_nnunet_data_set_are_told_apart(write_spec, bundles, tmp_path, name, layout, said):
+    labels = make_phantom("head_neck", (48, 48, 47), (5.0, 5.0, 3.4), seed=1)
+    nib.save(nib.Nifti1Image((labels > 0).astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), tmp_path / "mask.nii.gz")
+    (tmp_path / "map.json").write_text(json.dumps({"1": "body", "2": f"placeholder 18: {name}"}))
+    masks = f"{{source: files, path: {tmp_path / 'mask.nii.gz'}, label_map: {tmp_path / 'map.json'}}}"
+    spec, folder = read_spec(write_spec(masks=masks, layout=layout)), tmp_path / "out"
+    if said:
+        with pytest.raises(InputError, match=said):
+            make_cohort(spec, folder, bundles)
+        assert not folder.exists()
+        return
+    make_cohort(spec, folder, bundles)
+    if layout == "nnunet":
+        named = json.loads((folder / "dataset.json").read_text())["labels"]
+        assert sorted(named.values()) == list(range(11)) and name in named
+
+
 def test_what_samples_depend_on_stays_as_it_was(write_spec, bundles, tmp_path):
     """The masks that are drawn from, what their labels mean, the config; weights that it never loads may come."""
     bundles = shutil.copytree(bundles, tmp_path / "bundles")

@@ -16,6 +16,7 @@ from maisi_tools.masks.label_maps import (
     RestoreLabelsd,
     apply_label_map,
     read_label_map,
+    recorded_label_map,
     restore_labels,
 )
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
@@ -256,6 +257,45 @@ def test_placeholders_in_a_json(write):
         read_label_map(write({"2": "placeholder", "liver": 2}))
     with pytest.raises(InputError, match="map.json: placeholders gives label 2 the id '5'"):
         read_label_map(write({"2": "placeholder 5"}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "asked", "said"),
+    [
+        ({"2": "placeholder: node", "3": "placeholder: node"}, None, "label 2 is called 'node', .* label 3 is"),
+        ({"2": "placeholder: Lymph_node", "3": "placeholder 20: lymph Node"}, None, "label 2 .* label 3 "),
+        ({"2": "placeholder: liver", "5": "Liver"}, None, "label 2 is called 'liver', .* label 5 is"),
+        ({"2": "placeholder: liver", "5": 1}, None, "label 2 .* label 5 "),
+        ({"2": "placeholder: left kidney", "5": "kidney_left"}, None, "label 2 .* label 5 "),  # one name of two
+        ({"2": "placeholder: Kidney_Left", "5": "left kidney"}, None, None),  # words in another order are another name
+        ({"2": "placeholder: left parotid gland", "5": "left parotid"}, None, "label 2 .* label 5 "),
+        ({"2": "placeholder: background", "5": "liver"}, None, "label 2 is called 'background', .* label 0 is"),
+        ({"2": "placeholder", "3": "placeholder: label 2"}, None, "label 2 is called 'label 2', .* label 3 is"),
+        ({"2": "placeholder: label 9"}, {"9": "auto"}, "label 2 is called 'label 9', .* label 9 is"),
+        ({"2": "placeholder: left parotid gland", "3": "placeholder 18: pituitary"}, None, None),
+        ({"2": "placeholder: node", "3": "placeholder: nodes", "5": "liver", "6": "liver", "7": 0}, None, None),
+        ({"1": "liver", "2": 3, "4": "placeholder: lymph node"}, None, None),  # docs/how-to/own-masks.md
+        ({"1": "liver", "2": 200, "3": "placeholder"}, None, None),  # JSON_HELP
+    ],
+)
+def test_a_placeholder_has_a_name_of_its_own(write, entries, asked, said):
+    """By names classes are recorded and listed: of two with one name, one would be lost."""
+    path = write(entries)
+    if said:
+        with pytest.raises(InputError, match=f"map.json: the placeholder of {said}.*another name"):
+            read_label_map(path, asked)
+        return
+    label_map = read_label_map(path, asked)
+    assert len(label_map.record("input")["placeholders"]) == len(label_map.placeholders) > 0
+    again = recorded_label_map(label_map.record("input"))
+    assert (again, again.own_names) == (label_map, label_map.own_names)
+
+
+@pytest.mark.parametrize("name", LABEL_MAPS)
+def test_new_classes_of_known_maps_have_names_of_their_own(name):
+    label_map = read_label_map(name, "auto")
+    assert {*label_map} == {*label_map.classes}
+    assert {label_map.label_of(known) for known in label_map.classes.values()} == {*label_map.classes}
 
 
 def test_a_placeholder_that_weights_know_as_something_else_is_said(write, caplog):

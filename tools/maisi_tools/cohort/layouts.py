@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.vocabulary import VOCABULARY, display_name, merge_labels
 
@@ -46,10 +48,19 @@ def label_names(
 
     A label that a group is merged into has the group's name: it stands for all bones, not for the skull. Placeholders
     have those of the label map that the masks were read with, `own`.
+
+    Raises:
+        InputError: two consecutive labels of one name, which nnU-Net tells apart by it.
     """
     if layout.consecutive:
-        names = {label: group for group, label in merge.items()}
-        return {number: names.get(label) or _name(label, own) for number, label in enumerate(keep, start=1)}
+        groups = {label: group for group, label in merge.items()}
+        names = {number: groups.get(label) or _name(label, own) for number, label in enumerate(keep, start=1)}
+        if twice := sorted(name for name, count in Counter(names.values()).items() if count > 1):
+            raise InputError(
+                f"several labels of the data set would be called {', '.join(twice)}; allowed is a name for each: give "
+                "the placeholders of the label map other names"
+            )
+        return names
     return {label: _name(label, own) for label in sorted(seen) if label in VOCABULARY}
 
 

@@ -149,12 +149,15 @@ def write_manifest(spec: CohortSpec, folder: Path, bundles: Path) -> dict[str, A
     write_csv(folder / MANIFEST, [{key: _text(value) for key, value in record.items()} for record in records])
     named = {one: [record["name"] for record in records if record["status"] == one] for one in (LEFT_OUT, FAILED)}
     done = [record for record in records if record["status"] == DONE]
-    layout = LAYOUTS[spec.layout]
-    numbered = numbered_labels(spec, _config(bundles, spec))
-    seen = {label for record in done for label in record["labels"]}
-    names = label_names(layout, *numbered, seen, read_label_map(spec.masks.label_map).own_names)
-    layout.describe(folder, spec.name, [record["name"] for record in done], names)
+    names = _names(spec, bundles, {label for record in done for label in record["labels"]})
+    LAYOUTS[spec.layout].describe(folder, spec.name, [record["name"] for record in done], names)
     return {"done": len(done), "left_out": named[LEFT_OUT], "failed": named[FAILED]}
+
+
+def _names(spec: CohortSpec, bundles: Path, seen: Iterable[int]) -> dict[int, str]:
+    """Number in the masks -> name, see :func:`~maisi_tools.cohort.layouts.label_names`."""
+    numbered = numbered_labels(spec, _config(bundles, spec))
+    return label_names(LAYOUTS[spec.layout], *numbered, seen, read_label_map(spec.masks.label_map).own_names)
 
 
 def _here(arguments: tuple, share: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -247,7 +250,10 @@ def _absolute(given: str | None) -> str | None:
 
 
 def _check_settings(spec: CohortSpec, bundles: Path) -> None:
-    """Refuse settings without use for the stages, and scans of another form, before any network is loaded."""
+    """Refuse settings without use for the stages, scans of another form, and labels of one name.
+
+    All of it before any network is loaded.
+    """
     check_given(config_files(bundles / "maisi_controlnet", configs_of(spec)), spec.ct, "ct", FIXED)
     if spec.masks.source == "generator":
         check_given(config_files(bundles / "maisi_ldm", CONFIG), spec.masks.settings, "masks.settings", OWN_KEYS)
@@ -259,6 +265,7 @@ def _check_settings(spec: CohortSpec, bundles: Path) -> None:
                     "study for the edited scan to join; allowed are folders and zip files of one CT series each: give "
                     "these, or format: nifti"
                 )
+    _names(spec, bundles, ())
 
 
 def _config(bundles: Path, spec: CohortSpec) -> dict[str, Any]:

@@ -69,7 +69,8 @@ class LabelMap(Mapping[int, int]):
                 structures, as which the small weights would draw them.
 
         Raises:
-            InputError: no such class, no placeholder id, one that is taken, or none free.
+            InputError: no such class, no placeholder id, one that is taken, or none free; or a placeholder with the
+                name of another class.
         """
         if request is None:
             return self
@@ -96,12 +97,14 @@ class LabelMap(Mapping[int, int]):
             if int(id) in self.ids.values() or int(id) in assigned.values():
                 raise InputError(f"placeholder id {int(id)} is taken by another class of {self.name}; give a free one")
             assigned[label] = int(id)
-        return LabelMap(
+        extended = LabelMap(
             self.name,
             {**self.ids, **assigned},
             {**{label: f"label {label}" for label in assigned}, **self.classes},
             {**self.placeholders, **assigned},
         )
+        extended._check_names()
+        return extended
 
     def shown_to(self, keep_labels: Sequence[int] | None) -> LabelMap:
         """The same map; classes at ids that the weights (`keep_labels`) may know as something else are named."""
@@ -152,6 +155,20 @@ class LabelMap(Mapping[int, int]):
         for label, id in sorted(self.ids.items()):
             sources.setdefault(id, []).append(label)
         return {id: labels for id, labels in sources.items() if id and len(labels) > 1}
+
+    def _check_names(self) -> None:
+        """Refuse a placeholder whose name is another class's too: of what is listed by names, one would be lost."""
+        for label in self.placeholders:
+            name = self.classes[label]
+            for other, known in {**self.classes, 0: "background"}.items():
+                id = self.ids.get(other)
+                names = {_plain(known), _plain(self.display_name(id)) if id else ""}
+                if other != label and (other == 0 or id != 0) and _plain(name) in names:
+                    raise InputError(
+                        f"the placeholder of label {label} is called {name!r}, which is what label {other} is, too; "
+                        "allowed are placeholders with names of their own: give one of the two another name, or "
+                        "another meaning"
+                    )
 
     def _new_class(self, key: str | int) -> int:
         """The label of a class that a placeholder is asked for."""
@@ -206,7 +223,8 @@ def read_label_map(
         placeholders: see :meth:`LabelMap.with_placeholders`.
 
     Raises:
-        InputError: neither a name nor a file, or a JSON that is no label map; the message names the entry.
+        InputError: neither a name nor a file, or a JSON that is no label map; the message names the entry. See
+            :meth:`LabelMap.with_placeholders`, too.
     """
     if str(label_map) in LABEL_MAPS:
         return LABEL_MAPS[str(label_map)].with_placeholders(placeholders)
