@@ -123,6 +123,51 @@ def test_what_no_run_wrote_is_not_written_over(scans, tmp_path, bundles, monkeyp
     assert mine.read_bytes() == b"mine"
 
 
+def test_no_twin_of_an_earlier_ct_stays(scans, hu, tmp_path, bundles, monkeypatch, capsys):
+    """Where the new CT is bad; of the same CT, and of what no record lists, all stays."""
+    monkeypatch.chdir(bundles.parent)
+    out, scan = tmp_path / "out", scans / "a.nii.gz"
+
+    def go_on(status: int) -> dict:
+        assert twin(scan, "--output_dir", out) == status
+        return json.loads((out / "a_twin.json").read_text())
+
+    good = scan.read_bytes()
+    assert go_on(0)["files"] == ["a_ct.nii.gz", "a_mask.nii.gz"]
+    mine = [out / name for name in ("a_mine.nii.gz", "a_dicom", "b_ct.nii.gz")]
+    for path in mine:
+        path.write_bytes(b"mine")
+
+    def fail(*_):
+        raise InputError("no reader today")
+
+    with monkeypatch.context() as broken:  # the same CT, whose mask was lost, and which cannot be made again now
+        (out / "a_mask.nii.gz").unlink()
+        broken.setattr("maisi_tools.cohort.twins.read_volume", fail)
+        record = go_on(2)
+    assert record["status"] == "failed" and "no reader" in record["error"]
+    assert record["files"] == ["a_ct.nii.gz", "a_mask.nii.gz"]  # still those of this CT, also by a later run
+    assert (out / "a_ct.nii.gz").is_file()
+
+    for bad in (np.full_like(hu, -1000), None):  # nobody in it; no volume at all
+        if bad is None:
+            scan.write_bytes(b"no volume")
+        else:
+            nib.save(nib.Nifti1Image(bad, np.diag([*SPACING, 1.0])), scan)
+        record = go_on(2)
+        assert (record["status"], record["files"]) == ("failed", [])
+        assert {path.name for path in out.glob("a_*")} == {"a_twin.json", "a_mine.nii.gz", "a_dicom"}
+        scan.write_bytes(good)
+        assert go_on(0)["files"] == ["a_ct.nii.gz", "a_mask.nii.gz"]
+    record = go_on(0) | {"files": ["../scans/b.nii.gz", "b_ct.nii.gz", "a_mask.nii.gz"]}  # of others, by whatever hand
+    (out / "a_twin.json").write_text(json.dumps(record))
+    scan.write_bytes(b"no volume")
+    go_on(2)
+    assert (scans / "b.nii.gz").is_file() and (out / "a_ct.nii.gz").is_file()
+    assert not (out / "a_mask.nii.gz").exists()
+    assert all(path.read_bytes() == b"mine" for path in mine)
+
+
 def test_twins_of_a_datalist_are_those_of_its_training_section(scans, tmp_path, bundles, monkeypatch, capsys):
     """`maisi prepare` writes both; a list of held-out ones alone has to be named file by file."""
     monkeypatch.chdir(bundles.parent)
@@ -199,6 +244,19 @@ def test_dicom_in_dicom_out(hu, tmp_path, bundles, monkeypatch):
         assert made.SeriesInstanceUID != given.SeriesInstanceUID
         assert made.DerivationDescription.startswith("Synthetic") and "thresholds" in made.DerivationDescription
         assert made[0x0008, 0x001C].value == "YES" and len(list((study / "CT").iterdir())) == SIZE[2]
+
+    # A series that is replaced by a bad CT: its study goes, but not with what others put into it.
+    series.rename(tmp_path / "away")
+    (tmp_path / "SERIES.nii.gz").write_bytes(b"no volume")
+    out, note = tmp_path / "kept", tmp_path / "kept" / "SERIES_dicom" / "note.txt"
+    note.write_text("mine")
+    for there in (True, False):
+        assert twin(tmp_path / "SERIES.nii.gz", "--output_dir", out) == 2
+        record = json.loads((out / "SERIES_twin.json").read_text())
+        assert record["status"] == "failed" and ("note.txt" in record["error"]) == there
+        assert bool(record["files"]) == note.exists() == (out / "SERIES_ct.nii.gz").exists() == there
+        note.unlink(missing_ok=True)
+    assert not (out / "SERIES_dicom").exists()
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,15 @@ from maisi_tools.masks.body import body_envelope, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
-from maisi_tools.volumes.inputs import TRAINED, check_output_dir, find_inputs, fingerprint_input, stem_of, study_dir
+from maisi_tools.volumes.inputs import (
+    TRAINED,
+    check_output_dir,
+    find_inputs,
+    fingerprint_input,
+    sidecar_path,
+    stem_of,
+    study_dir,
+)
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -108,17 +116,26 @@ def _make(
     for item in tqdm(items, desc="twins", unit="CT"):
         name = stem_of(item["image"])
         path = folder / f"{name}{RECORD}"
+        earlier = _read(path)
         record: dict[str, Any] = {"name": name, "how": how}
         try:
-            record["input"] = fingerprint_input(item["image"])
-            if _is_done(path, record["input"]):
+            content = fingerprint_input(item["image"])
+            if _is_done(earlier, folder, content):
                 found["there"].append(name)
                 continue
-            record |= _twin(item["image"], folder, labeller, stage, complete, how)
+            if earlier.get("input") != content:
+                _remove(earlier, item["image"], folder)
+                earlier = {}
+            record["input"] = content  # from here on, what is there is of this CT
+            record |= _twin(item["image"], folder, labeller, stage, complete)
+            if is_series(item["image"]):
+                _write_study(item["image"], folder, name, how)
+                record["files"].append(study_dir(item["image"], folder).name)
             record["status"] = "done"
         except Exception as error:  # whatever is wrong with one CT, the others are made
             known = find_input_error(error)
             record |= {"status": "failed", "error": str(known) if known else f"{type(error).__name__}: {error}"}
+            record["files"] = sorted({*earlier.get("files", ()), *record.get("files", ())})
             logger.warning("%s failed: %s", name, record["error"])
         write_json(path, record)
         found["made" if record["status"] == "done" else "failed"].append(name)
@@ -160,10 +177,8 @@ def twin_mask(
     return mask, {"body": round(float(body.sum()) * ml, 1), "couch": round(float(couch.sum()) * ml, 1)}
 
 
-def _twin(
-    ct: str, folder: Path, segmenter: Segmenter, stage: Stage, complete: bool, how: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Make one twin; returns what its record says of it."""
+def _twin(ct: str, folder: Path, segmenter: Segmenter, stage: Stage, complete: bool) -> dict[str, Any]:
+    """Make the volumes of one twin; returns what its record says of it."""
     name = stem_of(ct)
     scan = straighten(read_volume(ct, "ct"), "bilinear", -1000)
     own_axes = "".join(aff2axcodes(scan.affine.numpy()))
@@ -175,11 +190,12 @@ def _twin(
         drawn = Path(scratch) / f"{name}.nii.gz"
         write_volume(drawn, placed[0].numpy(), placed.affine.numpy(), np.uint8)
         stage({"image": str(drawn)})
-    files = [f"{name}_{what}.nii.gz" for what in ("ct", "mask")]
-    if is_series(ct):
-        _write_study(ct, folder, name, how)
-        files.append(study_dir(ct, folder).name)
-    return {"files": files, "labels": [VOCABULARY[int(id)].name for id in np.unique(mask) if id], "ml": ml}
+    labels = [VOCABULARY[int(id)].name for id in np.unique(mask) if id]
+    return {"files": [file.name for file in _volumes(ct, folder)], "labels": labels, "ml": ml}
+
+
+def _volumes(ct: str, folder: Path) -> list[Path]:
+    return [folder / f"{stem_of(ct)}_{what}.nii.gz" for what in ("ct", "mask")]
 
 
 def _write_study(ct: str, folder: Path, name: str, how: Mapping[str, Any]) -> None:
@@ -206,15 +222,32 @@ def _read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    whole = isinstance(record, dict) and isinstance(files := record.get("files", []), list)
+    return record if whole and all(isinstance(file, str) for file in files) else {}
 
 
-def _is_done(path: Path, input: str) -> bool:
-    record = _read(path)
+def _is_done(record: Mapping[str, Any], folder: Path, input: str) -> bool:
     if record.get("status") != "done" or record.get("input") != input:
         return False
     files = record.get("files", ())
-    return bool(files) and all((path.parent / str(name)).exists() for name in files)
+    return bool(files) and all((folder / file).exists() for file in files)
+
+
+def _remove(record: Mapping[str, Any], ct: str, folder: Path) -> None:
+    """Remove what a record lists of a twin whose CT was replaced: beside the new one it would pass for its twin.
+
+    Raises:
+        InputError: its study has something of others, too.
+    """
+    listed = record.get("files", ())
+    if (study := study_dir(ct, folder)).name in listed and study.exists():
+        from maisi_tools.dicom.study import remove_study  # of the extra "dicom"
+
+        remove_study(study)
+    for path in _volumes(ct, folder):
+        if path.name in listed:
+            path.unlink(missing_ok=True)
+            sidecar_path(path).unlink(missing_ok=True)
 
 
 def _check_earlier(items: Sequence[Mapping[str, str]], folder: Path, how: Mapping[str, Any]) -> None:

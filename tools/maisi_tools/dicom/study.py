@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import logging
 import os
 import shutil
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,7 @@ def write_study(
             for name in ("SEG.dcm", "RTSTRUCT.dcm"):
                 _save(files[name], part / name)
         if exists:
-            for old in inside:
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            _clear(inside)
             for new in part.iterdir():
                 new.rename(target / new.name)
         else:
@@ -136,6 +136,23 @@ def write_study(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [Path(folder).expanduser() / name for name in files]
+
+
+def remove_study(folder: str | os.PathLike) -> None:
+    """Remove a study that :func:`write_study` wrote, and it alone; of a link, or a disk of its own, the folder stays.
+
+    Raises:
+        InputError: something else is in the folder.
+    """
+    folder = Path(folder).expanduser()
+    _clear(_check_free(folder, replace=True))
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _clear(entries: Iterable[Path]) -> None:
+    for old in entries:
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
 def check_studies(items: Sequence[Mapping[str, Any]], output_dir: str | os.PathLike, key: str = "image") -> None:
