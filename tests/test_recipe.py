@@ -200,6 +200,34 @@ def test_nothing_is_shipped_beside_figures_of_other_weights(python, repo_root, t
     assert not (tmp_path / "root").exists()
 
 
+def test_cases_that_come_or_go_after_prepare_are_named(run, data, tmp_path):
+    """All was made of those that were there; a file that prepare passed over may go."""
+    given, out = shutil.copytree(data, tmp_path / "data"), tmp_path / "out"
+    (given / "bad_ct.nii.gz").write_bytes(b"no volume")
+    (given / "twice_ct.nii.gz").symlink_to(given / "pt_1_ct.nii.gz")  # one patient, by two names
+
+    def go_on() -> str:
+        done = run(out, "--stages", "prepare", given=given)
+        assert done.returncode in (0, 1) and bool(done.returncode) == ("error: " in done.stderr), done.stderr
+        return done.stderr
+
+    assert "error" not in go_on() and "bad_ct" in (out / "everyone_report.json").read_text()
+    assert "error" not in go_on()
+    (given / "bad_ct.nii.gz").unlink()
+    assert "error" not in go_on()
+    shutil.copy(given / "pt_1_ct.nii.gz", given / "pt_9_ct.nii.gz")
+    said = go_on()
+    assert f"{given} is no longer what {out} was made of: 1 added (pt_9_ct.nii.gz); put" in said and "--out" in said
+    (given / "pt_9_ct.nii.gz").unlink()
+    for name in ("pt_2", "pt_3", "pt_4"):  # trains, validates, is kept out
+        files = [given / f"{name}_{what}.nii.gz" for what in ("ct", "seg")]
+        for file, wanted in zip(files, ("gone", "with another mask"), strict=True):
+            away = file.rename(tmp_path / "away")
+            assert f"made of: 1 {wanted} ({name}_ct.nii.gz); put" in go_on()
+            away.rename(file)
+    assert "error" not in go_on()
+
+
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     short = run(tmp_path, "--minutes", "1")
     assert short.returncode == 1 and "--minutes is 1; allowed are 5 and more" in short.stderr
@@ -211,6 +239,7 @@ def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):
     begun.mkdir()
     first, *_, last = json.loads((data / "split.json").read_text())["held_out"]
     trained, kept = ([{"image": str(data / f"{name}_ct.nii.gz")}] for name in ("pt_1", last))
+    (begun / "everyone.json").write_text("{}")
     for training, kept_out, validation in (
         (trained, kept, "pt_2"),
         (trained, trained, "pt_3"),

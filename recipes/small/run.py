@@ -38,7 +38,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ from measured import (
 )
 from packed import pack, unpack
 
+from maisi_tools.datasets.layouts import find_cases
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import fingerprint_file, write_json
 from maisi_tools.volumes.inputs import stem_of
@@ -141,14 +142,16 @@ def prepare(data: Path, out: Path, split: Mapping[str, list[str]]) -> None:
 def check_data(out: Path, data: Path, split: Mapping[str, list[str]]) -> None:
     """Refuse to go on in a folder of other data, or of another split: of who validates, or who is kept out.
 
+    Data are known by their files' names; what was made of a CT knows its content.
+
     Raises:
-        InputError: with either, or a folder that `prepare` did not finish.
+        InputError: with either, data that got or lost a case, or a folder that `prepare` did not finish.
     """
     lists = json.loads((out / "datalist.json").read_text())
     used = [item for section in ("training", "validation") for item in lists[section]]
     if Path(used[0]["image"]).is_relative_to(out):  # of a packed file, with none to keep out
         return
-    if absent := [name for name in ("validation.json", "kept_out.json") if not (out / name).is_file()]:
+    if absent := [name for name in ("validation.json", "kept_out.json", "everyone.json") if not (out / name).is_file()]:
         raise InputError(f"{out} has a datalist.json and no {absent[0]}, which prepare writes; give another --out")
     if not Path(used[0]["image"]).is_relative_to(data):
         place = Path(used[0]["image"]).parent
@@ -158,6 +161,35 @@ def check_data(out: Path, data: Path, split: Mapping[str, list[str]]) -> None:
     others = {_patient(item) for item in used} & set(split["held_out"]) or kept_out - set(split["held_out"])
     if others or sorted(validation) != sorted(split["validation"]):
         raise InputError(f"{out} was made with another --split than this one; give that, or another --out")
+    if changed := _changed_cases(out, data):
+        raise InputError(
+            f"{data} is no longer what {out} was made of: {changed}; put the files back as they were, or give another "
+            "--out, which is made of what is there now"
+        )
+
+
+def _changed_cases(out: Path, data: Path) -> str:
+    """The cases that a folder of data got, lost, or has another mask of since `prepare`, in words; "" for none."""
+    lists = json.loads((out / "everyone.json").read_text())
+    report = out / "everyone_report.json"
+    refused = json.loads(report.read_text())["refused"] if report.is_file() else {}
+    # As `prepare` takes them: each once, by whatever link, the first of several.
+    now = [case for case in reversed(find_cases(data)[0]) if case.refused is None and case.image.exists()]
+    masks = {case.image.resolve(): str(case.label) if case.label and case.label.exists() else None for case in now}
+    cases = [item for section in ("training", "validation") for item in lists[section]]
+    then = {Path(item["image"]).resolve(): item.get("label") for item in cases}
+    passed_over = {Path(file).resolve() for file in refused}
+    found = {
+        "added": masks.keys() - then.keys() - passed_over,
+        "gone": then.keys() - masks.keys(),
+        "with another mask": [image for image in then.keys() & masks.keys() if masks[image] != then[image]],
+    }
+    return ", ".join(f"{len(of)} {what} ({_shown(of)})" for what, of in found.items() if of)
+
+
+def _shown(images: Collection[Path], most: int = 5) -> str:
+    names = sorted(image.name for image in images)
+    return ", ".join(names[:most] + ["..."] * (len(names) > most))
 
 
 def check_packed(out: Path, file: Path) -> None:
