@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.data import MetaTensor
 
+from maisi_tools.datasets.complete import complete_masks
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import make_phantom
 from maisi_tools.masks.vocabulary import labels_in_group
@@ -303,6 +305,21 @@ def test_thresholds_alone(run):
     items, out, *_ = run
     rows = {row["structure"] for row in score_generated(items, out)}
     assert "bone" in rows and "bones" not in rows and "all structures" not in rows
+
+
+def test_a_mask_of_a_ct_that_was_replaced_is_refused(tmp_path, mask):
+    case, masks = {"image": str(save(tmp_path / "p_ct.nii.gz", paint(mask)))}, tmp_path / "masks"
+    complete_masks([case], masks, "maisi")
+    (item,) = pair_masks([case], masks)
+    assert item == {"image": str(masks / "p_ct_mask.nii.gz"), "ct": case["image"]}
+    (tmp_path / "moved").mkdir()
+    moved = {"image": str(shutil.move(case["image"], tmp_path / "moved"))}
+    assert len(pair_masks([moved], masks)) == len(pair_masks([case], masks)) == 1  # without a CT the door refuses
+    save(tmp_path / "moved" / "p_ct.nii.gz", np.roll(paint(mask), 6, axis=0))
+    with pytest.raises(InputError, match=r"1 masks .*p_ct_mask\.nii\.gz; .*run `maisi complete_masks` again"):
+        pair_masks([moved], masks)
+    (masks / "p_ct_mask.json").unlink()  # a user's own mask does not say
+    assert len(pair_masks([moved], masks)) == 1
 
 
 def test_what_is_refused(run, tmp_path):

@@ -99,6 +99,28 @@ def test_a_view_takes_its_own_mask_or_its_cases(tmp_path):
     }
 
 
+def test_a_mask_of_another_ct_than_its_latents_is_refused(tmp_path):
+    """By content, wherever the mask lies; one view of an older CT is enough. What does not say its CT passes."""
+    masks = tmp_path / "moved"
+    masks.mkdir()
+    for name, ct in {"a": "new", "b": "new", "c": "old", "d": "old", "e_fine": "resampled", "f": "old"}.items():
+        (masks / f"{name}_mask.nii.gz").touch()
+        (masks / f"{name}_mask.json").write_text(json.dumps({"labels": [200], "sources": [ct, "labels"]}))
+    (masks / "c_mask.json").unlink()  # the user's own
+    (masks / "f_mask.json").write_text('{"labels": [200]}')  # of an edit
+    add(tmp_path, "a", "b", "c", "f", view="", source="new")
+    add(tmp_path, "b_flip", view="flip", source="new")
+    add(tmp_path, "d", view="")  # as an earlier version wrote it
+    add(tmp_path, "e_fine", view="fine", source="new")  # with a mask of its own
+    assert len(find_latents(tmp_path, masks_dir=masks)["training"]) == 7
+    for names, wanted in ((("b_flip",), "1 masks .*moved/b_mask.nii.gz;"), (("a", "b"), "2 masks .*a_mask.*b_mask")):
+        for name in names:
+            add(tmp_path, name, view="flip" if "flip" in name else "", source="old")
+        with pytest.raises(InputError, match=f"{wanted}.* run `maisi complete_masks` again"):
+            find_latents(tmp_path, masks_dir=masks)
+    find_latents(tmp_path)  # stage 2 reads no masks
+
+
 def test_an_empty_or_missing_folder_says_how_to_fill_it(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=r"configs/encode\.json of the maisi_vae bundle"):

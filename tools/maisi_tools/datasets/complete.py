@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from monai.transforms import Compose, Orientation, Spacing
 
 from maisi_tools.datasets.workers import in_order
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import canonical_json, read_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
@@ -147,6 +147,30 @@ def twins_of(mask: Any) -> dict[int, int]:
             "files, and let `maisi complete_masks` make them again"
         )
     return twins(LABEL_MAPS["maisi"]) | pairs
+
+
+def ct_of(mask: str | Path) -> str | None:
+    """Fingerprint of the CT that a mask was completed from; None of a user's own mask, whose JSON does not say it."""
+    sources = sidecar_if_any(mask).get("sources")
+    return str(sources[0]) if isinstance(sources, list) and sources else None
+
+
+def check_cts(pairs: Iterable[tuple[str, str | None]]) -> None:
+    """Refuse masks that were completed from another CT than the one they are paired with by their names.
+
+    Args:
+        pairs: mask's file and fingerprint of that CT (:func:`~maisi_tools.volumes.inputs.fingerprint_input`), None
+            where it is not known.
+
+    Raises:
+        InputError: with the masks.
+    """
+    if others := sorted({mask for mask, ct in pairs if ct is not None and ct_of(mask) not in (None, ct)}):
+        raise InputError(
+            f"{len(others)} masks were completed from other CTs than they are paired with: {first_few(others)}; "
+            "allowed are masks of the same CTs, by the content of their files: run `maisi complete_masks` again, and "
+            "encode again where latents are of the older CTs"
+        )
 
 
 def _check_cases(path: Path) -> None:

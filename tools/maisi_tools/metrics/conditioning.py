@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from tqdm import tqdm
 
+from maisi_tools.datasets.complete import check_cts, ct_of
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_csv
 from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
@@ -22,7 +23,7 @@ from maisi_tools.masks.vocabulary import BODY, labels_in_group
 from maisi_tools.metrics.overlap import Row, channel_of, check_references, dice, structure_dice
 from maisi_tools.metrics.segmenters import labels_on_grid, map_of_classes
 from maisi_tools.volumes.grid import same_grid
-from maisi_tools.volumes.inputs import find_inputs, stem_of
+from maisi_tools.volumes.inputs import find_inputs, fingerprint_input, stem_of
 from maisi_tools.volumes.normalise import HU_RANGE
 from maisi_tools.volumes.reading import read_ras, read_sidecar
 from maisi_tools.volumes.writing import write_sidecar
@@ -75,7 +76,7 @@ def pair_masks(cases: Sequence[Mapping[str, str]], masks_dir: str | Path) -> lis
         ``{"image": mask, "ct": CT, "label": labels}``.
 
     Raises:
-        InputError: a mask is missing.
+        InputError: a mask is missing, or was completed from another CT than the one of its name.
     """
     folder = Path(masks_dir).expanduser()
     items = []
@@ -85,6 +86,9 @@ def pair_masks(cases: Sequence[Mapping[str, str]], masks_dir: str | Path) -> lis
             raise InputError(f"{mask} does not exist; make the masks of these CTs with `maisi complete_masks` first")
         label = {"label": str(case["label"])} if "label" in case else {}
         items.append({"image": str(mask), "ct": str(case["image"]), **label})
+    # Of a user's own masks, and of CTs that the door will miss, nothing is read.
+    told = [item for item in items if ct_of(item["image"]) and Path(item["ct"]).exists()]
+    check_cts((item["image"], fingerprint_input(item["ct"])) for item in told)
     return find_inputs(items, "image")
 
 

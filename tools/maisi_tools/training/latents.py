@@ -12,6 +12,7 @@ from monai.transforms import Compose
 from torch import nn
 from tqdm import tqdm
 
+from maisi_tools.datasets.complete import check_cts
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import SCALED, is_mr, modality_of
 from maisi_tools.errors import InputError, first_few
@@ -186,8 +187,9 @@ def find_latents(
     Raises:
         InputError: no latents, or none with a mask, or none of those held out; a latent without a sidecar, or without
             the coarse CT it needs; coarse CTs of several sizes; CTs of a window of their own, or masks of several sets
-            of labels; latents of different autoencoders, or of another than ``autoencoder``; or a held-out name that no
-            latent belongs to, because a misspelt name would put its patient into training.
+            of labels; latents of different autoencoders, or of another than ``autoencoder``; a case's mask that was
+            completed from another CT than its latents were encoded from; or a held-out name that no latent belongs to,
+            because a misspelt name would put its patient into training.
     """
     root = Path(latents_dir)
     stems = _stems(root)
@@ -202,6 +204,7 @@ def find_latents(
     _check_autoencoder(root, dict(zip(stems, sidecars, strict=True)), autoencoder)
     lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
     bare: list[str] = []  # without a mask
+    encoded: list[tuple[str, str | None]] = []  # a case's mask and the CT of a latent
     settings = [_settings_of(path, sidecar) for path, sidecar in zip(found, sidecars, strict=True)]
     _check_settings(root, dict(zip(stems, settings, strict=True)))
     if coarse:
@@ -220,8 +223,11 @@ def find_latents(
                 bare.append(stem)
                 continue
             item["mask"] = str(mask)
+            if mask == masks[-1]:  # a view's own may be of a CT that was made as the view is
+                encoded.append((item["mask"], sidecar.get("source")))
         kept_out = any(belongs(stem, name) for name in names)
         lists["validation" if kept_out else "training"].append(item)
+    check_cts(encoded)
     if not lists["training"] and not lists["validation"]:
         raise InputError(f"none of the latents in {root} has a mask *{mask_suffix} in {masks_dir}")
     if bare:
