@@ -14,6 +14,8 @@ from maisi_tools.datasets.layouts import Case, find_cases
 from maisi_tools.datasets.prepare import split
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError
+from maisi_tools.training.latents import find_latents
+from maisi_tools.volumes.inputs import stem_of
 
 
 def write(path: Path, hu: bool = True, size=(6, 5, 4), mm=(2.0, 2.0, 3.0), value: int = 1) -> Path:
@@ -225,6 +227,38 @@ def test_held_out_is_what_the_latents_are_called(tmp_path):
     (tmp_path / "given.json").write_text(json.dumps({"training": ["scan80.nii.gz"], "validation": held}))
     lists, _ = prepare(tmp_path / "given.json", f"--output={tmp_path / 'list.json'}")
     assert names(lists["validation"]) == ["bob", "scan79"] and lists["held_out"] == ["scan78", "scan79"]
+
+
+def test_a_held_out_case_whose_name_begins_anothers_takes_out_no_other(tmp_path):
+    """The stages tell latents by these names; the list serves the next `maisi prepare`, too."""
+    for name in ("pt_1", "pt_1_2", "pt_3", "pt_4", "pt_4_2"):
+        case(tmp_path / "data", name)
+    wanted = {"pt_1": "pt_1_ct", "pt_3": "pt_3", "pt_4_2": "pt_4_2", "pt_4": "pt_4"}  # both out
+    lists, _ = prepare(tmp_path / "data", f"--output={tmp_path / 'list.json'}", f"--held_out={','.join(wanted)}")
+    assert names(lists["training"]) == ["pt_1_2"] and lists["held_out"] == list(wanted.values())
+    latents = tmp_path / "latents"
+    latents.mkdir()
+    for item in lists["training"] + lists["validation"]:
+        for view in ("", "_flip"):
+            stem = f"{stem_of(item['image'])}{view}"
+            (latents / f"{stem}_latent.nii.gz").touch()
+            (latents / f"{stem}_latent.json").write_text(json.dumps({"view": view[1:]}))
+    found = find_latents(latents, tmp_path / "list.json")
+    assert [Path(item["latent"]).name for item in found["training"]] == [
+        f"pt_1_2_ct{view}_latent.nii.gz" for view in ("_flip", "")
+    ]
+    again, _ = prepare(tmp_path / "data", f"--output={tmp_path / 'b.json'}", f"--held_out={tmp_path / 'list.json'}")
+    assert again == lists
+
+
+def test_a_held_out_file_whose_name_begins_a_training_files_is_refused(tmp_path, capsys):
+    for name in ("scan", "scan_2", "scan3"):
+        write(tmp_path / "data" / f"{name}.nii.gz")
+    line = ["prepare", str(tmp_path / "data"), f"--output={tmp_path / 'list.json'}"]
+    assert main([*line, "--held_out=scan"]) == 2 and not (tmp_path / "list.json").exists()
+    assert "scan.nii.gz is held out and scan_2 is not" in capsys.readouterr().err
+    for held_out, wanted in (("scan,scan_2", ["scan", "scan_2"]), ("scan_2", ["scan_2"]), ("scan3", ["scan3"])):
+        assert prepare(*line[1:], f"--held_out={held_out}")[0]["held_out"] == wanted
 
 
 def test_msd(tmp_path, capsys):

@@ -102,7 +102,8 @@ def split(
         cases: all of them, those that cannot be used included: their names may be held out, too.
         validation: share of the patients to hold out, rounded up. Who it is depends on the seed and the names of all
             patients: as some are added a few others change sides, where `held_out` keeps who is held out.
-        held_out: names of patients or cases whose patients are held out.
+        held_out: names of patients, cases or their files (without suffix) whose patients are held out, such as an
+            earlier datalist has them.
         patient_pattern: regular expression that finds the patient in a case's name, as its first group or, without
             one, as the whole match. By default a patient is who the data set says, or else the case's name.
         seed: of the choice.
@@ -135,7 +136,7 @@ def split(
         # By a hash of the name, so that patients who are added later move few of the others.
         chosen = set(sorted(everyone, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
     elif held_out:
-        names = {case.name for case in cases}
+        names = {name for case in cases for name in (case.name, stem_of(case.image))}
         if unknown := sorted(set(held_out) - names - everyone):
             raise InputError(
                 f"held-out cases {', '.join(unknown)} are not in the data; a case is named by its file without _ct and "
@@ -144,7 +145,7 @@ def split(
         chosen = {
             patient
             for case, patient in zip(cases, patients, strict=True)
-            if patient in held_out or case.name in held_out
+            if not {patient, case.name, stem_of(case.image)}.isdisjoint(held_out)
         }
     else:
         sections = {
@@ -163,12 +164,22 @@ def split(
 def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]) -> dict[str, list]:
     """The usable cases as a MONAI datalist; "held_out" lists the validation cases by what their latents are called.
 
-    These are named after the file, so a name that the file's does not begin with is of no use to the other stages.
+    These are named after the file, so a name that the file's does not begin with is of no use to the other stages, nor
+    is one that a training file's begins with, too: its latents would be kept out with the case's own. Then the file's
+    stem stands for the case.
 
     Args:
         findings: see :func:`survey`.
         placed: patient and section of each, see :func:`split`.
+
+    Raises:
+        InputError: a training file's name begins with that of a held-out file and an underscore.
     """
+    trained = [
+        stem_of(finding.case.image)
+        for finding, (_, section) in zip(findings, placed, strict=True)
+        if finding.refused is None and section == "training"
+    ]
     lists: dict[str, list] = {name: [] for name in LISTS}
     for finding, (patient, section) in zip(findings, placed, strict=True):
         if finding.refused is not None:
@@ -183,9 +194,22 @@ def make_datalist(findings: Sequence[Finding], placed: Sequence[tuple[str, str]]
             item["modality"] = case.modality
         lists[section].append(item)
         if section == "validation":
-            stem = stem_of(case.image)
-            lists["held_out"].append(case.name if belongs(stem, case.name) else stem)
+            lists["held_out"].append(_latents_name(case, trained))
     return lists
+
+
+def _latents_name(case: Case, trained: Sequence[str]) -> str:
+    """By what a held-out case's latents are told from those of the training files, whose stems are given."""
+    stem = stem_of(case.image)
+    for name in (case.name, stem):
+        if belongs(stem, name) and not any(belongs(other, name) for other in trained):
+            return name
+    taken = next(other for other in trained if belongs(other, stem))
+    raise InputError(
+        f"{case.image} is held out and {taken} is not, though its name begins alike, so that stages 2 and 3 would keep "
+        f"both out; allowed are files to train on whose names do not begin with {stem}_: rename one of the two, or "
+        "hold both out"
+    )
 
 
 def check_ours(path: Path, report: Path) -> None:
