@@ -15,7 +15,14 @@ from monai.transforms import Compose, RandGaussianNoised
 
 from maisi_tools.errors import InputError, TrainingError
 from maisi_tools.training.budget import Budget, by_budget
-from maisi_tools.training.checkpoint import NAME, Checkpointer, constants_of, find_checkpoint, fingerprint_items
+from maisi_tools.training.checkpoint import (
+    NAME,
+    Checkpointer,
+    constants_of,
+    data_of,
+    find_checkpoint,
+    fingerprint_items,
+)
 from maisi_tools.training.loaders import TrainingLoader
 from maisi_tools.training.monitor import NanGuard, StepLog
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep
@@ -132,6 +139,41 @@ def test_changed_settings_and_data_are_refused_by_name_and_a_checkpoint_without_
     del state["settings"]
     torch.save(state, tmp_path / NAME)
     Run(tmp_path, resume=True, settings={**settings, "learning_rate": 1e-9}).trainer.run()
+
+
+@pytest.mark.parametrize("kind", ["latent", "mask", "image"])
+def test_changed_contents_of_the_same_names_and_sizes_are_refused(tmp_path, kind):
+    """A file, a folder of one's files, and what is trained on of a latent's JSON; an older checkpoint passes."""
+    file, beside = tmp_path / "there" / "a_x.nii.gz", tmp_path / "there" / "a_x.json"
+    file.parent.mkdir()
+    slices = tmp_path / "there" / "series" / "1.dcm"
+    slices.parent.mkdir()
+    for path, text in ((file, "content"), (beside, '{"region": ["head"]}'), (slices, "slice 1")):
+        path.write_text(text)
+    items = [{kind: str(file), "name": "a"}, {kind: str(slices.parent), "region": ["head"]}]
+    before = data_of("data", items)
+    assert before == {"data": fingerprint_items(items), "data_contents": before["data_contents"]}
+    Run(tmp_path, settings=before).interrupt(3)
+    moved = [{**item, kind: item[kind].replace("there", "moved")} for item in items]
+    file.parent.rename(tmp_path / "moved")
+    assert data_of("data", moved) == before  # wherever the files lie
+    (tmp_path / "moved").rename(file.parent)
+    for path, text in ((file, "CONTENT"), (slices, "slice 2"), (beside, '{"region": ["legs"]}')):
+        earlier = path.read_text()
+        path.write_text(text)
+        now = data_of("data", items)
+        assert now["data"] == before["data"]
+        if path == beside and kind != "latent":
+            assert now == before
+        else:
+            with pytest.raises(InputError, match=r"was written with data_contents 2 items \w+ \(now 2 items \w+\);"):
+                Run(tmp_path, resume=True, settings=now).trainer.run()
+        path.write_text(earlier)
+    state = read(tmp_path)
+    del state["settings"]["data_contents"]
+    torch.save(state, tmp_path / NAME)
+    file.write_text("CONTENT")
+    Run(tmp_path, resume=True, settings=data_of("data", items)).trainer.run()
 
 
 def test_a_finished_run_is_resumed_at_its_end(uninterrupted, assert_same, tmp_path):

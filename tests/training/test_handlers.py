@@ -122,3 +122,21 @@ def test_a_validation_keeps_the_best_weights_and_pictures_where_they_are_asked_f
     engine.state.key_metric_name, engine.state.metrics = "dice", {"dice": 0.5}
     engine.fire_event(Events.COMPLETED)
     assert torch.load(tmp_path / "best.pt", weights_only=True)["dice"] == 0.5
+
+
+def test_other_validation_data_are_refused_where_the_best_weights_are_chosen_by_them(tmp_path):
+    """And those of a run that chooses none, or of an earlier version, are not looked at."""
+    for name in "ab":
+        (tmp_path / f"{name}.nii").write_text(name)
+
+    def settings(*names: str) -> dict:
+        items = [{"image": str(tmp_path / f"{name}.nii")} for name in names]
+        records = RecordHandlers(StepHandlers(**vars(parts())), Logs(tmp_path), tmp_path, 15, validation=items or None)
+        return records.handlers[-1].settings
+
+    first = settings("a")
+    assert first["validation"] != settings("b")["validation"] and first["data"] == settings("b")["data"]
+    (tmp_path / "a.nii").write_text("c")
+    assert first["validation"] == settings("a")["validation"]
+    assert first["validation_contents"] != settings("a")["validation_contents"]
+    assert settings().keys() == {"data", "data_contents"} == first.keys() - {"validation", "validation_contents"}

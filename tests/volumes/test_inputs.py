@@ -6,17 +6,21 @@ import json
 import os
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.data import list_data_collate
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.inputs import (
+    BLOCK,
     NO_CT,
     TRAINED,
     check_output_dir,
     find_cts,
     find_inputs,
     fingerprint_input,
+    glimpse_input,
     short_names,
     stem_of,
 )
@@ -116,6 +120,46 @@ def test_results_beside_a_series_do_not_change_its_fingerprint(write_series, tmp
     first = sorted(series.iterdir())[0]
     first.write_bytes(first.read_bytes() + b"\0\0")
     assert fingerprint_input(series) != before
+
+
+def test_a_glimpse_sees_another_volume_of_the_same_size(tmp_path):
+    """Bodies differ inside alone: corners and edges of both are air, in a file, zipped, and in a series."""
+    values = np.full((64, 60, 60), -1000, dtype=np.int16)
+    values[20:44, 20:40, 20:40] = 40
+    other = values.copy()
+    other[20:44, 20:40, 20:40] = 50
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    for name in ("a.nii", "a.nii.gz"):
+        seen = []
+        for array in (values, other, values):
+            nib.save(nib.Nifti1Image(array, affine), tmp_path / name)
+            seen.append((glimpse_input(tmp_path / name), fingerprint_input(tmp_path / name)))
+        assert seen[0] == seen[2] and seen[0][0] != seen[1][0], name
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "a.nii").rename(tmp_path / "moved" / "b.nii")
+    size = moved.stat().st_size
+    before = glimpse_input(moved)
+    with moved.open("ab") as file:
+        file.write(b"\0")
+    assert glimpse_input(moved) != before and size > 3 * 32 * BLOCK
+    # One voxel of a .gz is enough: its end has the checksum of all.
+    values[30, 30, 30] = 41
+    before = glimpse_input(tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(values, affine), tmp_path / "a.nii.gz")
+    assert glimpse_input(tmp_path / "a.nii.gz") != before
+
+
+def test_a_glimpse_of_a_series_is_of_its_own_slices(write_series):
+    series = write_series(ct_values(SHAPE))
+    before = glimpse_input(series)
+    (series / "latents").mkdir()
+    (series / "latents" / "x_latent.json").write_text("{}")
+    assert glimpse_input(series) == before
+    first = min(file for file in series.iterdir() if file.is_file())
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    assert glimpse_input(series) != before
 
 
 def test_file_folder_glob_and_list(folder):

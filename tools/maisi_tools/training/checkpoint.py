@@ -17,12 +17,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from maisi_tools.errors import InputError, TrainingError
-from maisi_tools.files import canonical_json, fingerprint_text, replacing
+from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_text, replacing
 from maisi_tools.training.loaders import ranks
 from maisi_tools.training.steps import is_optimizer_step
+from maisi_tools.volumes.inputs import glimpse_input, sidecar_path
 
 NAME = "checkpoint.pt"
 """The last checkpoint, in a run's ``ckpt_dir``."""
+
+FILES = ("image", "label", "mask", "latent", "sigma", "coarse")
+"""Of an item to train on or to validate on what names a file or folder."""
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,25 @@ def fingerprint_items(items: Sequence[Any]) -> str:
     """Fingerprint of a data list: of the names and sizes of its files, wherever they lie, and of its other values."""
     names = [[_told(value) for _, value in sorted(item.items()) if value is not None] for item in items]
     return f"{len(names)} items {fingerprint_text(json.dumps(names))}"
+
+
+def data_of(name: str, items: Sequence[Any]) -> dict[str, str]:
+    """What a data list is compared by when a run is resumed: two settings, as earlier versions had the first alone.
+
+    Args:
+        name: of the data.
+        items: each with :data:`FILES` and other values.
+
+    Returns:
+        ``name`` -> :func:`fingerprint_items`, and ``name_contents`` -> a fingerprint of what the files hold, as far as
+        :func:`~maisi_tools.volumes.inputs.glimpse_input` sees it, and of the latents' sidecars, whose conditions are
+        trained on.
+    """
+    contents = [[_content(key, item[key]) for key in FILES if item.get(key) is not None] for item in items]
+    return {
+        name: fingerprint_items(items),
+        f"{name}_contents": f"{len(contents)} items {fingerprint_text(json.dumps(contents))}",
+    }
 
 
 SHAPE = ("power", "shape")
@@ -102,6 +125,15 @@ def _told(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_told(one) for one in value]
     return canonical_json(value) if isinstance(value, (Mapping, int, float)) else None  # a tensor, say, is no text
+
+
+def _content(key: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_content(key, one) for one in value]
+    if not isinstance(value, (str, Path)) or not os.path.exists(value):  # reading refuses the latter
+        return None
+    beside = sidecar_path(value)
+    return [glimpse_input(value), fingerprint_file(beside) if key == "latent" and beside.is_file() else None]
 
 
 def _size(path: str | Path) -> int | None:

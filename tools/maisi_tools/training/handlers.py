@@ -21,7 +21,7 @@ from torch import nn
 from maisi_tools.training.adversarial import Adversary
 from maisi_tools.training.best import BestWeights
 from maisi_tools.training.budget import Budget
-from maisi_tools.training.checkpoint import Checkpointer, constants_of, fingerprint_items
+from maisi_tools.training.checkpoint import Checkpointer, constants_of, data_of
 from maisi_tools.training.monitor import LOG, NanGuard, StepLog
 from maisi_tools.training.pictures import three_planes
 from maisi_tools.training.steps import ClipGradients, Ema, LrPerStep, SyncPerStep
@@ -144,6 +144,7 @@ class RecordHandlers(_InOrder):
             :class:`~maisi_tools.training.checkpoint.Checkpointer`; the data that are trained from are added. Of a
             component among the settings its constants count, see
             :func:`~maisi_tools.training.checkpoint.constants_of`.
+        validation: data by which the best weights are chosen, added as well: on others they are not to be compared.
     """
 
     def __init__(
@@ -155,8 +156,10 @@ class RecordHandlers(_InOrder):
         resume_from: str | Path | None = None,
         extra: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
+        validation: Sequence[Any] | None = None,
     ) -> None:
-        data = fingerprint_items(steps.objects["data"].dataset.dataset.data)
+        data = data_of("data", steps.objects["data"].dataset.dataset.data)
+        data |= {} if validation is None else data_of("validation", validation)
         wanted = {
             key: value for name, one in (settings or {}).items() for key, value in constants_of(name, one).items()
         }
@@ -167,7 +170,7 @@ class RecordHandlers(_InOrder):
         self.handlers = [
             *([] if log.rank else [StatsHandler(output_transform=figures, key_var_format="{}: {:.4g} ")]),
             *log.handlers(output_transform=figures),
-            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra, {**wanted, "data": data}),
+            Checkpointer(ckpt_dir, steps.objects, minutes, resume_from, extra, {**wanted, **data}),
         ]
 
 
