@@ -280,6 +280,23 @@ def test_what_to_resume_from(tmp_path):
         assert find_checkpoint(tmp_path, str(same)) == same
 
 
+@pytest.mark.parametrize("name", ["model.pt", "model_best.pt", "unet.pt"])
+def test_weights_of_a_run_whose_checkpoint_is_gone_are_left_alone(tmp_path, name):
+    """They may be the user's only ones; and a new unet.pt beside an old model.pt would pass for one run's."""
+    (tmp_path / "other.pt").touch()
+    ckpt_dir = tmp_path / "run"
+    ckpt_dir.mkdir()
+    (ckpt_dir / name).touch()
+    for resume in (False, True, str(tmp_path / "other.pt")):
+        with pytest.raises(InputError, match=rf"run has {name} without the {NAME} .*; allowed is a folder without"):
+            find_checkpoint(ckpt_dir, resume)
+    (ckpt_dir / NAME).touch()
+    assert find_checkpoint(ckpt_dir, True) == ckpt_dir / NAME
+    (ckpt_dir / NAME).unlink()
+    (ckpt_dir / name).rename(ckpt_dir / "kept.pt")
+    assert find_checkpoint(ckpt_dir, True) is None
+
+
 def test_figures_of_a_step(tmp_path):
     run, logs = Run(tmp_path, epochs=1), []
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: logs.append(engine.state.output["log"]))

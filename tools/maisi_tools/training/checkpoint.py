@@ -25,6 +25,9 @@ from maisi_tools.volumes.inputs import glimpse_input, sidecar_path
 NAME = "checkpoint.pt"
 """The last checkpoint, in a run's ``ckpt_dir``."""
 
+WEIGHTS = ("model.pt", "model_best.pt", "unet.pt")
+"""Weights that the stages write beside it; not every run writes each."""
+
 FILES = ("image", "label", "mask", "latent", "sigma", "coarse")
 """Of an item to train on or to validate on what names a file or folder."""
 
@@ -41,7 +44,8 @@ def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | N
 
     Raises:
         InputError: ``resume`` is a path without a file; or it is False, or the path of another checkpoint, and
-            ``ckpt_dir`` has one, which the run would overwrite.
+            ``ckpt_dir`` has one, which the run would overwrite; or it has :data:`WEIGHTS` alone, which a new run would
+            overwrite, or which would lie beside its own as if they were of one run.
     """
     last = Path(ckpt_dir) / NAME
     start = last if resume is True and last.is_file() else None
@@ -53,6 +57,11 @@ def find_checkpoint(ckpt_dir: str | Path, resume: bool | str | Path) -> Path | N
         raise InputError(
             f"{last} is the checkpoint of an earlier run and would be overwritten; go on from it with --resume True, "
             "or give another --ckpt_dir, or delete it"
+        )
+    if not last.is_file() and (others := [name for name in WEIGHTS if (last.parent / name).is_file()]):
+        raise InputError(
+            f"{last.parent} has {', '.join(others)} without the {NAME} of their run; a new run would overwrite them or "
+            "leave them beside its own; allowed is a folder without weights: give another --ckpt_dir, or move them away"
         )
     return start
 
