@@ -17,6 +17,7 @@ from maisi_tools.masks.vocabulary import (
     display_name,
     hosts_of,
     label_id,
+    label_of,
     labels_in_group,
     merge_labels,
     name_and_side,
@@ -30,6 +31,13 @@ def test_every_id_once():
     assert len({label.name for label in VOCABULARY.values()}) == 133
     segmented = [label.totalsegmentator for label in VOCABULARY.values() if label.totalsegmentator]
     assert len(segmented) == len(set(segmented)) == 117
+
+
+def test_a_setting_names_a_label_by_id_by_text_or_by_name():
+    assert [label_of(given) for given in (1, "26", 0, "0", BODY, "Liver", "left parotid")] == [1, 26, 0, 0, BODY, 1, 18]
+    for wrong in (133, "300", -1, 26.5, "", None, "lung"):
+        with pytest.raises(InputError, match="is no label; allowed are"):
+            label_of(wrong)
 
 
 def test_groups_cover_the_vocabulary_and_do_not_overlap():

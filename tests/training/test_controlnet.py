@@ -162,6 +162,20 @@ def test_labels_that_are_merged_away_are_refused():
         check_labels([1, 2], {}, {}, label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
 
 
+def test_labels_may_have_names_and_what_is_none_is_refused():
+    check_labels([1, 26], {}, {}, label_weights={"hepatic tumor": 100}, contrast_labels=["26", "Liver"])
+    with pytest.raises(InputError, match=r"label_weights has 1, but keep_labels"):
+        check_labels([26], {}, {}, label_weights={"liver": 100})
+    for keep in ([1, 2], None):
+        for wrong in ("lung", "300", 133):
+            with pytest.raises(InputError, match=f"^contrast_labels: {wrong!r} is no label; allowed are"):
+                check_labels(keep, {}, {}, contrast_labels=[1, wrong])
+    with pytest.raises(InputError, match=r"labels \[300, 'liver'\] to keep or to merge into are not in the vocabulary"):
+        check_labels([1, 300, "liver"], {}, {})
+    with pytest.raises(InputError, match=r"labels \['skull'\] to keep or to merge into"):
+        check_labels([1], {"bone": "skull"}, {})
+
+
 def test_labels_that_become_body_are_named(tmp_path, caplog):
     """Own classes beside a list of the small weights'; what merges into a group's label is not lost."""
     for name, labels in (("a", [0, 1, 26, 92, 120, 200]), ("b", [0, 26, 120, 200])):

@@ -190,6 +190,15 @@ def test_a_batch_with_a_contrast_label_is_doubled_with_the_label_replaced():
     assert len(mask) == 2 and isinstance(target, torch.Tensor)
 
 
+def test_labels_of_weights_and_contrasts_may_have_names():
+    named = {"label_weights": {"liver": 2, "26": 100}, "contrast_labels": {"hepatic tumor": "liver"}}
+    prepare = DiffusionBatch(flow(), 1.0, 0, mask_key="mask", **named)
+    assert prepare.label_weights == {1: 2.0, 26: 100.0} and prepare.contrast_labels == {26: 1}
+    for weight in ("much", None, -1, float("nan")):
+        with pytest.raises(InputError, match="label_weights of liver is .*; allowed is a number from 0 on"):
+            DiffusionBatch(flow(), 1.0, 0, mask_key="mask", label_weights={"liver": weight})
+
+
 def test_label_weights_are_averaged_over_a_latent_voxel():
     given = batch(2, (2, 3, 2))
     prepare = DiffusionBatch(

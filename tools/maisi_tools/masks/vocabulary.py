@@ -296,6 +296,20 @@ def label_id(name: str) -> int:
         ) from None
 
 
+def label_of(given: int | str) -> int:
+    """The id of a label that a setting names: by the id, which as a key of JSON is text, or by the name; 0 is none.
+
+    Raises:
+        InputError: no such id, or no such name (:func:`label_id`).
+    """
+    text = str(given)
+    if not text.isdecimal():
+        return label_id(text)
+    if int(text) not in (0, *VOCABULARY):
+        raise InputError(f"{given!r} is no label; {ALLOWED}, and their names")
+    return int(text)
+
+
 def display_name(label: int) -> str:
     """What a reader sees: the vocabulary's name, or for a placeholder id what it is used for."""
     return PLACEHOLDER_NAMES.get(label, VOCABULARY[label].name)
@@ -383,7 +397,7 @@ def merge_labels(mask: Array, keep: Iterable[int], merge: Mapping[str, int]) -> 
         InputError: `keep`, `merge` or the mask has a label that is not in the vocabulary.
     """
     keep, targets = set(keep), set(merge.values())
-    if unknown := sorted((keep | targets) - VOCABULARY.keys()):
+    if unknown := sorted((keep | targets) - VOCABULARY.keys(), key=str):
         raise InputError(f"labels {unknown} to keep or to merge into are not in the vocabulary; {ALLOWED}")
     table = np.full(BODY + 1, -1)
     table[0] = 0

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from maisi_tools.datasets.complete import twins_of
 from maisi_tools.errors import InputError
 from maisi_tools.masks.edits import swap_sides
-from maisi_tools.masks.vocabulary import BODY, display_name, merge_labels
+from maisi_tools.masks.vocabulary import BODY, display_name, label_of, merge_labels
 from maisi_tools.networks import ControlledUNet, has_both, sees_coarse
 from maisi_tools.training.latents import check_latent_sizes
 from maisi_tools.volumes.grid import image_affine
@@ -88,19 +88,27 @@ def check_labels(
     latents: Mapping[str, Sequence[Mapping[str, str]]],
     **asked: Iterable[int | str],
 ) -> None:
-    """Refuse weights and contrasts for labels that masks no longer have after merging, and say which others are lost.
+    """Refuse labels that are none, and weights and contrasts for those that masks no longer have after merging.
+
+    Which others are lost is said.
 
     Args:
         keep, merge: of :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; `keep` None for all labels.
         latents: as :func:`~maisi_tools.training.latents.find_latents` lists them, with their masks. The labels of a
             mask are those that `maisi complete_masks` wrote beside it; others are not looked at.
-        asked: config key -> labels.
+        asked: config key -> labels, by id or by name (:func:`~maisi_tools.masks.vocabulary.label_of`).
 
     Raises:
-        InputError: a label is not kept.
+        InputError: a label is none, or not kept.
     """
+    if keep is not None:
+        merge_labels(np.zeros(1), keep, merge)  # which refuses what is no id
     for name, labels in asked.items():
-        if keep is not None and (lost := sorted({int(label) for label in labels} - {0, *map(int, keep)})):
+        try:
+            ids = {label_of(label) for label in labels}
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        if keep is not None and (lost := sorted(ids - {0, *keep})):
             raise InputError(
                 f"{name} has {', '.join(map(str, lost))}, but keep_labels merges these labels into others; allowed are "
                 f"{', '.join(map(str, keep))}: add them to keep_labels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from torch.nn.functional import adaptive_max_pool3d, avg_pool3d, interpolate
 
 from maisi_tools.diffusion.conditions import CONDITIONS, MR_CODES, Conditions
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import region_in
+from maisi_tools.masks.vocabulary import label_of, region_in
+from maisi_tools.settings import check_number
 from maisi_tools.training.loaders import sample_numbers, seed_of
 
 COARSE = 11
@@ -96,7 +98,8 @@ class DiffusionBatch:
         mask_dropout: probability of replacing the whole mask by zeros.
         control_dropout: probability of leaving the ControlNet's residuals out (the keyword ``conditioning_scale`` is
             then 0), so that a U-Net that is trained with its ControlNet also learns to do without.
-        label_weights: label -> weight of its voxels in the loss (the paper weights tumours with 100); 1 elsewhere.
+        label_weights: label -> weight of its voxels in the loss (the paper weights tumours with 100); 1 elsewhere. A
+            label is an id or a name, here and in `contrast_labels`: :func:`~maisi_tools.masks.vocabulary.label_of`.
         contrast_labels: label -> label around it, for the region-contrastive loss of MAISI-v2: a batch that
             shows such a label is doubled, and the second half sees the mask with the label replaced.
         coarse_noise: standard deviation of the noise on the coarse CTs that the U-Net sees (``batch["coarse"]``, (B, 1,
@@ -104,7 +107,7 @@ class DiffusionBatch:
             and not as true as in training.
 
     Raises:
-        InputError: ``min_snr_gamma`` is given for rectified flow.
+        InputError: ``min_snr_gamma`` is given for rectified flow; a label is none, or its weight no number from 0 on.
     """
 
     def __init__(
@@ -140,8 +143,10 @@ class DiffusionBatch:
         self.mask_key = mask_key
         self.mask_dropout = float(mask_dropout)
         self.control_dropout = float(control_dropout)
-        self.label_weights = {int(label): float(weight) for label, weight in (label_weights or {}).items()}
-        self.contrast_labels = {int(label): int(other) for label, other in (contrast_labels or {}).items()}
+        for label, weight in (label_weights or {}).items():
+            check_number(f"label_weights of {label}", weight, 0, math.inf)
+        self.label_weights = {label_of(label): float(weight) for label, weight in (label_weights or {}).items()}
+        self.contrast_labels = {label_of(label): label_of(other) for label, other in (contrast_labels or {}).items()}
         self.coarse_noise = float(coarse_noise)
 
     def __call__(

@@ -8,10 +8,24 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+from maisi_tools.errors import InputError
 from maisi_tools.training.budget import Budget, by_budget
 
 RISE = 0.0501
 """Share of a cycle in which the rate rises; a little more than 1/20, so that 20 steps have one of them."""
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuse a name in a schedule's place; the config's own are referred to.
+
+    Raises:
+        InputError: it cannot be called.
+    """
+    if not callable(schedule):
+        raise InputError(
+            f"schedule is {schedule!r}; allowed are '@one_cycle', '@cosine' and '@warm_up', with the @, or another "
+            "function of optimizer, rate and steps"
+        )
 
 
 def one_cycle(optimizer: Optimizer, rate: float, steps: int) -> OneCycleLR:
