@@ -19,7 +19,7 @@ from maisi_tools.volumes.inputs import OURS
 from maisi_tools.volumes.latents import SIDECAR
 from maisi_tools.weights import read_factor, save_weights
 
-LINES, REPEATED, LONGEST = 2587, 0.476, 175
+LINES, REPEATED, LONGEST = 2582, 0.471, 175
 
 BUNDLES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 KEYS = (
