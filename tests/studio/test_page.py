@@ -353,7 +353,7 @@ def test_a_mask_of_ones_own_with_labels_mapped_by_hand(open_page, server, phanto
     part.get_by_label("Structure of label 240").fill("left ear trumpet")
     part.get_by_label("Name of this reading").fill("by hand")
     part.locator(".save-map").click()
-    assert "left ear trumpet" in part.locator(".refused").inner_text()
+    part.locator(".refused", has_text="left ear trumpet").wait_for()
     part.get_by_label("Structure of label 240").fill(display_name(PAROTID))
     part.get_by_label("Structure of label 241").fill("")
     steps(page, 1)
