@@ -38,7 +38,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from measured import (
 from packed import pack, unpack
 
 from maisi_tools.datasets.layouts import find_cases
-from maisi_tools.errors import InputError, report_input_errors
+from maisi_tools.errors import InputError, first_few, report_input_errors
 from maisi_tools.files import fingerprint_file, write_json
 from maisi_tools.volumes.inputs import stem_of
 
@@ -184,12 +184,8 @@ def _changed_cases(out: Path, data: Path) -> str:
         "gone": then.keys() - masks.keys(),
         "with another mask": [image for image in then.keys() & masks.keys() if masks[image] != then[image]],
     }
-    return ", ".join(f"{len(of)} {what} ({_shown(of)})" for what, of in found.items() if of)
-
-
-def _shown(images: Collection[Path], most: int = 5) -> str:
-    names = sorted(image.name for image in images)
-    return ", ".join(names[:most] + ["..."] * (len(names) > most))
+    named = {what: sorted(image.name for image in of) for what, of in found.items()}
+    return ", ".join(f"{len(of)} {what} ({first_few(of)})" for what, of in named.items() if of)
 
 
 def check_packed(out: Path, file: Path) -> None:

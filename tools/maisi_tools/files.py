@@ -122,6 +122,28 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(Path(path).read_text())
 
 
+def check_own_json(path: Path, is_ours: Callable[[Any], bool], writer: str, option: str) -> None:
+    """Refuse to write over a JSON file that somebody else wrote.
+
+    Args:
+        path: where nothing need be.
+        is_ours: whether content has the form of ours; where asking is an error of its type, it has not.
+        writer, option: for the message, who writes such files, and what says where.
+
+    Raises:
+        InputError: there is one of another form, or that is no JSON.
+    """
+    try:
+        ours = not path.exists() or is_ours(read_json(path))
+    except (OSError, ValueError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise InputError(
+            f"{path} would be written over, and no {writer} wrote it; allowed are names that are free: give another "
+            f"{option}, or move the file away"
+        )
+
+
 def parse_json(text: str | bytes | bytearray) -> Any:
     """Return what a user's JSON text holds.
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.bundles.settings import running
-from maisi_tools.errors import InputError
-from maisi_tools.files import RUN_RECORD, read_json, sha256, write_json
+from maisi_tools.files import RUN_RECORD, check_own_json, sha256, write_json
 from maisi_tools.volumes.inputs import short_names
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def record_run(
     path = Path(output_dir).expanduser() / RUN_RECORD
     if int(os.environ.get("RANK", 0)):  # as torchrun sets it
         return path
-    _check_ours(path)
+    check_own_json(path, lambda found: found.keys() >= {"settings", "weights"}, "run", "output_dir")
     if not isinstance(settings, Mapping):
         workflow = running()
         if workflow is None:
@@ -74,18 +73,6 @@ def record_run(
     _warn_changed(path, record)
     write_json(path, record)
     return path
-
-
-def _check_ours(path: Path) -> None:
-    try:
-        ours = not path.exists() or read_json(path).keys() >= {"settings", "weights"}
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise InputError(
-            f"{path} would be written over, and no run wrote it; allowed are names that are free: give another "
-            "output_dir, or move the file away"
-        )
 
 
 def _warn_changed(path: Path, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from monai.transforms import Compose, Orientation, Spacing
 
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.errors import InputError, first_few
-from maisi_tools.files import canonical_json, read_json, write_json
+from maisi_tools.files import canonical_json, check_own_json, write_json
 from maisi_tools.masks.body import label_from_ct
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.edits import twins
@@ -92,7 +92,7 @@ def complete_masks(
     if not items:
         raise InputError("no case is given; allowed is at least one CT: see what `maisi prepare` writes of a data set")
     folder = check_output_dir(output_dir)
-    _check_cases(folder / CASES)
+    check_own_json(folder / CASES, _is_cases, "`maisi complete_masks`", "output_dir")
     _regrid(spacing, "nearest")  # a bad one is refused before any work
     mapping = read_label_map(label_map)
     stems = [stem_of(item["image"]) for item in items]
@@ -173,17 +173,8 @@ def check_cts(pairs: Iterable[tuple[str, str | None]]) -> None:
         )
 
 
-def _check_cases(path: Path) -> None:
-    """Refuse to write over a list of cases that no earlier run wrote."""
-    try:
-        ours = not path.exists() or all({"image", "region"} <= case.keys() <= _LISTED for case in read_json(path))
-    except (OSError, ValueError, TypeError, AttributeError):
-        ours = False
-    if not ours:
-        raise InputError(
-            f"{path} would be written over, and no `maisi complete_masks` wrote it; allowed are names that are free: "
-            "give another output_dir, or move the file away"
-        )
+def _is_cases(found: Any) -> bool:
+    return all({"image", "region"} <= case.keys() <= _LISTED for case in found)
 
 
 def _complete(

@@ -19,7 +19,7 @@ from maisi_tools.datasets.layouts import Case, find_cases
 from maisi_tools.datasets.workers import in_order
 from maisi_tools.diffusion.conditions import MODALITIES, is_mr
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import check_own_json
 from maisi_tools.masks.class_folder import read_numbers
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import VOCABULARY, label_id
@@ -218,20 +218,11 @@ def check_ours(path: Path, report: Path) -> None:
     Raises:
         InputError: there is one.
     """
-
-    def keys(file: Path) -> set[str]:
-        try:
-            found = read_json(file)
-        except (OSError, ValueError):
-            return set()
-        return set(found) if isinstance(found, dict) else set()
-
-    for file, is_ours in ((path, keys(path) == set(LISTS)), (report, keys(report) >= REPORTED)):
-        if file.exists() and not is_ours:
-            raise InputError(
-                f"{file} would be written over, and no `maisi prepare` wrote it; allowed are names that are free: give "
-                "another --output, or move the file away"
-            )
+    for file, is_ours in (
+        (path, lambda found: found.keys() == set(LISTS)),
+        (report, lambda found: found.keys() >= REPORTED),
+    ):
+        check_own_json(file, is_ours, "`maisi prepare`", "--output")
 
 
 def describe(

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import fingerprint_file, fingerprint_text, read_json
 from maisi_tools.volumes.limits import check_limit
 
@@ -299,7 +299,7 @@ def _items_of(
         return _read_datalist(path, key, sections, is_one)
     paths = _expand(path, is_one)
     if left := [found for found in paths if stem_of(found).endswith(skip)] if skip and paths != [str(path)] else []:
-        names = f"{', '.join(Path(found).name for found in left[:3])}{', ...' if len(left) > 3 else ''}"
+        names = first_few([Path(found).name for found in left])
         if len(left) == len(paths):
             raise InputError(
                 f"{path} holds no CT, by their names: {names}; allowed are volumes whose names do not end in "
