@@ -16,8 +16,8 @@ studio: $(VENV)/.installed-studio
 notebooks: $(VENV)/.installed-all
 	$(BIN)/python docs/notebooks/run.py
 
-# A worker a core, up to four; each takes whole files, whose tests share what they have trained, in the files' order: by
-# the number of their tests, the longest few would come last and run alone.
+# Workers by the cores, see tests/conftest.py, up to four; each takes whole files, whose tests share what they have
+# trained, in the files' order: by the number of their tests, the longest few would come last and run alone.
 SHARED := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest $(SHARED)

@@ -18,10 +18,16 @@ from maisi_tools.networks import Autoencoder, ControlledUNet, ControlNet, Diffus
 from .preloaded import start
 from .tiny import make_bundles
 
-# On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute, and a
-# worker a core keeps all cores busy. The programs that tests start take it from the environment.
+# On a busy machine, threads wait for one another a hundred times as long as the tests' small networks compute, and the
+# workers keep all cores busy. The programs that tests start take it from the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many workers again as cores: tests of services and cohorts wait a third of their time."""
+    return max(1, len(os.sched_getaffinity(0)) * 3 // 2)
 
 
 @pytest.fixture(scope="session")
