@@ -73,7 +73,7 @@ def measure(item: dict[str, str], folder: Path, diameter: float) -> dict[str, fl
 
 def compare(options: argparse.Namespace) -> list[str]:
     """Edit both scans; return the page's lines."""
-    size = [128, 128, 256] if options.quick else [512, 512, 900]
+    size = [64, 64, 128] if options.quick else [512, 512, 900]
     progress, rows = parts.Progress(), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

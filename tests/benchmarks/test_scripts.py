@@ -104,11 +104,11 @@ def test_a_mask_becomes_the_same_ct_by_monais_loop_and_by_the_bundle(run: Run) -
     found.remove(guided)
     assert float(guided[7]) > 10
     half = [row for row in found if row[0].endswith(", bfloat16")]  # where the CPU computes in it
-    assert len(half) == (0 if fastest_dtype("cpu") == "float32" else 2)
+    assert len(half) == (0 if fastest_dtype("cpu") == "float32" else 1)
     assert all(float(row[7]) > 1 for row in half)
     found = [row for row in found if row not in half]
-    assert len(found) == 2 * len(ways)  # small weights, half width
-    for row, way in zip(found, ways * 2, strict=True):
+    expected = [*ways, ways[0], ways[3]]  # small weights; half width, of which a quick run has these two
+    for row, way in zip(found, expected, strict=True):
         name, seconds, share, _, loading, peak, _, greatest, _, mean = row
         assert way is None or name == way
         assert float(seconds) > 0 and float(share) > 0 and float(loading) > 0 and float(peak) > 0
@@ -222,5 +222,5 @@ def test_solvers_need_masks(python: str, repo_root: Path, tmp_path: Path) -> Non
 
 def test_the_edit_has_both_scans_and_one_size_of_crop(run: Run) -> None:
     found = rows(run("editing.py", "--quick"))
-    assert [row[0] for row in found] == ["128x128x64", "128x128x256"]
+    assert [row[0] for row in found] == ["64x64x32", "64x64x128"]
     assert all(float(figure) >= 0 for row in found for figure in row[1:])
