@@ -124,7 +124,7 @@ MAISI = {
     "in_channels": 1,
     "out_channels": 1,
     "latent_channels": 4,
-    "num_channels": [8, 16, 16],
+    "num_channels": [4, 8, 8],
     "num_res_blocks": [1, 1, 1],
     "norm_num_groups": 4,
     "norm_eps": 1e-6,
