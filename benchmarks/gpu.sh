@@ -2,7 +2,7 @@
 # All that wants a GPU, in at most 12 minutes on one H100; see README.md.
 #
 #   bash benchmarks/gpu.sh                           # OUT=folder for the output, PYTHON=interpreter
-#   bash benchmarks/gpu.sh --quick --device cpu      # the same at sizes that mean nothing and one file of tests, without a GPU
+#   bash benchmarks/gpu.sh --quick --device cpu      # tiny sizes and a few of the tests, without a GPU
 #
 # What a part prints stands in $OUT/PART.txt as it comes. A part that fails or runs out of time does not stop the next;
 # the exit status is the number of those that did.
@@ -54,14 +54,16 @@ ways="TSP;TSP 16GiB;TSP 8GiB;MONAI, 2 splits;MONAI, 8 splits;windows"
 tsp=(--sizes 256x256x256,512x512x512,512x512x768 --budget 290)
 sampling=(--budget 170)
 tests=(tests/diffusion/test_devices.py tests/tsp/test_devices.py tests/bundles/test_training.py)
+named="device"
 if [ -n "$quick" ]; then
-    tsp=(--sizes 24x96x24,24x96x32 --channels small --repeats 1 --threads 1)
+    tsp=(--sizes 16x96x16,16x96x24 --channels small --repeats 1 --threads 1)
     sampling=(--quick --threads 1)
     tests=(tests/diffusion/test_devices.py)
+    named="device and scheduler"
 fi
 
 part tests 180 "$python" -m pytest -v --durations=5 -p no:cacheprovider --continue-on-collection-errors \
-    -k device -m "$marked" "${tests[@]}"
+    -k "$named" -m "$marked" "${tests[@]}"
 part tsp 310 "$python" benchmarks/tsp_cuda.py --device "$device" --directions decode --variants "$ways" \
     --out "$out" "${tsp[@]}"
 part sampling 200 "$python" benchmarks/sampling_cuda.py --device "$device" --out "$out" "${sampling[@]}"
