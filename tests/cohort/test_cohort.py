@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -29,10 +30,21 @@ from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.masks.vocabulary import label_id
 
+from .conftest import SPEC
+
 
 def made(write_spec, bundles, folder: Path, engine: str = "process", workers: int = 1, **changes: str) -> Path:
     make_cohort(read_spec(write_spec(**changes)), folder, bundles, engine, workers)
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(bundles, tmp_path_factory) -> Path:
+    """The cohort of SPEC as it is, to be read alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "spec.yaml").write_text(SPEC)
+    make_cohort(read_spec(folder / "spec.yaml"), folder / "out", bundles)
+    return folder / "out"
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -67,23 +79,22 @@ def without_samples(monkeypatch) -> None:
     monkeypatch.setattr("maisi_tools.cohort.run.Worker", Idle)
 
 
-def test_an_nnunet_data_set(write_spec, bundles, tmp_path):
-    folder = made(write_spec, bundles, tmp_path / "out")
-    described = json.loads((folder / "dataset.json").read_text())
+def test_an_nnunet_data_set(whole):
+    described = json.loads((whole / "dataset.json").read_text())
     assert described["numTraining"] == 3 and described["labels"]["left parotid gland"] == 4
     assert {"bone", "airway", "lung"} < described["labels"].keys()  # all bones are merged, not the skull alone
     assert sorted(described["labels"].values()) == list(range(11))
-    rows = rows_of(folder)
+    rows = rows_of(whole)
     assert [row["name"] for row in rows] == ["heads_0000", "heads_0001", "heads_0002"]
     assert len({row["ct_sha256"] for row in rows}) == 3 and all(row["status"] == "done" for row in rows)
     for row in rows:
-        ct, mask = (nib.load(folder / row[what]) for what in ("ct", "mask"))
+        ct, mask = (nib.load(whole / row[what]) for what in ("ct", "mask"))
         assert ct.shape == mask.shape == tuple(int(n) for n in row["size"].split())
         assert np.array_equal(ct.affine, mask.affine)
         labels = np.asarray(mask.dataobj)
         assert labels.max() <= 10 and (np.asarray(ct.dataobj)[labels == 0] == -1000).all()
-        assert sha256(folder / row["ct"]) == row["ct_sha256"]
-    assert not (folder / ".scratch").exists()
+        assert sha256(whole / row["ct"]) == row["ct_sha256"]
+    assert not (whole / ".scratch").exists()
 
 
 def test_labels_that_the_specification_keeps_have_their_names(write_spec, bundles, tmp_path):
@@ -97,8 +108,7 @@ def test_labels_that_the_specification_keeps_have_their_names(write_spec, bundle
     assert (labels == 3).sum() > (labels == 1).sum() > (labels == 2).sum()
 
 
-def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of, tmp_path):
-    whole = made(write_spec, bundles, tmp_path / "whole")
+def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of, whole, tmp_path):
     parts = made(write_spec, bundles, tmp_path / "parts", count="1")
     (parts / ".scratch").mkdir()  # as a killed run leaves it
     first = (parts / "records" / "heads_0000.json").stat().st_mtime_ns
@@ -110,16 +120,15 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(write_spec, bundles, files_of
     assert samples(files_of(parts)) == samples(files_of(whole))
 
 
-def test_two_ranks_make_the_same(torchrun, write_spec, bundles, files_of, tmp_path):
-    one = made(write_spec, bundles, tmp_path / "one")
+def test_two_ranks_make_the_same(torchrun, write_spec, bundles, files_of, whole, tmp_path):
     given = ["--output_dir", tmp_path / "two", "--bundles", bundles]
     done = torchrun("maisi_tools.cli", "cohort", write_spec(), *given)
     assert done.stdout.count("3 of 3 samples") == 1
-    assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
+    assert samples(files_of(tmp_path / "two")) == samples(files_of(whole))
     for path in (tmp_path / "two" / "labelsTr").glob("*"):  # lost; one rank looks for what is, for both
         path.unlink()
     torchrun("maisi_tools.cli", "cohort", write_spec(), *given)
-    assert samples(files_of(tmp_path / "two")) == samples(files_of(one))
+    assert samples(files_of(tmp_path / "two")) == samples(files_of(whole))
 
 
 def test_what_a_judge_does_not_see_is_left_out(write_spec, bundles, bundle, tmp_path):
@@ -480,13 +489,13 @@ def test_one_folder_has_one_writer(python, write_spec, bundles, tmp_path):
     assert [row["status"] for row in rows_of(made(write_spec, bundles, folder, count="1"))] == ["done"]
 
 
-@pytest.mark.parametrize("left", ["", '{"name": "heads_0000", "sta', "[]", '{"name": "heads_0000", "status": "done"}'])
-def test_a_truncated_record_is_made_again(write_spec, bundles, files_of, tmp_path, left):
+def test_a_truncated_record_is_made_again(write_spec, bundles, files_of, tmp_path):
     folder = made(write_spec, bundles, tmp_path / "out", count="1")
     before = files_of(folder)
-    (folder / "records" / "heads_0000.json").write_text(left)
-    assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 1
-    assert files_of(folder) == before
+    for left in ("", '{"name": "heads_0000", "sta', "[]", '{"name": "heads_0000", "status": "done"}'):
+        (folder / "records" / "heads_0000.json").write_text(left)
+        assert make_cohort(read_spec(write_spec(count="1")), folder, bundles)["made"] == 1, left
+        assert files_of(folder) == before, left
 
 
 @pytest.mark.parametrize("left", ["", "{", "[]", '{"spec": 3, "weights": {}}', '{"spec": {}}'])
@@ -583,14 +592,20 @@ REAL = {
 }
 
 
+@functools.cache
+def drawn(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A CT in HU and OpenKBP's labels of it."""
+    labels = make_phantom("head_neck", (48, 48, 48), (5.0, 5.0, 3.4), seed)
+    noise = np.random.default_rng(seed).normal(0, 10, labels.shape)
+    hu = (flat_ct(labels) + np.where(labels > 0, noise, 0)).astype(np.int16)
+    return hu, sum(number * (labels == label) for number, label in read_label_map("openkbp").items())
+
+
 def write_scans(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Two scans with OpenKBP's labels, the CTs in an orientation of their own."""
     found, entries = {}, []
     for seed, name in enumerate(("one", "two")):
-        labels = make_phantom("head_neck", (48, 48, 48), (5.0, 5.0, 3.4), seed)
-        noise = np.random.default_rng(seed).normal(0, 10, labels.shape)
-        hu = (flat_ct(labels) + np.where(labels > 0, noise, 0)).astype(np.int16)
-        ours = sum(number * (labels == label) for number, label in read_label_map("openkbp").items())
+        hu, ours = drawn(seed)
         files = folder / f"{name}.nii.gz", folder / f"{name}_seg.nii.gz"
         nib.save(nib.Nifti1Image(hu[::-1, ::-1], np.diag([-5.0, -5.0, 3.4, 1.0]) + _moved(5.0 * 47)), files[0])
         nib.save(nib.Nifti1Image(ours.astype(np.uint8), np.diag([5.0, 5.0, 3.4, 1.0])), files[1])
