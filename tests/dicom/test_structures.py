@@ -14,6 +14,8 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY
 from maisi_tools.volumes.series import read_slices, slice_affine
 
+from .test_masks import box, structure_file
+
 
 @pytest.fixture
 def written(studies):
@@ -56,3 +58,37 @@ def test_an_roi_of_another_frame_of_reference_is_left_out(written, studies, tmp_
     ds.save_as(tmp_path / "rt.dcm")
     with pytest.raises(InputError, match="no structure that can be drawn .*another frame.* with --series"):
         read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")
+
+
+def tilted(slope, gap=0.2):
+    """A ring of an outer contour and a hole beside its middle, at whose planes heights grow with the column."""
+    rings = (box(4.5, 28.5), box(6.5, 12.5))
+    planes = np.arange(3, 12, gap)
+    return {"Liver": [(z + slope * (np.array(ring)[:, 0] - 16.5), ring) for z in planes for ring in rings]}
+
+
+@pytest.mark.parametrize("slope", [0, 0.0005, 0.004, 0.02])
+def test_contours_at_a_small_angle_to_the_slices_are_drawn(slices, studies, tmp_path, slope):
+    """Planes closer to one another than one contour is high are not one plane, and a hole stays in its plane."""
+    path = structure_file(tmp_path / "rt.dcm", slices, tilted(slope))
+    found = read_mask(path, studies / "slices" / "CT")[0].numpy()
+    areas = np.count_nonzero(found, axis=(0, 1))
+    assert areas[4:12].tolist() == [24**2 - 6**2] * 8 and set(areas[:3]) | set(areas[13:]) == {0}
+
+
+@pytest.mark.parametrize(
+    ("rois", "message"),
+    [
+        (tilted(0.03), "the ROI Liver has contours across the slices"),
+        # Two parts of one plane, each nearly level, from one slice to the next.
+        (
+            {"Liver": [(5 + 0.02 * (np.array(ring)[:, 0] - 16), ring) for ring in (box(1.5, 5.5), box(28.5, 32.5))]},
+            "the ROI Liver has contours across the slices",
+        ),
+        ({"Liver": [(3 + n / 100, box(4.5, 9.5)) for n in range(9)]}, "planes of contours no more than 0.02 slices"),
+    ],
+)
+def test_contours_that_fit_no_slice_or_no_plane_are_refused(slices, studies, tmp_path, rois, message):
+    path = structure_file(tmp_path / "rt.dcm", slices, rois)
+    with pytest.raises(InputError, match=f"{message}.*give the series that the structure set was drawn on"):
+        read_mask(path, studies / "slices" / "CT")

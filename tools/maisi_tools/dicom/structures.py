@@ -36,8 +36,14 @@ LOW_GAP = 0.25
 were added between two."""
 
 SAME_PLANE = 0.02
-"""Heights of contours in one plane differ by no more than this share of the slice distance, or than those of the points
-of one contour do: where slices are oblique, each coordinate is rounded and so is the height."""
+"""Heights of contours in one plane differ by no more than this share of the slice distance, or than the rounding of
+their coordinates explains: where slices are oblique, that makes heights uneven."""
+
+FLAT = 1e-3
+"""A contour whose points differ in height by no more than this share of the slice distance is not tilted."""
+
+EXPLAINED = 0.75
+"""Contours are tilted where one tilt of all explains more than this share of their points' variance in height."""
 
 USUAL_GAP, MAX_FILLED_GAP = 1.5, 3.5
 """Distances of two planes, as a multiple of what is usual in the ROI: up to the first nothing is missing, up to the
@@ -175,31 +181,61 @@ Plane = tuple[float, list[np.ndarray]]
 
 
 def _planes(name: str, contours: Sequence[Dataset], to_voxels: np.ndarray) -> list[Plane]:
-    """The planes of an ROI, in order; a plane ends where the next height is further off than rounding explains."""
-    placed: list[tuple[float, np.ndarray]] = []
-    noise = SAME_PLANE
-    for contour in contours:
-        points = _points(name, contour) @ to_voxels[:3, :3].T + to_voxels[:3, 3]
-        height = points[:, 2]
-        if np.ptp(height) > PLANE_TOLERANCE:
+    """The planes of an ROI, in order; a plane ends where the next height is further off than rounding explains.
+
+    Raises:
+        InputError: a plane that reaches from one slice to the next, or planes too close to be told apart.
+    """
+    placed = [_points(name, contour) @ to_voxels[:3, :3].T + to_voxels[:3, 3] for contour in contours]
+    placed.sort(key=lambda points: float(points[:, 2].mean()))
+    heights = levels = np.array([points[:, 2].mean() for points in placed])
+    uneven, rounding = max(float(np.ptp(points[:, 2])) for points in placed), 0.0
+    if uneven > FLAT:
+        rounding = 10.0 ** -_decimals(contours) * float(np.abs(to_voxels[2, :3]).sum())
+    if uneven > max(rounding, FLAT):  # tilted: the height of a contour depends on where in its plane it lies
+        levels, uneven = _along_their_normal(placed)
+    noise = SAME_PLANE if uneven <= SAME_PLANE else min(max(uneven, rounding), PLANE_TOLERANCE / 2)
+    order = np.argsort(levels, kind="stable")
+    planes, left_out = [], 0
+    for part in np.split(order, np.flatnonzero(np.diff(levels[order]) > noise) + 1):
+        if np.ptp(np.concatenate([placed[index][:, 2] for index in part])) > PLANE_TOLERANCE:
             raise InputError(
                 f"the ROI {name} has contours across the slices of the series; allowed are contours in its slices: "
                 "give the series that the structure set was drawn on"
             )
-        noise = max(noise, min(float(np.ptp(height)), PLANE_TOLERANCE / 2))
-        placed.append((float(height.mean()), points[:, :2]))
-    placed.sort(key=lambda one: one[0])
-    heights = np.array([height for height, _ in placed])
-    parts = np.split(np.arange(len(placed)), np.flatnonzero(np.diff(heights) > noise) + 1)
-    planes, left_out = [], 0
-    for part in parts:
-        polygons = {_form(placed[index][1]): placed[index][1] for index in part}
+        if np.ptp(levels[part]) > noise:
+            raise InputError(
+                f"the ROI {name} has planes of contours no more than {noise:.2f} slices apart, which cannot be told "
+                "from contours of one plane; allowed are contours in the slices of the series: give the series that "
+                "the structure set was drawn on"
+            )
+        polygons = {_form(placed[index][:, :2]): placed[index][:, :2] for index in part}
         left_out += len(part) - len(polygons)
         # Rounded, so that what is meant to be a slice, or midway between two, is.
         planes.append((round(float(heights[part].mean()), 2), list(polygons.values())))
     if left_out:
         logger.warning("the ROI %s has %d contours twice, which are taken once", name, left_out)
-    return planes
+    return sorted(planes, key=lambda plane: plane[0])
+
+
+def _along_their_normal(placed: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+    """How high contours, points (N, 3) in voxels, lie along the normal that all share, and how uneven they are then.
+
+    Where no common tilt explains most of their unevenness, their heights are those across the slices.
+    """
+    centred = np.concatenate([points - points.mean(axis=0) for points in placed])
+    tilt = np.linalg.lstsq(centred[:, :2], centred[:, 2], rcond=None)[0]
+    left = centred[:, 2] - centred[:, :2] @ tilt
+    if left @ left > (1 - EXPLAINED) * (centred[:, 2] @ centred[:, 2]):
+        tilt[:] = 0
+    straight = [points[:, 2] - points[:, :2] @ tilt for points in placed]
+    return np.array([one.mean() for one in straight]), max(float(np.ptp(one)) for one in straight)
+
+
+def _decimals(contours: Sequence[Dataset]) -> int:
+    """How many digits the coordinates of contours have after the point, at most."""
+    values = (value if isinstance(value, bytes) else str(value).encode() for c in contours for value in _stored(c))
+    return max((len(value.strip().partition(b".")[2]) for value in values), default=0)
 
 
 def _form(polygon: np.ndarray) -> bytes:
@@ -213,12 +249,16 @@ def _usual_gap(planes: Sequence[Plane]) -> float:
     return float(np.quantile(np.diff([height for height, _ in planes]), LOW_GAP, method="lower"))
 
 
-def _points(name: str, contour: Dataset) -> np.ndarray:
-    """The points of a contour (N, 3), in mm."""
+def _stored(contour: Dataset) -> list:
+    """The coordinates of a contour as stored: pydicom would make an object of each, of a hundred times its size."""
     element = contour.get_item(CONTOUR_DATA) if CONTOUR_DATA in contour else None
     stored = b"" if element is None else element.value
-    # As it is stored: pydicom would make an object of every number, of a hundred times its size.
-    values = stored.split(b"\\") if isinstance(stored, bytes) else list(stored or ())
+    return stored.split(b"\\") if isinstance(stored, bytes) else list(stored or ())
+
+
+def _points(name: str, contour: Dataset) -> np.ndarray:
+    """The points of a contour (N, 3), in mm."""
+    values = _stored(contour)
     count = len(values) // 3
     check_limit("MAISI_MAX_CONTOUR_POINTS", count, f"the ROI {name} has a contour of {count} points")
     try:
