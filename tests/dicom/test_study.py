@@ -295,6 +295,54 @@ def test_a_study_joins_a_source_whatever_its_patients_data_look_like(tmp_path, s
         assert ds.StudyInstanceUID == "1.2.99.1"
 
 
+@pytest.mark.parametrize("enhanced", [False, True])
+@pytest.mark.parametrize(
+    ("declared", "name"),
+    [
+        (None, "M\u00fcller^J\u00f6rg".encode()),  # of a character set that the scanner did not say
+        (None, "M\u00fcller^J\u00f6rg".encode("latin1")),
+        ("ISO_IR 192", "M\u00fcller^J\u00f6rg".encode("latin1")),  # of another than it says
+        ("GB18030", "Wang=\u738b^\u5c0f\u4e1c".encode("gb18030")),
+    ],
+)
+def test_a_patients_name_is_taken_over_to_the_byte(tmp_path, hu, mask, enhanced, declared, name):
+    write_study(tmp_path / "s", hu[:4, :4, :3], oblique_affine(), enhanced=enhanced)
+    for file in (tmp_path / "s").rglob("*.dcm"):
+        ds = pydicom.dcmread(file)
+        del ds.SpecificCharacterSet
+        if declared:
+            ds.SpecificCharacterSet = declared
+        ds.PatientName = ds.StudyDescription = "N" * len(name)
+        ds.save_as(file)
+        file.write_bytes(file.read_bytes().replace(b"N" * len(name), name))
+    small = mask[:4, :4, :3] * 0 + 1
+    write_study(tmp_path / "out", hu[:4, :4, :3], oblique_affine(), small, source=tmp_path / "s")
+    found = objects(tmp_path / "out")
+    assert len(found) == 5
+    for ds in found:
+        stored = [ds.get_item(keyword).value.strip() for keyword in ("PatientName", "StudyDescription")]
+        assert stored == [name, name] and ds.get("SpecificCharacterSet") == declared, ds.Modality
+
+
+@pytest.mark.parametrize("declared", ["ISO_IR 192", "ISO_IR 100"])
+def test_a_study_joins_a_patient_whom_the_lowest_slice_does_not_name(tmp_path, hu, declared):
+    """Nor the frame of reference; whatever character set the slice has of which another value comes."""
+    wanted = {"PatientName": "M\u00fcller^J\u00f6rg", "PatientID": "17", "PatientBirthDate": "19470312"}
+    wanted |= {"AccessionNumber": "A5", "FrameOfReferenceUID": "1.2.99.3"}
+    small, whole = hu[:4, :4, :3], np.ones((4, 4, 3), np.uint8)
+    for number, file in enumerate(write_study(tmp_path / "s", small, oblique_affine())):
+        ds = pydicom.dcmread(file)
+        ds.SpecificCharacterSet, ds.StudyDescription = declared if number else "ISO_IR 192", "Sch\u00e4del"
+        for keyword, value in wanted.items():
+            setattr(ds, keyword, value if number else "")
+        ds.save_as(file)
+    series = tmp_path / "s" / "CT"
+    files = write_study(tmp_path / "out", small, oblique_affine(), whole, source=series, from_scan=True)
+    for ds in map(pydicom.dcmread, files):
+        assert {keyword: ds.get(keyword) for keyword in wanted} == wanted and ds.StudyDescription == "Sch\u00e4del"
+    assert np.array_equal(read_mask(files[-1], series)[0].numpy(), whole)
+
+
 @pytest.mark.parametrize(
     ("name", "beside", "wanted"),
     [

@@ -137,7 +137,7 @@ def refer_to_sources(headers: Sequence[Dataset], slices: Sequence[Dataset]) -> N
 def with_pixels(headers: list[Dataset], stored: np.ndarray) -> Iterator[Dataset]:
     """Each of the slices with its pixel data, from the stored values (columns, rows, slices)."""
     for number, header in enumerate(headers):
-        ds = Dataset(header)
+        ds = Dataset(dict(header.items()))  # Dataset(header) would give the header its pixels, too
         ds.file_meta, ds.preamble = header.file_meta, header.preamble
         ds.PixelData = np.ascontiguousarray(stored[:, :, number].T, dtype="<i2").tobytes()
         yield ds

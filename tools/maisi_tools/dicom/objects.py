@@ -13,10 +13,14 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes.series import first_with
 
 SYNTHETIC_DATA = 0x0008001C
 """Synthetic Data (CS), SOP Common module of DICOM PS3.3 from 2022 on; older dictionaries lack the keyword."""
@@ -35,7 +39,8 @@ STUDY_TAGS = (
     *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID", "StudyDescription"),
     *("AccessionNumber", "ReferringPhysicianName"),
 )
-KEPT_TAGS = (*PATIENT_TAGS, *STUDY_TAGS, "FrameOfReferenceUID", "PositionReferenceIndicator", "PatientPosition")
+PLACE_TAGS = ("FrameOfReferenceUID", "PositionReferenceIndicator", "PatientPosition")
+KEPT_TAGS = (*PATIENT_TAGS, *STUDY_TAGS, *PLACE_TAGS)
 """What a study takes over from its source when it is asked to stay in it; nothing else ever is."""
 
 MAX_DESCRIPTION = 1024
@@ -50,7 +55,7 @@ class Study:
     written for the same time has the same UIDs and bytes, and any other content has others.
 
     Attributes:
-        attributes: patient, study and frame of reference, by keyword.
+        attributes: patient, study, frame of reference and character set, by keyword; bytes as a source has them.
         content: digest of what the objects hold, see :func:`digest`.
         created: when they are made.
         seed: of the generated volume, if known.
@@ -126,11 +131,10 @@ def new_study(
             "FrameOfReferenceUID": name_based_uid("frame of reference", content, created.isoformat()),
             "PositionReferenceIndicator": "",
             "PatientPosition": "HFS",
+            "SpecificCharacterSet": "ISO_IR 192",
         }
     else:
-        attributes = {keyword: source[0].get(keyword, "") for keyword in KEPT_TAGS if keyword != "IssuerOfPatientID"}
-        attributes |= {k: source[0].get(k) for k in ("IssuerOfPatientID", "SpecificCharacterSet") if source[0].get(k)}
-        attributes["PatientPosition"] = attributes["PatientPosition"] or "HFS"
+        attributes = _attributes_of(source)
         if missing := [k for k in ("StudyInstanceUID", "FrameOfReferenceUID") if not attributes[k]]:
             raise InputError(
                 f"the source series has no {', '.join(missing)}; allowed is a series as a scanner writes it"
@@ -147,6 +151,23 @@ def new_study(
             f"the conditions take {length} characters; DICOM allows {MAX_DESCRIPTION}: give the main ones alone"
         )
     return study
+
+
+def _attributes_of(source: Sequence[Dataset]) -> dict[str, Any]:
+    """What a study takes over from slices: each value from the first slice that has one, to the byte.
+
+    Some scanners leave it out of single slices. What a value means depends on its slice's character set, which may be
+    missing or wrong: the bytes are taken over with it. Of slices with several sets the texts are.
+    """
+    given = {keyword: one for keyword in KEPT_TAGS if (one := first_with(source, keyword)) is not None}
+    sets = {str(one.get("SpecificCharacterSet") or ""): one.get("SpecificCharacterSet") for one in given.values()}
+    attributes: dict[str, Any] = {k: "" for k in KEPT_TAGS if k != "IssuerOfPatientID"}
+    for keyword, one in given.items():
+        as_text = len(sets) > 1 or keyword in ("StudyInstanceUID", *PLACE_TAGS)
+        attributes[keyword] = one.get(keyword) if as_text else one.get_item(keyword).value
+    attributes["SpecificCharacterSet"] = "ISO_IR 192" if len(sets) > 1 else next(iter(sets.values()), None)
+    attributes["PatientPosition"] = attributes["PatientPosition"] or "HFS"
+    return attributes
 
 
 def recordable(value: Any) -> Any:
@@ -218,11 +239,16 @@ def new_object(
 
 def finish(ds: Dataset, study: Study) -> Dataset:
     """Set, in `ds` itself, what says whose an object is, when and what made it, and that it is synthetic."""
-    for keyword, value in study.attributes.items():
-        if keyword not in ("FrameOfReferenceUID", "PositionReferenceIndicator", "PatientPosition"):
+    if declared := study.attributes["SpecificCharacterSet"]:
+        ds.SpecificCharacterSet = declared
+    elif "SpecificCharacterSet" in ds:
+        del ds.SpecificCharacterSet
+    for keyword, value in study.attributes.items():  # after the character set, by which pydicom decodes what is there
+        if isinstance(value, bytes):
+            tag = Tag(keyword)
+            ds[tag] = RawDataElement(tag, dictionary_VR(tag), len(value), value, 0, False, True)
+        elif keyword not in (*PLACE_TAGS, "SpecificCharacterSet"):
             setattr(ds, keyword, value)
-    if "SpecificCharacterSet" not in study.attributes:
-        ds.SpecificCharacterSet = "ISO_IR 192"
     date, time = study.created.strftime("%Y%m%d"), study.created.strftime("%H%M%S")
     ds.InstanceCreationDate = ds.SeriesDate = date
     ds.InstanceCreationTime = ds.SeriesTime = time

@@ -107,10 +107,11 @@ def _nameless(image: Dataset) -> Dataset:
 
     Clinics have birth dates such as 19700000, times with colons and character sets by ISO 2022 escapes.
     """
-    plain = Dataset(image)  # its elements are the image's own until they are set
+    plain = Dataset(dict(image.items()))  # its elements are the image's own until they are set
     plain.file_meta = image.file_meta
     for keyword in (*PATIENT_TAGS, *STUDY_TAGS):
         if keyword in plain and keyword != "StudyInstanceUID":
+            delattr(plain, keyword)  # setting it would decode what is there
             setattr(plain, keyword, "")
     plain.SpecificCharacterSet = "ISO_IR 192"
     return plain

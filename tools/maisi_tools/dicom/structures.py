@@ -22,7 +22,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import CODES, PRIVATE, label_of_name
 from maisi_tools.masks.vocabulary import BODY, display_name
 from maisi_tools.volumes.limits import check_limit
-from maisi_tools.volumes.series import slice_affine
+from maisi_tools.volumes.series import frame_of_reference, slice_affine
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def structures(
     to_voxels = np.linalg.inv(affine) @ RAS_TO_LPS
     listed = {int(roi.ROINumber): roi for roi in ds.get("StructureSetROISequence") or ()}
     names = {number: str(roi.get("ROIName", "")) for number, roi in listed.items()}
-    frame = slices[0].get("FrameOfReferenceUID")
+    frame = frame_of_reference(slices)
     drawn, unknown, undrawn = [], [], []
     with_contours = {int(item.ReferencedROINumber) for item in ds.get("ROIContourSequence") or ()}
     for number, name in names.items():

@@ -18,8 +18,10 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from numpy.typing import ArrayLike
+from pydicom.charset import convert_encodings, default_encoding
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.filewriter import correct_ambiguous_vr
 from scipy import ndimage
 
 from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
@@ -33,7 +35,7 @@ from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, study_dir
 from maisi_tools.volumes.reading import sidecar_if_any
-from maisi_tools.volumes.series import read_slices, slice_affine
+from maisi_tools.volumes.series import frame_of_reference, read_slices, slice_affine
 
 logger = logging.getLogger(__name__)
 
@@ -421,6 +423,9 @@ class WriteStudyd(MapTransform):
 
 
 def _save(ds: Dataset, path: Path) -> None:
+    ds = correct_ambiguous_vr(ds, is_little_endian=True)
+    # As if it had been read like this, so that pydicom writes a source's texts as they are stored.
+    ds.set_original_encoding(False, True, convert_encodings(ds.get("SpecificCharacterSet") or default_encoding))
     ds.save_as(path, enforce_file_format=True)
 
 
@@ -449,7 +454,7 @@ def _referenced_slices(ds: Dataset, series: Path, series_uid: str | None, name: 
             "%s was drawn on the series %s, and %s has others: it is taken for one of the same frame of reference",
             *(name, ", ".join(uids), series),
         )
-    theirs, own = str(slices[0].get("FrameOfReferenceUID") or ""), {str(ds.get("FrameOfReferenceUID") or "")}
+    theirs, own = frame_of_reference(slices), {str(ds.get("FrameOfReferenceUID") or "")}
     own |= {str(frame.get("FrameOfReferenceUID") or "") for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
     if theirs not in own - {""}:
         raise InputError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from monai.data import PydicomReader
+from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
 from scipy import ndimage
 
@@ -291,6 +292,21 @@ def slice_affine(slices: Sequence[Dataset]) -> np.ndarray:
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
+def first_with(slices: Sequence[Dataset], keyword: str) -> Dataset | None:
+    """The first slice that has a value of a keyword, which is not decoded here; None where none has."""
+    for one in slices:
+        value = element.value if (element := one.get_item(keyword)) is not None else None
+        if value.strip(b" \0^") if isinstance(value, bytes) else value:
+            return one
+    return None
+
+
+def frame_of_reference(slices: Sequence[Dataset]) -> str:
+    """The Frame of Reference UID of a series; "" where no slice says one."""
+    one = first_with(slices, "FrameOfReferenceUID")
+    return "" if one is None else str(one.FrameOfReferenceUID)
+
+
 def _frames(dataset: Dataset) -> list[Dataset]:
     """The frames of an Enhanced CT or MR, each as the dataset of a slice; another dataset is its own only frame."""
     if "PerFrameFunctionalGroupsSequence" not in dataset or dataset.get("Modality") not in ("CT", "MR"):
@@ -299,9 +315,9 @@ def _frames(dataset: Dataset) -> list[Dataset]:
     frames = []
     for number, own in enumerate(dataset.PerFrameFunctionalGroupsSequence):
         frame = Dataset()
-        for element in dataset:
-            if element.keyword not in (*FRAME_TAGS, "PixelData"):
-                frame.add(copy.copy(element))
+        for tag, element in dataset.items():  # texts as they are stored
+            if keyword_for_tag(tag) not in (*FRAME_TAGS, "PixelData"):
+                frame[tag] = copy.copy(element)
         for group in (shared, own):
             for sequence in FRAME_GROUPS:
                 for item in group.get(sequence) or ():
@@ -419,8 +435,9 @@ def _check_one_patient(path: Path, slices: Sequence[Any]) -> None:
 
     Patients are counted, not named: messages go to logs.
     """
+    copies = [Dataset(dict(header.items())) for header in slices]  # so that theirs stay as stored
     for tag in ONE_OF_EACH:
-        said = (str(header.get(tag) or "").strip(" ^").casefold() for header in slices)
+        said = (str(header.get(tag) or "").strip(" ^").casefold() for header in copies)
         counts = Counter(value for value in said if value)
         if len(counts) > 1:
             found = [f"{value} ({n} slices)" if tag.endswith("UID") else f"{n} slices" for value, n in counts.items()]
