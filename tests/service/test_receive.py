@@ -15,6 +15,7 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
+from maisi_tools.dicom.references import Scan
 from maisi_tools.service import chain, receive
 from maisi_tools.service.jobs import JobQueue
 from maisi_tools.service.receive import (
@@ -213,7 +214,7 @@ def test_what_is_no_scan_of_the_ct_is_no_job(spool, tmp_path):
 
 def test_a_mask_needs_the_ct_that_it_was_drawn_on(tmp_path):
     """Not one beside an MR; a structure set, which has no grid, gets one in any case."""
-    present = {"9.1": "5.1", "9.2": "5.2"}
+    present = {"9.1": Scan("5.1"), "9.2": Scan("5.2")}
     for kind, frame, named, expected in (
         ("SEG", "5.2", None, "9.2"),
         ("SEG", "5.3", None, ""),

@@ -27,6 +27,7 @@ from scipy import ndimage
 from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
 from maisi_tools.dicom.objects import KEPT_TAGS, MANUFACTURER, digest, new_study
 from maisi_tools.dicom.painting import paint
+from maisi_tools.dicom.references import SERIES_TAGS, drawn_on, frames_of, scans_of, series_named
 from maisi_tools.dicom.segmentation import segmentation, segments
 from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
@@ -441,24 +442,19 @@ def _referenced_slices(ds: Dataset, series: Path, series_uid: str | None, name: 
     Raises:
         InputError: another frame of reference, or several series of which none is named.
     """
-    uids = [str(item.get("SeriesInstanceUID")) for item in ds.get("ReferencedSeriesSequence") or ()]
-    for frame in ds.get("ReferencedFrameOfReferenceSequence") or ():
-        for study in frame.get("RTReferencedStudySequence") or ():
-            uids += [str(item.get("SeriesInstanceUID")) for item in study.get("RTReferencedSeriesSequence") or ()]
-    heads = [file.read(stop_before_pixels=True, specific_tags=["SeriesInstanceUID"]) for file in list_dicom(series)]
-    present = {str(head.get("SeriesInstanceUID")) for head in heads}
-    chosen = next((uid for uid in uids if uid in present), None)
-    slices = read_slices(series, series_uid or chosen, pixels=False)
-    if uids and chosen is None:
+    uids, tags = series_named(ds), list(SERIES_TAGS)
+    heads = [file.read(stop_before_pixels=True, specific_tags=tags) for file in list_dicom(series)]
+    chosen, is_named = drawn_on(ds, scans_of(heads))
+    slices = read_slices(series, series_uid or (chosen if is_named else None), pixels=False)
+    if uids and not is_named:
         logger.warning(
             "%s was drawn on the series %s, and %s has others: it is taken for one of the same frame of reference",
             *(name, ", ".join(uids), series),
         )
-    theirs, own = frame_of_reference(slices), {str(ds.get("FrameOfReferenceUID") or "")}
-    own |= {str(frame.get("FrameOfReferenceUID") or "") for frame in ds.get("ReferencedFrameOfReferenceSequence") or ()}
-    if theirs not in own - {""}:
+    theirs, own = frame_of_reference(slices), frames_of(ds)
+    if theirs not in own:
         raise InputError(
-            f"the mask lies in the frame of reference {', '.join(sorted(own - {''}))} and {series} in {theirs}; "
+            f"the mask lies in the frame of reference {', '.join(sorted(own))} and {series} in {theirs}; "
             "allowed is the series that it was drawn on"
         )
     return slices

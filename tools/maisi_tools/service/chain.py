@@ -16,6 +16,7 @@ from pydicom.dataset import Dataset
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.dicom.objects import recordable
+from maisi_tools.dicom.references import Scan
 from maisi_tools.dicom.study import edited_region, read_mask, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
@@ -198,7 +199,7 @@ def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
 def _series(job: Job, work: Path) -> Path | None:
     """A folder with the CT series of a job alone, linked from the study; None where the study has none."""
     found: dict[str, list[Path]] = {}
-    frames: dict[str, str] = {}
+    scans: dict[str, Scan] = {}
     for path in sorted(Path(job.folder).glob("*.dcm")):
         try:
             ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TRIGGER_TAGS)
@@ -208,8 +209,8 @@ def _series(job: Job, work: Path) -> Path | None:
         if is_slice(ds):
             uid = str(ds.get("SeriesInstanceUID", ""))
             found.setdefault(uid, []).append(path)
-            frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
-    wanted = job.key if job.kind == "CT" else needed_series(_object(job), frames)
+            scans.setdefault(uid, Scan()).add(ds)
+    wanted = job.key if job.kind == "CT" else needed_series(_object(job), scans)
     if wanted not in found:
         return None
     folder = work / "series"

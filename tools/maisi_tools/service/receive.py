@@ -32,6 +32,7 @@ from pydicom.uid import (
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
+from maisi_tools.dicom.references import REFERENCE_TAGS, Scan, drawn_on
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
 from maisi_tools.files import replacing, sha256
@@ -332,7 +333,7 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
     """What a chain waits for among the files of a study."""
     series: dict[str, list[Path]] = {}
     here: Counter[str] = Counter()
-    frames: dict[str, str] = {}
+    scans: dict[str, Scan] = {}
     masks: list[tuple[str, str, Path]] = []
     for path in files:
         try:
@@ -357,14 +358,14 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
             if not is_slice(ds):
                 continue
             series.setdefault(uid, []).append(path)
-            frames.setdefault(uid, str(ds.get("FrameOfReferenceUID") or ""))
+            scans.setdefault(uid, Scan()).add(ds)
         elif settings.chain(kind) is not None:
             masks.append((str(ds.SOPInstanceUID), kind, path))
     found = []
     if settings.chain("CT") is not None:
         found = [Trigger(uid, "CT", _digests(slices), (uid, here[uid])) for uid, slices in series.items()]
     for key, kind, path in masks:
-        uid = needed_series(path, frames)
+        uid = needed_series(path, scans)
         slices = series.get(uid, [])
         found.append(Trigger(key, kind, _digests([path, *slices]), (uid, here[uid]) if uid else None))
     return found
@@ -377,35 +378,22 @@ def is_slice(ds: Dataset) -> bool:
     return of_a_ct and not scout and ds.get("SyntheticData") != "YES"
 
 
-def needed_series(path: Path, present: Mapping[str, str]) -> str:
+def needed_series(path: Path, present: Mapping[str, Scan]) -> str:
     """Which of the CT series that are present a SEG or RTSTRUCT was drawn on; "" for none.
 
-    It is the one that it names, else the first in its frame of reference. A structure set has no grid of its own, so it
-    gets the first of all where neither is there, and its job will say what does not fit; a segmentation may be drawn on
-    an MR beside that CT.
+    See :func:`~maisi_tools.dicom.references.drawn_on`. A structure set has no grid of its own, so it gets the first of
+    all where there is none, and its job will say what does not fit; a segmentation may be of an MR beside that CT.
 
     Args:
         path: the SEG or RTSTRUCT. One that cannot be read needs none: its job will say what is wrong with it.
-        present: Series -> Frame of Reference Instance UID.
+        present: by Series Instance UID.
     """
     try:
-        kind, referenced, frames = _references(path)
+        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(REFERENCE_TAGS))
+        chosen, _ = drawn_on(ds, present)
     except Exception:
         return ""
-    named = [uid for uid in present if uid in referenced]
-    near = [uid for uid, frame in present.items() if frame and frame in frames]
-    return next(iter([*named, *near, *(present if kind != "SEG" else ())]), "")
-
-
-def _references(path: Path) -> tuple[str, set[str], set[str]]:
-    """Modality of a SEG or RTSTRUCT, and what it names: series, and frames of reference, its own included."""
-    tags = ["Modality", "FrameOfReferenceUID", "ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
-    ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
-    named: dict[str, set[str]] = {"SeriesInstanceUID": set(), "FrameOfReferenceUID": set()}
-    for element in ds.iterall():
-        if element.keyword in named and element.value:
-            named[element.keyword].add(str(element.value))
-    return str(ds.get("Modality", "")), named["SeriesInstanceUID"], named["FrameOfReferenceUID"]
+    return chosen or ("" if ds.get("Modality") == "SEG" else next(iter(present), ""))
 
 
 def set_aside(path: Path, dead: Path, reason: str) -> None:
