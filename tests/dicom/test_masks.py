@@ -239,7 +239,7 @@ def test_a_series_that_misses_some_of_the_mask_or_is_another_is_said(slices, stu
     caplog.clear()
     for file in tmp_path.iterdir():
         ds = pydicom.dcmread(file)
-        ds.SeriesInstanceUID = "1.2.3.9"
+        ds.SeriesInstanceUID, ds.SOPInstanceUID = "1.2.3.9", f"1.2.3.9.{ds.InstanceNumber}"
         ds.save_as(file)
     read_mask(studies / "slices" / "RTSTRUCT.dcm", tmp_path)
     assert f"was drawn on the series {slices[0].SeriesInstanceUID}, and {tmp_path} has others" in caplog.text

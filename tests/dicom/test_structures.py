@@ -60,6 +60,38 @@ def test_an_roi_of_another_frame_of_reference_is_left_out(written, studies, tmp_
         read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")
 
 
+def test_contours_of_one_roi_in_two_items_are_joined(slices, studies, tmp_path):
+    """The second has the hole."""
+    rings = {"Liver": [(4, box(2.6, 9.4))], "Hole": [(4, box(4.6, 6.4))]}
+    ds = pydicom.dcmread(structure_file(tmp_path / "rt.dcm", slices, rings))
+    del ds.StructureSetROISequence[1]
+    ds.ROIContourSequence[1].ReferencedROINumber = 1
+    ds.save_as(tmp_path / "rt.dcm")
+    mask = read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")[0].numpy()
+    assert np.count_nonzero(mask == 1) == np.count_nonzero(mask) == 7 * 7 - 2 * 2
+
+
+def test_two_rois_of_one_number_are_refused(slices, studies, tmp_path):
+    """Unless they are one, twice."""
+    two = {"Liver": [(4, box(2.6, 9.4))], "Spleen": [(4, box(14.6, 16.4))]}
+    ds = pydicom.dcmread(structure_file(tmp_path / "rt.dcm", slices, two))
+    ds.StructureSetROISequence[1].ROINumber = ds.ROIContourSequence[1].ReferencedROINumber = 1
+    with pytest.raises(InputError, match="two ROIs of the number 1, Liver and Spleen; allowed is one"):
+        structures(ds, slices, {})
+    ds.StructureSetROISequence[1].ROIName = "Liver"
+    assert [one.name for one in structures(ds, slices, {})[0]] == ["Liver"]
+
+
+def test_contours_that_are_not_closed_are_said(slices, studies, tmp_path, caplog):
+    drawn = {"Liver": [(k, box(2.6, 9.4)) for k in range(3, 9)], "Spleen": [(4, box(14.6, 16.4))]}
+    ds = pydicom.dcmread(structure_file(tmp_path / "rt.dcm", slices, drawn))
+    for contour in ds.ROIContourSequence[0].ContourSequence[4:]:
+        contour.ContourGeometricType = "OPEN_PLANAR"
+    assert [one.name for one in structures(ds, slices, {})[0]] == ["Liver", "Spleen"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["the ROI Liver has 2 contours that are not closed, beside 4 closed ones: they are left out"]
+
+
 def tilted(slope, gap=0.2):
     """A ring of an outer contour and a hole beside its middle, at whose planes heights grow with the column."""
     rings = (box(4.5, 28.5), box(6.5, 12.5))

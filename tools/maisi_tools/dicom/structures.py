@@ -131,25 +131,35 @@ def structures(
     shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
     affine = slice_affine(slices)
     to_voxels = np.linalg.inv(affine) @ RAS_TO_LPS
-    listed = {int(roi.ROINumber): roi for roi in ds.get("StructureSetROISequence") or ()}
-    names = {number: str(roi.get("ROIName", "")) for number, roi in listed.items()}
+    listed: dict[int, Dataset] = {}
+    names: dict[int, str] = {}
+    for roi in ds.get("StructureSetROISequence") or ():
+        number, name = int(roi.ROINumber), str(roi.get("ROIName", ""))
+        if names.get(number, name) != name:
+            raise InputError(
+                f"the structure set has two ROIs of the number {number}, {names[number]} and {name}; allowed is one, "
+                "so that contours are of one of them: export it again"
+            )
+        listed[number], names[number] = roi, name
     frame = frame_of_reference(slices)
     drawn, unknown, undrawn = [], [], []
-    with_contours = {int(item.ReferencedROINumber) for item in ds.get("ROIContourSequence") or ()}
+    found_contours: dict[int, list[Dataset]] = {}
+    for item in ds.get("ROIContourSequence") or ():  # of which an ROI may have several
+        found_contours.setdefault(int(item.ReferencedROINumber), []).extend(item.get("ContourSequence") or ())
     for number, name in names.items():
-        if number not in with_contours and table.get(name) != 0:
+        if number not in found_contours and table.get(name) != 0:
             undrawn.append(f"{name or f'ROI {number}'} (without closed contours)")
-    for item in ds.get("ROIContourSequence") or ():
-        name = names.get(int(item.ReferencedROINumber), "") or f"ROI {item.ReferencedROINumber}"
+    for number, all_contours in found_contours.items():
+        name = names.get(number, "") or f"ROI {number}"
         label = table[name] if name in table else label_of_name(name)
         contours = [
             contour
-            for contour in item.get("ContourSequence") or ()
+            for contour in all_contours
             if str(contour.get("ContourGeometricType")) in ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
         ]
         if label == 0:
             continue
-        own = listed.get(int(item.ReferencedROINumber), {}).get("ReferencedFrameOfReferenceUID")
+        own = listed.get(number, Dataset()).get("ReferencedFrameOfReferenceUID")
         # Of a fused MR or PET, say, whose coordinates are others; unless it names the series' own slices.
         if own and frame and own != frame and not _refers_to(contours, slices):
             undrawn.append(f"{name} (of another frame of reference than the series)")
@@ -159,6 +169,11 @@ def structures(
         elif label is None:
             unknown.append(name)
         else:
+            if len(contours) < len(all_contours):
+                logger.warning(
+                    "the ROI %s has %d contours that are not closed, beside %d closed ones: they are left out",
+                    *(name, len(all_contours) - len(contours), len(contours)),
+                )
             drawn.append((name, label, _planes(name, contours, to_voxels)))
     usual = [_usual_gap(planes) for _, _, planes in drawn if len(planes) > 2]
     elsewhere = float(np.median(usual)) if usual else 1.0
