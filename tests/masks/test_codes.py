@@ -219,6 +219,10 @@ def test_names_that_are_written_are_understood():
         ("Bilateral Parotid", None),
         ("L_Kidney_LT", 14),
         ("PTV70", None),
+        ("liver \u80bf\u7624", None),  # tumour
+        ("\u041f\u0435\u0447\u0435\u043d\u044c liver \u0431\u0435\u0437 \u0413\u0426\u041a", None),
+        ("LIVER\u00c4", None),
+        ("Kidney\u00b7L", 14),
         ("Kidney", None),
         ("Lung_L", None),
         ("", None),

@@ -78,6 +78,13 @@ def test_sides_agree_with_totalsegmentator_and_come_in_pairs():
         ("lung_upper_lobe_right", "lungupperlobe", "right"),
         ("Kidney L+R", "kidney", "both"),
         ("cleft palate", "cleftpalate", ""),
+        (
+            "Kidney_L \u043e\u043f\u0443\u0445\u043e\u043b\u044c",
+            "kidney\u043e\u043f\u0443\u0445\u043e\u043b\u044c",
+            "left",
+        ),
+        ("L\u00edv\u00e9r", "l\u00edv\u00e9r", ""),  # no side of its first or last letter
+        ("\u809d L", "\u809d", "left"),
         ("vertebrae L5", "vertebrael5", ""),
     ],
 )

@@ -327,12 +327,16 @@ def hosts_of(lesion: int) -> tuple[int, ...]:
     return tuple(label_id(host) for host in HOSTS[name])
 
 
+_WORDS = re.compile(r"[^\W\d_]*[^\W\d_A-Za-z][^\W\d_]*|[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+")
+"""Words in a name; one with letters beyond ASCII is whole, so that a name says no less without its script."""
+
+
 def name_and_side(name: str) -> tuple[str, str]:
     """A name without regard to case, separators and place of the side: ("kidney", "left") for "Kidney_L".
 
     The side is "left", "right", :data:`BOTH` ("Kidney L+R") or "".
     """
-    words = [word.casefold() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+\d*|\d+", name)]
+    words = [word.casefold() for word in _WORDS.findall(name)]
     sides = {side for word in words for side in _SIDE_WORDS.get(word, ())}
     side = BOTH if len(sides) > 1 else next(iter(sides), "")
     return "".join(word for word in words if word not in _SIDE_WORDS), side
