@@ -20,6 +20,7 @@ from maisi_tools.masks.codes import (
     SIDES,
     label_of_code,
     label_of_name,
+    label_of_structure,
     read_roi_table,
     side_of_codes,
 )
@@ -239,6 +240,33 @@ def test_codes_of_both_sides_are_of_no_single_one():
     assert side_of_codes([left, right]) == side_of_codes(["51440002"]) == "both"
     kidney, subclavian, liver = codes.SCT.Kidney.value, "36765005", codes.SCT.Liver.value
     assert [label_of_code(code, "both") for code in (kidney, subclavian, liver)] == [None, None, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "label"),
+    [
+        (("Brain left", "12738006", "left"), None),  # a half of what the vocabulary has whole
+        (("Brain", "12738006", "left"), None),  # whatever it is called
+        (("Brain", "12738006", "both"), 22),
+        (("x", "33626005", "left"), 108),  # the code says the side, too
+        (("x", "72481006", "right"), 31),
+        (("x", "72481006", "left"), None),
+        (("x", "85235006", "left"), 123),
+        (("x", "108369006", "left", "39607008"), 23),  # a tumour of the left lung is one of the lung
+        (("x", "10200004", "", "", "49755003"), None),  # an abnormal liver is not the liver
+        (("Liver", "10200004", "", "", "49755003"), None),
+        (("hepatic tumor", "10200004", "", "", "49755003"), 26),
+        (("x", "108369006", "", "10200004", "49755003"), 26),
+        (("x", "367643001", "left", "64033007", "49755003"), 116),
+        (("Kidney_L", "64033007", ""), 14),  # the name says what the code leaves open
+        (("Kidney_L", "64033007", "both"), None),
+        (("Kidney_L", "64033007", "right"), 5),
+        (("Parotid_L", "", "left"), 18),
+        (("Liver", "", ""), 1),
+    ],
+)
+def test_what_side_and_category_make_of_a_code(given, label):
+    assert label_of_structure(*given) == label
 
 
 def test_a_table_of_ones_own(tmp_path):

@@ -35,8 +35,7 @@ from maisi_tools.masks.codes import (
     PRIVATE,
     SIDES,
     SNOMED,
-    label_of_code,
-    label_of_name,
+    label_of_structure,
     side_of_codes,
 )
 from maisi_tools.masks.vocabulary import VOCABULARY, display_name
@@ -280,9 +279,11 @@ def _label_of(item: Dataset, name: str, table: Mapping[str, int]) -> int | None:
     side = _side(kinds[0], "SegmentedPropertyTypeModifierCodeSequence") or _side(
         regions[0], "AnatomicRegionModifierSequence"
     )
-    region_scheme, region = _coded(regions[0])
-    label = label_of_code(value, side, region if region_scheme == SNOMED else "") if scheme == SNOMED else None
-    return label_of_name(name) if label is None else label
+    category = (item.get("SegmentedPropertyCategoryCodeSequence") or [Dataset()])[0]
+    value, region, category = (
+        code if scheme == SNOMED else "" for scheme, code in map(_coded, (kinds[0], regions[0], category))
+    )
+    return label_of_structure(name, value, side, region, category)
 
 
 def _coded(item: Dataset) -> tuple[str, str]:

@@ -14,14 +14,15 @@ from maisi_tools import refuse_moved
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
-from maisi_tools.masks.vocabulary import BODY, BOTH, VOCABULARY, name_and_side
+from maisi_tools.masks.vocabulary import BODY, BOTH, VOCABULARY, display_name, name_and_side
 
 __getattr__ = partial(refuse_moved, __name__)
 
 SNOMED, PRIVATE = "SCT", "99MAISI"
 """Coding schemes: SNOMED CT, and the private one of labels that have no code there; its values are the label ids."""
 
-CATEGORIES = {"91723000": "Anatomical Structure", "49755003": "Morphologically Abnormal Structure"}
+ABNORMAL = "49755003"
+CATEGORIES = {"91723000": "Anatomical Structure", ABNORMAL: "Morphologically Abnormal Structure"}
 """SNOMED CT codes of the categories used, from DICOM PS3.16 CID 7150."""
 
 SIDES = {"left": ("7771000", "Left"), "right": ("24028007", "Right")}
@@ -78,19 +79,38 @@ CODES, _BY_CODE = _read()
 
 
 def label_of_code(code: str, side: str = "", region: str = "") -> int | None:
-    """The label that a SNOMED CT code stands for, None where the vocabulary has none.
+    """The label that a SNOMED CT code stands for, None where the vocabulary has none: of a brain's left half, say.
 
     Args:
         code: of the segmented property type.
         side: "left", "right", :data:`BOTH` or "": the modifier of the type or of the region.
         region: code of the anatomic region, or "".
     """
-    if side == BOTH:
-        label = label_of_code(code, "", region)
-        return None if label is None or VOCABULARY[label].side else label
-    for key in ((code, side, region), (code, side, ""), (code, "", region), (code, "", "")):
-        if key in _BY_CODE:
-            return _BY_CODE[key]
+    keys = ((code, side, region), (code, side, ""), (code, "", region), (code, "", ""))
+    return next((_BY_CODE[key] for key in keys if key in _BY_CODE and _is_of_side(_BY_CODE[key], side)), None)
+
+
+def _is_of_side(label: int, side: str) -> bool:
+    """Whether a structure said to be of a side, or of both, may have a label; a lesion on a side is still one."""
+    own = name_and_side(display_name(label))[1]
+    return not side or VOCABULARY[label].group == "tumor" or own == side.replace(BOTH, "")
+
+
+def label_of_structure(name: str, code: str = "", side: str = "", region: str = "", category: str = "") -> int | None:
+    """The label of a structure by its SNOMED CT code, else by its name; None where neither is known.
+
+    A label that is not of the structure's side is none, nor is an organ where the category says that it is abnormal.
+
+    Args:
+        name: of the structure.
+        code, side, region: see :func:`label_of_code`; "" for no code.
+        category: code of the segmented property category, or "".
+    """
+    for label in (label_of_code(code, side, region), label_of_name(name)):
+        if label is None or not _is_of_side(label, side):
+            continue
+        if category != ABNORMAL or CODES[label].category == ABNORMAL:
+            return label
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from monai.data import MetaTensor
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.codes import SNOMED, label_of_code, label_of_name, side_of_codes
+from maisi_tools.masks.codes import SNOMED, label_of_name, label_of_structure, side_of_codes
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
 from maisi_tools.volumes.checks import check_affine, check_labels, check_shape, whole_labels
 from maisi_tools.volumes.nrrd_file import Header, read_header, read_nrrd
@@ -155,9 +155,8 @@ def _meaning(tags: str, name: str) -> int | None:
             continue
         value = {place: code[1] for place, code in enumerate(codes) if len(code) > 1}
         side = side_of_codes(value.get(place, "") for place in (3, 6))
-        label = label_of_code(value[2], side, value.get(5, "")) if codes[2][0] in (SNOMED, "SNOMED") else None
-        if label is not None:
-            return label
+        code = value[2] if codes[2][0] in (SNOMED, "SNOMED") else ""
+        return label_of_structure(name, code, side, value.get(5, ""), value.get(1, ""))
     return label_of_name(name)
 
 
