@@ -34,6 +34,15 @@ def test_a_voxel_is_inside_from_one_half_on(studies, tmp_path):
     assert (structure.name, structure.label, unknown) == ("x", 1, [])
 
 
+def test_a_segmentation_of_surfaces_is_refused_by_its_type(studies, tmp_path):
+    ds = pydicom.dcmread(studies / "slices" / "SEG.dcm")
+    del ds.SegmentationType
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.5"
+    ds.save_as(tmp_path / "seg.dcm")
+    with pytest.raises(InputError, match="is of the type SURFACE; allowed are BINARY, FRACTIONAL, LABELMAP"):
+        read_mask(tmp_path / "seg.dcm")
+
+
 @pytest.mark.parametrize("numbers", [[5, 15], [4, 6, 8], [5, 10, 17]])
 def test_frames_with_gaps_between_them_are_the_slices_that_were_drawn_or_refused(studies, tmp_path, numbers):
     """Whether the file says how far apart slices are or not; if not, and no series has them, none is guessed."""

@@ -95,6 +95,16 @@ def test_what_is_made_of_a_mask_is_of_nobody(job, copies, tmp_path):
         assert ds.ImageType[3] == "SYNTHETIC"
 
 
+def test_a_structure_set_without_its_ct_says_what_to_send(job, copies, tmp_path):
+    """Not to give the option of a command."""
+    given = job("RTSTRUCT")
+    for path in (tmp_path / "spool").glob("*.dcm"):
+        if pydicom.dcmread(path, specific_tags=["Modality"]).Modality == "CT":
+            path.unlink()
+    with pytest.raises(InputError, match="the study has no CT series; send its CT, too"):
+        run_job(given, Chain("RTSTRUCT", (Step("bundles/maisi_controlnet"),)), tmp_path / "work")
+
+
 def test_a_study_of_a_scan_without_its_patient_is_refused(tmp_path):
     with pytest.raises(InputError, match="join that patient's study, not an invented one"):
         write_study(tmp_path / "s", np.zeros((4, 4, 4)), np.eye(4), from_scan=True)

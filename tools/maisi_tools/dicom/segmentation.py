@@ -45,6 +45,9 @@ from maisi_tools.volumes.series import MAX_EXTENT_MM, slice_affine
 
 SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Mask of synthetic CT", "Mask of CT computed from a scan", 2
 
+KINDS = ("BINARY", "FRACTIONAL", "LABELMAP")
+"""Segmentation Types that are read."""
+
 SNOMED_RT = ("SRT", "SNM3", "99SDM")
 """Schemes of the codes that SNOMED CT replaced (DICOM PS3.16 section 8.1)."""
 
@@ -135,6 +138,8 @@ def segments(
         InputError: frames that are not equally spaced, or are farther apart than they are thick without a word of the
             file on how far, and not slices of the series either; or more than the limits allow.
     """
+    if (kind := ds.get("SegmentationType") or "SURFACE") not in KINDS:
+        raise InputError(f"the segmentation is of the type {kind}; allowed are {', '.join(KINDS)}: export it as one")
     segmentation = Segmentation.from_dataset(ds, copy=False)
     geometry = segmentation.get_volume_geometry()
     drawing: Callable[[int], Callable[[], np.ndarray]]

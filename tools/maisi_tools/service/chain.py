@@ -189,6 +189,10 @@ def _volume(job: Job, chain: Chain, work: Path) -> tuple[Path, Path | None]:
         ct = straighten(ct, "bilinear", -1000)
         write_volume(path, ct[0].numpy(), ct.affine.numpy(), np.int16)
         return path, series
+    if job.kind == "RTSTRUCT" and series is None:
+        raise InputError(
+            f"RTSTRUCT {job.key} has contours and no grid, and the study has no CT series; send its CT, too"
+        )
     path = work / "drawn.nii.gz"
     drawn: Any = read_mask(_object(job), series, chain.names)
     drawn = straighten(drawn, "nearest", 0)
