@@ -108,6 +108,35 @@ def test_folders_of_an_exported_medium_are_searched(write_series):
     assert len(read_slices(folder.parents[2], pixels=False)) == SHAPE[2]
 
 
+def test_slices_of_one_series_in_folders_below_are_read_with_it(write_series, said):
+    """A second disc's, and of a folder with slices of its own those of another series are not."""
+    hu = ct_values(SHAPE)
+    folder = write_series(hu)
+    (folder / "disc2").mkdir()
+    for file in sorted(folder.glob("*.dcm"))[:2]:
+        file.rename(folder / "disc2" / file.name)
+    write_series(hu + 1, "series/other")
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+    assert f"{folder}: 2 files of the same series in folders below it are read with it" in said.text
+
+
+@pytest.mark.parametrize("tags", [{"modality": "RTSTRUCT"}, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}])
+def test_a_series_is_looked_for_below_what_are_no_slices(write_series, tags):
+    """A structure set or a scout at the root, the CT in a folder; of two series in folders none is chosen."""
+    hu = ct_values(SHAPE)
+    folder = write_series(hu, "export/CT").parent
+    write_series(hu[..., :1], "export", uid="1.2.3", **tags)
+    for file in folder.glob("*.dcm"):
+        ds = pydicom.dcmread(file)
+        if ds.Modality == "RTSTRUCT":
+            del ds.Rows, ds.ImagePositionPatient, ds.PixelData
+        ds.save_as(file)
+    assert np.array_equal(read_volume(folder, "ct")[0].numpy(), hu)
+    write_series(hu, "export/second")
+    with pytest.raises(InputError, match="holds 2 DICOM series"):
+        read_volume(folder, "ct")
+
+
 def medium(folder, root):
     """Puts the directory of a medium, as PS3.10 has it, into `root`."""
     ds = pydicom.dcmread(next(folder.iterdir()))
@@ -190,6 +219,7 @@ def test_localizers_and_copies_are_passed_over(write_series, said):
         ({"RescaleType": "OD"}, "Rescale Type OD; allowed is HU"),
         ({"RescaleIntercept": -2048}, "below -1300 HU.*allowed is a CT in Hounsfield"),
         ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "right angle"),
+        ({"BitsStored": 12, "HighBit": 15}, "12 bits stored, the highest of which is bit 15; allowed is bit 11"),
     ],
 )
 def test_wrong_headers_are_refused(write_series, tags, message):

@@ -36,7 +36,7 @@ from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_zip, study_dir
 from maisi_tools.volumes.reading import sidecar_if_any
-from maisi_tools.volumes.series import frame_of_reference, read_slices, slice_affine
+from maisi_tools.volumes.series import frame_of_reference, read_slices, series_files, slice_affine
 
 logger = logging.getLogger(__name__)
 
@@ -443,7 +443,7 @@ def _referenced_slices(ds: Dataset, series: Path, series_uid: str | None, name: 
         InputError: another frame of reference, or several series of which none is named.
     """
     uids, tags = series_named(ds), list(SERIES_TAGS)
-    heads = [file.read(stop_before_pixels=True, specific_tags=tags) for file in list_dicom(series)]
+    heads = [file.read(stop_before_pixels=True, specific_tags=tags) for file in series_files(series)]
     chosen, is_named = drawn_on(ds, scans_of(heads))
     slices = read_slices(series, series_uid or (chosen if is_named else None), pixels=False)
     if uids and not is_named:

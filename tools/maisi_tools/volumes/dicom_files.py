@@ -151,4 +151,10 @@ def list_dicom(path: Path) -> list[DicomFile]:
     if not path.is_dir():
         return [DicomFile(path)] if is_dicom(path) else []
     files = sorted(entry for entry in path.iterdir() if is_dicom(entry))
-    return [DicomFile(file) for file in files or sorted(entry for entry in path.rglob("*") if is_dicom(entry))]
+    return [DicomFile(file) for file in files] or list_below(path)
+
+
+def list_below(path: Path) -> list[DicomFile]:
+    """The DICOM files in the folders of a folder, at any depth, by name."""
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+    return [DicomFile(file) for folder in folders for file in sorted(folder.rglob("*")) if is_dicom(file)]

@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import LEAST_HU
-from maisi_tools.volumes.dicom_files import list_dicom, reading
+from maisi_tools.volumes.dicom_files import DicomFile, list_below, list_dicom, reading
 from maisi_tools.volumes.limits import check_limit
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ SCANNED_TAGS = (
     *FRAME_TAGS,
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"),
     *("ImagePositionPatient", "ImageType", "Modality", "SeriesDescription", "PixelRepresentation"),
-    *("LossyImageCompression", "BitsAllocated", "SamplesPerPixel"),
+    *("LossyImageCompression", "BitsAllocated", "BitsStored", "HighBit", "SamplesPerPixel"),
     *ACQUISITION_TAGS,
     *MR_TAGS,
     *ONE_OF_EACH,
@@ -165,7 +165,7 @@ def read_slices(
     """The slices of the one series in a folder or zip file, ordered along the slice normal.
 
     Args:
-        path: folder (searched deeper only where it holds no DICOM itself), zip file, or the one file of it.
+        path: folder (searched deeper as :func:`series_files` says), zip file, or the one file of it.
         series: Series Instance UID to take where there are several.
         pixels: with their pixel data, decompressed; else only the headers (:data:`SCANNED_TAGS`).
         tags: further keywords to read of headers.
@@ -178,7 +178,7 @@ def read_slices(
         InputError: see :func:`slice_order`; no usable rescale to HU; or a compression that cannot be undone here.
     """
     path = Path(path)
-    files = list_dicom(path)
+    files = series_files(path)
     headers, origin, whole = [], [], []
     for number, file in enumerate(files):
         whole.append(file.read(stop_before_pixels=True, specific_tags=[*SCANNED_TAGS, *tags]))
@@ -203,6 +203,35 @@ def read_slices(
         with reading(files[number].name):
             loaded[number] = _frames(_decompressed(path, files[number].read()))
     return [loaded[origin[index][0]][origin[index][1]] for index in order]
+
+
+def series_files(path: Path) -> list[DicomFile]:
+    """The DICOM files of a folder, zip file or file among which its series is looked for.
+
+    Files in the folder's own folders count, too, where it has no slices itself, as where a structure set lies beside
+    the folder of its CT, and where they are of the same series, which is said.
+    """
+    files = list_dicom(path)
+    below = list_below(path) if any(file.path.parent == path for file in files) else []
+    if not below:
+        return files
+    tags = ["SeriesInstanceUID", "Modality", "Rows", "ImageType"]
+    heads = [file.read(stop_before_pixels=True, specific_tags=tags) for file in files]
+    series = {
+        head.get("SeriesInstanceUID")
+        for head in heads
+        if "Rows" in head and modality_of([head]) in ("CT", "MR") and "LOCALIZER" not in (head.get("ImageType") or ())
+    }
+    if not series:
+        return [*files, *below]
+    own = [
+        file
+        for file in below
+        if file.read(stop_before_pixels=True, specific_tags=tags[:1]).get("SeriesInstanceUID") in series
+    ]
+    if own:
+        logger.warning("%s: %d files of the same series in folders below it are read with it", path, len(own))
+    return [*files, *own]
 
 
 def modality_of(slices: Sequence[Any]) -> str:
@@ -452,6 +481,12 @@ def _check_rescale(path: Path, slices: Sequence[Any]) -> None:
     """Refuse slices of a CT whose stored values have no usable way to HU; an MR has no unit, and needs no rescale."""
     is_ct = modality_of(slices) == "CT"
     for header in slices:
+        stored, high = header.get("BitsStored"), header.get("HighBit")
+        if stored is not None and high is not None and high != stored - 1:
+            raise InputError(
+                f"{path} holds slices with {stored} bits stored, the highest of which is bit {high}; allowed is bit "
+                f"{stored - 1}, as DICOM PS3.5 has it: export the series again"
+            )
         slope, intercept = header.get("RescaleSlope"), header.get("RescaleIntercept")
         if not is_ct and slope is None and intercept is None:
             continue
