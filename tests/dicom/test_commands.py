@@ -73,7 +73,7 @@ def test_a_patients_scan_does_not_leave_as_an_invented_patient(files, capsys):
 
 
 def test_a_series_is_chosen_for_a_mask_too(files, capsys):
-    """Where a folder has two of the mask's frame of reference and the mask names neither."""
+    """Where a folder has two of the mask's frame of reference and the mask names neither, nor its slices."""
     for name in ("a", "b"):
         options = ("--created", "2026-01-31T12:00:00", "--source", files / "a" / "CT") if name == "b" else ()
         assert run("dicom_write", files / "ct.nii.gz", files / "mask.nii.gz", "-o", files / name, *options) == 0
@@ -82,6 +82,9 @@ def test_a_series_is_chosen_for_a_mask_too(files, capsys):
     ds = pydicom.dcmread(files / "a" / "RTSTRUCT.dcm")
     referenced = ds.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
     own, referenced.SeriesInstanceUID = referenced.SeriesInstanceUID, "1.2.3.4"
+    for roi in ds.ROIContourSequence:
+        for contour in roi.ContourSequence:
+            del contour.ContourImageSequence
     ds.save_as(files / "rt.dcm")
     command = ("dicom_read", files / "rt.dcm", "-o", files / "rt.nii.gz", "--series", files / "a" / "CT")
     assert run(*command) == 2 and "holds 2 DICOM series" in capsys.readouterr().err

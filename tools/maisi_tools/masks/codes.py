@@ -14,7 +14,7 @@ from maisi_tools import refuse_moved
 from maisi_tools.errors import InputError
 from maisi_tools.files import read_json
 from maisi_tools.masks.label_maps import label_target
-from maisi_tools.masks.vocabulary import BODY, BOTH, VOCABULARY, display_name, name_and_side
+from maisi_tools.masks.vocabulary import BODY, BOTH, PLACEHOLDER_NAMES, VOCABULARY, name_and_side
 
 __getattr__ = partial(refuse_moved, __name__)
 
@@ -92,7 +92,7 @@ def label_of_code(code: str, side: str = "", region: str = "") -> int | None:
 
 def _is_of_side(label: int, side: str) -> bool:
     """Whether a structure said to be of a side, or of both, may have a label; a lesion on a side is still one."""
-    own = name_and_side(display_name(label))[1]
+    own = name_and_side(PLACEHOLDER_NAMES.get(label, VOCABULARY[label].name))[1]
     return not side or VOCABULARY[label].group == "tumor" or own == side.replace(BOTH, "")
 
 
