@@ -14,7 +14,9 @@ import SimpleITK as sitk
 from nibabel.affines import from_matvec
 
 from maisi_tools.errors import InputError
+from maisi_tools.volumes import stored
 from maisi_tools.volumes.grid import distance_in_voxels
+from maisi_tools.volumes.patching import read_stored
 from maisi_tools.volumes.reading import read_volume
 
 from .conftest import OBLIQUE, SHAPE, ct_values
@@ -184,6 +186,45 @@ def test_a_gzip_file_that_was_damaged_inside_is_refused(write):
     path.write_bytes(content)
     with pytest.raises(InputError, match="cannot be read .*CRC"):
         read_volume(path, "ct")
+
+
+def gzipped(path, content: bytes, at: int | None = None):
+    """Written as gzip; with a bit turned at that byte of the file."""
+    packed = bytearray(gzip.compress(content))
+    if at is not None:
+        packed[at] ^= 1
+    path.write_bytes(packed)
+    return path
+
+
+@pytest.mark.parametrize("read", [read_volume, read_stored])
+def test_what_follows_the_voxels_hides_no_damage_and_is_no_fault(write, read, tmp_path):
+    """The sum of a gzip file's content is behind all of it."""
+    content = gzip.decompress(write("x.nii.gz", sform=OBLIQUE, sform_code=1).read_bytes())
+    path, padding = tmp_path / "y.nii.gz", bytes(2**16)
+    for at in (None, -8):
+        for padded in (content, content + b"\0", content + padding, content + content[352:] * 4):
+            gzipped(path, padded, at)
+            if at is None:
+                found = read(path, "ct")
+                assert np.array_equal(found[0] if read is read_volume else found.values, ct_values())
+            else:
+                with pytest.raises(InputError, match="cannot be read .*CRC"):
+                    read(path, "ct")
+
+
+def test_padding_without_end_is_not_read(write, monkeypatch):
+    monkeypatch.setattr(stored, "CHUNK", 4096)
+    assert ct_values().nbytes == 3360
+    for name in ("x.nii", "x.nii.gz"):
+        path = write(name, sform=OBLIQUE, sform_code=1)
+        with gzip.open(path, "ab") if name.endswith(".gz") else open(path, "ab") as file:
+            file.write(bytes(4096))
+        assert np.array_equal(read_volume(path, "ct")[0], ct_values())
+        with gzip.open(path, "ab") if name.endswith(".gz") else open(path, "ab") as file:
+            file.write(b"\0")
+        with pytest.raises(InputError, match=f"{name} says that its voxels take 3360 bytes, .* more than 4096 beyond"):
+            read_volume(path, "ct")
 
 
 def test_a_header_is_not_read_as_voxels(write):

@@ -20,7 +20,7 @@ from maisi_tools.volumes.checks import (
     distance_in_voxels,
     warn_sheared,
 )
-from maisi_tools.volumes.stored import check_memory, read_voxels, skip, without_single_axes
+from maisi_tools.volumes.stored import check_memory, read_end, read_voxels, skip, without_single_axes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,16 @@ def read_nifti(path: str | os.PathLike, kind: str) -> tuple[np.ndarray, np.ndarr
         InputError: the header is not of a volume of that kind, or claims more than the file holds.
         Exception: what nibabel and the decompressors raise for a damaged file.
     """
+    image, values, affine = read_stored_nifti(path, kind)
+    stored: Any = image.dataobj
+    if (stored.slope, stored.inter) != (1, 0):
+        values = values * float(stored.slope) + float(stored.inter)
+    return values.astype(np.float32), affine
+
+
+def read_stored_nifti(path: str | os.PathLike, kind: str) -> tuple[Any, np.ndarray, np.ndarray]:
+    """As :func:`read_nifti`, with nibabel's image before the voxels, and these as they are stored: in the file's type,
+    without its slope and intercept."""
     name = str(path)
     shape, affine = read_nifti_grid(path, kind)
     image: Any = nib.load(path)
@@ -61,10 +71,8 @@ def read_nifti(path: str | os.PathLike, kind: str) -> tuple[np.ndarray, np.ndarr
     with opened as file:
         skip(file, int(stored.offset))
         values = read_voxels(file, shape, stored.dtype, name)
-        file.read(1)  # the end of a gzip file holds the sum of its content
-    if (stored.slope, stored.inter) != (1, 0):
-        values = values * float(stored.slope) + float(stored.inter)
-    return values.astype(np.float32), affine
+        read_end(file, values.nbytes, name)
+    return image, values, affine
 
 
 def read_nifti_grid(path: str | os.PathLike, kind: str) -> tuple[tuple[int, ...], np.ndarray]:

@@ -14,7 +14,7 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation
 
 from maisi_tools.files import replacing
 from maisi_tools.volumes.checks import whole_labels
-from maisi_tools.volumes.nifti import read_nifti_grid
+from maisi_tools.volumes.nifti import read_stored_nifti
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.stored import read_whole
 from maisi_tools.volumes.writing import write_volume
@@ -88,10 +88,8 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     path = Path(path).expanduser()
     name = path.name.lower()
     if name.endswith((".nii", ".nii.gz")):
-        image: Any = nib.load(path)
+        image, values, affine = read_whole(path, lambda: read_stored_nifti(path, kind))
         slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
-        shape, affine = read_whole(path, lambda: read_nifti_grid(path, kind))
-        values = np.array(image.dataobj.get_unscaled()).reshape(shape)
         stored = Stored(values, affine, slope, intercept, image)
         if kind == "ct" or (slope, intercept) == (1.0, 0.0):
             return stored

@@ -1,4 +1,4 @@
-"""The voxels of a file, read no further than its header claims, and never more than the file holds."""
+"""The voxels of a file: as many as its header claims, and never more than the file holds."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ def read_voxels(stream: IO[bytes], shape: Sequence[int], dtype: np.dtype, name: 
             )
         data += part
     return np.frombuffer(data, dtype).reshape(shape, order="F")
+
+
+def read_end(stream: IO[bytes], count: int, name: str) -> None:
+    """Read on to a file's end, where gzip holds the sum of its content: until then a damaged one is not told from a
+    good one. What follows the voxels is passed over, as programs that pad their files expect.
+
+    Args:
+        stream: behind the last voxel.
+        count: bytes of the voxels. As many again, or 16 MB, are no padding, and may have no end.
+        name: of the file.
+
+    Raises:
+        InputError: more follows than both.
+    """
+    most = max(count, CHUNK)
+    followed = 0
+    while part := stream.read(CHUNK):
+        followed += len(part)
+        if followed > most:
+            raise InputError(
+                f"{name} says that its voxels take {count} bytes, and holds more than {most} beyond them; allowed are "
+                "as many voxels as it says: correct the header, or export the file again"
+            )
 
 
 def last_axis_fastest(array: np.ndarray) -> np.ndarray:
