@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser, verify_net_in_out
 
 import config_lines
 from maisi_tools.diffusion.conditions import check_conditions
+from maisi_tools.files import write_json
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.vocabulary import display_name
 from maisi_tools.settings import is_expression
@@ -370,6 +371,96 @@ def test_weights_trained_with_other_settings_are_refused_before_a_ct_is_drawn(
     with pytest.raises(Exception) as raised:
         parser.get_parsed_content("scale_factor")
     assert f"{name} is " in str(cause(raised.value)) and f"trained with {trained!r}" in str(cause(raised.value))
+
+
+TRAINED_BY = {
+    "maisi_ldm/models/model.pt": ("maisi_ldm", "train.json"),
+    "maisi_ldm/models/coarse.pt": ("maisi_ldm", "train.json", "train_coarse.json"),
+    "maisi_ldm/models/mask_model.pt": ("maisi_ldm", "train.json", "train_mask.json"),
+    "maisi_ldm/models/mask_autoencoder.pt": ("maisi_vae", "train.json", "train_mask.json"),
+    "maisi_controlnet/models/model.pt": ("maisi_controlnet", "train.json"),
+}
+"""Shipped weights that another setting makes draw nonsense, and what trains them. CTs' autoencoders share none."""
+
+
+def test_shipped_weights_record_the_settings_of_their_training(bundles):
+    shipped = {path.relative_to(bundles).as_posix() for path in bundles.glob("*/models/*.pt")}
+    others = {"maisi_vae/models/model.pt", *(f"{bundle}/models/autoencoder.pt" for bundle in BUNDLES[1:])}
+    assert shipped == TRAINED_BY.keys() | others
+    for file, configs in TRAINED_BY.items():
+        recorded = torch.load(bundles / file, weights_only=True)["shared"]
+        assert recorded and recorded == parser_of(bundles, *configs).get_parsed_content("shared"), file
+
+
+SWAPPED = [2, 11, 16, 20, 18, 28, 120, 121, 132, 200]  # the parotids
+MERGED = {"bone": 200, "airway": 132, "lung": 28}
+MM = [[0, 640], [190, 500], [140, 390]]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "configs", "checked", "others"),
+    [
+        (
+            *("maisi_ldm", ["inference.json"], "scale_factor"),
+            {"process": ("scheduler", "@ddpm"), "condition_scale": ("condition_scale", 100.0)},
+        ),
+        (
+            *("maisi_ldm", ["inference.json"], "check_cascade"),
+            {
+                "process": ("coarse#scheduler", "@ddpm"),
+                "field_of_view": ("coarse#field_of_view#mm", MM),
+                "prior_until": ("coarse_def#prior_until", 0.5),
+            },
+        ),
+        (
+            *("maisi_ldm", ["mask_inference.json"], "scale_factor"),
+            {
+                "process": ("scheduler", {"_target_": "maisi_tools.diffusion.schedulers.ddim"}),
+                "organs": ("organs#left parotid#range", [0, 500]),
+                "prior_until": ("prior_until", 0.5),
+                "classes": ("classes", [0, *SWAPPED]),
+            },
+        ),
+        (
+            *("maisi_vae", ["encode.json", "encode_mask.json"], "check_shared"),
+            {"classes": ("keep_labels", SWAPPED), "merge_labels": ("merge_labels", MERGED)},
+        ),
+        (
+            *("maisi_ldm", ["train.json"], "made_by"),
+            {"process": ("scheduler", "@ddpm"), "condition_scale": ("condition_scale", 100.0)},
+        ),
+        (
+            *("maisi_ldm", ["train.json", "train_coarse.json"], "made_by"),
+            {"field_of_view": ("field_of_view#mm", MM), "prior_until": ("prior_until", 0.5)},
+        ),
+        (
+            *("maisi_ldm", ["train.json", "train_mask.json"], "made_by"),
+            {"organs": ("organs#larynx#range", [1, 2]), "prior_until": ("prior_until", 0.5)},
+        ),
+    ],
+)
+def test_shipped_weights_are_used_with_the_settings_of_their_training_alone(
+    bundles, bundle, configs, checked, others, cause, tmp_path
+):
+    def check(given):
+        parser = parser_of(bundles, bundle, *configs)
+        if checked == "made_by":
+            name = {"train_coarse.json": "coarse", "train_mask.json": "mask_model"}.get(configs[-1], "model")
+            parser["init_ckpt"] = str(bundles / bundle / "models" / f"{name}.pt")
+            write_json(tmp_path / "x_latent.json", {"factor": read_factor(parser["init_ckpt"])})
+            parser["latents"] = {"training": [{"latent": str(tmp_path / "x_latent.nii.gz")}]}
+        for key, value in given.items():
+            parser[key] = value
+        steps = {str(step).strip("$").split("(")[0]: place for place, step in enumerate(parser["initialize"])}
+        parser.get_parsed_content(f"initialize#{steps[checked]}" if checked in steps else checked)
+        return parser.get_parsed_content("coarse_shared" if checked == "check_cascade" else "shared")
+
+    fits = check({})
+    for name, (key, value) in others.items():
+        with pytest.raises(Exception) as raised:
+            check({key: value})
+        words = str(cause(raised.value))
+        assert f" do not fit these settings: {name} is " in words and f"trained with {fits[name]!r}" in words, words
 
 
 @pytest.mark.parametrize(
