@@ -30,7 +30,7 @@ from scipy.stats import bootstrap
 from maisi_tools.datasets.datalist import belongs, read_datalist
 from maisi_tools.datasets.layouts import CT_SUFFIX
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import fingerprint_file, write_csv, write_json
+from maisi_tools.files import check_own_json, fingerprint_file, write_csv, write_json
 from maisi_tools.settings import json_mapping
 from maisi_tools.training import checkpoint
 from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
@@ -135,6 +135,13 @@ class Experiment:
             if case.get("patient")
         }
         self.folder = check_output_dir(output_dir)
+        check_own_json(
+            self.folder / "downstream.json",
+            lambda found: found.keys() == {"arms", "table"},
+            "evaluation/downstream.py",
+            "output_dir",
+            ["downstream.csv", "table.md"],
+        )
         self.overrides = dict(overrides or {})
         self.fingerprints: dict[str | Path, str] = {}
 

@@ -32,6 +32,7 @@ from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import (
     canonical_json,
+    check_own_json,
     fingerprint_file,
     fingerprint_tensors,
     fingerprint_text,
@@ -339,12 +340,19 @@ def main() -> None:
         )
     check_stems(case["image"] for case in cases)  # by which scans and their figures are told apart
     folder.mkdir(parents=True, exist_ok=True)
+    there = folder / "edits.json"
+    check_own_json(
+        there,
+        lambda found: found.keys() == {"given", "rows"},
+        "evaluation/editing.py",
+        "--output_dir",
+        ["edits.csv", "table.md"],
+    )
     with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
         editor = Editor(Path(scratch), json_mapping(options.settings, "settings"), segmenter, label_map)
         given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
         weights = editor.stage.parser.get_parsed_content("weights")
         given["content"] = content_of([options.datalist, *weights], cases, label_map, segmenter, options.segmenter)
-        there = folder / "edits.json"
         rows = _begun(there, given)[: options.count]
         if len(rows) % len(KINDS) == KINDS.index("bone out"):  # which takes out what the one before put in
             rows.pop()

@@ -134,6 +134,38 @@ def test_what_cannot_be_compared_stops_before_a_ct_is_made(cause, evaluate, data
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "summary.json", "conditioning.csv"])
+def test_a_table_of_somebody_else_is_not_written_over(cause, evaluate, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("case,dice\n")
+    with pytest.raises(Exception) as raised:
+        evaluate()
+    assert f"{name} would be written over, and no evaluation wrote it" in str(cause(raised.value))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == "case,dice\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "first"),
+    [("bundles/maisi_vae", "inference"), ("bundles/maisi_ldm", "train"), ("evaluation/segmentation", "inference")],
+)
+def test_each_evaluation_looks_before_it_begins(cause, repo_root, tmp_path, folder, first):
+    configs = repo_root / folder / "configs"
+
+    def look() -> None:
+        parser = ConfigParser()
+        parser.read_config([str(configs / f"{name}.json") for name in (first, "evaluate")])
+        parser["output_dir"] = parser["samples_dir"] = str(tmp_path)
+        step = next(place for place, step in enumerate(parser["initialize"]) if "check_tables" in step)
+        parser.get_parsed_content(f"initialize#{step}")
+
+    look()
+    (tmp_path / "metrics.csv").write_text("case,dice\n")
+    with pytest.raises(Exception) as raised:
+        look()
+    assert "metrics.csv would be written over" in str(cause(raised.value))
+
+
 def test_masks_in_the_inputs_numbering_are_not_evaluated(cause, evaluate, tmp_path):
     with pytest.raises(Exception) as raised:
         evaluate(output_labels="input")

@@ -160,6 +160,15 @@ def test_what_cannot_be_is_refused_before_training(experiment, tmp_path, options
     assert not list((tmp_path / "out").glob("*/*"))
 
 
+@pytest.mark.parametrize("name", ["downstream.json", "downstream.csv", "table.md"])
+def test_files_of_somebody_else_are_not_written_over(lists, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=f"{name} would be written over, and no evaluation/downstream.py wrote it"):
+        Experiment(**lists, output_dir=tmp_path)
+    (tmp_path / "downstream.json").write_text('{"arms": {}, "table": []}')
+    Experiment(**lists, output_dir=tmp_path)
+
+
 def test_cases_that_cannot_be_used_are_refused(experiment, lists, tmp_path):
     other = tmp_path / "list.json"
     other.write_text(json.dumps({"training": [{"image": "a.nii.gz"}]}))

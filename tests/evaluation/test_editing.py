@@ -167,6 +167,11 @@ def test_what_lay_in_the_output_folder_stays(scan, tmp_path, monkeypatch):
     monkeypatch.setattr(editing, "Editor", Fake)
     command = ["editing.py", "--datalist", str(tmp_path / "list.json"), "--output_dir", str(out), "--count", "1"]
     monkeypatch.setattr(sys, "argv", command)
+    for name in ("edits.json", "edits.csv", "table.md"):
+        (out / name).write_text("[]")
+        with pytest.raises(InputError, match=f"{name} would be written over, and no evaluation/editing.py wrote it"):
+            editing.main()
+        (out / name).unlink()
     editing.main()
     assert set(out.rglob("*")) - before == {out / name for name in ("edits.json", "edits.csv", "table.md")}
     assert before <= set(out.rglob("*"))

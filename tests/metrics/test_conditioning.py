@@ -324,6 +324,10 @@ def test_a_mask_of_a_ct_that_was_replaced_is_refused(tmp_path, mask):
 
 def test_what_is_refused(run, tmp_path):
     items, out, *_ = run
+    (out / "conditioning.csv").write_text("structure,dice\n")
+    with pytest.raises(InputError, match=r"conditioning\.csv would be written over, and no evaluation wrote it"):
+        score_generated(items, out)
+    (out / "conditioning.csv").unlink()
     check_cases(items, Threshold())
     check_cases([{"image": items[0]["image"]}])
     for check in (check_cases, lambda items, *given: score_generated(items, out, *given)):

@@ -191,6 +191,10 @@ def test_command_and_bad_input(folder, tmp_path, capsys):
         assert words in capsys.readouterr().err
     assert main(["realism", plain, noisy, *options, "--network", "vgg"]) == 2
     assert "resnet18, resnet50" in capsys.readouterr().err
+    (tmp_path / "realism.json").write_text('{"figures": 3}')
+    assert main(["realism", plain, noisy, *options]) == 2
+    assert "realism.json would be written over, and no `maisi realism` wrote it" in capsys.readouterr().err
+    (tmp_path / "realism.json").unlink()
     with pytest.raises(InputError, match="at least two"):
         measure_realism(
             files(folder, "plain")[:1], files(folder, "noisy"), tmp_path, SliceNetwork("resnet18"), SPACING, SIZE, 0

@@ -142,6 +142,20 @@ def test_a_table_is_not_written_over(tables):
     assert (folder / "cases.csv").read_bytes() == before
 
 
+def test_a_table_of_somebody_else_is_not_written_over(tables):
+    folder, *_ = tables
+    own, out = folder / "own.csv", folder / "out.csv"
+    own.write_text("column,group\n")
+    given = (folder / "metrics.csv", folder / "cases.csv", ["sex"])
+    with pytest.raises(InputError, match=r"own.csv .*, and no `maisi stratify` wrote it; .* give another --output"):
+        stratify(*given, own, case_column="name")
+    assert own.read_text() == "column,group\n"
+    stratify(*given, out, case_column="name")
+    first = out.read_bytes()
+    stratify(*given, out, case_column="name")
+    assert out.read_bytes() == first
+
+
 def test_cases_without_a_row_are_named(tables):
     folder, *_ = tables
     (folder / "few.csv").write_text("name,sex\npt_1,F\n")

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from maisi_tools.errors import InputError
-from maisi_tools.metrics.summary import summarise
+from maisi_tools.metrics.summary import check_tables, summarise
 
 PSNR = {"a": 30.5, "b": 33.25, "c": 29.0}
 
@@ -68,6 +69,35 @@ def test_a_case_of_an_earlier_run_does_not_count(folder):
         assert [row["case"] for row in csv.DictReader(file)] == ["a_recon", "b_recon"]
     with pytest.raises(InputError, match=r"no 'metrics' in d_recon.json \(1 of 3 cases\); allowed .*: run"):
         summarise(folder, "metrics", "_recon", [*items, {"image": "d.nii"}])
+
+
+OTHERS = [
+    ("summary.json", '{"psnr": 31.0}'),
+    ("summary.json", '{"psnr": {"mean": 31.0}}'),
+    ("summary.json", "[1, 2]"),
+    ("summary.json", "none"),
+    ("metrics.csv", "case,psnr\na,31\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), OTHERS)
+def test_tables_of_somebody_else_are_not_written_over(folder, name, text):
+    (folder / name).write_text(text)
+    for write in (check_tables, lambda folder: summarise(folder, suffix="_recon")):
+        with pytest.raises(InputError, match=f"{name} would be written over, and no evaluation wrote it"):
+            write(folder)
+    assert (folder / name).read_text() == text
+    assert {"metrics.csv", "summary.json"} & {path.name for path in folder.iterdir()} == {name}
+
+
+def test_tables_of_an_evaluation_are(folder):
+    (folder / "d_recon.json").write_text(json.dumps({"metrics": {"psnr": math.nan}}))
+    for suffix in ("_recon", "d_recon"):  # of the latter nothing is finite, so that the summary is empty
+        summarise(folder, suffix=suffix)
+        check_tables(folder)
+    assert json.loads((folder / "summary.json").read_text()) == {}
+    (folder / "metrics.csv").unlink()
+    check_tables(folder)
 
 
 def test_a_folder_without_figures_is_refused(folder, tmp_path):

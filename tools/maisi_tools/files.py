@@ -122,20 +122,39 @@ def read_json(path: str | os.PathLike) -> Any:
     return parse_json(Path(path).read_text())
 
 
-def check_own_json(path: Path, is_ours: Callable[[Any], bool], writer: str, option: str) -> None:
+def check_own_json(
+    path: Path, is_ours: Callable[[Any], bool], writer: str, option: str, beside: Sequence[str] = ()
+) -> None:
     """Refuse to write over a JSON file that somebody else wrote.
 
     Args:
         path: where nothing need be.
         is_ours: whether content has the form of ours; where asking is an error of its type, it has not.
         writer, option: for the message, who writes such files, and what says where.
+        beside: names of what is written after it into its folder, which without it is somebody else's.
 
     Raises:
-        InputError: there is one of another form, or that is no JSON.
+        InputError: there is one of another form, or that is no JSON, or one of `beside` and not it.
     """
+    others = [path.with_name(name) for name in beside if not path.exists()]
+    for file in (path, *others):
+        _check_own(file, lambda file: file == path and is_ours(read_json(file)), writer, option)
+
+
+def check_own_table(path: Path, columns: Sequence[str], writer: str, option: str) -> None:
+    """The same of a CSV file, which is ours with just these columns."""
+
+    def is_ours(file: Path) -> bool:
+        with open(file, newline="") as opened:
+            return next(csv.reader(opened), None) == list(columns)
+
+    _check_own(path, is_ours, writer, option)
+
+
+def _check_own(path: Path, is_ours: Callable[[Path], bool], writer: str, option: str) -> None:
     try:
-        ours = not path.exists() or is_ours(read_json(path))
-    except (OSError, ValueError, TypeError, AttributeError):
+        ours = not path.exists() or is_ours(path)
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error):
         ours = False
     if not ours:
         raise InputError(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maisi_tools.datasets.complete import check_cts, ct_of
 from maisi_tools.errors import InputError
-from maisi_tools.files import write_csv
+from maisi_tools.files import check_own_table, write_csv
 from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
@@ -38,6 +38,7 @@ TISSUES = ("bone", "airway", "lung")
 """Groups of labels that intensity alone tells, see :func:`maisi_tools.masks.body.label_from_ct`."""
 
 TABLE = "conditioning.csv"
+COLUMNS = ("structure", "ml", "cases", "generated", "real", "ratio")
 
 
 def tissue_dice(ct: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> Row:
@@ -100,6 +101,15 @@ def check_numbering(output_labels: str) -> None:
     """
     if output_labels != "vocabulary":
         raise InputError(f"output_labels is {output_labels!r}; allowed in an evaluation is 'vocabulary': leave it out")
+
+
+def check_conditioning(output_dir: str | Path) -> None:
+    """Refuse to write over a ``conditioning.csv`` that no evaluation wrote.
+
+    Raises:
+        InputError: there is one with other columns.
+    """
+    check_own_table(Path(output_dir).expanduser() / TABLE, COLUMNS, "evaluation", "output_dir")
 
 
 def check_structures(
@@ -177,9 +187,10 @@ def score_generated(
 
     Raises:
         InputError: a CT was not generated, a real CT and its labels have different grids, or as
-            :func:`check_structures`.
+            :func:`check_structures` and :func:`check_conditioning`.
     """
     folder = Path(output_dir).expanduser()
+    check_conditioning(folder)
     if segmenter is not None:
         check_structures(items, segmenter.classes, structures)
     cases = []
@@ -271,7 +282,7 @@ def _row(name: str, entries: Sequence[tuple[str, float, float, float | None]]) -
 
 
 def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_csv(path, rows, list(rows[0]) if rows else ["structure"])
+    write_csv(path, rows, COLUMNS)
     for row in rows:
         logger.info("%-32s %6s ml %5d cases  generated %.4f  real %6s  ratio %6s", *row.values())
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import fingerprint_file, fingerprint_text, replacing, write_json
+from maisi_tools.files import check_own_json, fingerprint_file, fingerprint_text, replacing, write_json
 from maisi_tools.settings import check_number
 from maisi_tools.volumes.inputs import check_output_dir
 from maisi_tools.volumes.normalise import HU_RANGE
@@ -39,6 +39,8 @@ PLANES = ("sagittal", "coronal", "axial")
 NETWORKS = {"resnet18": resnet18, "resnet50": resnet50}
 
 BATCH = 32  # slices
+
+RESULT = "realism.json"
 
 SPACING_RANGE = (0.1, 100.0)
 """mm. MONAI takes 0 and less for "as it is", which would compare volumes on their own grids."""
@@ -151,11 +153,13 @@ def measure_realism(
 
     Raises:
         InputError: a set of fewer than two volumes, a file that cannot be read, a `spacing` outside
-            :data:`SPACING_RANGE`, a `size` below 1 or too small for MS-SSIM, or `pairs` below 0.
+            :data:`SPACING_RANGE`, a `size` below 1 or too small for MS-SSIM, `pairs` below 0, or a ``realism.json`` of
+            something else.
     """
     check_number("spacing", spacing, *SPACING_RANGE)
     check_number("size", size, 1, math.inf, whole=True)
     folder = check_output_dir(output_dir)
+    check_own_json(folder / RESULT, _is_realism, "`maisi realism`", "output_dir")
     for name, files in (("reference", reference), ("generated", generated)):
         if len(files) < 2:
             raise InputError(f"the {name} set has {len(files)} volumes; allowed are at least two")
@@ -209,8 +213,12 @@ def measure_realism(
         "volumes": {"reference": len(reference), "generated": len(generated)},
     }
     if idist.get_rank() == 0:
-        write_json(folder / "realism.json", result)
+        write_json(folder / RESULT, result)
     return result
+
+
+def _is_realism(found: Mapping[str, Any]) -> bool:
+    return found.keys() >= {"figures", "network", "volumes"}
 
 
 def slices_of(volume: Tensor) -> Iterator[tuple[str, Tensor]]:

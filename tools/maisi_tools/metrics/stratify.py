@@ -13,7 +13,7 @@ from typing import Any
 from scipy import stats
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import write_csv
+from maisi_tools.files import check_own_table, write_csv
 from maisi_tools.volumes.inputs import check_targets
 
 Table = dict[str, dict[str, str]]
@@ -60,6 +60,7 @@ def stratify(
             that is one of the tables.
     """
     check_targets([metrics, cases], [Path(output)])
+    check_own_table(Path(output), COLUMNS, "`maisi stratify`", "--output")
     bounds = {str(column): _bounds(column, given) for column, given in (edges or {}).items()}
     if idle := [column for column in bounds if column not in by]:
         raise InputError(f"edges name {', '.join(idle)}, which by lacks ({', '.join(by)}); add it, or leave it out")

@@ -11,10 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing, write_csv
+from maisi_tools.files import check_own_json, replacing, write_csv
 from maisi_tools.volumes.inputs import stem_of
 
 logger = logging.getLogger(__name__)
+
+TABLE, SUMMARY = "metrics.csv", "summary.json"
+STATISTICS = ("mean", "std", "min", "max", "cases")
+"""Of a figure, in the summary."""
+
+
+def check_tables(output_dir: str | Path) -> None:
+    """Refuse to write over tables that no evaluation wrote, before anything is computed.
+
+    Raises:
+        InputError: there is a ``summary.json`` of another form than :func:`tabulate` writes, or a ``metrics.csv`` and
+            no summary.
+    """
+
+    def is_summary(found: Any) -> bool:
+        return isinstance(found, dict) and all(tuple(figure) == STATISTICS for figure in found.values())
+
+    check_own_json(Path(output_dir).expanduser() / SUMMARY, is_summary, "evaluation", "output_dir", [TABLE])
 
 
 def summarise(
@@ -65,23 +83,23 @@ def tabulate(folder: Path, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, d
 
     Returns:
         As :func:`summarise`.
+
+    Raises:
+        InputError: as :func:`check_tables`.
     """
+    check_tables(folder)
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    write_csv(folder / "metrics.csv", ({"case": case, **row} for case, row in rows.items()), ["case", *names])
     summary = {}
     for name in names:
         numbers = [row[name] for row in rows.values() if isinstance(row.get(name), (int, float))]
         values = [number for number in numbers if math.isfinite(number)]
         if not values:
             continue
-        summary[name] = {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "min": min(values),
-            "max": max(values),
-            "cases": len(values),
-        }
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        figures = (statistics.fmean(values), std, min(values), max(values), len(values))
+        summary[name] = dict(zip(STATISTICS, figures, strict=True))
         logger.info("%-24s %10.4f +- %.4f (%.4f to %.4f, %d cases)", name, *summary[name].values())
-    with replacing(folder / "summary.json") as part:
+    with replacing(folder / SUMMARY) as part:  # before the table, which is not known for ours without it
         part.write_text(json.dumps(summary, indent=2) + "\n")
+    write_csv(folder / TABLE, ({"case": case, **row} for case, row in rows.items()), ["case", *names])
     return summary
