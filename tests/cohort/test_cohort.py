@@ -26,6 +26,7 @@ from maisi_tools.cohort.spec import read_spec
 from maisi_tools.cohort.worker import mask_pool, numbered_labels, scans_of
 from maisi_tools.errors import InputError
 from maisi_tools.files import sha256
+from maisi_tools.masks.body import add_body
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.masks.vocabulary import label_id
@@ -388,11 +389,13 @@ def test_dicom_studies(write_spec, bundles, files_of, tmp_path):
 
 
 def test_a_library_with_tumors_and_organ_sizes(write_spec, bundles, tmp_path):
+    """Its masks have no body, as those of TotalSegmentator: a spleen's rim had been all that the CT got of one."""
     library = tmp_path / "library"
     library.mkdir()
     for seed in (0, 1):
-        arguments = [str(library / f"t{seed}.nii.gz"), "--kind", "torso", "--size", "64,48,48", "--seed", str(seed)]
-        assert main(["phantom", *arguments, "--spacing", "5,5,3.4"]) == 0
+        torso = make_phantom("torso", (64, 48, 48), (5.0, 5.0, 3.4), seed)
+        organs = np.where(torso == 200, 0, torso).astype(np.uint8)
+        nib.save(nib.Nifti1Image(organs, np.diag([5.0, 5.0, 3.4, 1.0])), library / f"t{seed}.nii.gz")
     assert main(["index", str(library)]) == 0
     changes = {
         "masks": "{source: library, path: library, organs: [liver]}",
@@ -405,6 +408,12 @@ def test_a_library_with_tumors_and_organ_sizes(write_spec, bundles, tmp_path):
     rows = rows_of(made(write_spec, bundles, tmp_path / "out", **changes))
     assert all("26" in row["labels"].split() and "spleen x 0.7" in row["edits"] for row in rows)
     assert all(row["origin"].startswith(str(library)) for row in rows)
+    for row in rows:
+        given = np.asarray(nib.load(row["origin"]).dataobj)
+        body = (add_body(given, (5.0, 5.0, 3.4)) == 200).sum()
+        assert body > 0.2 * given.size
+        made_of_it = np.asarray(nib.load(tmp_path / "out" / row["mask"]).dataobj)
+        assert 0 <= (made_of_it == 200).sum() - body < (given == 3).sum()
 
 
 def test_samples_that_fail_are_listed_and_tried_again(write_spec, bundles, tmp_path, capsys):

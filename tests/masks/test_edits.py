@@ -216,7 +216,8 @@ def test_an_organ_that_the_volume_cuts_stays_at_its_border():
         in_slices = resized.sum(axis=(0, 1))
         assert in_slices.max() - in_slices.min() <= 8, "but for which of several equal voxels is taken"
     whole = np.full((8, 8, 8), 1, np.uint8)
-    assert (resize_organ(whole, (2, 2, 2), 1, 0.5) == 1).sum() == 256
+    whole[0, 0, 0] = BODY
+    assert (resize_organ(whole, (2, 2, 2), 1, 256 / 511) == 1).sum() == 256
 
 
 def test_flip_swaps_parotids_and_custom_placeholders(tmp_path):
@@ -300,6 +301,8 @@ def test_field_of_view_names_what_would_be_cut():
         (lambda m, rng: resize_organ(m, (1, 1, 1), TUMOR, 2), "resized by augmentation"),
         (lambda m, rng: resize_organ(m, (1, 1, 1), BODY, 2), "no organ"),
         (lambda m, rng: resize_organ(m, (1, 1, 1), 3, 2), "spleen is not in the mask"),
+        (lambda m, rng: resize_organ(np.where(m == BODY, 0, m), (1, 1, 1), 1, 0.8), "no body.*leaves room.*add_body"),
+        (lambda m, rng: resize_organ(np.where(m == BODY, 28, m), (1, 1, 1), 1, 1.2), "no body"),  # nor lung alone
         (lambda m, rng: flip_sides(np.where(m == 1, 150, m)), r"labels \[150\]"),
         (lambda m, rng: resize_organ(m, (1, 1), 1, 2), "three axes"),
     ],

@@ -26,6 +26,7 @@ from maisi_tools.cohort.spec import CohortSpec, draw
 from maisi_tools.diffusion.editing import find_scans
 from maisi_tools.errors import find_input_error
 from maisi_tools.files import sha256, write_json
+from maisi_tools.masks.body import add_body
 from maisi_tools.masks.class_folder import find_masks, read_mask
 from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
@@ -139,6 +140,8 @@ class Worker:
         affine = np.asarray(mask.affine, dtype=float)
         edits = []
         spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+        if self.spec.resize:  # an organ takes room from the body, or leaves room to it
+            labels = add_body(labels, spacing)
         for organ, factor in self.spec.resize.items():
             drawn = draw(random, factor)
             labels = resize_organ(labels, spacing, label_id(organ), drawn)

@@ -178,7 +178,7 @@ class AskedSizes:
             got = volumes_ml(labels, self.spacing).get(label, 0.0)
             if got and label != BODY:
                 factor = min(max(self.ml[label] / got, 1 / self.max_resize), self.max_resize)
-                with contextlib.suppress(InputError):  # no room: the size it was drawn with
+                with contextlib.suppress(InputError):  # no room or no body: the size it was drawn with
                     labels = resize_organ(labels, self.spacing, label, factor)
         return labels
 

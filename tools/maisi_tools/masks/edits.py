@@ -262,8 +262,8 @@ def resize_organ(labels: np.ndarray, spacing: Sequence[float], organ: int, facto
         A new array.
 
     Raises:
-        InputError: the organ is not in the mask or a lesion, there is no room, or another structure (or a lesion in the
-            organ) would vanish.
+        InputError: the organ is not in the mask or a lesion, the mask has no body, there is no room, or another
+            structure (or a lesion in the organ) would vanish.
     """
     mm = checked_spacing(labels.shape, spacing)
     _check_labels(labels)
@@ -271,6 +271,11 @@ def resize_organ(labels: np.ndarray, spacing: Sequence[float], organ: int, facto
         raise InputError(f"{_name(organ)} is no organ to resize; a lesion is resized by augmentation with a zoom")
     _positive("factor", factor)
     _present(labels, organ)
+    if not (labels == BODY).any():  # the organ's rim would be all there is of it
+        raise InputError(
+            f"the mask has no body, which {_name(organ)} takes room from or leaves room to; allowed is a mask with the "
+            f"label {BODY} around its organs: maisi_tools.masks.body.add_body draws it"
+        )
     healthy = labels
     for lesion in np.intersect1d(labels, [label_id(name) for name in HOSTS]):
         if organ in hosts_of(int(lesion)):
@@ -315,7 +320,6 @@ def _shrink(labels: np.ndarray, whole: np.ndarray, count: int, mm: np.ndarray) -
         if fills.any() and ndimage.distance_transform_edt(~fills, sampling=mm)[vacated].max() <= reach:
             labels[box][vacated] = _nearest(labels[box], fills, mm)[vacated]
             return
-    labels[box][vacated] = BODY
 
 
 def _boxes(inside: np.ndarray, mm: np.ndarray) -> Iterator[tuple[tuple[slice, ...], float]]:
