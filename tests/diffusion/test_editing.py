@@ -455,6 +455,33 @@ def test_a_new_structure_gets_its_number_in_labels_with_a_slope(tmp_path, slope,
     assert (image.dataobj.slope, image.dataobj.inter) == (1, 0) and image.get_data_dtype() == np.int16
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_labels_that_are_one_structure_stay_where_it_is_redrawn(tmp_path, kind):
+    """As the prostate's two zones do, and what the map drops: only the lesion is written."""
+    hu, labels = patient()
+    ours = np.where(labels == LIVER, 5, 0).astype(np.uint8)
+    ours[10:16, 13:18][labels[10:16, 13:18] == LIVER] = 6
+    ours[3:5, 13:18, 9:13] = 7
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    classes = {5: "lobe", 6: "rest", 7: "fat"}
+    if kind == "file":
+        mask = save(tmp_path / "in" / "mask.nii.gz", ours, affine)
+    else:
+        mask = tmp_path / "in" / "mask"
+        for number, name in classes.items():
+            save(mask / f"{name}.nii.gz", (ours == number).astype(np.uint8), affine)
+    image = save(tmp_path / "in" / "case.nii.gz", hu.astype(np.int16), affine)
+    label_map = LabelMap("ours", {5: LIVER, 6: LIVER}, classes)
+    edits = [{"insert": {"hepatic tumor": 6}}, {"redraw": "liver"}]
+    crop = CropEditd("image", label_map, edits, VIEW)({"image": str(image), "mask": str(mask)})
+    WriteEditd("pred", "image", tmp_path, label_map)({**crop, "pred": crop["image"][:1]})
+    written = np.asarray(nib.load(tmp_path / "case_mask.nii.gz").dataobj)
+    tumor = written == 8
+    assert tumor.sum() == round(np.pi / 6 * 6**3 / 8) and np.isin(ours[tumor], (5, 6)).all()
+    np.testing.assert_array_equal(written[~tumor], ours[~tumor])
+    assert crop["edited"][1].sum() == np.isin(ours, (5, 6)).sum()
+
+
 @pytest.mark.parametrize("has_body", [False, True])
 def test_the_room_that_an_organ_leaves_is_body_where_the_mask_has_body(tmp_path, has_body):
     hu, labels = patient()

@@ -32,6 +32,7 @@ from maisi_tools.masks.label_maps import LabelMap, apply_label_map
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name
 from maisi_tools.networks import ControlledUNet
+from maisi_tools.volumes.checks import whole_labels
 from maisi_tools.volumes.grid import crop_to, difference_of_grids, pad_to_multiple
 from maisi_tools.volumes.inputs import (
     SUFFIXES,
@@ -435,8 +436,9 @@ class WriteEditd(MapTransform):
 
     ``NAME_ct.nii.gz`` has the CT's type, scaling and geometry, and its very bits wherever the weight is 0;
     ``NAME_mask.nii.gz`` is in the numbering of the input's mask (of the label map, where that is a class folder or a
-    segmentation of 3D Slicer), a structure that it lacks gets the next free number, and the body where the mask has
-    it; labels that are stored with a slope are written as whole numbers without one;
+    segmentation of 3D Slicer), and differs where a voxel is of another structure; one that the numbering lacks gets the
+    next free number, and the body where the mask has it; labels that are stored with a slope are written as whole
+    numbers without one;
     ``NAME_weight.nii.gz`` (float32) is the blend weight; ``NAME_ct.json`` says what was done, with HU before and after.
     Of a DICOM series there is also ``NAME_dicom``, a study of the same patient, see
     :func:`~maisi_tools.dicom.study.write_study`.
@@ -542,9 +544,14 @@ class WriteEditd(MapTransform):
             mask = Stored(read[0].numpy().astype(np.uint16), np.asarray(read.affine, dtype=float))
         else:
             mask = read_stored(path, "mask")
+        # Only what reads as another structure than it is to be: of several labels that are one structure each stays.
+        found, places = np.unique(whole_labels(mask.ras()[box][changed], path), return_inverse=True)
+        read = np.array([{**self.label_map, 0: 0}.get(int(label), 0) for label in found])
+        other = changed.copy()
+        other[changed] = read[places] != after[changed]
         numbers = {0: 0, **self.label_map.inverse}
         added = {}
-        for label in np.unique(after[changed]).tolist():
+        for label in np.unique(after[other]).tolist():
             if label not in numbers:
                 numbers[label] = max([*self.label_map, *self.label_map.classes, *numbers.values()]) + 1
                 added[VOCABULARY[label].name] = numbers[label]
@@ -554,7 +561,7 @@ class WriteEditd(MapTransform):
         mask.values = mask.values.astype(kind, copy=False)
         table = np.zeros(max(VOCABULARY) + 1, dtype=np.int64)
         table[list(numbers)] = list(numbers.values())
-        mask.ras()[box][changed] = mask.stored(table[after[changed]])
+        mask.ras()[box][other] = mask.stored(table[after[other]])
         return mask, added
 
 
