@@ -16,6 +16,7 @@ from maisi_tools.masks.body import (
     envelope_of_organs,
     label_from_ct,
     labels_of_more,
+    tissues,
     without_couch,
 )
 from maisi_tools.masks.label_maps import apply_label_map, read_label_map
@@ -245,6 +246,32 @@ def test_label_from_ct_leaves_small_dense_spots(chest):
     ct, _ = chest
     ct[32, 40, 20] = 900  # 0.04 ml
     assert label_from_ct(ct, np.zeros(SIZE), SPACING)[32, 40, 20] == 200
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.4, 1.4, 2.5), (4.0, 3.5, 4.0)])
+def test_tissues_lie_where_they_are_and_labels_stay(spacing):
+    """An airway and a bone in a body, beside a lung that is labelled; blocks of 3, 2 and 1 voxels."""
+    mm = np.array(spacing)
+    x, y, z = (np.arange(int(n / step)) * step for n, step in zip((110, 90, 66), spacing, strict=True))
+
+    def ball(at, radius):
+        return np.hypot(np.hypot(x[:, None, None] - at[0], y[:, None] - at[1]), z - at[2]) <= radius
+
+    air, bone, lung = (ball(at, radius) for at, radius in (((40, 45, 33), 9), ((64, 45, 33), 9), ((40, 20, 33), 11)))
+    body = np.hypot((x[:, None, None] - 55) / 50, (y[:, None] - 45) / 40) + 0 * z <= 1
+    hu = np.select([air, bone, lung, body], [-960.0, 900.0, -800.0, 40.0], -1000.0).astype(np.float32)
+    labels = np.where(lung, 28, 0).astype(np.uint8)
+    for inside in (None, body):
+        found = tissues(hu, labels, spacing, inside)
+        for label, true in ((132, air), (120, bone)):
+            shift = (np.argwhere(found == label).mean(0) - np.argwhere(true).mean(0)) * mm
+            assert np.abs(shift).max() < 0.2
+            assert 2 * ((found == label) & true).sum() / ((found == label).sum() + true.sum()) > 0.8
+        assert np.array_equal(found == 28, lung)
+        assert ((found > 0) == body).mean() > 0.97
+    assert np.array_equal(found > 0, body)  # where it is given
+    if min(spacing) > 3:
+        assert np.array_equal(found, label_from_ct(hu, labels, spacing, body))
 
 
 def probe(background: float, hu: float, x: float = 0.0) -> np.ndarray:

@@ -18,10 +18,10 @@ from nibabel.orientations import aff2axcodes
 from tqdm import tqdm
 
 from maisi_tools.bundles.stage import Stage, config_files
-from maisi_tools.diffusion.editing import check_edited, is_series, tissues
+from maisi_tools.diffusion.editing import check_edited, is_series
 from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.files import canonical_json, fingerprint_tensors, fingerprint_text, held, write_json
-from maisi_tools.masks.body import body_envelope, without_couch
+from maisi_tools.masks.body import body_envelope, tissues, without_couch
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY
 from maisi_tools.metrics.segmenters import THRESHOLDS, Segmenter, open_segmenter
 from maisi_tools.volumes.grid import straighten
@@ -171,7 +171,7 @@ def twin_mask(
     free = body & (mask == 0)
     mask[free] = BODY
     if complete:
-        told = tissues(hu, np.where(free, 0, mask).astype(np.uint8), mm, body)
+        told = tissues(hu, np.where(free, 0, mask).astype(np.uint8), mm.tolist(), body)
         mask[free & (told > 0)] = told[free & (told > 0)]
     ml = float(np.prod(mm)) / 1000
     return mask, {"body": round(float(body.sum()) * ml, 1), "couch": round(float(couch.sum()) * ml, 1)}

@@ -25,7 +25,7 @@ from maisi_tools.diffusion.inferers import MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import check_start, known_outside, sample, step_generator
 from maisi_tools.errors import InputError
-from maisi_tools.masks.body import SKIN_HU, add_body, label_from_ct
+from maisi_tools.masks.body import SKIN_HU, add_body, tissues
 from maisi_tools.masks.class_folder import ReadMaskd, is_one_mask
 from maisi_tools.masks.edits import apply_edits
 from maisi_tools.masks.label_maps import LabelMap, apply_label_map
@@ -53,9 +53,6 @@ logger = logging.getLogger(__name__)
 
 LARGEST_REGION = 0.5
 """A region takes no more than this share of the body; what changes more is another patient, which stage 3 draws."""
-
-TISSUES_MM = 3.0
-"""Tissues that the labels leave open are found on a grid no finer than this; weights that want them are as coarse."""
 
 LEAST_TISSUE = 0.01
 """Share of a crop that is denser than :data:`~maisi_tools.masks.body.SKIN_HU`, where there is a body."""
@@ -162,7 +159,7 @@ class CropEditd(MapTransform):
         field_of_view: mm along x, y, z that the weights want around a region.
         margin_mm: see :func:`~maisi_tools.volumes.regions.blend_weight`.
         complete: whether the ControlNet sees the mask completed from the CT by
-            :func:`~maisi_tools.masks.body.label_from_ct`, as weights of few labels were trained; else with the body.
+            :func:`~maisi_tools.masks.body.tissues`, as weights of few labels were trained; else with the body.
         seed: of the edits that have none.
         new_label_map: how new masks are read, where that is not as the others.
 
@@ -242,7 +239,7 @@ class CropEditd(MapTransform):
         own, anew = after[slab], changed[slab]
         if self.complete:
             open_to_ct = np.where((own == BODY) & ~anew, 0, own)
-            shown = np.where(open_to_ct == 0, tissues(hu[slab], open_to_ct, mm), open_to_ct)
+            shown = tissues(hu[slab], open_to_ct, mm.tolist())
         else:
             shown = add_body(own, mm.tolist(), hu[slab])
         # Where a label was taken away there is air, or body in a mask that does not label the body.
@@ -306,17 +303,6 @@ def _alike(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarra
     elif has and not had:
         before = np.where((before == 0) & (after == BODY), BODY, before).astype(before.dtype)
     return before, after, has
-
-
-def tissues(hu: np.ndarray, labels: np.ndarray, spacing: np.ndarray, body: np.ndarray | None = None) -> np.ndarray:
-    """:func:`~maisi_tools.masks.body.label_from_ct` on a grid no finer than :data:`TISSUES_MM`, nearest voxel."""
-    steps = np.maximum(1, np.floor(TISSUES_MM / spacing)).astype(int)
-    coarse = tuple(slice(None, None, step) for step in steps)
-    inside = None if body is None else body[coarse]
-    found = label_from_ct(np.ascontiguousarray(hu[coarse]), labels[coarse], (spacing * steps).tolist(), inside)
-    for axis, step in enumerate(steps):
-        found = found.repeat(step, axis)
-    return found[tuple(slice(length) for length in hu.shape)]
 
 
 class EditedCT(SeedOfInferer):

@@ -60,7 +60,7 @@ LUNG_ML, BONE_ML = 30.0, 0.3
 """Smallest connected volumes that are taken for lung and for bone; smaller dense ones are calcification or noise."""
 
 _COARSE_MM = 3.0
-"""Distances of several millimetres are computed on a grid no finer than this."""
+"""Distances of several millimetres, and tissues, are computed on a grid no finer than this."""
 
 _TEMPLATE_SIZE, _TEMPLATE_MM = (96, 64, 220), 5.0
 _NO_LANDMARKS = ("airway", "body", "bowel", "nerve", "vessel")
@@ -293,6 +293,26 @@ def label_from_ct(
     large = np.bincount(parts.ravel()) * voxel_ml >= BONE_ML
     completed[bone & large[parts]] = ALL_BONE
     return completed
+
+
+def tissues(
+    ct_hu: np.ndarray, labels: np.ndarray, spacing: Sequence[float], body: np.ndarray | None = None
+) -> np.ndarray:
+    """:func:`label_from_ct` in blocks of up to :data:`_COARSE_MM`, about as coarse as weights of few labels are.
+
+    A block is one tissue: what the mean HU of its voxels inside the body and outside all labels tells, and only these
+    get it. Labels that are given stay, to the voxel. Arguments, result and errors are those of :func:`label_from_ct`.
+    """
+    _check_same(ct_hu, labels)
+    mm = checked_spacing(ct_hu.shape, spacing)
+    free = labels == 0 if body is None else (labels == 0) & body
+    # With the HU of a labelled lung in it, the chest wall beside it would be air, as the skin with the air's.
+    weight = np.where(free, 1, 1e-6).astype(np.float32)
+    hu = _coarsen(ct_hu * weight, mm, np.mean)[0] / _coarsen(weight, mm, np.mean)[0]
+    some, steps = _coarsen(free, mm, np.max)
+    given = np.where(some, 0, BODY).astype(np.uint8)
+    found = label_from_ct(hu, given, (mm * steps).tolist(), None if body is None else some)
+    return np.where(free, _refine(found, steps, labels.shape), labels).astype(np.uint8)
 
 
 def labels_of_more(present: Iterable[int] = ()) -> set[int]:
