@@ -249,7 +249,7 @@ def test_what_samples_depend_on_stays_as_it_was(write_spec, bundles, tmp_path):
 def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
     """It recorded less, and the weights of all configs."""
     folder = made(write_spec, bundles, tmp_path / "out", count="1")
-    earlier = json.loads((folder / "cohort.json").read_text())
+    earlier, described = (json.loads((folder / "cohort.json").read_text()) for _ in range(2))
     for key in ("config", "numbering"):
         del earlier[key]
     earlier["weights"]["maisi_controlnet/models/released.pt"] = "0"
@@ -259,6 +259,10 @@ def test_a_folder_of_an_earlier_version_goes_on(write_spec, bundles, tmp_path):
     earlier["weights"]["maisi_controlnet/models/model.pt"] = "0"
     (folder / "cohort.json").write_text(json.dumps(earlier))
     with pytest.raises(InputError, match="made with other weights;"):
+        make_cohort(read_spec(write_spec(count="1")), folder, bundles)
+    del described["seeds"]  # which were of 31 bits: further samples would not belong to those that are there
+    (folder / "cohort.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match="made with other seeds; .*give another folder"):
         make_cohort(read_spec(write_spec(count="1")), folder, bundles)
 
 

@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from maisi_tools.cohort.spec import draw, read_spec
+from maisi_tools.cohort.spec import draw, draw_seed, read_spec
 from maisi_tools.errors import InputError
+from maisi_tools.settings import MOST_SEED
 
 
 def test_a_specification_is_read(write_spec):
@@ -46,6 +47,14 @@ def test_a_sample_depends_on_seed_and_number_alone(write_spec):
     assert [one.sample_name(2) for one in (spec, more, most)] == ["heads_0002"] * 3
     assert most.sample_name(10_001) == "heads_10001"
     assert not set(first) & {other.random(i).random() for i in range(3)}  # seed 7's second is not seed 8's first
+
+
+def test_no_two_samples_have_one_seed(write_spec):
+    """Of 31 bits these two numbers had one, and samples of one mask then the same bytes and patient."""
+    first, large = read_spec(write_spec(seed="0")), read_spec(write_spec(seed=str(2**32)))
+    seeds = [draw_seed(one.random(i)) for one, i in ((first, 10548), (first, 56884), (first, 1), (large, 0))]
+    assert len(set(seeds)) == 4 and max(seeds) > 2**32
+    assert all(0 <= seed < MOST_SEED for seed in seeds)
 
 
 def test_numbers_and_ranges():

@@ -21,7 +21,7 @@ from maisi_tools.bundles.settings import check_given
 from maisi_tools.bundles.stage import Stage, config_files
 from maisi_tools.cohort.generator import CONFIG, OWN_KEYS
 from maisi_tools.cohort.layouts import LAYOUTS, label_names
-from maisi_tools.cohort.spec import FIXED, USED, CohortSpec
+from maisi_tools.cohort.spec import FIXED, SEEDS, USED, CohortSpec
 from maisi_tools.cohort.worker import (
     DONE,
     FAILED,
@@ -276,7 +276,7 @@ def _config(bundles: Path, spec: CohortSpec) -> dict[str, Any]:
 def _made_by(spec: CohortSpec, bundles: Path) -> dict[str, Any]:
     """What samples depend on beside their number and the specification's text."""
     config, weights = _config(bundles, spec), _weights(bundles / "maisi_controlnet", configs_of(spec))
-    found: dict[str, Any] = {"config": fingerprint_text(canonical_json(config))}
+    found: dict[str, Any] = {"config": fingerprint_text(canonical_json(config)), "seeds": SEEDS}
     if LAYOUTS[spec.layout].consecutive:
         found["numbering"] = numbered_labels(spec, config)[0]
     if spec.masks.source == "generator":
@@ -333,7 +333,8 @@ def _claim(spec: CohortSpec, folder: Path, bundles: Path, judge: Mapping[str, An
         # An earlier version recorded the weights of all configs, and numbered what they know, whatever was labelled.
         before = {name: earlier["weights"].get(name) for name in content["weights"]}
         known = _config(bundles, spec)["keep_labels"]
-        earlier = {**content, "judge": {}, "numbering": known, **earlier, "weights": before}
+        # It also drew seeds of 31 bits, of which two samples could have one.
+        earlier = {**content, "judge": {}, "numbering": known, "seeds": None, **earlier, "weights": before}
         changed += [what for what in content if what != "spec" and earlier[what] != content[what]]
         begun = any((folder / RECORDS).glob("*.json"))  # without a sample there is nothing to fit to
         if changed and begun:

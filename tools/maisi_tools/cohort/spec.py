@@ -17,10 +17,13 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
-from maisi_tools.settings import check_plain, checked_fields, read_yaml
+from maisi_tools.settings import MOST_SEED, check_plain, checked_fields, read_yaml
 
 SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")
+
+SEEDS = "spawned, 62 bits"
+"""What :meth:`CohortSpec.random` and :func:`draw_seed` draw; a cohort that was begun with others does not go on."""
 
 USED = {
     "phantom": {"region", "organs", "field_of_view", "spacing"},
@@ -208,8 +211,8 @@ class CohortSpec:
         return f"{self.name}_{index:04d}"
 
     def random(self, index: int) -> np.random.Generator:
-        """What is drawn for sample number `index`."""
-        return np.random.default_rng([self.seed, index])
+        """What is drawn for sample number `index`; of no other seed and number is it the same."""
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(index,)))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -248,6 +251,11 @@ def read_spec(path: str | Path) -> CohortSpec:
 def draw(random: np.random.Generator, value: Any) -> float:
     """A number as it is, or one from a range [lowest, highest]."""
     return float(random.uniform(*value)) if isinstance(value, (list, tuple)) else float(value)
+
+
+def draw_seed(random: np.random.Generator) -> int:
+    """Of so many that a million samples have each their own."""
+    return int(random.integers(MOST_SEED))
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from nibabel.orientations import io_orientation, ornt_transform
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.cohort.generator import GeneratorSource
 from maisi_tools.cohort.layouts import LAYOUTS, consecutive_labels, place
-from maisi_tools.cohort.spec import CohortSpec, draw
+from maisi_tools.cohort.spec import CohortSpec, draw, draw_seed
 from maisi_tools.diffusion.editing import find_scans
 from maisi_tools.errors import find_input_error
 from maisi_tools.files import sha256, write_json
@@ -132,7 +132,7 @@ class Worker:
 
     def _sample(self, index: int, name: str) -> dict[str, Any]:
         random = self.spec.random(index)
-        seed = int(random.integers(2**31))
+        seed = draw_seed(random)
         if self.spec.masks.source == "real":
             return self._edited(index, name, random, seed)
         mask, origin, misfits = self._mask(random, seed)
@@ -192,7 +192,7 @@ class Worker:
         for tumor in self.spec.tumors:
             drawn, diameter = random.random() < tumor.probability, draw(random, tumor.diameter_mm)
             if drawn:
-                wanted.append({"insert": {tumor.lesion: diameter}, "seed": int(random.integers(2**31))})
+                wanted.append({"insert": {tumor.lesion: diameter}, "seed": draw_seed(random)})
         # In the vocabulary, which has a number for whatever is put in.
         mask: Any = read_mask(scan["mask"], self.label_map)
         given = self.scratch / f"{name}_labels.nii.gz"
