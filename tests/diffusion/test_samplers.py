@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -462,8 +463,64 @@ def test_a_start_from_data_keeps_the_share_of_it(repo_root, number):
     first, start = seen[0]
     signal, spread = signal_and_noise(scheduler, first)
     torch.testing.assert_close(start, signal * data + spread * noise)
-    assert 400 < first <= 500 and abs(len(seen) - steps / 2) <= 1
+    assert first == 500 if number < 3 else 490 <= first <= 500
+    assert abs(len(seen) - steps / 2) <= 1
     torch.testing.assert_close(result, data, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strength", "left"),
+    [
+        (0.99, [990, *range(900, 0, -100)]),
+        (0.95, [950, *range(900, 0, -100)]),  # half a step ahead of the next timestep
+        (0.93, [930, *range(800, 0, -100)]),  # so near to it that it takes its place
+        (0.5, [500, 400, 300, 200, 100]),
+        (0.05, [50]),
+    ],
+)
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_rectified_flow_starts_at_the_very_strength(strength, left, solver):
+    """Of a Gaussian's flow the start's mean and spread are known; so is where Euler's steps take it."""
+    data, noise = torch.randn(2, 1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    seen = []
+
+    def watched(latent, timesteps):
+        seen.append((float(timesteps[0]), latent))
+        return flow_of_gaussian(latent, timesteps)
+
+    result = sample(watched, noise, flow(), 10, None, False, solver, data, strength)
+    assert sorted({round(time, 3) for time, _ in seen}, reverse=True) == left
+    torch.testing.assert_close(seen[0][1], (1 - strength) * data + strength * noise, atol=1e-6, rtol=1e-6)
+    if solver == "euler":
+        expected = (1 - strength) * data + strength * noise
+        for now, then in itertools.pairwise([*left, 0]):
+            expected = expected + flow_of_gaussian(expected, torch.tensor([now])) * (now - then) / 1000
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_strength_of_1_takes_the_steps_as_they_are():
+    noise, data = torch.randn(2, 1, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = sample(flow_of_gaussian, noise, flow(), 10, progress=False, solver="ab2")
+    assert torch.equal(sample(flow_of_gaussian, noise, flow(), 10, None, False, "ab2", data, 1.0), plain)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "discrete flow"])
+@pytest.mark.parametrize("strength", [0.999, 0.99, 0.5, 0.444, 0.05])
+def test_where_levels_are_discrete_the_start_is_none_above_and_is_told(repo_root, caplog, kind, strength):
+    scheduler = full_ddpm(repo_root, "ddim")
+    if kind != "ddim":
+        scheduler = RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=True)
+    noise, seen = torch.randn(1, 1, 4, 4, 4), []
+
+    def watched(latent, timesteps):
+        seen.append(float(timesteps[0]))
+        return torch.zeros_like(latent)
+
+    sample(watched, noise, scheduler, 10, None, False, "euler", noise, strength)
+    levels = scheduler.timesteps.tolist()
+    first = max((level for level in levels if level <= 1000 * strength), default=min(levels))
+    assert seen == [level for level in levels if level <= first]
+    assert (f"can begin at is {first / 1000:g}" in caplog.text) == (first != 1000 * strength)
 
 
 @pytest.mark.parametrize(("number", "calls"), [(0, 36), (1, 69), (2, 36), (3, 300)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -14,6 +15,8 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``denoiser(latent (B, C, d, h, w), timesteps (B,)) -> velocity or noise`` of the latent's shape."""
@@ -253,7 +256,8 @@ def sample(
             before (Adams-Bashforth on the uneven grid); the first step is Euler's.
         data: the latent (B, C, d, h, w) that a `strength` below 1 starts from.
         strength: the steps begin at this share of the timesteps, from `data` noised to that level (Meng et al. 2022,
-            SDEdit); 1 takes all of them, from noise alone.
+            SDEdit); 1 takes all of them, from noise alone. DDPM and DDIM begin at the highest of their timesteps that
+            is not above it, or at their lowest, and say so.
         resample_steps: how often each step is taken back, by noising its result to the level it came from, and taken
             again (RePaint, section 4.2 with jumps of one step), so that what is drawn fits what is known beside it.
         last_step: the first timestep at or below this share of all of them goes to the data in one step of Euler's,
@@ -274,8 +278,7 @@ def sample(
     if strength < 1:
         if data is None:
             raise InputError(f"strength is {strength} without a latent to start from; allowed is 1")
-        begin = int((timesteps > strength * scheduler.num_train_timesteps).sum())
-        timesteps = timesteps[min(begin, len(timesteps) - 1) :]
+        timesteps = _timesteps_from(strength, timesteps, scheduler)
         signal, spread = signal_and_noise(scheduler, float(timesteps[0]))
         latent = signal * data + spread * noise
     few = timesteps <= last_step * scheduler.num_train_timesteps
@@ -312,6 +315,28 @@ def sample(
             latent = kept * latent + math.sqrt(max(spread**2 - (kept * left) ** 2, 0.0)) * added
             before = None  # the slope of another path
     return latent
+
+
+def _timesteps_from(strength: float, timesteps: Tensor, scheduler: Scheduler) -> Tensor:
+    """The timesteps (N,) that are left where the steps begin at a share of all of them, see :func:`sample`."""
+    start = strength * scheduler.num_train_timesteps
+    if isinstance(scheduler, RFlowScheduler) and not scheduler.use_discrete_timesteps:
+        below = timesteps[timesteps < start].tolist()
+        # From a first step that is much shorter than the next, ab2 would extrapolate mostly the network's noise.
+        after = [*below, 0.0, 0.0]
+        if start - after[0] < (after[0] - after[1]) / 2:
+            below = below[1:]
+        return timesteps.new_tensor([start, *below])
+    left = timesteps[min(int((timesteps > start).sum()), len(timesteps) - 1) :]
+    if abs(float(left[0]) - start) > 1:
+        logger.warning(
+            "strength is %g, and with %d steps the nearest that %s can begin at is %g",
+            strength,
+            len(timesteps),
+            type(scheduler).__name__,
+            float(left[0]) / scheduler.num_train_timesteps,
+        )
+    return left
 
 
 def _told(steps: Sequence[Step], progress: Progress) -> Iterator[Step]:
