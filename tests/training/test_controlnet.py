@@ -202,6 +202,21 @@ def test_what_a_contrast_puts_in_a_labels_place_is_kept_too(repo_root):
         assert not lost or "contrast_labels has 1, but keep" in str(find_input_error(refused.value))
 
 
+def test_a_contrast_that_the_loss_does_not_make_is_refused(repo_root):
+    """At the start, and not where loss and labels go together, as in train.json."""
+    plain = {"_target_": "maisi_tools.training.losses.WeightedVelocityLoss", "power": 2}
+    for labels, loss, refused in (({}, plain, False), ({"26": 1}, None, False), ({"26": 1}, plain, True)):
+        parser = ConfigParser()
+        parser.read_config(str(repo_root / "bundles" / "maisi_controlnet" / "configs" / "train.json"))
+        place = next(i for i, line in enumerate(parser["initialize"]) if "check_labels" in str(line))
+        parser["keep_labels"], parser["contrast_labels"], parser["latents"] = [1, 26, 200], labels, {}
+        parser["loss"] = loss or parser["loss"]
+        with pytest.raises(RuntimeError) if refused else contextlib.nullcontext() as raised:
+            parser.get_parsed_content(f"initialize#{place}")
+        said = "contrast_labels is given, and loss is WeightedVelocityLoss, which makes no contrast; allowed is"
+        assert not refused or said in str(find_input_error(raised.value))
+
+
 def test_a_network_that_the_latents_do_not_fit_is_refused(tiny_controlled, tmp_path):
     """A mask embedding of another factor, and latents that its two levels cannot see whole, before a step is made."""
     plain, cropped = Compose([]), Compose([Compose([RandLatentCropd(["latent", "mask"], 4, [2] * 3, [2] * 3, 2)])])

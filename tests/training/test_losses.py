@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from maisi_tools.errors import InputError
 from maisi_tools.training.diffusion import Target
-from maisi_tools.training.losses import AutoencoderLoss, RegionContrastiveLoss, WeightedVelocityLoss
+from maisi_tools.training.losses import AutoencoderLoss, RegionContrastiveLoss, SizeVelocityLoss, WeightedVelocityLoss
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 1e-7, 0.5])
@@ -110,6 +110,20 @@ def test_velocity_loss_without_weights_is_l1():
         loss = WeightedVelocityLoss()(prediction, wanted)
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, expected)
+
+
+def test_what_would_be_broadcast_is_refused():
+    """The doubled batch of a contrast against its one target, and a VAE's output of another size."""
+    doubled, value = torch.randn(2, 4, 3, 2, 5), torch.randn(1, 4, 3, 2, 5)
+    target = Target(value, torch.ones(1, 1, 3, 2, 5), torch.ones(1, 1, 3, 2, 5))
+    size = SizeVelocityLoss(torch.ones(1, 4, 3, 2, 5), 1.0)
+    for loss, wanted in ((WeightedVelocityLoss(2), target), (size, target), (RegionContrastiveLoss(0.01, 2), value)):
+        with pytest.raises(InputError, match=r"\(2, 4, 3, 2, 5\), its target \(1, 4, 3, 2, 5\); .*contrast_labels"):
+            loss(doubled, wanted)
+    RegionContrastiveLoss(0.01, 2)(doubled, target)
+    image = torch.rand(2, 1, 2, 2, 4)
+    with pytest.raises(InputError, match="the prediction has the shape"):
+        AutoencoderLoss(1e-7)((image[:1], doubled, doubled.exp()), image)
 
 
 @pytest.mark.parametrize(("inside", "expected"), [(0.5, 0.25 - 0.5), (3.0, 0.25 - 2.0)])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from monai.networks.utils import copy_model_state
 from monai.transforms import Compose, MapTransform, SpatialResample
+from torch import nn
 from torch.nn.functional import pad
 
 from maisi_tools.datasets.complete import twins_of
@@ -20,6 +21,7 @@ from maisi_tools.masks.edits import swap_sides
 from maisi_tools.masks.vocabulary import BODY, display_name, label_of, merge_labels
 from maisi_tools.networks import ControlledUNet, has_both, sees_coarse
 from maisi_tools.training.latents import check_latent_sizes
+from maisi_tools.training.losses import RegionContrastiveLoss
 from maisi_tools.volumes.grid import image_affine
 from maisi_tools.volumes.reading import sidecar_if_any
 from maisi_tools.weights import load_weights
@@ -86,9 +88,11 @@ def check_labels(
     keep: Sequence[int] | None,
     merge: Mapping[str, int],
     latents: Mapping[str, Sequence[Mapping[str, str]]],
+    loss: nn.Module | None = None,
     **asked: Iterable[int | str],
 ) -> None:
-    """Refuse labels that are none, and weights and contrasts for those that masks no longer have after merging.
+    """Refuse labels that are none, weights and contrasts for those that masks no longer have after merging, and
+    contrasts that the loss does not make.
 
     Which others are lost is said.
 
@@ -96,11 +100,17 @@ def check_labels(
         keep, merge: of :class:`~maisi_tools.masks.vocabulary.MergeLabelsd`; `keep` None for all labels.
         latents: as :func:`~maisi_tools.training.latents.find_latents` lists them, with their masks. The labels of a
             mask are those that `maisi complete_masks` wrote beside it; others are not looked at.
+        loss: of the training; with ``contrast_labels`` among `asked`, the batch is doubled for it.
         asked: config key -> labels, by id or by name (:func:`~maisi_tools.masks.vocabulary.label_of`).
 
     Raises:
-        InputError: a label is none, or not kept.
+        InputError: a label is none, or not kept; or the loss makes no contrast.
     """
+    if loss is not None and asked.get("contrast_labels") and not isinstance(loss, RegionContrastiveLoss):
+        raise InputError(
+            f"contrast_labels is given, and loss is {type(loss).__name__}, which makes no contrast; allowed is "
+            "RegionContrastiveLoss, as train.json has it, or a subclass: give that loss, or leave contrast_labels out"
+        )
     if keep is not None:
         merge_labels(np.zeros(1), keep, merge)  # which refuses what is no id
     for name, labels in asked.items():

@@ -85,6 +85,7 @@ class AutoencoderLoss(nn.Module):
     def forward(self, prediction: tuple[Tensor, Tensor, Tensor], target: Tensor) -> Tensor:
         reconstruction, mean, sigma = (part.float() for part in prediction)
         target = target.float()
+        _check_alike(reconstruction, target)
         error = (reconstruction - target).abs()
         weight = self._weight(target)
         kl = kl_divergence(mean, sigma)
@@ -106,6 +107,15 @@ class AutoencoderLoss(nn.Module):
         for lowest, highest, value in self.intensity_weights:
             weight[(target >= lowest) & (target <= highest)] = value
         return weight
+
+
+def _check_alike(prediction: Tensor, target: Tensor) -> None:
+    """Refuse what torch would broadcast, such as the doubled batch of a contrast against its one target."""
+    if prediction.shape != target.shape:
+        raise InputError(
+            f"the prediction has the shape {tuple(prediction.shape)}, its target {tuple(target.shape)}; allowed is one "
+            "shape for both; with contrast_labels the loss has to be RegionContrastiveLoss"
+        )
 
 
 def _mean(error: Tensor, weight: Tensor | None) -> Tensor:
@@ -141,6 +151,9 @@ class WeightedVelocityLoss(nn.Module):
 
     Attributes:
         terms: what a subclass adds up; here there is but one.
+
+    Raises:
+        InputError: prediction and target have different shapes, when called.
     """
 
     def __init__(self, power: float = 1.0) -> None:
@@ -150,6 +163,7 @@ class WeightedVelocityLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor | Target) -> Tensor:
         value, weight = (target, 1.0) if isinstance(target, Tensor) else (target.value, target.weight)
+        _check_alike(prediction, value)
         return ((prediction.float() - value.float()).abs() ** self.power * weight).mean()
 
 
