@@ -284,6 +284,23 @@ def test_labels_stay_the_couch_goes_and_the_body_is_filled():
         assert ml["couch"] == pytest.approx(np.count_nonzero(block) * 0.085, rel=0.1)
 
 
+def test_labels_in_the_air_beside_the_body_are_left_out():
+    """A segmenter's slip far away goes, whatever its label; what reaches over the skin stays whole."""
+    x, y, _ = np.ix_(*((np.arange(n) - n / 2) * mm for n, mm in zip(SIZE, SPACING, strict=True)))
+    trunk = np.broadcast_to(x**2 / 80**2 + y**2 / 60**2 <= 1, SIZE)
+    skin = int(np.argmax(trunk[:, SIZE[1] // 2, 0]))
+    labels = np.zeros(SIZE, np.uint8)
+    labels[skin - 3 : skin + 3, 20:28, 10:20] = 121
+    labels[skin + 8 : skin + 12, 20:28, 10:20] = 3
+    slip = np.zeros(SIZE, bool)
+    slip[:3, :3, 10:14] = slip[-4:, -4:, :2] = True
+    given = np.where(slip, 3, labels).astype(np.uint8)
+    for complete in (False, True):
+        mask, _ = twin_mask(as_ct(np.where(trunk, 40.0, -1000.0)), given, complete)
+        assert not mask[slip].any()
+        np.testing.assert_array_equal(np.where(mask == 200, 0, mask), labels)
+
+
 def test_a_ct_without_body_is_refused():
     with pytest.raises(InputError, match="no body in x.nii.gz"):
         twin_mask(as_ct(np.full(SIZE, -1000.0)), np.zeros(SIZE, np.uint8), True, "x.nii.gz")

@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from nibabel.orientations import aff2axcodes
+from scipy import ndimage
 from tqdm import tqdm
 
 from maisi_tools.bundles.stage import Stage, config_files
@@ -145,7 +146,9 @@ def _make(
 def twin_mask(
     ct: MetaTensor, labels: np.ndarray, complete: bool, name: str = "the CT"
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """The mask of a CT for stage 3: its labels inside its body, without the couch.
+    """The mask of a CT for stage 3: its labels and its body, without the couch.
+
+    Labels may reach over the skin; pieces that do not touch the body are left out, since tissue would be drawn there.
 
     Args:
         ct: (1, X, Y, Z) in HU, RAS, with its affine.
@@ -168,6 +171,9 @@ def twin_mask(
         raise InputError(f"there is no body in {name}; allowed is the CT of a patient in HU")
     couch = with_couch & ~body
     mask = np.where(couch, 0, labels).astype(np.uint8)
+    if ((mask > 0) & ~body).any():
+        parts, _ = ndimage.label((mask > 0) | body, np.ones((3, 3, 3)))
+        mask[~np.isin(parts, np.unique(parts[body]))] = 0
     free = body & (mask == 0)
     mask[free] = BODY
     if complete:
