@@ -17,12 +17,12 @@ from maisi_tools.errors import InputError
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
-from maisi_tools.settings import MOST_SEED, check_plain, checked_fields, read_yaml
+from maisi_tools.settings import check_plain, checked_fields, read_yaml
 
 SOURCES = ("phantom", "files", "library", "generator", "real")
 FORMATS = ("nifti", "dicom")
 
-SEEDS = "spawned, 62 bits"
+SEEDS = "spawned, 53 bits"
 """What :meth:`CohortSpec.random` and :func:`draw_seed` draw; a cohort that was begun with others does not go on."""
 
 USED = {
@@ -254,8 +254,8 @@ def draw(random: np.random.Generator, value: Any) -> float:
 
 
 def draw_seed(random: np.random.Generator) -> int:
-    """Of so many that a million samples have each their own."""
-    return int(random.integers(MOST_SEED))
+    """Of so many that a million samples have each their own, and none that spreadsheets and browsers would round."""
+    return int(random.integers(2**53))
 
 
 def _plain(value: Any) -> Any:
