@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+from monai.data import decollate_batch, list_data_collate
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.errors import InputError
@@ -110,3 +113,28 @@ def test_settings_that_an_overlay_leaves_without_use_are_refused(bundle):
 def test_a_config_that_is_not_there_is_named(bundle):
     with pytest.raises(FileNotFoundError, match="nothing.json"):
         Stage(bundle, "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "suffix", "own"),
+    [
+        ("inference.json", "", {"output_size": [32, 32, 32], "num_inference_steps": 1}),
+        ("mask_inference.json", "_mask", {"num_inference_steps": 1}),
+    ],
+)
+def test_a_sample_is_the_same_by_run_by_stage_and_by_hand(tiny_bundles, tmp_path, config, suffix, own):
+    def volume(name):
+        return np.asarray(nib.load(tmp_path / f"{name}{suffix}.nii.gz").dataobj)
+
+    own = {**own, "progress": False, "output_dir": str(tmp_path), "input": [{"name": "whole", "seed": 1}]}
+    stage = Stage(tiny_bundles / "maisi_ldm", config, "cpu", **own)
+    stage.run()
+    expected = volume("whole")
+    batch = list_data_collate([stage.preprocessing({"name": "hand", "seed": seed}) for seed in (0, 1)])
+    pred = stage.inferer(batch["image"], stage.network)
+    stage.postprocessing(decollate_batch({**batch, "pred": pred})[1])
+    np.testing.assert_array_equal(volume("hand"), expected)
+    for item, seed in (({"name": "a", "seed": 1}, None), ({"name": "b", "seed": 5}, None), ({"name": "c"}, 1)):
+        stage(item, seed)
+        assert np.array_equal(volume(item["name"]), expected) is (item["name"] != "b")
+    assert json.loads((tmp_path / f"c{suffix}.json").read_text())["seed"] == 1

@@ -13,6 +13,7 @@ from monai.networks.schedulers import DDPMScheduler, RFlowScheduler
 from maisi_tools.diffusion.autoencoder import DecodeInferer, EncodeInferer, LatentDecoder
 from maisi_tools.diffusion.conditions import Conditions
 from maisi_tools.diffusion.inferers import LatentSampler, MaskToCT
+from maisi_tools.diffusion.noise import DrawNoised
 from maisi_tools.errors import InputError
 from maisi_tools.masks.vocabulary import BODY, label_id
 from maisi_tools.tsp import MemoryLimitError
@@ -148,9 +149,31 @@ def test_ddpm_does_not_add_the_initial_noise_again(decoder):
     assert (seen[1] - share * seen[0]).std() > 0.05  # rounding alone, were it the initial noise
 
 
+def test_the_coarse_ct_and_the_steps_are_of_the_noises_own_seed(tiny_unet, decoder):
+    """Collated, sliced or alone, without being told; noise that has no seed takes the conditions'."""
+    drawn = []
+    inferer = sampler(decoder, ddpm(), coarse=lambda conditions, seed: drawn.append(seed) or torch.zeros(1, 1, 4, 4, 4))
+    network = lambda x, t, **conditions: tiny_unet(x[:, :4], t, **conditions)  # noqa: E731
+    draw = DrawNoised("image", inferer.conditions, 1.0, 4)
+    items = [draw({"name": name, "seed": seed})["image"] for name, seed in (("a", 4), ("b", 2**62))]
+    batch = list_data_collate(items)
+    told = inferer(batch, network, seeds=[4, 2**62])
+    assert torch.equal(inferer(batch, network), told)
+    for i in range(2):
+        assert torch.equal(inferer(batch[i : i + 1], network), told[i : i + 1])
+        assert torch.equal(inferer(items[i][None], network), told[i : i + 1])
+    inferer(batch.as_tensor(), network)
+    inferer.seed = 7
+    inferer(MetaTensor(batch.as_tensor()), network)
+    assert drawn == [4, 2**62] * 2 + [4, 4, 2**62, 2**62, 0, 0, 7, 7]
+
+
 def test_as_many_seeds_as_samples(tiny_unet, decoder):
-    with pytest.raises(ValueError, match="shorter|longer"):
-        sampler(decoder)(torch.randn(2, 4, 4, 2, 6), tiny_unet, seeds=[1])
+    noise = torch.randn(2, 4, 4, 2, 6)
+    with pytest.raises(ValueError, match="2 samples have 1 seeds; collate with MONAI's list_data_collate"):
+        sampler(decoder)(noise, tiny_unet, seeds=[1])
+    with pytest.raises(ValueError, match="2 samples have 1 seeds"):  # as torch.stack leaves the first one's meta
+        sampler(decoder)(MetaTensor(noise, meta={"seed": 1}), tiny_unet)
 
 
 # Stage 3

@@ -86,6 +86,7 @@ def test_noise_has_the_seed_of_its_sample():
     noise = draw({"name": "a", "seed": 3})["noise"]
     expected = torch.randn(4, 16, 12, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise.as_tensor(), expected)
+    assert noise.meta["seed"] == 3
     assert not torch.equal(draw({"name": "a", "seed": 99})["noise"].as_tensor(), expected)
 
 

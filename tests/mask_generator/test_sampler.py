@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.networks.schedulers import RFlowScheduler
 
 from maisi_tools.mask_generator.sampler import MaskSampler
@@ -40,7 +41,7 @@ def draw(network: Drawing, ml: float | None, redraws: int = 3, seed: int = 0) ->
     flow = RFlowScheduler(num_train_timesteps=1000, use_discrete_timesteps=False)
     sampler = MaskSampler(decode, flow, 1, asked, [200, 18], redraws=redraws, progress=False)
     noise = torch.randn(1, 4, 5, 5, 4, generator=torch.Generator().manual_seed(seed))
-    mask = sampler(noise, network, [seed])
+    mask = sampler(MetaTensor(noise, meta={"seed": seed}), network)
     return (mask == 18).sum().item() * 0.2
 
 

@@ -103,7 +103,7 @@ class Stage:
 
         Args:
             item: what the preprocessing takes, such as ``{"image": path}``.
-            seed: of what is drawn for it; None leaves the inferer's.
+            seed: of what is drawn for it, in place of its own; None leaves that, or else the inferer's.
 
         Raises:
             TypeError: a seed for an inferer that draws nothing.
@@ -112,6 +112,7 @@ class Stage:
             if not hasattr(self.inferer, "seed"):
                 raise TypeError(f"{type(self.inferer).__name__} has no seed; leave it out")
             self.inferer.seed = seed
+            item = {**item, "seed": seed}  # where the preprocessing draws the noise
         batch = list_data_collate([self.preprocessing(item)])
         pred = self.inferer(batch["image"].to(self.device), self.network)
         return self.postprocessing(decollate_batch({**batch, "pred": pred})[0])

@@ -72,7 +72,8 @@ class LatentSampler(Inferer):
     Args:
         decoder: turns the sampled latent into a CT.
         scheduler: rectified flow, DDPM or DDIM.
-        conditions: what to generate; spacing, region and modality are used here (size and seed are the noise's).
+        conditions: what to generate; spacing, region and modality are used here (the size is the noise's). The seed is
+            that of noise which comes without one.
         guidance_scale: 0 is off; see :func:`maisi_tools.diffusion.samplers.guided`.
         guidance_interval: shares of the timesteps between which guidance is on, likewise.
         guidance_parallel: share of guidance along the prediction that is kept, likewise (there ``parallel``).
@@ -119,6 +120,7 @@ class LatentSampler(Inferer):
         self.last_step = last_step
         check_sampling(self.scheduler, self.num_inference_steps, self.solver, self.last_step)
         self.conditions = conditions
+        self.seed = conditions.seed
         self.coarse = coarse
         self.guidance_scale = float(guidance_scale)
         self.guidance_interval = check_interval(guidance_interval)
@@ -133,8 +135,8 @@ class LatentSampler(Inferer):
     def __call__(  # type: ignore[override]
         self, inputs: Tensor, network: nn.Module, seeds: Sequence[int] | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """``seeds``, one a sample, feed the noise that DDPM adds on the way; rectified flow and DDIM need none."""
-        latents = [self._one(noise, seed, network) for noise, seed in each_sample(inputs, seeds, self.conditions.seed)]
+        """``seeds``, one a sample, by default those of the noise, feed the coarse CT and the noise that DDPM adds."""
+        latents = [self._one(noise, seed, network) for noise, seed in each_sample(inputs, seeds, self.seed)]
         ct = torch.cat([self.decoder(latent) for latent in latents])
         return {"ct": ct, "latent": torch.cat(latents)} if self.return_latent else ct
 
@@ -334,7 +336,16 @@ def each_sample(inputs: Tensor, seeds: Sequence[int] | None, seed: int) -> Itera
 
     Args:
         inputs: (B, 4, d, h, w).
-        seeds: one a sample; None takes `seed` for all.
+        seeds: one a sample; None takes those that :class:`~maisi_tools.diffusion.noise.DrawNoised` left in the meta.
+        seed: of all, where there is none.
+
+    Raises:
+        ValueError: not as many seeds as samples.
     """
+    if seeds is None:
+        found = inputs.meta.get("seed") if isinstance(inputs, MetaTensor) else None
+        seeds = [seed] * len(inputs) if found is None else torch.as_tensor(found).reshape(-1).tolist()
+    if len(seeds) != len(inputs):
+        raise ValueError(f"{len(inputs)} samples have {len(seeds)} seeds; collate with MONAI's list_data_collate")
     inputs = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
-    return zip(inputs.split(1), [seed] * len(inputs) if seeds is None else map(int, seeds), strict=True)
+    return zip(inputs.split(1), map(int, seeds), strict=True)

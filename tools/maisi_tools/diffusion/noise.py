@@ -95,6 +95,7 @@ def redraw_seeds(seed: int, redraws: int) -> list[int]:
 class DrawNoised(MapTransform):
     """Adds the initial noise of a sample, a ``MetaTensor`` (4, d, h, w) on the latent grid, from ``data["seed"]``.
 
+    The seed is in its meta, too: whatever else is drawn for the sample comes of it.
     The image's centre lies at the origin of the patient coordinates; its axes are RAS. What a latent's sidecar holds
     (:data:`maisi_tools.volumes.latents.SIDECAR`) is added to the data as well.
 
@@ -128,7 +129,7 @@ class DrawNoised(MapTransform):
             "factor": self.factor,
             "scale_factor": self.scale_factor,
         }
-        meta = {"filename_or_obj": data["name"], "sidecar": described}
+        meta = {"filename_or_obj": data["name"], "seed": data["seed"], "sidecar": described}
         return {**data, **described, self.keys[0]: MetaTensor(conditions.noise(self.factor), affine=affine, meta=meta)}
 
 

@@ -45,7 +45,7 @@ class MaskSampler(Inferer):
         redraws: how often at most a mask is drawn again while a size is not what is asked for: by turns from the same
             noise, but asked for more of what came out too small, and from another one. The one whose sizes are nearest
             is kept, the first of them.
-        seed: of samples that come without one.
+        seed: of noise that comes without one.
         inferer: how the U-Net is run.
 
     Raises:
