@@ -273,6 +273,9 @@ def test_no_usable_factor(tmp_path, factor):
         read_factor(tmp_path / "x.pt")
 
 
+NO_MERGING = {"merge_labels": None}
+
+
 def test_weights_are_refused_with_other_settings_than_those_of_their_training(tmp_path, caplog):
     """With all that differ, and only settings that both name: files of earlier versions record none."""
     shared = {"process": "rectified flow", "condition_scale": 100.0, "keep_labels": [1, 26], "merge_labels": {}}
@@ -290,10 +293,12 @@ def test_weights_are_refused_with_other_settings_than_those_of_their_training(tm
     check_shared(tmp_path / "x.pt", shared | {"keep_labels": [1]})
     assert "know labels that keep_labels leaves out, so that no CT shows them: 26; keep_labels is 1" in caplog.text
     save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared={"keep_labels": None, "merge_labels": {"bone": 120}})
-    for fewer in ({"keep_labels": [1], "merge_labels": {}}, {"merge_labels": {"bone": 120, "lung": 28}}):
+    for fewer in ({"keep_labels": [1], "merge_labels": {}}, {"merge_labels": {"bone": 120, "lung": 28}}, NO_MERGING):
         check_shared(tmp_path / "x.pt", fewer)
     with pytest.raises(InputError, match="merge_labels is {'bone': 200}, they were trained with {'bone': 120}"):
         check_shared(tmp_path / "x.pt", {"merge_labels": {"bone": 200}})
+    save_weights(tmp_path / "x.pt", {"a": torch.ones(1)}, shared=NO_MERGING)
+    check_shared(tmp_path / "x.pt", {"merge_labels": {"bone": 120}})
     for silent in ({}, {"shared": None}, {"shared": "rectified flow"}):
         save_weights(tmp_path / "y.pt", {"a": torch.ones(1)}, **silent)
         check_shared(tmp_path / "y.pt", shared)

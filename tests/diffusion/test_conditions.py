@@ -8,6 +8,7 @@ from maisi_tools.diffusion.conditions import (
     Conditions,
     batch_tensors,
     check_conditions,
+    check_modality,
     without_conditions,
 )
 from maisi_tools.errors import InputError
@@ -106,3 +107,9 @@ def test_limits_of_the_weights(change, word):
     check_conditions(Conditions(**OK, region="head"), 16, *LIMITS)
     with pytest.raises(InputError, match=word):
         check_conditions(Conditions(**{**OK, **change}), 16, *LIMITS)
+
+
+def test_any_modality_where_none_is_named():
+    check_modality("mri", None)
+    with pytest.raises(InputError, match="modality is 'pet'; allowed are unknown, ct"):
+        check_modality("pet", None)

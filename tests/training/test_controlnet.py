@@ -158,6 +158,7 @@ def test_weights_of_another_network_are_refused(tiny_controlled, tmp_path):
 def test_labels_that_are_merged_away_are_refused():
     check_labels([1, 26], {}, {}, label_weights={"26": 100}, contrast_labels={"26": 1})
     check_labels(None, {}, {}, label_weights={"26": 100})
+    check_labels([26], None, {}, label_weights={"26": 100})
     with pytest.raises(InputError, match=r"contrast_labels has 23, 26, but keep_labels .* allowed are 1, 2: add them"):
         check_labels([1, 2], {}, {}, label_weights={1: 100}, contrast_labels={"26": 1, "23": 28})
 

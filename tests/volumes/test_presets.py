@@ -68,7 +68,9 @@ def test_far_names_the_nearest(caplog):
 
 
 def test_unknown_names_are_refused():
-    assert find_preset(None, "ct") is None
+    assert find_preset(None, "ct") is None and find_preset(None, None) is None
+    with pytest.raises(InputError, match="preset is 'chest'; allowed for these weights are none"):
+        find_preset("chest", None)
     with pytest.raises(
         InputError, match="preset is 'chest'; allowed for these weights are head_neck, head_neck_narrow"
     ):

@@ -193,7 +193,7 @@ def _keep_fits(trained: Any, wanted: Any) -> bool:
 
 
 def _merge_fits(trained: Any, wanted: Any) -> bool:
-    return all(trained.get(group, label) == label for group, label in wanted.items())
+    return all((trained or {}).get(group, label) == label for group, label in (wanted or {}).items())
 
 
 FITS = {"keep_labels": _keep_fits, "merge_labels": _merge_fits}

@@ -167,17 +167,18 @@ class ToIntensitiesd(MapTransform):
         return {**items, **{key: restore_intensity(items[key], *self.range) for key in self.key_iterator(items)}}
 
 
-def check_modality(modality: str | int, trained: Sequence[str | int]) -> None:
+def check_modality(modality: str | int, trained: Sequence[str | int] | None) -> None:
     """Refuse a modality that particular weights were not trained on; they would draw what they know, without a word.
 
     Args:
         modality: see :func:`modality_code`.
-        trained: names or codes, from the bundle's config.
+        trained: names or codes, from the bundle's config; None for any.
 
     Raises:
         InputError: with those that are allowed.
     """
-    if modality_code(modality) not in {modality_code(name) for name in trained}:
+    code = modality_code(modality)
+    if trained is not None and code not in {modality_code(name) for name in trained}:
         raise InputError(
             f"modality is {modality!r}, which was not in these weights' training data; allowed are "
             f"{', '.join(map(str, trained))} (trained_modalities of the config, for weights of yours)"
@@ -297,7 +298,7 @@ def check_conditions(
     spacing_range: Sequence[Sequence[float]],
     smallest_field_of_view: Sequence[float],
     trained_regions: Sequence[str],
-    trained_modalities: Sequence[str | int],
+    trained_modalities: Sequence[str | int] | None,
     presets: str | None = None,
 ) -> None:
     """Refuse conditions that particular weights cannot serve (their limits stand in the bundle's config).
@@ -307,7 +308,7 @@ def check_conditions(
         spacing_range: (lowest, highest) mm for x, y, z.
         smallest_field_of_view: mm along x, y, z of the smallest volume trained on; below it there is only a warning.
         trained_regions: names of the regions the weights were trained on.
-        trained_modalities: names or codes of the modalities likewise.
+        trained_modalities: names or codes of the modalities likewise; None for any.
         presets: whose weights' fields of view are known, see :data:`~maisi_tools.volumes.presets.PRESETS`; far from
             them all there is only a warning.
 

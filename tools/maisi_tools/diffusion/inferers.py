@@ -220,8 +220,7 @@ class MaskToCT(Inferer):
         self.solver = solver
         self.last_step = last_step
         check_sampling(self.scheduler, self.num_inference_steps, self.solver, self.last_step)
-        if trained_modalities is not None:
-            check_modality(modality, trained_modalities)
+        check_modality(modality, trained_modalities)
         self.seed = int(seed)
         self.multiple = int(multiple)
         self.spacing = tuple(spacing) if spacing is not None else None

@@ -86,7 +86,7 @@ def train_parts(network: ControlledUNet, train_unet: bool, started: bool) -> Con
 
 def check_labels(
     keep: Sequence[int] | None,
-    merge: Mapping[str, int],
+    merge: Mapping[str, int] | None,
     latents: Mapping[str, Sequence[Mapping[str, str]]],
     loss: nn.Module | None = None,
     **asked: Iterable[int | str],
@@ -111,6 +111,7 @@ def check_labels(
             f"contrast_labels is given, and loss is {type(loss).__name__}, which makes no contrast; allowed is "
             "RegionContrastiveLoss, as train.json has it, or a subclass: give that loss, or leave contrast_labels out"
         )
+    merge = merge or {}
     if keep is not None:
         merge_labels(np.zeros(1), keep, merge)  # which refuses what is no id
     for name, labels in asked.items():

@@ -95,18 +95,20 @@ PRESETS: dict[str, dict[str, Preset]] = {
 """Weights -> name -> field of view."""
 
 
-def presets_of(weights: str) -> dict[str, Preset]:
-    """The presets of a set of weights.
+def presets_of(weights: str | None) -> dict[str, Preset]:
+    """The presets of a set of weights; None, for weights of one's own, has none.
 
     Raises:
         InputError: no such weights.
     """
+    if weights is None:
+        return {}
     if weights not in PRESETS:
         raise InputError(f"presets is {weights!r}; allowed are {', '.join(PRESETS)}, the weights that have presets")
     return PRESETS[weights]
 
 
-def find_preset(name: str | None, weights: str) -> Preset | None:
+def find_preset(name: str | None, weights: str | None) -> Preset | None:
     """A preset by its name; None for None. The log says what it is; a rare one is a warning.
 
     Raises:
@@ -116,7 +118,7 @@ def find_preset(name: str | None, weights: str) -> Preset | None:
     if name is None:
         return None
     if name not in known:
-        raise InputError(f"preset is {name!r}; allowed for these weights are {', '.join(known)}")
+        raise InputError(f"preset is {name!r}; allowed for these weights are {', '.join(known) or 'none'}")
     found = known[name]
     if found.share is not None and found.share < RARE:
         logger.warning("%s: so rare in training that the volume may look wrong", describe(name, found))
