@@ -50,6 +50,38 @@ def workflow(tmp_path):
     return ready
 
 
+def test_none_on_the_command_line_is_refused_where_it_would_change_nothing(workflow, monkeypatch, tmp_path):
+    command = str(tmp_path / "monai" / "bundle" / "__main__.py")
+    for words, key, value in [
+        (["--steps", "None"], "steps", "3"),
+        (["--displayable_configs#num_inference_steps=None"], "displayable_configs#num_inference_steps", "3"),
+        (["--output-dir=None"], "output_dir", "'eval'"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [command, "run", *words])
+        with pytest.raises(Exception) as raised:
+            workflow().initialize()
+        words = f"{key} is None on the command line, which MONAI takes for not given: it would stay {value}. Give"
+        assert words in str(find_input_error(raised.value))
+    for program, words in [
+        (command, ["--unused", "'None'", "--logging_file", "None", "--none=None", "--judge", "None"]),
+        ("bin/maisi", ["--steps", "None"]),
+    ]:
+        monkeypatch.setattr(sys, "argv", [program, "run", *words])
+        workflow(none=None, judge="$None", report="$str((@none, @judge))").initialize()
+
+
+def test_configs_in_yaml_and_files_that_are_none_beside_them(workflow, tmp_path):
+    import json
+
+    (tmp_path / "datalist.json").write_text("[]")
+    (tmp_path / "notes.yaml").write_text("a: [")
+    (tmp_path / "broken.json").write_bytes(b"\xff{")
+    workflow().initialize()
+    (tmp_path / "config.yaml").write_text(json.dumps({**CONFIG, "alternative": 1}))  # JSON is YAML
+    (tmp_path / "config.json").unlink(missing_ok=True)
+    ConfigWorkflow(str(tmp_path / "config.yaml"), meta_file=False, logging_file=False).initialize()
+
+
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [

@@ -56,12 +56,13 @@ def check_settings() -> None:
 
     Raises:
         InputError: a key that nothing in the config refers to, which a misspelt one is; a value of another kind than
-            the configs' own; or a device that is not there.
+            the configs' own; None on MONAI's command line; or a device that is not there.
     """
     workflow = running()
     if workflow is None:
         return
     parser = workflow.parser
+    check_none(parser)
     config = parser.get()
     files = _configs_in(workflow.config_root_path)
     check_keys(config, files, (workflow.init_id, workflow.run_id, workflow.final_id))
@@ -148,8 +149,33 @@ def check_given(files: Sequence[str | Path], settings: Any, where: str, fixed: C
 
 
 def _configs_in(folder: Path) -> list[dict[str, Any]]:
-    """All of a bundle's configs."""
-    return [ConfigParser.load_config_file(file) for file in folder.glob("*.json")]
+    """All of a bundle's configs; whatever else a user keeps beside them, a datalist or notes, is none."""
+    found = []
+    for file in [file for ending in ("json", "yaml", "yml") for file in folder.glob(f"*.{ending}")]:
+        try:
+            found.append(ConfigParser.load_config_file(file))
+        except Exception:  # whatever the readers of JSON and YAML raise; MONAI itself has read those of the run
+            continue
+    return [config for config in found if isinstance(config, dict)]
+
+
+def check_none(parser: ConfigParser) -> None:
+    """Refuse ``--KEY None``: MONAI's command leaves it out, and the run would go on with the config's own value.
+
+    Raises:
+        InputError: with the key and that value, where it is another one.
+    """
+    if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):  # others pass None on, or take none
+        return
+    for key, text in _options(sys.argv[1:]):
+        value = parser.get(key)
+        while isinstance(value, str) and value.startswith("@"):
+            value = parser.get(value[1:])
+        if text == "None" and value not in (None, "$None"):
+            raise InputError(
+                f"{key} is None on the command line, which MONAI takes for not given: it would stay {value!r:.80}. "
+                f'Give it in a file of its own, {{"{key}": null}}, after the config in --config_file'
+            )
 
 
 def check_values(config: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> None:
@@ -320,16 +346,21 @@ def typed(key: str, value: int | float | str, words: Sequence[str] | None = None
     """
     from fire.parser import DefaultParseValue  # MONAI needs it for command lines alone
 
-    words = list(sys.argv[1:] if words is None else words)
-    for word, following in zip(words, [*words, ""][1:], strict=True):
-        name, equals, text = word.partition("=")
-        text = text if equals else following
-        if word.startswith("-") and name.lstrip("-").replace("-", "_") == key:
+    for name, text in _options(sys.argv[1:] if words is None else words):
+        if name == key:
             made = DefaultParseValue(text)
             if made == value or (isinstance(made, str) and ReferenceResolver.normalize_id(made) == value):
                 is_quoted = text[:1] in ("'", '"') and text[1:-1] == made
                 return str(made) if is_quoted else text
     return str(value)
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and texts of a command line's options: ``--a=b`` and ``--a b``."""
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        name, equals, text = word.partition("=")
+        if word.startswith("-"):
+            yield name.lstrip("-").replace("-", "_"), text if equals else following
 
 
 def _stands_in(files: Sequence[Mapping[str, Any]], key: str, value: Any) -> bool:
