@@ -59,6 +59,10 @@ def test_ct_and_mr_do_not_go_into_one_run(cause, run_bundle, save, mr, tmp_path)
         with pytest.raises(Exception) as raised:
             run_bundle("maisi_vae", configs, input=[{"image": path, "modality": modality}], output_dir=str(tmp_path))
         assert words in str(cause(raised.value)) and repr(modality) in str(cause(raised.value))
+        if "encode.json" not in configs:  # nor one that the run says of files that say nothing
+            with pytest.raises(Exception) as raised:
+                run_bundle("maisi_vae", configs, input=path, modality=modality, output_dir=str(tmp_path))
+            assert f"modality is {modality!r}; {words}" in str(cause(raised.value))
 
 
 def test_a_generated_mr_is_clipped_below_alone(bundles, run_bundle, tmp_path):

@@ -22,7 +22,7 @@ from maisi_tools.volumes.checks import (
     three_positive,
     warn_field_of_view,
 )
-from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE, restore_intensity
+from maisi_tools.volumes.normalise import HU_RANGE, MR_RANGE, ScaleMRd, restore_intensity
 from maisi_tools.volumes.presets import warn_far
 
 REGIONS = tuple(INDICATORS)
@@ -114,12 +114,36 @@ def modality_of(item: Mapping[str, Any], modality: str | int) -> str | int:
     )
 
 
-def check_modalities(items: list[dict[str, Any]], modality: str | int) -> list[dict[str, Any]]:
-    """The items as they are, none of which is a CT among MR or the reverse.
+def check_scaled(modality: str | int, scaled: str) -> None:
+    """Refuse a modality whose intensities are scaled as those of the other kind.
+
+    Args:
+        modality: a name or a code.
+        scaled: how, "mr" or "ct".
 
     Raises:
-        InputError: see :func:`modality_of`.
+        InputError: MR is scaled as CT, or the reverse.
     """
+    if scaled != ("mr" if is_mr(modality) else "ct"):
+        raise InputError(
+            f"modality is {modality!r}; {SCALED[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
+            f"{'leave out' if scaled == 'mr' else 'add'} mr.json, or correct the modality"
+        )
+
+
+def check_modalities(items: list[dict[str, Any]], modality: str | int, scale: Any = None) -> list[dict[str, Any]]:
+    """The items as they are, none of which is a CT among MR or the reverse.
+
+    Args:
+        items: see :func:`modality_of`.
+        modality: of the run.
+        scale: what scales their intensities, where a config may have another.
+
+    Raises:
+        InputError: see :func:`modality_of` and :func:`check_scaled`.
+    """
+    if scale is not None:
+        check_scaled(modality, "mr" if isinstance(scale, ScaleMRd) else "ct")
     for item in items:
         modality_of(item, modality)
     return items

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from maisi_tools.datasets.complete import check_cts
 from maisi_tools.datasets.datalist import belongs
-from maisi_tools.diffusion.conditions import SCALED, is_mr, modality_of
+from maisi_tools.diffusion.conditions import check_scaled, modality_of
 from maisi_tools.errors import InputError, first_few
 from maisi_tools.files import canonical_json, read_json
 from maisi_tools.masks.vocabulary import checked_regions
@@ -92,15 +92,8 @@ def latents_to_encode(
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
     folder = Path(output_dir).expanduser()
-    kind = "mr" if is_mr(modality) else "ct"
-    scaled = kind  # masks have no window
-    if "window" in settings:
-        scaled = "mr" if list(settings["window"]) == list(MR_PERCENTILES) else "ct"
-    if kind != scaled:
-        raise InputError(
-            f"modality is {modality!r}; {SCALED[scaled]}, so allowed are {'MR' if scaled == 'mr' else 'CT'}'s alone: "
-            f"{'leave out' if scaled == 'mr' else 'add'} mr.json, or correct the modality"
-        )
+    if "window" in settings:  # masks have none
+        check_scaled(modality, "mr" if list(settings["window"]) == list(MR_PERCENTILES) else "ct")
     multiple, factor = settings.get("multiple"), getattr(autoencoder, "factor", 1)
     if multiple and multiple % factor:
         raise InputError(
