@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import http.server
 import json
@@ -16,13 +17,15 @@ import zipfile
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import download
+import torch
+from monai.bundle import ConfigParser, download, load
 from packaging.requirements import Requirement
 
 from maisi_tools.bundles.packaging import needed_files, package_bundle, shipped_files
 from maisi_tools.cli import main
 from maisi_tools.errors import InputError
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from maisi_tools.weights import read_weights
 
 NAMES = ("maisi_vae", "maisi_ldm", "maisi_controlnet")
 SPACING = (5.0, 5.0, 3.4)
@@ -90,6 +93,47 @@ def test_only_what_is_needed_is_in_it(tmp_path):
     found = {path.name for path in needed_files([tmp_path / "c.json"])}
     assert {"label_maps.py", "vocabulary.py", "roi_names.json", "errors.py"} <= found
     assert not found & {"options.py", "networks.py", "viewer.js", "inferer.py"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_monai_loads_the_weights_by_their_key(name, tiny_bundles):
+    parser = ConfigParser(ConfigParser.load_config_file(tiny_bundles / name / "configs" / "inference.json"))
+    loaded = load(name, parser.get_parsed_content("network_def"), bundle_dir=str(tiny_bundles), key_in_ckpt="model")
+    weights = read_weights(tiny_bundles / name / "models" / "model.pt")
+    state = loaded.state_dict()
+    assert state.keys() == weights.keys() and all(torch.equal(state[key], weights[key].float()) for key in weights)
+
+
+DISTRIBUTIONS = {"ignite": "pytorch-ignite", "nrrd": "pynrrd", "yaml": "pyyaml"}
+"""Of modules that are called otherwise."""
+
+OPTIONAL = {"dicom": {"highdicom", "matplotlib", "contourpy"}, "metrics": {"totalsegmentator"}}
+"""Folder -> what its modules may import beside what the metadata list; outside, only functions import them."""
+
+
+def test_the_metadata_list_what_the_modules_of_a_download_import(repo_root):
+    metadata = [json.loads((repo_root / "bundles" / name / "configs" / "metadata.json").read_text()) for name in NAMES]
+    listed = {"monai", "torch", "numpy", *metadata[0]["required_packages_version"]}
+    assert all(one["required_packages_version"].keys() == listed - {"monai", "torch", "numpy"} for one in metadata)
+    source = repo_root / "tools" / "maisi_tools"
+    seen = set()
+    for path in needed_files((repo_root / "bundles").glob("*/configs/*.json")):
+        if path.suffix != ".py":
+            continue
+        room, tree = path.relative_to(source).parts[0], ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for module in names:
+                top = module.split(".")[0]
+                if module.startswith("maisi_tools.dicom"):
+                    assert room == "dicom" or node not in tree.body, f"{path} imports {module} for all"
+                elif top not in {*sys.stdlib_module_names, "maisi_tools"}:
+                    package = DISTRIBUTIONS.get(top, top)
+                    assert package in listed or top in OPTIONAL.get(room, ()), f"{path} imports {module}"
+                    assert package in listed or room == "dicom" or node not in tree.body, f"{path} imports {module}"
+                    seen.add(package)
+    assert {"pyyaml", "nibabel", "pynrrd", "highdicom"} <= seen
 
 
 def test_what_others_put_beside_the_weights_is_not_shipped(repo_root, tmp_path, caplog):

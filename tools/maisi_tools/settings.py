@@ -74,7 +74,7 @@ def read_yaml(path: Path, what: str, page: str) -> Any:
     Raises:
         InputError: no such file, no YAML, or a key that stands in a mapping twice, of which yaml would keep the last.
     """
-    import yaml  # not among the packages that a bundle by itself needs
+    import yaml
 
     class EachKeyOnce(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
