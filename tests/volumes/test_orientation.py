@@ -8,7 +8,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation, Spacing
+from scipy.spatial.transform import Rotation
 
+from maisi_tools.volumes.latents import DescribeLatentd, RestoreGeometryd
 from maisi_tools.volumes.orientation import RestoreOrientationd
 
 from .conftest import OBLIQUE, ct_values
@@ -50,6 +52,35 @@ def test_round_trip_is_exact(name):
         assert np.array_equal(restored[key].affine.numpy(), AFFINES[name])  # to the last bit
         assert restored[key].meta["filename_or_obj"] == "in/case.nii.gz"
     assert restored["image"] is reference
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        Rotation.from_euler("zx", (135, 45), degrees=True),
+        Rotation.from_euler("zx", (135, -45), degrees=True),
+        Rotation.from_rotvec(np.ones(3) / 3**0.5 * np.pi / 3),
+    ],
+    ids=["135, 45", "135, -45", "60 about 111"],
+)
+@pytest.mark.parametrize("way", [1, -1])
+def test_axes_as_near_to_one_direction_as_to_another_come_back_in_their_order(turn, way):
+    """What is RAS then has other letters; a latent's image knows the letters alone."""
+    affine = np.eye(4)
+    affine[:3, :3] = turn.as_matrix() * (1.3 * way, 0.9, 2.5)
+    affine[:3, 3] = (-101.3, 55.1, 7)
+    affine = affine.astype(np.float32).astype(float)  # as in a file
+    volume = as_read(affine)
+    reference = Orientation("RAS", labels=None)(volume)
+    assert nib.aff2axcodes(reference.affine.numpy()) != ("R", "A", "S")
+    restored = RestoreOrientationd("pred", "image")({"image": reference, "pred": reference.as_tensor()})["pred"]
+    assert np.array_equal(restored.numpy(), volume.numpy()) and np.array_equal(restored.affine.numpy(), affine)
+    described = DescribeLatentd("latent", "image", 2)({"image": reference, "latent": torch.zeros(4, 5, 6, 7)})
+    latent = described["latent"]
+    latent.meta["sidecar"] = {key: described[key] for key in ("size", "factor", "orientation")}
+    image = RestoreGeometryd("pred", "latent")({"latent": latent, "pred": reference.as_tensor()})["pred"]
+    assert np.array_equal(image.numpy(), volume.numpy())
+    np.testing.assert_allclose(image.affine.numpy(), affine, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["PIR", "oblique"])

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation
+from monai.transforms import MapTransform
 from numpy.typing import ArrayLike
 
 from maisi_tools.errors import InputError
 from maisi_tools.volumes.checks import UNRECORDED_FACTOR, check_latent_size, checked_scale_factor
 from maisi_tools.volumes.grid import crop_to, image_affine, latent_affine
 from maisi_tools.volumes.normalise import HU_RANGE, intensity_of
+from maisi_tools.volumes.orientation import from_ras
 
 SIDECAR = ("size", "spacing", "orientation", "region", "modality", "intensity", "factor", "scale_factor")
 """What the sidecar holds: voxels and mm of the image the latent stands for (RAS), the orientation to write it in, the
@@ -137,7 +138,7 @@ class RestoreGeometryd(MapTransform):
         ct = crop_to(ct[None], sidecar["size"])[0]
         meta = {"filename_or_obj": latent.meta["filename_or_obj"]}
         ct = MetaTensor(ct, affine=torch.as_tensor(image_affine(latent.affine, int(sidecar["factor"]))), meta=meta)
-        return {**data, self.keys[0]: Orientation(axcodes=sidecar.get("orientation", "RAS"), labels=None)(ct)}
+        return {**data, self.keys[0]: from_ras(ct, sidecar.get("orientation", "RAS"))}
 
 
 class UnscaleLatentd(MapTransform):

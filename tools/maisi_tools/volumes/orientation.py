@@ -9,7 +9,21 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Orientation
+from monai.transforms import MapTransform
+
+
+def from_ras(volume: MetaTensor, axcodes: str) -> MetaTensor:
+    """Undo MONAI's ``Orientation(axcodes="RAS")`` of a volume (C, D, H, W) that had the orientation `axcodes` before.
+
+    MONAI's own would name the axes of the RAS grid anew, and where two are as near to one direction as to another (a
+    grid at 45 degrees), it would call them otherwise than before, and give them back in another order.
+    """
+    ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axcodes))
+    affine = np.asarray(volume.affine, dtype=float) @ nib.orientations.inv_ornt_aff(ornt, volume.shape[1:])
+    array = volume.as_tensor().flip([1 + axis for axis, (_, way) in enumerate(ornt) if way < 0])
+    array = array.permute(0, *(1 + int(axis) for axis in np.argsort(ornt[:, 0])))
+    meta = {key: value for key, value in volume.meta.items() if key != "affine"}
+    return MetaTensor(array, affine=torch.as_tensor(affine), meta=meta)
 
 
 class RestoreOrientationd(MapTransform):
@@ -28,12 +42,12 @@ class RestoreOrientationd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         reference = data[self.reference_key]
         original = np.asarray(reference.meta["original_affine"], dtype=float)
-        turn = Orientation(axcodes="".join(nib.aff2axcodes(original)), labels=None)
+        axcodes = "".join(nib.aff2axcodes(original))
         meta = {"filename_or_obj": reference.meta["filename_or_obj"]}
         result = dict(data)
         for key in self.key_iterator(data):
             array = data[key].as_tensor() if isinstance(data[key], MetaTensor) else torch.as_tensor(data[key])
-            turned: Any = turn(MetaTensor(array, affine=reference.affine, meta=dict(meta)))
+            turned = from_ras(MetaTensor(array, affine=reference.affine, meta=dict(meta)), axcodes)
             if np.allclose(turned.affine, original, atol=1e-3):
                 turned.affine = torch.as_tensor(original)
             result[key] = turned
