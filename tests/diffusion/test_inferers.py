@@ -324,7 +324,7 @@ def test_masks_do_not_depend_on_their_batch(steering, decoder):
     assert not torch.equal(together[0], together[1])
 
 
-def test_spacing_is_read_from_any_affine_or_given(steering, decoder):
+def test_spacing_is_read_from_any_affine_or_given(steering, decoder, caplog):
     network = Watched(steering)
     mask = mask_of()
     affine = torch.eye(4, dtype=torch.float64)
@@ -333,6 +333,8 @@ def test_spacing_is_read_from_any_affine_or_given(steering, decoder):
     both = MetaTensor(torch.cat([mask.as_tensor()] * 2), affine=affine)  # one affine for two masks
     for inputs in (mask, oblique, both):
         mask_to_ct(decoder)(inputs, network)
+        assert bool(caplog.records) is (inputs is both)
+    assert "2 masks have one affine, and all are taken to have its spacing, 1 x 1.6 x 3 mm" in caplog.text
     mask_to_ct(decoder, spacing=(4.0, 5.0, 6.0))(mask, network)
     expected = [[10.0, 20, 30]] + 3 * [[10.0, 16, 30]] + [[40.0, 50, 60]]
     seen = torch.cat([conditions["spacing_tensor"] for conditions in network.conditions[::STEPS]])

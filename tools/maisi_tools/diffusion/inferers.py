@@ -309,8 +309,15 @@ class MaskToCT(Inferer):
         if not isinstance(inputs, MetaTensor):
             raise ValueError("the mask has no affine to read its spacing from; pass a MetaTensor or set `spacing`")
         # Depending on the loader, there is one affine a mask, or one for all without a batch axis.
-        affines = inputs.affine.reshape(-1, 4, 4).expand(len(inputs), 4, 4)
-        return affines[:, :3, :3].norm(dim=1).tolist()
+        affines = inputs.affine.reshape(-1, 4, 4)
+        if len(affines) < len(inputs):  # torch.stack and torch.cat keep the first one's
+            logger.warning(
+                "%d masks have one affine, and all are taken to have its spacing, %s mm; masks of several spacings are "
+                "collated with MONAI's list_data_collate",
+                len(inputs),
+                " x ".join(f"{mm:g}" for mm in affines[0, :3, :3].norm(dim=0).tolist()),
+            )
+        return affines.expand(len(inputs), 4, 4)[:, :3, :3].norm(dim=1).tolist()
 
     @torch.no_grad()
     def _prepare(self, labels: Tensor, spacing: Sequence[float], network: ControlledUNet) -> Draw:
