@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import ssl
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -60,6 +61,30 @@ def test_load_tolerates_the_prefix_of_data_parallel(tmp_path):
     source = network()
     torch.save({"model": {f"module.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "x.pt")
     assert_equal_states(load_weights(network(), tmp_path / "x.pt").state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("added", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_load_tolerates_what_compiling_adds_to_names(tmp_path, added):
+    source = network()
+    torch.save({f"{added}{k}": v for k, v in source.state_dict().items()}, tmp_path / "x.pt")
+    assert_equal_states(load_weights(network(), tmp_path / "x.pt").state_dict(), source.state_dict())
+    assert weight_shapes(tmp_path / "x.pt").keys() == source.state_dict().keys()
+    part = torch.nn.Sequential(source[0], torch.compile(source[1:]))  # compiled in part
+    torch.save(part.state_dict(), tmp_path / "y.pt")
+    whole = torch.nn.Sequential(source[0], source[1:])
+    assert read_weights(tmp_path / "y.pt").keys() == whole.state_dict().keys() != part.state_dict().keys()
+
+
+def test_safetensors_are_read_where_their_package_is_there(tmp_path, monkeypatch):
+    source, path = network(), tmp_path / "x.safetensors"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not
+    with pytest.raises(InputError, match=r"x\.safetensors need the package safetensors; install it with: pip install"):
+        load_weights(network(), path)
+    monkeypatch.undo()
+    saving = pytest.importorskip("safetensors.torch")
+    saving.save_file(source.state_dict(), path)
+    assert_equal_states(load_weights(network(), path).state_dict(), source.state_dict())
 
 
 def test_load_of_another_width_names_the_shapes(tmp_path):

@@ -107,7 +107,11 @@ def test_monai_loads_the_weights_by_their_key(name, tiny_bundles):
 DISTRIBUTIONS = {"ignite": "pytorch-ignite", "nrrd": "pynrrd", "yaml": "pyyaml"}
 """Of modules that are called otherwise."""
 
-OPTIONAL = {"dicom": {"highdicom", "matplotlib", "contourpy"}, "metrics": {"totalsegmentator"}}
+OPTIONAL = {
+    "dicom": {"highdicom", "matplotlib", "contourpy"},
+    "metrics": {"totalsegmentator"},
+    "weights.py": {"safetensors"},
+}
 """Folder -> what its modules may import beside what the metadata list; outside, only functions import them."""
 
 

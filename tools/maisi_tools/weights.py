@@ -35,6 +35,7 @@ LARGE_FILES = ("large_files.yml", "large_files.yaml", "large_files.json")  # the
 LIST_FORM = "It must read `large_files:` followed by entries with path, url, hash_val and hash_type."
 HASH_TYPES = ("sha256", "sha512", "sha1", "md5")
 ENCODER = ("encoder.", "quant_conv_")  # what of an autoencoder makes a latent; another decoder leaves it valid
+PARALLEL, COMPILED = "module.", "_orig_mod."  # what DistributedDataParallel and torch.compile add to names
 CHUNK = 1 << 20  # bytes
 TIMEOUT = 60  # seconds without a byte before a download is given up
 
@@ -42,8 +43,9 @@ TIMEOUT = 60  # seconds without a byte before a download is given up
 def load_weights(network: nn.Module, path: str | Path, key: str | None = None) -> nn.Module:
     """Load a checkpoint into `network`, in place, matched key by key, and return the network.
 
-    Understands plain state dicts, checkpoints that hold one under `key` or one of `STATE_DICT_KEYS`, and keys with the
-    "module." prefix of DistributedDataParallel. Values take the dtype of the network's parameters.
+    Understands plain state dicts, checkpoints that hold one under `key` or one of `STATE_DICT_KEYS`, names with what
+    DistributedDataParallel and torch.compile add to them, and safetensors. Values take the dtype of the network's
+    parameters.
 
     Raises:
         InputError: see :func:`read_weights`, or its keys, shapes or kinds of numbers are not the network's.
@@ -309,7 +311,16 @@ def _check_exists(path: Path) -> None:
 def _read(path: Path, mapped: bool = False) -> Any:
     """Read a checkpoint; `mapped`: see :func:`read_weights`."""
     _check_exists(path)
+    if is_safe := path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file  # of torch's ecosystem, but not among its packages
+        except ImportError as error:
+            raise InputError(
+                f"weights {path} need the package safetensors; install it with: pip install safetensors"
+            ) from error
     try:
+        if is_safe:
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (PermissionError, MemoryError):
         raise
@@ -341,9 +352,9 @@ def _state_dict(checkpoint: Any, path: Path, key: str | None) -> dict[str, Tenso
     while isinstance(checkpoint, Mapping) and id(checkpoint) not in seen:
         seen.add(id(checkpoint))
         if checkpoint and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in checkpoint.items()):
-            if all(name.startswith("module.") for name in checkpoint):
-                return {name.removeprefix("module."): value for name, value in checkpoint.items()}
-            return dict(checkpoint)
+            state = {name.replace(COMPILED, ""): value for name, value in checkpoint.items()}
+            shared = PARALLEL if all(name.startswith(PARALLEL) for name in state) else ""
+            return {name.removeprefix(shared): value for name, value in state.items()}
         found = [name for name in STATE_DICT_KEYS if name in checkpoint]
         if not found:
             break
