@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from maisi_tools.cli import main
+from maisi_tools.cohort.layouts import LAYOUTS, label_names
 from maisi_tools.cohort.run import LEAST_RETRIES, make_cohort
 from maisi_tools.cohort.spec import read_spec
 from maisi_tools.cohort.worker import mask_pool, numbered_labels, scans_of
@@ -29,7 +30,7 @@ from maisi_tools.files import sha256
 from maisi_tools.masks.body import add_body
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.phantom import flat_ct, make_phantom
-from maisi_tools.masks.vocabulary import label_id
+from maisi_tools.masks.vocabulary import VOCABULARY, label_id
 
 from .conftest import SPEC
 
@@ -733,6 +734,13 @@ def test_scans_keep_their_labels_in_nnunets_numbering(write_spec, bundles, tmp_p
     numbered, merged = numbered_labels(spec, {"keep_labels": [120, 200], "merge_labels": {"bone": 120}})
     assert {label_id("lung tumor"), label_id("liver"), label_id("spleen")} < set(numbered) and not merged
     assert 200 not in numbered
+
+
+def test_weights_that_know_all_labels_have_them_all_numbered(write_spec):
+    every, merged = numbered_labels(read_spec(write_spec(layout="nnunet")), {"keep_labels": None, "merge_labels": None})
+    names = label_names(LAYOUTS["nnunet"], every, merged, set(), {})
+    assert every == sorted(VOCABULARY.keys() - {0}) and not merged
+    assert list(names) == list(range(1, len(every) + 1)) and names[1] == "liver"
 
 
 def test_classes_of_scans_have_their_own_names(write_spec, bundles, tmp_path):

@@ -35,6 +35,7 @@ from maisi_tools.volumes.inputs import (
     stem_of,
     study_dir,
 )
+from maisi_tools.volumes.orientation import from_ras
 from maisi_tools.volumes.reading import read_volume
 from maisi_tools.volumes.writing import write_volume
 
@@ -192,7 +193,7 @@ def _twin(ct: str, folder: Path, segmenter: Segmenter, stage: Stage, complete: b
     with tempfile.TemporaryDirectory(prefix="maisi-") as scratch:
         given = write_volume(Path(scratch) / "scan.nii.gz", turned[0].numpy(), turned.affine.numpy(), np.float32)
         mask, ml = twin_mask(turned, segmenter(given, turned), complete, ct)
-        placed: Any = Orientation(axcodes=own_axes, labels=None)(MetaTensor(mask[None], affine=turned.affine))
+        placed = from_ras(MetaTensor(mask[None], affine=turned.affine), own_axes)
         drawn = Path(scratch) / f"{name}.nii.gz"
         write_volume(drawn, placed[0].numpy(), placed.affine.numpy(), np.uint8)
         stage({"image": str(drawn)})

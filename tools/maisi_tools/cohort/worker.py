@@ -32,7 +32,7 @@ from maisi_tools.masks.edits import flip_sides, insert_lesion, resize_organ
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.library import read_index, search
 from maisi_tools.masks.sources import FileSource, PhantomSource
-from maisi_tools.masks.vocabulary import display_name, label_id
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name, label_id
 from maisi_tools.volumes.inputs import TRAINED, stem_of
 from maisi_tools.volumes.nifti import read_nifti_grid
 from maisi_tools.volumes.writing import write_sidecar, write_volume
@@ -304,10 +304,11 @@ def numbered_labels(spec: CohortSpec, config: Mapping[str, Any]) -> tuple[list[i
 
     Args:
         spec: the cohort.
-        config: ``keep_labels`` and ``merge_labels`` of the weights.
+        config: ``keep_labels`` and ``merge_labels`` of the weights; None for those that know all labels.
     """
     if spec.masks.source != "real":
-        return [int(label) for label in config["keep_labels"]], dict(config["merge_labels"])
+        kept = sorted(VOCABULARY.keys() - {0}) if config["keep_labels"] is None else config["keep_labels"]
+        return [int(label) for label in kept], dict(config["merge_labels"] or {})
     labelled = read_label_map(spec.masks.label_map).ids.values()
     put_in = (label_id(tumor.lesion) for tumor in spec.tumors)
     return sorted({*labelled, *put_in} - {0}), {}
