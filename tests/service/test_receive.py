@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pydicom
@@ -356,3 +357,41 @@ def test_what_is_moved_to_another_study_is_read_from_there(spool, tmp_path):
     spool.look(after=3700)
     forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
     assert not list(spool.incoming.iterdir())  # the empty one, too
+
+
+def test_an_object_that_comes_under_two_studies_at_once_is_kept_once(spool, monkeypatch):
+    monkeypatch.setattr(receive, "sync", lambda path: None)  # a disk is slow, and the same
+    both = [make("1.2.3", study=study) for study in ("1.5", "1.6")]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(40):
+            list(pool.map(lambda ds: keep(ds, spool.incoming), both))
+            assert len(list(spool.incoming.glob("*/*.dcm"))) == 1
+
+
+@pytest.mark.parametrize("name", ["rmtree", "set_aside"])
+def test_what_comes_while_others_go_stays(spool, monkeypatch, name):
+    """While its study is removed, or while a damaged file of its name is set aside."""
+    keep(make("1.2.3"), spool.incoming)
+    spool.look()
+    assert spool.look(after=11) == 1
+    finish_all(spool.queue)
+    late = make("1.2.4" if name == "rmtree" else "1.2.9")
+    module = receive.shutil if name == "rmtree" else receive
+    real, coming = getattr(module, name), []
+
+    def slowly(*arguments, **options):
+        coming.append(pool.submit(keep, late, spool.incoming))
+        wait(coming, 0.1)
+        real(*arguments, **options)
+
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patch:
+        patch.setattr(module, name, slowly)
+        if name == "rmtree":
+            spool.look(after=3700)
+            forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+        else:
+            (spool.incoming / "1.2" / "1.2.9.dcm").write_bytes(b"no DICOM at all")
+            spool.look()
+            spool.look(after=11)
+        (path,) = [one.result() for one in coming]
+        assert path.is_file()

@@ -48,7 +48,7 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}-{threading.get_native_id()}-{path.name}")
+    part = part_of(path)
     try:
         yield part
         if durable:
@@ -61,8 +61,13 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def part_of(path: Path) -> Path:
+    """A temporary name beside a path, this thread's own."""
+    return path.with_name(f".{os.getpid()}-{threading.get_native_id()}-{path.name}")
+
+
 def is_part(path: Path) -> bool:
-    """Whether a file has the name of a temporary one of :func:`replacing`, as a killed process leaves them."""
+    """Whether a file has a name of :func:`part_of`, as a killed process leaves them."""
     return re.match(r"\.\d+-\d+-", path.name) is not None
 
 

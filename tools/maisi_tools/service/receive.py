@@ -35,7 +35,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from maisi_tools.dicom.references import REFERENCE_TAGS, Scan, drawn_on
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing, sha256
+from maisi_tools.files import part_of, sha256, sync
 from maisi_tools.service.association import SUCCESS
 from maisi_tools.service.jobs import CONTENT_LETTERS, JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
@@ -73,6 +73,9 @@ IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 
 COUNT_SECONDS = 600.0
 """How long a series waits for the instances that the archive counts beyond those that came."""
+
+CHANGING = threading.Lock()
+"""Held while files enter or leave the spool: what was acknowledged may not go with what is moved or removed."""
 
 
 class NotTaken(ValueError):
@@ -156,16 +159,25 @@ def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None
         if not is_uid(uid := ds.get(keyword) or ""):
             raise NotTaken(f"its {keyword} is {printable(repr(str(uid)))[:100]}, which is no UID")
     path = incoming / uid_name(ds.StudyInstanceUID) / f"{uid_name(ds.SOPInstanceUID)}.dcm"
-    with replacing(path, durable=True) as part:
+    part = part_of(incoming / path.name)  # where no study is removed with it
+    try:
         if write is None:
             ds.save_as(part, enforce_file_format=True)
         else:
             write(part)
-        if _is_same(part, path):
-            shutil.copy2(path, part)
-    for other in incoming.glob(f"*/{path.name}"):
-        if other.parent != path.parent:
-            other.unlink(missing_ok=True)
+        sync(part)  # not while it is held: the disk writes those of several callers at once
+        with CHANGING:
+            if not _is_same(part, path):
+                path.parent.mkdir(exist_ok=True)
+                part.replace(path)
+            for other in [each for each in incoming.glob(f"*/{path.name}") if each.parent != path.parent]:
+                sync(path.parent)
+                sync(incoming)
+                other.unlink()
+        sync(path.parent)
+        sync(incoming)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -263,7 +275,7 @@ def forget_old_studies(settings: Settings, incoming: Path, queue: JobQueue, inta
         folder = incoming / name
         if now - changed <= settings.keep_hours * 3600 or name not in intake.queued or queue.in_use(name):
             continue
-        with contextlib.suppress(OSError):
+        with CHANGING, contextlib.suppress(OSError):
             if folder.stat().st_mtime_ns != intake.stamps.get(name):  # something came since it was looked at
                 continue
             shutil.rmtree(folder, ignore_errors=True)
@@ -336,21 +348,18 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
     scans: dict[str, Scan] = {}
     masks: list[tuple[str, str, Path]] = []
     for path in files:
-        try:
-            ds = pydicom.dcmread(
-                path,
-                stop_before_pixels=True,
-                specific_tags=TRIGGER_TAGS,
-            )
-            kind, uid = str(ds.get("Modality", "")), str(ds.get("SeriesInstanceUID", ""))
-            if not is_uid(uid) or not is_uid(ds.get("SOPInstanceUID", "")):
-                raise NotTaken("it has no UID of its series, or of its own")
-        except Exception as error:
-            if is_system_error(error):
-                raise
-            set_aside(path, dead, printable(error))
-            troubles.add("object", f"{path} is set aside, it cannot be read: {printable(error)}")
-            continue
+        with CHANGING:  # what is set aside is what was read, not one that came meanwhile
+            try:
+                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TRIGGER_TAGS)
+                kind, uid = str(ds.get("Modality", "")), str(ds.get("SeriesInstanceUID", ""))
+                if not is_uid(uid) or not is_uid(ds.get("SOPInstanceUID", "")):
+                    raise NotTaken("it has no UID of its series, or of its own")
+            except Exception as error:
+                if is_system_error(error):
+                    raise
+                set_aside(path, dead, printable(error))
+                troubles.add("object", f"{path} is set aside, it cannot be read: {printable(error)}")
+                continue
         if ds.get("SyntheticData") == "YES":
             continue
         if kind == "CT":
