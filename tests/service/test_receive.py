@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import FileMetaDataset
@@ -12,6 +13,8 @@ from pydicom.uid import (
     CTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
     SecondaryCaptureImageStorage,
     SegmentationStorage,
 )
@@ -327,6 +330,58 @@ def test_what_is_corrected_under_its_uid_is_done_anew_and_what_comes_again_is_no
     for ds in (*slices[:1], mask):  # what was removed long ago
         keep(ds, spool.incoming)
     assert look_again() == []
+
+
+def scan() -> pydicom.Dataset:
+    """A slice with numbers whose kind Implicit VR does not say, private elements, and a name that needs a charset."""
+    ds = make("1.2.3", "CT")
+    ds.SpecificCharacterSet, ds.PatientName = "ISO_IR 100", "Dö^J"
+    ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = 8, 8, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    item = pydicom.Dataset()
+    for one in (ds, item):
+        one.add_new("PixelPaddingValue", "SS", -2000)
+        one.private_block(0x0029, "ACME", create=True).add_new(1, "DS", "1.5")
+    ds.ReferencedImageSequence = [item]
+    ds.PixelData = np.arange(64, dtype="<i2").tobytes()
+    return ds
+
+
+def compressed(ds: pydicom.Dataset, syntax: str) -> pydicom.Dataset:
+    ds.compress(syntax, generate_instance_uid=False)
+    return ds
+
+
+def test_an_object_is_the_same_by_whatever_way_it_comes(spool):
+    def bare(ds):
+        ds.remove_private_tags()
+        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        return ds
+
+    def in_utf_8(ds):
+        ds.SpecificCharacterSet = "ISO_IR 192"
+        return ds
+
+    def changed(ds):
+        ds.PixelData = np.arange(1, 65, dtype="<i2").tobytes()
+        return ds
+
+    def vast(ds):  # whose pixels are not even tried
+        ds.Rows = ds.Columns = 65535
+        return ds
+
+    path = keep(bare(scan()), spool.incoming)
+    before = path.stat().st_mtime_ns
+    for same in (scan(), compressed(scan(), RLELossless), compressed(scan(), JPEGLSLossless), in_utf_8(scan())):
+        keep(same, spool.incoming)
+        assert path.stat().st_mtime_ns == before
+    vast_rle = vast(compressed(scan(), RLELossless))
+    for other in (changed(scan()), compressed(scan(), RLELossless), compressed(changed(scan()), RLELossless), vast_rle):
+        keep(other, spool.incoming)
+        assert path.stat().st_mtime_ns > before
+        before = path.stat().st_mtime_ns
+    keep(vast(compressed(scan(), JPEGLSLossless)), spool.incoming)
+    assert path.stat().st_mtime_ns > before
 
 
 def test_what_is_moved_to_another_study_is_read_from_there(spool, tmp_path):

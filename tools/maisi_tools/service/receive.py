@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.filewriter import correct_ambiguous_vr
+from pydicom.pixels import iter_pixels
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
@@ -41,7 +44,8 @@ from maisi_tools.service.jobs import CONTENT_LETTERS, JobQueue
 from maisi_tools.service.server import MAX_ASSOCIATIONS, Server
 from maisi_tools.service.settings import Listen, Settings
 from maisi_tools.service.troubles import Troubles, printable
-from maisi_tools.volumes.dicom_files import is_system_error
+from maisi_tools.volumes.dicom_files import DicomFile, is_system_error
+from maisi_tools.volumes.limits import check_limit
 
 logger = logging.getLogger(__name__)
 
@@ -182,13 +186,43 @@ def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None
 
 
 def _is_same(new: Path, old: Path) -> bool:
-    """Whether two files hold the same object, whatever their transfer syntax and file meta information say."""
+    """Whether two files hold the same object, whatever their transfer syntax, private elements and file meta
+    information say: an archive may answer by one way in another syntax, and without what it does not know."""
     if not old.is_file():
         return False
     try:
-        return filecmp.cmp(new, old, shallow=False) or pydicom.dcmread(new) == pydicom.dcmread(old)
+        if filecmp.cmp(new, old, shallow=False):
+            return True
+        (one, pixels), (other, pixels_before) = _parts(new), _parts(old)
+        return one == other and (pixels == pixels_before or _same_pixels(new, old))
     except Exception:  # one that cannot be read is another
         return False
+
+
+def _parts(path: Path) -> tuple[Dataset, bytes | None]:
+    """What the standard elements of an object say, however they are encoded; and its pixels, as they are encoded."""
+    ds = pydicom.dcmread(path)
+    pixels = ds.get("PixelData")
+    ds.remove_private_tags()
+    correct_ambiguous_vr(ds, ds.original_encoding[1] is not False)  # numbers whose kind Implicit VR does not say
+    for keyword in ("PixelData", "SpecificCharacterSet"):  # texts are decoded
+        ds.pop(keyword, None)
+    return ds, pixels
+
+
+def _same_pixels(new: Path, old: Path) -> bool:
+    """Whether two images that say the same of themselves have the same decompressed pixels.
+
+    Raises:
+        InputError: they claim more of them than a volume may have, or than their files can hold.
+    """
+    for path in (new, old):
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        voxels = int(ds.Rows) * int(ds.Columns) * int(ds.get("NumberOfFrames") or 1)
+        check_limit("MAISI_MAX_VOXELS", voxels, f"{path} has {voxels} pixels")
+        DicomFile(path).check_claim(ds)
+    frames = zip(iter_pixels(new, raw=True), iter_pixels(old, raw=True), strict=True)
+    return all(np.array_equal(one, other) for one, other in frames)
 
 
 @dataclass
