@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,17 @@ from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 
 from maisi_tools.service import archives
-from maisi_tools.service.archives import FIND, DicomWebArchive, DimseArchive, Found, fetch_new, read_seen
+from maisi_tools.service.archives import (
+    FIND,
+    DicomWebArchive,
+    DimseArchive,
+    Found,
+    Seen,
+    fetch_new,
+    read_seen,
+    watch_again,
+    write_seen,
+)
 from maisi_tools.service.settings import Poll, Query
 from maisi_tools.service.troubles import Troubles
 
@@ -33,12 +42,16 @@ class Shelf:
             raise ConnectionError(series)
         self.fetched.append(series)
 
+    def move(self, series, study):
+        """To another study, as a merge of patients does."""
+        self.series = [(kind, study if uid == series else of, uid, count) for kind, of, uid, count in self.series]
+
 
 @pytest.fixture
 def fetch():
     """``fetch(shelf, kinds)`` fetches what is new since the last call."""
-    seen: dict[str, int] = {}
-    watched: dict[str, float] = {}
+    seen: Seen = {}
+    watched: dict[tuple[str, str], float] = {}
     troubles = Troubles()
 
     def again(shelf, kinds):
@@ -80,14 +93,42 @@ def test_what_has_grown_is_fetched_again(fetch, monkeypatch):
     assert fetch(shelf, {"SEG": True}) == 1 and shelf.fetched[4:] == ["1.1", "1.3"]
 
 
+def test_a_series_that_the_archive_moves_is_fetched_from_there(fetch):
+    """And once more where it is moved back; one that is in two studies is fetched from each, once."""
+    shelf = Shelf(("CT", "1", "1.1", 6), ("CT", "2", "2.1", 6))
+    assert fetch(shelf, {"CT": False}) == 2
+    for study in ("2", "1"):
+        shelf.move("1.1", study)
+        assert fetch(shelf, {"CT": False}) == 1 and shelf.fetched[-1] == "1.1"
+        assert fetch(shelf, {"CT": False}) == 0
+    shelf.series.append(("CT", "2", "1.1", 6))
+    assert [fetch(shelf, {"CT": False}) for _ in range(3)] == [1, 0, 0]
+
+
+def test_after_a_restart_the_ct_of_a_structure_set_is_still_watched(tmp_path):
+    """Where its study is in the spool still."""
+    path, incoming = tmp_path / "polled.json", tmp_path / "incoming"
+    shelf = Shelf(("CT", "1", "1.1", 6), ("SEG", "1", "1.2", 1), ("CT", "2", "2.1", 6), ("SEG", "2", "2.2", 1))
+    seen: Seen = {}
+    assert fetch_new(shelf, {"SEG": True}, seen, {}, Troubles()) == 2
+    write_seen(path, seen)
+    (incoming / "1").mkdir(parents=True)
+    shelf.series[0], shelf.series[2] = ("CT", "1", "1.1", 12), ("CT", "2", "2.1", 12)
+    seen = read_seen(path)
+    assert fetch_new(shelf, {"SEG": True}, seen, watch_again(seen, incoming), Troubles()) == 1
+    assert shelf.fetched[4:] == ["1.1"]
+
+
 def test_a_list_of_what_was_fetched_that_is_damaged_stops_nothing(tmp_path, caplog):
     path = tmp_path / "polled.json"
     assert read_seen(path) == {}
-    path.write_text(json.dumps({"1.1": 3}))
-    assert read_seen(path) == {"1.1": 3}
-    for damaged in ("{", "[1]", '{"1.1": "x"}'):
+    seen = {("1", "1.1"): 3, ("1", "1.2"): 1, ("2", "1.1"): 0}
+    write_seen(path, seen)
+    assert read_seen(path) == seen and not caplog.text
+    for damaged in ("{", "[1]", '{"1": {"1.1": "x"}}', '{"1.1": 3}'):  # the last one of an earlier version
         path.write_text(damaged)
         assert read_seen(path) == {} and "fetched anew" in caplog.text
+        caplog.clear()
 
 
 def test_series_beyond_the_first_page_are_seen(tmp_path, monkeypatch):

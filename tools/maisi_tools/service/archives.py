@@ -16,6 +16,8 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind as FIND  # type: ignore[attr-defined]
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelMove as MOVE  # type: ignore[attr-defined]
 
+from maisi_tools.dicom.uids import uid_name
+from maisi_tools.files import write_json
 from maisi_tools.service.association import PENDING, SUCCESS, association
 from maisi_tools.service.receive import keep
 from maisi_tools.service.settings import Poll, Query
@@ -28,12 +30,24 @@ GROWTH_SECONDS = 3600.0
 """For which the CT of a structure set that was fetched may still be growing in the archive."""
 
 
+Place = tuple[str, str]
+"""Study and Series Instance UID: where an archive has a series, which it may move to another study."""
+
+Seen = dict[Place, int]
+"""Series that were fetched -> how many instances the archive had of them then (0 for unknown)."""
+
+
 class Found(NamedTuple):
     """A series of an archive: its study, its UID, how many instances the archive has (None where it does not say)."""
 
     study: str
     series: str
     instances: int | None = None
+
+    @property
+    def place(self) -> Place:
+        """Of the series."""
+        return self.study, self.series
 
 
 class Archive(Protocol):
@@ -74,7 +88,7 @@ class DicomWebArchive:
         filters = {"Modality": kind} if series is None else {"Modality": kind, "SeriesInstanceUID": series}
         if study is None and self.days is not None:
             filters["StudyDate"] = f"{since(self.days):%Y%m%d}-"
-        found: dict[str, Found] = {}
+        found: dict[Place, Found] = {}
         while True:  # an archive answers with as many as it likes, and the others are asked for then
             page = self.client.search_for_series(
                 study,
@@ -84,7 +98,7 @@ class DicomWebArchive:
             )
             answered = [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, page)]
             before = len(found)
-            found |= {one.series: one for one in answered if one.series not in found}
+            found |= {one.place: one for one in answered if one.place not in found}
             if len(found) == before or series is not None:
                 return list(found.values())
 
@@ -156,15 +170,14 @@ def since(days: int) -> datetime.date:
 
 
 def fetch_new(
-    archive: Archive, kinds: Mapping[str, bool], seen: dict[str, int], watched: dict[str, float], troubles: Troubles
+    archive: Archive, kinds: Mapping[str, bool], seen: Seen, watched: dict[Place, float], troubles: Troubles
 ) -> int:
-    """Fetch what is new in an archive, or has grown; a structure set is fetched with the CT of its study.
+    """Fetch what is new in an archive, or moved, or has grown; a structure set is fetched with the CT of its study.
 
     Args:
         archive: whom to ask.
         kinds: modality -> whether the study's CT is needed, too.
-        seen: series that were fetched before -> how many instances the archive had of them then (0 for unknown); those
-            fetched now are added.
+        seen: what was fetched before; what is fetched now is added, and what is in its study no more is left out.
         watched: series with a CT -> when they were fetched; for :data:`GROWTH_SECONDS` that CT is looked at again. Kept
             up to date here.
         troubles: get what could not be fetched.
@@ -174,35 +187,57 @@ def fetch_new(
     """
     fetched, now = 0, time.monotonic()
     for kind, needs_ct in kinds.items():
-        for one in archive.search(kind):
-            new = one.series not in seen
+        found = archive.search(kind)
+        places = {one.place for one in found}
+        moved = {series for _, series in places}
+        for place in [each for each in seen if each[1] in moved and each not in places]:
+            del seen[place]  # it may be moved back
+        for one in found:
+            new = one.place not in seen
             try:
                 wanted = [one]
-                if needs_ct and (new or now - watched.get(one.series, -GROWTH_SECONDS) < GROWTH_SECONDS):
+                if needs_ct and (new or now - watched.get(one.place, -GROWTH_SECONDS) < GROWTH_SECONDS):
                     wanted = [*archive.search("CT", one.study), one]
-                wanted = [each for each in wanted if new or (each.instances or 0) > seen.get(each.series, 0)]
+                wanted = [each for each in wanted if new or (each.instances or 0) > seen.get(each.place, 0)]
                 for each in wanted:
                     archive.fetch(each.study, each.series)
             except Exception as error:  # the next series may come; this one is asked for again
                 troubles.add("archive", f"series {printable(one.series)} cannot be fetched: {printable(error)}")
                 continue
             if wanted:
-                seen |= {each.series: each.instances or 0 for each in wanted}
-                watched[one.series] = now
+                seen |= {each.place: each.instances or 0 for each in wanted}
+                watched[one.place] = now
                 fetched += 1
     return fetched
 
 
-def read_seen(path: Path) -> dict[str, int]:
-    """What :func:`fetch_new` had seen when the file was written; nothing of one that is missing or damaged."""
+def watch_again(seen: Seen, incoming: Path) -> dict[Place, float]:
+    """What :func:`fetch_new` is to watch after a restart: of what it had seen all whose study is still in the spool.
+
+    When they were fetched is not known any more, since the clock of the day tells no time here.
+    """
+    now = time.monotonic()
+    return {place: now for place in seen if (incoming / uid_name(place[0])).is_dir()}
+
+
+def read_seen(path: Path) -> Seen:
+    """What :func:`write_seen` wrote; nothing of a file that is missing or damaged."""
     try:
         content = json.loads(path.read_text())
-        return {str(uid): int(count) for uid, count in content.items()}
+        return {(study, uid): int(count) for study, series in content.items() for uid, count in series.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         logger.warning("%s cannot be read (%s); what the archive has is fetched anew", path, error)
         return {}
+
+
+def write_seen(path: Path, seen: Seen) -> None:
+    """Write what :func:`fetch_new` has seen: study -> series -> instances."""
+    studies: dict[str, dict[str, int]] = {}
+    for (study, series), count in seen.items():
+        studies.setdefault(study, {})[series] = count
+    write_json(path, studies, durable=True)
 
 
 def _found(found: Dataset, study: Any) -> Found:

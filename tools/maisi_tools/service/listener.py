@@ -19,8 +19,16 @@ from pydicom.uid import CTImageStorage
 
 from maisi_tools.dicom.uids import uid_name
 from maisi_tools.errors import InputError, find_input_error
-from maisi_tools.files import LOCK, is_part, replacing, write_json
-from maisi_tools.service.archives import Archive, DicomWebArchive, DimseArchive, fetch_new, read_seen
+from maisi_tools.files import LOCK, is_part, replacing
+from maisi_tools.service.archives import (
+    Archive,
+    DicomWebArchive,
+    DimseArchive,
+    fetch_new,
+    read_seen,
+    watch_again,
+    write_seen,
+)
 from maisi_tools.service.association import ArchiveAway, ArchiveRefuses
 from maisi_tools.service.chain import Made, check_reachable, run_job, send, sop_classes
 from maisi_tools.service.jobs import QUEUE, Job, JobQueue
@@ -268,12 +276,13 @@ class Listener:
     def _ask(self, place: str, archive: Callable[[], Archive], settings: Poll | Query, memory: str) -> None:
         """Fetch what is new in an archive, again and again; the spool's file `memory` lists what was fetched."""
         path = self.spool / memory
-        seen, watched = read_seen(path), {}  # type: dict[str, int], dict[str, float]
+        seen = read_seen(path)
+        watched = watch_again(seen, self.incoming)
         kinds = {chain.when: chain.when != "CT" for chain in self.settings.chains}
         while not self.stopping.wait(settings.every_seconds):
             try:
                 if fetch_new(archive(), kinds, seen, watched, self.troubles):
-                    write_json(path, seen, durable=True)
+                    write_seen(path, seen)
             except Exception as error:  # the archive may be away for a while
                 self.troubles.add("archive", f"{place} cannot be asked: {printable(error)}")
 
