@@ -154,6 +154,23 @@ def test_series_beyond_the_first_page_are_seen(tmp_path, monkeypatch):
         assert asked[-1] == ({"Modality": "CT", "SeriesInstanceUID": "1.2.0"}, None)
 
 
+def test_an_answer_need_not_repeat_the_study_that_was_asked_for(tmp_path, monkeypatch):
+    """Nor the number of instances (DICOM PS3.18 table 10.6.3-4)."""
+    archive = DicomWebArchive(Poll("http://127.0.0.1/dicom-web"), tmp_path, Troubles())
+    fetched = []
+
+    def search(study, search_filters, **_):
+        uid = "1.1.1" if search_filters["Modality"] == "CT" else "1.1.2"
+        answer = {"0020000E": {"vr": "UI", "Value": [uid]}}
+        return [answer if study else {**answer, "0020000D": {"vr": "UI", "Value": ["1.1"]}}]
+
+    monkeypatch.setattr(archive.client, "search_for_series", search)
+    monkeypatch.setattr(archive.client, "iter_series", lambda *place: iter(fetched.append(place) or ()))
+    seen: Seen = {}
+    assert fetch_new(archive, {"RTSTRUCT": True}, seen, {}, archive.troubles) == 1
+    assert fetched == list(seen) == [("1.1", "1.1.1"), ("1.1", "1.1.2")]
+
+
 def test_a_search_by_c_find_takes_one_association(free_port):
     """However many studies there are; an archive that matches by less than it was asked is sieved."""
     opened = []

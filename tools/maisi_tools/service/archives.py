@@ -96,7 +96,7 @@ class DicomWebArchive:
                 fields=["NumberOfSeriesRelatedInstances"],
                 offset=len(found) or None,
             )
-            answered = [_found(one, one.StudyInstanceUID) for one in map(Dataset.from_json, page)]
+            answered = [_found(one, study or one.StudyInstanceUID) for one in map(Dataset.from_json, page)]
             before = len(found)
             found |= {one.place: one for one in answered if one.place not in found}
             if len(found) == before or series is not None:
