@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 
-from maisi_tools.service import archives
+from maisi_tools.service import archives, association, receive
 from maisi_tools.service.archives import (
     FIND,
+    MOVE,
     DicomWebArchive,
     DimseArchive,
     Found,
@@ -20,6 +23,7 @@ from maisi_tools.service.archives import (
     watch_again,
     write_seen,
 )
+from maisi_tools.service.receive import keep
 from maisi_tools.service.settings import Poll, Query
 from maisi_tools.service.troubles import Troubles
 
@@ -37,10 +41,10 @@ class Shelf:
             if modality == kind and study in (None, of) and series in (None, uid)
         ]
 
-    def fetch(self, study, series):
-        if series in self.broken:
-            raise ConnectionError(series)
-        self.fetched.append(series)
+    def fetch(self, one):
+        if one.series in self.broken:
+            raise ConnectionError(one.series)
+        self.fetched.append(one.series)
 
     def move(self, series, study):
         """To another study, as a merge of patients does."""
@@ -171,7 +175,7 @@ def test_an_answer_need_not_repeat_the_study_that_was_asked_for(tmp_path, monkey
     assert fetched == list(seen) == [("1.1", "1.1.1"), ("1.1", "1.1.2")]
 
 
-def test_a_search_by_c_find_takes_one_association(free_port):
+def test_a_search_by_c_find_takes_one_association(free_port, tmp_path):
     """However many studies there are; an archive that matches by less than it was asked is sieved."""
     opened = []
 
@@ -191,7 +195,57 @@ def test_a_search_by_c_find_takes_one_association(free_port):
     handlers = [(evt.EVT_C_FIND, find), (evt.EVT_ACCEPTED, opened.append)]
     server = ae.start_server(("127.0.0.1", port), False, evt_handlers=handlers)
     try:
-        found = DimseArchive(Query("PACS", "127.0.0.1", port), "MAISI").search("SEG")
+        found = DimseArchive(Query("PACS", "127.0.0.1", port), "MAISI", tmp_path).search("SEG")
     finally:
         server.shutdown()
     assert found == [Found("1.0", "1.0.1", 0), Found("1.2", "1.2.1", 2)] and len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("sent", "again", "ends_well", "counted", "comes"),
+    [
+        (5, 0, True, None, True),  # slowly, in longer than an answer may take
+        (5, 5, True, None, True),  # what is here already comes once more
+        (2, 0, False, 2, True),  # all of it, and then a failure
+        (2, 0, False, 3, False),
+        (0, 0, True, 2, False),  # nothing comes, and no answer in time
+    ],
+)
+def test_a_series_that_comes_without_a_word_has_come(
+    free_port, tmp_path, monkeypatch, sent, again, ends_well, counted, comes
+):
+    """Pending responses of C-MOVE are optional."""
+    monkeypatch.setattr(association, "ANSWER_SECONDS", 0.4)
+    monkeypatch.setattr(receive, "sync", lambda path: None)  # a disk is slow, and the same
+
+    def send(count, pause=0.0):
+        for number in range(count):
+            time.sleep(pause)
+            ds = Dataset()
+            ds.file_meta = FileMetaDataset()
+            ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, f"1.1.1.{number}"
+            ds.StudyInstanceUID, ds.SeriesInstanceUID = "1.1", "1.1.1"
+            keep(ds, tmp_path)
+
+    def move(_):
+        send(sent, 0.1 if ends_well else 0.0)
+        if not sent:
+            time.sleep(0.5)
+        yield ("127.0.0.1", 1) if ends_well else (None, None)
+        yield 0
+
+    ae, port = AE("PACS"), free_port()
+    ae.add_supported_context(MOVE)
+    server = ae.start_server(("127.0.0.1", port), False, evt_handlers=[(evt.EVT_C_MOVE, move)])
+    try:
+        send(again)
+        archive = DimseArchive(Query("PACS", "127.0.0.1", port), "MAISI", tmp_path)
+        if comes:
+            archive.fetch(Found("1.1", "1.1.1", counted))
+        else:
+            words = f"(status 0xa801|no answer), {sent} of {counted} instances came"
+            with pytest.raises(ConnectionError, match=words):
+                archive.fetch(Found("1.1", "1.1.1", counted))
+    finally:
+        server.shutdown()

@@ -6,6 +6,7 @@ import datetime
 import json
 import logging
 import os
+import queue
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelMove as M
 from maisi_tools.dicom.uids import uid_name
 from maisi_tools.files import write_json
 from maisi_tools.service.association import PENDING, SUCCESS, association
-from maisi_tools.service.receive import keep
+from maisi_tools.service.receive import count_instances, keep
 from maisi_tools.service.settings import Poll, Query
 from maisi_tools.service.troubles import Troubles, printable
 from maisi_tools.volumes.dicom_files import is_system_error
@@ -56,7 +57,7 @@ class Archive(Protocol):
     def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """The series of a modality, of one study, or that one series, where they are given."""
 
-    def fetch(self, study: str, series: str) -> None:
+    def fetch(self, one: Found) -> None:
         """Bring a series into the spool.
 
         Raises:
@@ -102,15 +103,15 @@ class DicomWebArchive:
             if len(found) == before or series is not None:
                 return list(found.values())
 
-    def fetch(self, study: str, series: str) -> None:
+    def fetch(self, one: Found) -> None:
         """See :class:`Archive`."""
-        for ds in self.client.iter_series(study, series):
+        for ds in self.client.iter_series(one.study, one.series):
             try:
                 keep(ds, self.incoming)
             except Exception as error:  # the other objects may be all right
                 if is_system_error(error):
                     raise
-                self.troubles.add("object", f"an object of series {series} is not taken: {printable(error)}")
+                self.troubles.add("object", f"an object of series {one.series} is not taken: {printable(error)}")
 
 
 class DimseArchive:
@@ -122,10 +123,11 @@ class DimseArchive:
     Args:
         settings: its address, and how far back to look.
         ae_title: ours; the archive has to know at which host and port it is to be found.
+        incoming: the spool, to which what is moved comes by our SCP.
     """
 
-    def __init__(self, settings: Query, ae_title: str) -> None:
-        self.settings, self.ae_title = settings, ae_title
+    def __init__(self, settings: Query, ae_title: str, incoming: Path) -> None:
+        self.settings, self.ae_title, self.incoming = settings, ae_title, incoming
 
     def search(self, kind: str, study: str | None = None, series: str | None = None) -> list[Found]:
         """See :class:`Archive`."""
@@ -143,15 +145,22 @@ class DimseArchive:
                 if found.get("Modality") == kind  # an archive may match by less than it was asked
             ]
 
-    def fetch(self, study: str, series: str) -> None:
-        """See :class:`Archive`."""
-        wanted = Dataset()
+    def fetch(self, one: Found) -> None:
+        """See :class:`Archive`; what came without a good last word, but whole, has come."""
+        wanted, folder = Dataset(), self.incoming / uid_name(one.study)
         wanted.QueryRetrieveLevel = "SERIES"
-        wanted.StudyInstanceUID, wanted.SeriesInstanceUID = study, series
+        wanted.StudyInstanceUID, wanted.SeriesInstanceUID = one.place
         with association(self.settings, self.ae_title, [MOVE]) as opened:
+            _be_patient(opened, folder)
             answers = [answer for answer, _ in opened.send_c_move(wanted, self.ae_title, MOVE)]
-        if not answers or not answers[-1] or answers[-1].Status != SUCCESS:
-            raise ConnectionError(f"{self.settings.ae_title} does not send series {series} here: {_said(answers)}")
+        if answers and answers[-1] and answers[-1].Status == SUCCESS:
+            return
+        here = count_instances(folder, one.series)
+        if not one.instances or here < one.instances:
+            came = f"{here} of {one.instances or '?'} instances came"
+            raise ConnectionError(
+                f"{self.settings.ae_title} does not send series {one.series} here: {_said(answers)}, {came}"
+            )
 
     def _find(self, opened: Association, level: str, **keys: str | None) -> Iterator[Dataset]:
         asked = Dataset()
@@ -200,7 +209,7 @@ def fetch_new(
                     wanted = [*archive.search("CT", one.study), one]
                 wanted = [each for each in wanted if new or (each.instances or 0) > seen.get(each.place, 0)]
                 for each in wanted:
-                    archive.fetch(each.study, each.series)
+                    archive.fetch(each)
             except Exception as error:  # the next series may come; this one is asked for again
                 troubles.add("archive", f"series {printable(one.series)} cannot be fetched: {printable(error)}")
                 continue
@@ -243,6 +252,28 @@ def write_seen(path: Path, seen: Seen) -> None:
 def _found(found: Dataset, study: Any) -> Found:
     count = found.get("NumberOfSeriesRelatedInstances")
     return Found(str(study), str(found.SeriesInstanceUID), None if count in (None, "") else int(count))
+
+
+def _be_patient(opened: Any, folder: Path) -> None:
+    """Let an association wait for the last answer for as long as something comes into a folder.
+
+    Answers in between are optional (DICOM PS3.4 section C.4.2.3.1), so a large series may come without a word.
+    """
+
+    def get_msg(block: bool = False) -> tuple[Any, Any]:
+        while True:
+            before = _changed(folder)
+            try:
+                return opened.dimse.msg_queue.get(block, opened.dimse.dimse_timeout)
+            except queue.Empty:
+                if not block or _changed(folder) == before:
+                    return None, None
+
+    opened.dimse.get_msg = get_msg
+
+
+def _changed(folder: Path) -> int | None:
+    return folder.stat().st_mtime_ns if folder.is_dir() else None
 
 
 def _said(answers: list[Dataset]) -> str:

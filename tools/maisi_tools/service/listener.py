@@ -103,7 +103,7 @@ class Listener:
             archives.append(web)
             threads.append(threading.Thread(target=self._ask, args=(poll.url, web, poll, "polled.json"), daemon=True))
         if (query := settings.query) is not None and (listen := settings.listen) is not None:
-            pacs = partial(DimseArchive, query, listen.ae_title)
+            pacs = partial(DimseArchive, query, listen.ae_title, self.incoming)
             archives.append(pacs)
             place = f"{query.ae_title} at {query.host}:{query.port}"
             threads.append(threading.Thread(target=self._ask, args=(place, pacs, query, "queried.json"), daemon=True))

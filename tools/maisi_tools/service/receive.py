@@ -171,7 +171,9 @@ def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None
             write(part)
         sync(part)  # not while it is held: the disk writes those of several callers at once
         with CHANGING:
-            if not _is_same(part, path):
+            if _is_same(part, path):
+                os.utime(path.parent)  # says that something came
+            else:
                 path.parent.mkdir(exist_ok=True)
                 part.replace(path)
             for other in [each for each in incoming.glob(f"*/{path.name}") if each.parent != path.parent]:
@@ -183,6 +185,16 @@ def keep(ds: Dataset, incoming: Path, write: Callable[[Path], Any] | None = None
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def count_instances(folder: Path, series: str) -> int:
+    """How many objects of a series are in a study's folder."""
+    count = 0
+    for path in folder.glob("*.dcm"):
+        with contextlib.suppress(Exception):  # one that cannot be read, or that is moved away, is none
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+            count += ds.get("SeriesInstanceUID") == series
+    return count
 
 
 def _is_same(new: Path, old: Path) -> bool:
