@@ -7,26 +7,21 @@
 
 from __future__ import annotations
 
-import datetime
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from holoscan.conditions import CountCondition
 from monai.deploy.core import Application, Operator, OperatorSpec
 
-from maisi_tools.errors import InputError
-from maisi_tools.service.chain import gather, run_job
-from maisi_tools.service.jobs import Job
-from maisi_tools.service.settings import Chain, Step
+from maisi_tools.service.chain import run_folder
+from maisi_tools.service.settings import Step
 
 BUNDLES = Path(os.environ.get("MAISI_BUNDLES", Path(__file__).resolve().parents[2] / "bundles"))
 
 
 class MaskToCTOperator(Operator):
-    """Runs ``maisi_controlnet`` on the first SEG or RTSTRUCT of the input folder, and writes the study."""
+    """Runs ``maisi_controlnet`` on the SEG or RTSTRUCT of the input folder, and writes the study."""
 
     def __init__(self, fragment: Any, *args: Any, input_path: Path, output_path: Path, **kwargs: Any) -> None:
         self.input_path, self.output_path = input_path, output_path
@@ -36,21 +31,8 @@ class MaskToCTOperator(Operator):
         """It reads a folder and writes one: there are no ports."""
 
     def compute(self, op_input: Any, op_output: Any, context: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
-            study = work / "incoming"
-            study.mkdir()
-            found = gather(self.input_path, study)
-            kind = next((kind for kind in ("SEG", "RTSTRUCT") if kind in found), None)
-            if kind is None:
-                raise InputError(f"{self.input_path} holds no SEG and no RTSTRUCT; give one, an RTSTRUCT with its CT")
-            steps = Step(os.environ.get("MAISI_CONTROLNET", str(BUNDLES / "maisi_controlnet")), settings=_settings())
-            now = datetime.datetime.now().isoformat(timespec="seconds")
-            job = Job(found[kind], kind, "", str(study), now)
-            for path in run_job(job, Chain(kind, (steps,)), work / "run").files:
-                target = self.output_path / path.relative_to(work / "run" / "study")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, target)
+        bundle = os.environ.get("MAISI_CONTROLNET", str(BUNDLES / "maisi_controlnet"))
+        run_folder(self.input_path, self.output_path, (Step(bundle, settings=_settings()),))
 
 
 def _settings() -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_the_listener_edits_the_scan_that_structures_were_drawn_on(bundles, seri
 
     incoming = tmp_path / "incoming"
     incoming.mkdir()
-    key = gather(series, incoming)["SEG"]
+    (key,) = gather(series, incoming)["SEG"]
     study = str(pydicom.dcmread(series / "SEG.dcm").StudyInstanceUID)
     settings = {"input": "{series}", "mask": "{input}", "edits": {"redraw": "spinal cord"}, **FAST}
     step = Step(str(bundles / "maisi_controlnet"), CONFIGS, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pydicom
@@ -15,7 +16,7 @@ from maisi_tools.dicom.objects import recordable
 from maisi_tools.dicom.study import write_study
 from maisi_tools.errors import InputError
 from maisi_tools.service import chain as chain_module
-from maisi_tools.service.chain import gather, run_job
+from maisi_tools.service.chain import gather, run_folder, run_job
 from maisi_tools.service.jobs import Job
 from maisi_tools.service.settings import Chain, Step
 from maisi_tools.volumes.reading import read_volume
@@ -32,7 +33,7 @@ def job(real_study, tmp_path):
     series = str(pydicom.dcmread(files[0], stop_before_pixels=True).SeriesInstanceUID)
 
     def of(kind: str) -> Job:
-        return Job(series if kind == "CT" else gathered[kind], kind, "1", str(spool), "2026-02-03T04:05:06")
+        return Job(series if kind == "CT" else next(iter(gathered[kind])), kind, "1", str(spool), "2026-02-03T04:05:06")
 
     return of
 
@@ -137,7 +138,36 @@ def test_files_are_gathered_under_their_uids_alone(real_study, tmp_path):
     found = gather(tmp_path / "in", spool)
     made = {path for path in tmp_path.rglob("*")} - before
     assert len(made) == len(files) - 3 and all(path.parent == spool for path in made)
-    assert set(found) == {"CT", "SEG", "RTSTRUCT"} and (spool / f"{found['SEG']}.dcm").is_file()
+    assert set(found) == {"CT", "SEG", "RTSTRUCT"}
+    ((uid, path),) = found["SEG"].items()
+    assert path == tmp_path / "in" / "SEG.dcm" and (spool / f"{uid}.dcm").is_file()
+
+
+def test_a_folder_gets_the_study_of_its_run_alone(real_study, copies, tmp_path):
+    """The MONAI Deploy application: no slices of an earlier run, no other's files; one mask, no earlier result."""
+    real_study(tmp_path / "made", 3)
+    source, target, step = tmp_path / "in", tmp_path / "out", Step("bundles/maisi_controlnet")
+    source.mkdir()
+    shutil.copy(tmp_path / "made" / "SEG.dcm", source)
+    first = run_folder(source, target, (step,))
+    assert {path.name for path in target.iterdir()} == {"CT"} and len(first) == 48
+    extra = target / "CT" / "0049.dcm"  # of an earlier run, of a taller mask
+    shutil.copy(first[0], extra)
+    (target / ".part-1").mkdir()  # of one that was stopped
+    shutil.copytree(target, source / "result")
+    assert run_folder(source, target, (step,)) == first and not (target / ".part-1").exists()
+    (target / "note.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"note\.txt would have to make room"):
+        run_folder(source, target, (step,))
+    assert extra.parent.is_dir() and (target / "note.txt").is_file()
+    shutil.copy(tmp_path / "made" / "RTSTRUCT.dcm", source / "b.dcm")
+    with pytest.raises(InputError, match=r"in/SEG\.dcm \(SEG\), .*in/b\.dcm \(RTSTRUCT\); allowed is one"):
+        run_folder(source, tmp_path / "new", (step,))
+    (source / "SEG.dcm").unlink()
+    (source / "b.dcm").unlink()
+    with pytest.raises(InputError, match="holds no SEG and no RTSTRUCT that is not synthetic"):
+        run_folder(source, tmp_path / "new", (step,))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_that_cannot_be_read_is_passed_over(job, copies, tmp_path):

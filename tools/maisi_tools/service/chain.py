@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from pydicom.dataset import Dataset
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.dicom.objects import recordable
 from maisi_tools.dicom.references import Scan
-from maisi_tools.dicom.study import edited_region, read_mask, write_study
+from maisi_tools.dicom.study import PART, edited_region, read_mask, remove_study, write_study
 from maisi_tools.dicom.uids import is_uid, uid_name
 from maisi_tools.errors import InputError
 from maisi_tools.service.association import (
@@ -30,7 +32,7 @@ from maisi_tools.service.association import (
 )
 from maisi_tools.service.jobs import Job
 from maisi_tools.service.receive import TRIGGER_TAGS, is_slice, needed_series
-from maisi_tools.service.settings import Chain, Node
+from maisi_tools.service.settings import Chain, Node, Step
 from maisi_tools.service.troubles import printable
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.inputs import is_dicom
@@ -110,22 +112,63 @@ def _filled(value: Any, volume: str, series: Path | None) -> Any:
     return value
 
 
-def gather(source: Path, incoming: Path) -> dict[str, str]:
+def run_folder(source: Path, target: Path, steps: Sequence[Step]) -> list[Path]:
+    """Make the result of a folder with one SEG or RTSTRUCT, the latter with its CT, as a study in another folder.
+
+    A study of an earlier run that is there is removed first: it would be taken for the result of this one.
+
+    Args:
+        source: what :func:`gather` takes.
+        target: gets the study; made if missing.
+        steps: the chain's.
+
+    Returns:
+        The study's files.
+
+    Raises:
+        InputError: the source has no SEG and no RTSTRUCT, or several; the target has something else in it; or see
+            :func:`run_job`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "incoming").mkdir()
+        found = gather(source, work / "incoming")
+        masks = [(kind, uid) for kind in ("SEG", "RTSTRUCT") for uid in found.get(kind, ())]
+        if len(masks) != 1:
+            named = ", ".join(f"{found[kind][uid]} ({kind})" for kind, uid in masks)
+            raise InputError(
+                f"{source} holds {named or 'no SEG and no RTSTRUCT that is not synthetic'}; allowed is one SEG, or one "
+                "RTSTRUCT with its CT"
+            )
+        remove_study(target)
+        kind, uid = masks[0]
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        run_job(Job(uid, kind, "", str(work / "incoming"), now), Chain(kind, steps), work / "run")
+        part = target / f"{PART}{os.getpid()}"  # the next run removes what a stopped one leaves of it
+        shutil.copytree(work / "run" / "study", part)
+    for new in part.iterdir():
+        new.rename(target / new.name)
+    part.rmdir()
+    return sorted(path for path in target.rglob("*") if path.is_file())
+
+
+def gather(source: Path, incoming: Path) -> dict[str, dict[str, Path]]:
     """Copy the DICOM files of a folder, at any depth, as the listener's spool holds those of a study.
 
     Args:
-        source: the folder; files that are no DICOM objects with UIDs are passed over.
+        source: the folder; files that are no DICOM objects with UIDs are passed over, and what is synthetic.
         incoming: gets ``INSTANCE.dcm``.
 
     Returns:
-        Modality -> SOP Instance UID of the first such object.
+        Modality -> SOP Instance UID -> the file that was copied.
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, Path]] = {}
+    tags = ["Modality", "SOPInstanceUID", "SyntheticData"]
     for path in sorted(source.rglob("*")):
         if not is_dicom(path):
             continue
         try:
-            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Modality", "SOPInstanceUID"])
+            ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
             uid, kind = str(ds.get("SOPInstanceUID", "")), str(ds.get("Modality", ""))
         except Exception as error:  # one bad file must not stop the others
             logger.warning("%s is passed over, it cannot be read: %s", path, printable(error))
@@ -133,8 +176,11 @@ def gather(source: Path, incoming: Path) -> dict[str, str]:
         if not is_uid(uid):
             logger.warning("%s is passed over, its SOP Instance UID %s is none", path, printable(repr(uid)))
             continue
+        if ds.get("SyntheticData") == "YES":
+            logger.info("%s is passed over, it is synthetic", path)
+            continue
         shutil.copy(path, incoming / f"{uid_name(uid)}.dcm")
-        found.setdefault(kind, uid)
+        found.setdefault(kind, {})[uid] = path
     return found
 
 
