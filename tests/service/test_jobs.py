@@ -167,6 +167,7 @@ def test_what_changes_while_its_job_runs_is_done_anew(tmp_path):
     queue.fail(again, "no mask", None)  # a dead letter that was no result
     third = queue.take()
     assert (third.content, third.replaces, third.error) == ("thirteen slices", "7.7", "") and queue.superseded() == 1
+    assert queue.seconds() == 1.0  # a counter, which never falls
     queue.fail(third, "no mask", None)
     assert queue.add("1.1", "CT", "1", tmp_path, "fourteen slices") == "queued anew"
 

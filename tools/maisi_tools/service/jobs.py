@@ -198,9 +198,9 @@ class JobQueue:
             return int(file.execute("SELECT COUNT(*) FROM superseded").fetchone()[0])
 
     def seconds(self) -> float:
-        """That all jobs which are done took together."""
+        """That all runs which ended well took together, those of superseded results, too."""
         with self._transaction() as file:
-            return float(file.execute("SELECT COALESCE(SUM(seconds), 0) FROM jobs WHERE state='done'").fetchone()[0])
+            return float(file.execute("SELECT COALESCE(SUM(seconds), 0) FROM jobs").fetchone()[0])
 
     def in_use(self, study: str) -> bool:
         """Whether a job that is still to be done needs a study; a dead letter keeps none."""

@@ -213,7 +213,7 @@ class Listener:
             "# HELP maisi_superseded_total Results that a later one of the same job replaces.",
             "# TYPE maisi_superseded_total counter",
             f"maisi_superseded_total {self.queue.superseded()}",
-            "# HELP maisi_job_seconds_total Time that finished jobs took.",
+            "# HELP maisi_job_seconds_total Time that jobs took whose results were stored.",
             "# TYPE maisi_job_seconds_total counter",
             f"maisi_job_seconds_total {self.queue.seconds():.3f}",
             "# HELP maisi_troubles_total What went wrong since the start, by part.",
