@@ -19,8 +19,9 @@ from pydicom.uid import (
 )
 from pynetdicom import AE
 
+from maisi_tools.errors import InputError
 from maisi_tools.service import server as server_module
-from maisi_tools.service.receive import CANNOT_UNDERSTAND, REFUSED, start_receiver
+from maisi_tools.service.receive import CANNOT_UNDERSTAND, REFUSED, _addresses, start_receiver
 from maisi_tools.service.server import MAX_ASSOCIATIONS, MAX_PENDING
 from maisi_tools.service.settings import Listen, Node
 from maisi_tools.service.troubles import Troubles
@@ -28,21 +29,29 @@ from maisi_tools.service.troubles import Troubles
 KIND = SecondaryCaptureImageStorage
 
 
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as one:
+            one.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
 class Receiver:
     def __init__(self, folder, port: int, **settings) -> None:
         self.port, self.incoming, self.troubles = port, folder / "incoming", Troubles()
         self.incoming.mkdir()
-        allowed = (Node("ARCHIVE", "127.0.0.1"),)
-        listen = Listen(host="127.0.0.1", port=port, allowed=allowed, **settings)
-        self.server = start_receiver(listen, self.incoming, self.troubles)
+        usual = {"host": "127.0.0.1", "allowed": (Node("ARCHIVE", "127.0.0.1"),)}
+        self.server = start_receiver(Listen(port=port, **usual | settings), self.incoming, self.troubles)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
-    def associate(self, title: str = "ARCHIVE", tls=None, syntax=ExplicitVRLittleEndian):
+    def associate(self, title: str = "ARCHIVE", tls=None, syntax=ExplicitVRLittleEndian, host: str = "127.0.0.1"):
         ae = AE(title)
         ae.add_requested_context(KIND, syntax)
-        return ae.associate("127.0.0.1", self.port, ae_title="MAISI", tls_args=tls)
+        return ae.associate(host, self.port, ae_title="MAISI", tls_args=tls)
 
     def store(self, **changes) -> int:
         """Status of a C-STORE, -1 where the connection was cut, -2 where there was none."""
@@ -168,6 +177,27 @@ def test_deflated_objects_and_strangers_are_not_accepted(receive):
     deflated = receiver.associate(syntax=DeflatedExplicitVRLittleEndian)
     assert not deflated.accepted_contexts
     deflated.abort()
+
+
+def test_hosts_have_addresses_of_either_family(receive):
+    """However they are written; an unknown host is refused in words."""
+    assert _addresses("fd00:0::0005") == {"fd00::5"} and _addresses("::ffff:10.0.0.5") == {"10.0.0.5"}
+    with pytest.raises(InputError, match=r"has the host nowhere\.invalid, which has no address"):
+        receive(allowed=(Node("ARCHIVE", "nowhere.invalid"),))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
+def test_a_port_that_is_open_to_both_families_knows_callers_of_both(receive):
+    receiver = receive(host="::", allowed=(Node("FOUR", "127.0.0.1"), Node("SIX", "::1")))
+    for title, host, known in (
+        ("FOUR", "127.0.0.1", True),
+        ("SIX", "::1", True),
+        ("FOUR", "::1", False),
+        ("SIX", "127.0.0.1", False),
+    ):
+        association = receiver.associate(title, host=host)
+        assert association.is_established == known, (title, host)
+        association.release()
 
 
 def test_more_associations_than_allowed_are_turned_away_and_the_others_go_on(receive):

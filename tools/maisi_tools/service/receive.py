@@ -7,6 +7,7 @@ import errno
 import filecmp
 import hashlib
 import io
+import ipaddress
 import logging
 import os
 import shutil
@@ -100,11 +101,12 @@ def start_receiver(settings: Listen, incoming: Path, troubles: Troubles) -> Serv
     ae.add_supported_context(Verification)
     for context in AllStoragePresentationContexts:
         ae.add_supported_context(context.abstract_syntax or "", [*PLAIN, *COMPRESSED])
-    known = {(node.ae_title.strip(), _address(node.host)) for node in settings.allowed}
+    known = {(node.ae_title.strip(), address) for node in settings.allowed for address in _addresses(node.host)}
     smallest = int(settings.min_free_gigabytes * 1e9)
 
     def check(event: Any) -> None:
-        caller = (event.assoc.requestor.primitive.calling_ae_title.strip(), event.assoc.requestor.address)
+        requestor = event.assoc.requestor
+        caller = (requestor.primitive.calling_ae_title.strip(), _plain(requestor.address))
         if caller not in known:
             logger.warning("refused %s at %s, which is not in listen.allowed", *map(printable, caller))
             event.assoc.acse.send_reject(0x01, 0x01, 0x03)  # permanent, by the user, calling AE title not recognised
@@ -473,8 +475,15 @@ def _digest(names: Any) -> str:
     return hashlib.sha256("\n".join(sorted(names)).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def _address(host: str) -> str:
+def _addresses(host: str) -> set[str]:
+    """All addresses of a host, of either family."""
     try:
-        return socket.gethostbyname(host)
+        return {_plain(str(found[4][0])) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise InputError(f"listen.allowed has the host {host}, which has no address ({error}); correct it") from error
+
+
+def _plain(address: str) -> str:
+    """An address in its one form: IPv4 comes within IPv6 to a port that is open on "::"."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return str(getattr(found, "ipv4_mapped", None) or found)
