@@ -106,6 +106,13 @@ def test_a_structure_set_without_its_ct_says_what_to_send(job, copies, tmp_path)
         run_job(given, Chain("RTSTRUCT", (Step("bundles/maisi_controlnet"),)), tmp_path / "work")
 
 
+def test_each_step_is_recorded_where_several_are_of_one_bundle(job, copies, tmp_path):
+    steps = [Step(f"{folder}/maisi_vae", settings={"seed": seed}) for seed, folder in enumerate("abb")]
+    (first, *_) = read(run_job(job("CT"), Chain("CT", steps), tmp_path / "work"))
+    recorded = json.loads(first.DerivationDescription[first.DerivationDescription.index("{") :])
+    assert recorded == {"maisi_vae": {"seed": 0}, "maisi_vae 2": {"seed": 1}, "maisi_vae 3": {"seed": 2}}
+
+
 def test_a_study_of_a_scan_without_its_patient_is_refused(tmp_path):
     with pytest.raises(InputError, match="join that patient's study, not an invented one"):
         write_study(tmp_path / "s", np.zeros((4, 4, 4)), np.eye(4), from_scan=True)

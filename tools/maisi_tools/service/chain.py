@@ -72,7 +72,8 @@ def run_job(job: Job, chain: Chain, work: Path, device: str = "cpu") -> Made:
         out = work / f"step{number}"
         given = {"input": str(volume), **_filled(step.settings, str(volume), series)}
         Stage(bundle, step.config, device, output_dir=str(out), **given).run()
-        ran[bundle.name] = recordable(step.settings)
+        before = sum(Path(each.bundle).name == bundle.name for each in chain.steps[:number])
+        ran[f"{bundle.name} {before + 1}" if before else bundle.name] = recordable(step.settings)
         made = sorted(out.glob(f"*{step.result}"))
         if len(made) != 1:
             raise InputError(
