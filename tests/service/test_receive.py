@@ -26,6 +26,7 @@ from maisi_tools.service.receive import (
     COUNT_SECONDS,
     Intake,
     NotTaken,
+    came,
     forget_old_studies,
     keep,
     needed_series,
@@ -162,6 +163,28 @@ def test_one_bad_file_or_study_holds_up_no_other(spool, monkeypatch):
         spool.look()
         assert spool.look(after=11) == 1 and "no space left" in spool.troubles.recent()["study"]
     assert spool.look() == 1 and len(spool.waits()) == 4  # what failed is tried again
+
+
+def test_what_is_set_aside_is_removed_as_studies_are(spool, clock):
+    """Its reason stays. What an earlier process set aside is as old as its date says, unless that is in the future."""
+    (spool.incoming / "1.2").mkdir()
+    for name in ("1.7", "1.8", "1.9"):
+        (spool.incoming / "1.2" / f"{name}.dcm").write_bytes(b"no DICOM at all")
+    spool.look()
+    spool.look(after=11)
+
+    def left(after: float) -> list[str]:
+        clock.now += after
+        forget_old_studies(spool.settings, spool.incoming, spool.queue, spool.intake)
+        return sorted(path.stem for path in spool.dead.glob("*/*.dcm"))
+
+    assert left(3500) == ["1.7", "1.8", "1.9"]
+    for name, age in (("1.7", 3000.0), ("1.8", -1e7), ("1.9", 1e7)):
+        path = spool.dead / name / f"{name}.dcm"
+        os.utime(path, (clock.wall - age, clock.wall - age))
+    spool.intake = Intake(aside={path: came([path]) for path in spool.dead.glob("*/*.dcm")})
+    assert [left(after) for after in (0.0, 700.0, 3000.0)] == [["1.7", "1.8"], ["1.8"], []]
+    assert len(list(spool.dead.glob("*/reason.txt"))) == 3
 
 
 def test_a_clock_that_is_set_stops_nothing(spool, clock, tmp_path):

@@ -32,7 +32,7 @@ from maisi_tools.service.archives import (
 from maisi_tools.service.association import ArchiveAway, ArchiveRefuses
 from maisi_tools.service.chain import Made, check_reachable, run_job, send, sop_classes
 from maisi_tools.service.jobs import QUEUE, Job, JobQueue
-from maisi_tools.service.receive import Intake, forget_old_studies, queue_whole_studies, start_receiver
+from maisi_tools.service.receive import Intake, came, forget_old_studies, queue_whole_studies, start_receiver
 from maisi_tools.service.server import Server
 from maisi_tools.service.settings import Poll, Query, Settings, http_address
 from maisi_tools.service.troubles import Troubles, printable
@@ -82,7 +82,8 @@ class Listener:
             make_private(folder)
         for part in [path for path in self.spool.rglob(".*") if is_part(path)]:  # of a listener that was killed
             part.unlink(missing_ok=True)
-        self.troubles, self.intake = Troubles(), Intake()
+        self.troubles = Troubles()
+        self.intake = Intake(aside={path: came([path]) for path in self.dead.glob("*/*.dcm")})
         self.stopping = threading.Event()
         self._outcome: Callable[[], None] | None = None
         self._away: dict[str, int] = {}  # job -> how often the archive was away, one time after the other

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,7 @@ class Intake:
         stamps: study -> date of its folder when its files were last listed.
         queued: studies whose files have not changed since their jobs were queued.
         waiting: series -> since when it waits for instances that the archive counts.
+        aside: objects that were set aside -> when.
         looked: when a study was last looked at; many, after a restart, take their time.
     """
 
@@ -256,6 +257,7 @@ class Intake:
     stamps: dict[str, int] = field(default_factory=dict)
     queued: set[str] = field(default_factory=set)
     waiting: dict[str, float] = field(default_factory=dict)
+    aside: dict[Path, float] = field(default_factory=dict)
     looked: float = field(default_factory=time.monotonic)
 
 
@@ -317,8 +319,14 @@ def queue_whole_studies(
 
 
 def forget_old_studies(settings: Settings, incoming: Path, queue: JobQueue, intake: Intake) -> None:
-    """Remove studies that no job needs and that nothing was added to for `keep_hours`, see :class:`Intake`."""
+    """Remove studies that no job needs and that nothing was added to for `keep_hours`, see :class:`Intake`; and objects
+    that were set aside so long ago, whose reasons stay."""
     now = time.monotonic()
+    for path, since in list(intake.aside.items()):
+        if now - since > settings.keep_hours * 3600:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+                del intake.aside[path]
     for name, (_, changed) in list(intake.seen.items()):
         folder = incoming / name
         if now - changed <= settings.keep_hours * 3600 or name not in intake.queued or queue.in_use(name):
@@ -350,15 +358,13 @@ def _look_at(
     names, now = _digest(f"{path.name} {path.stat().st_mtime_ns}" for path in files), time.monotonic()
     before, changed = intake.seen.get(folder.name, (None, 0.0))
     if names != before:
-        # What lay there before this process came is as old as its date says, unless that is in the future.
-        age = 0.0 if before is not None else max(0.0, time.time() - max((p.stat().st_mtime for p in files), default=0))
-        changed = now - age if files else now
+        changed = came(files) if files and before is None else now  # what lay there before this process came
         intake.seen[folder.name] = names, changed
         intake.queued.discard(folder.name)
     if folder.name in intake.queued or now - changed < settings.quiet_seconds:
         return 0
     new, whole = 0, True
-    for trigger in _triggers(files, settings, troubles, dead):
+    for trigger in _triggers(files, settings, intake, troubles, dead):
         if count is not None and trigger.series is not None and not _all_here(folder.name, trigger, count, intake):
             whole = False
             continue
@@ -389,7 +395,13 @@ def _all_here(study: str, trigger: Trigger, count: Count, intake: Intake) -> boo
     return True
 
 
-def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: Path) -> list[Trigger]:
+def came(files: Iterable[Path]) -> float:
+    """When the last of some files came, by a clock that cannot be set: as long ago as its date says, or now where that
+    is in the future."""
+    return time.monotonic() - max(0.0, time.time() - max(path.stat().st_mtime for path in files))
+
+
+def _triggers(files: list[Path], settings: Settings, intake: Intake, troubles: Troubles, dead: Path) -> list[Trigger]:
     """What a chain waits for among the files of a study."""
     series: dict[str, list[Path]] = {}
     here: Counter[str] = Counter()
@@ -405,7 +417,7 @@ def _triggers(files: list[Path], settings: Settings, troubles: Troubles, dead: P
             except Exception as error:
                 if is_system_error(error):
                     raise
-                set_aside(path, dead, printable(error))
+                intake.aside[set_aside(path, dead, printable(error))] = time.monotonic()
                 troubles.add("object", f"{path} is set aside, it cannot be read: {printable(error)}")
                 continue
         if ds.get("SyntheticData") == "YES":
@@ -453,14 +465,15 @@ def needed_series(path: Path, present: Mapping[str, Scan]) -> str:
     return chosen or ("" if ds.get("Modality") == "SEG" else next(iter(present), ""))
 
 
-def set_aside(path: Path, dead: Path, reason: str) -> None:
-    """Move a file out of the spool, beside its reason."""
-    folder = dead / uid_name(path.stem)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "reason.txt").write_text(
+def set_aside(path: Path, dead: Path, reason: str) -> Path:
+    """Move a file out of the spool, beside its reason; where it is then."""
+    target = dead / uid_name(path.stem) / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (target.parent / "reason.txt").write_text(
         f"{path.name} of study {path.parent.name}: {reason}\n", errors="backslashreplace"
     )
-    os.replace(path, folder / path.name)
+    os.replace(path, target)
+    return target
 
 
 def _digests(files: Sequence[Path]) -> str:

@@ -288,7 +288,8 @@ class Settings:
         http: address and port of ``/health`` and ``/metrics``.
         attempts: how often a job is tried before it is a dead letter.
         retry_seconds: pause after its first failure; doubled after each further one.
-        keep_hours: how long a study stays in the spool after its last job, for structures that come later.
+        keep_hours: how long a study stays in the spool after its last job, for structures that come later;
+            and an object that could not be read in the folder of dead letters.
         device: for the networks.
     """
 
