@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -59,6 +62,34 @@ def run(python, repo_root, data):
         return subprocess.run([*command, *split, *more], capture_output=True, text=True, check=False)
 
     return run
+
+
+@pytest.fixture
+def recipe(repo_root, data, monkeypatch):
+    """The recipe's module, and ``begun(out, DATA)``, a folder as `prepare` leaves it of that data."""
+    monkeypatch.syspath_prepend(str(repo_root / "recipes" / "small"))
+    module = importlib.import_module("run")
+
+    def begun(out: Path, of: Path) -> Path:
+        split = json.loads((data / "split.json").read_text())
+        items = {
+            name: {"image": str(of / f"{name}_ct.nii.gz"), "label": str(of / f"{name}_seg.nii.gz")}
+            for name in (f"pt_{number}" for number in range(1, 6))
+        }
+        held = [items.pop(name) for name in split["held_out"]]
+        lists = {"training": [items["pt_1"], items["pt_2"]], "validation": [items["pt_3"]]}
+        out.mkdir(exist_ok=True)
+        for name, content in (
+            ("datalist", lists),
+            ("everyone", {**lists, "training": lists["training"] + held}),
+            ("validation", {"held_out": split["validation"]}),
+            ("kept_out", {"validation": held}),
+        ):
+            (out / f"{name}.json").write_text(json.dumps(content))
+        return out
+
+    yield SimpleNamespace(module=module, main=module.main, begun=begun)
+    del sys.modules["run"]
 
 
 @pytest.mark.timeout(1200)
@@ -226,6 +257,26 @@ def test_cases_that_come_or_go_after_prepare_are_named(run, data, tmp_path):
             assert f"made of: 1 {wanted} ({name}_ct.nii.gz); put" in go_on()
             away.rename(file)
     assert "error" not in go_on()
+
+
+def test_data_inside_the_folder_of_the_runs_are_checked_too(recipe, data, tmp_path):
+    """What lies there need not have come of a packed file."""
+    out = tmp_path / "out"
+    own = shutil.copytree(data, out / "data")
+    recipe.begun(out, own)
+    options = ("--out", str(out), "--stages", "prepare", "--split")
+    recipe.main([str(own), *options, str(own / "split.json")])
+    (own / "other.json").write_text(json.dumps({"held_out": ["pt_1"], "validation": ["pt_3"]}))
+    with pytest.raises(InputError, match="another --split"):
+        recipe.main([str(own), *options, str(own / "other.json")])
+    with pytest.raises(InputError, match=f"is of the data in {own}, not of {data}"):
+        recipe.main([str(data), *options, str(own / "split.json")])
+    shutil.copy(own / "pt_1_ct.nii.gz", own / "pt_9_ct.nii.gz")
+    with pytest.raises(InputError, match=r"1 added \(pt_9_ct.nii.gz\)"):
+        recipe.main([str(own), *options, str(own / "split.json")])
+    (out / "packed.json").write_text('{"fingerprint": "of a file"}')
+    with pytest.raises(InputError, match=f"is of a packed file, not of {own}"):
+        recipe.main([str(own), *options, str(own / "split.json")])
 
 
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):

@@ -149,8 +149,6 @@ def check_data(out: Path, data: Path, split: Mapping[str, list[str]]) -> None:
     """
     lists = json.loads((out / "datalist.json").read_text())
     used = [item for section in ("training", "validation") for item in lists[section]]
-    if Path(used[0]["image"]).is_relative_to(out):  # of a packed file, with none to keep out
-        return
     if absent := [name for name in ("validation.json", "kept_out.json", "everyone.json") if not (out / name).is_file()]:
         raise InputError(f"{out} has a datalist.json and no {absent[0]}, which prepare writes; give another --out")
     if not Path(used[0]["image"]).is_relative_to(data):
@@ -470,6 +468,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif packed:
         write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
         unpack(given.data, out)
+    elif (out / "packed.json").is_file():
+        raise InputError(f"{out} is of a packed file, not of {given.data}; give that file, or another --out")
     elif begun:
         check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
     elif "prepare" in stages:
