@@ -30,8 +30,7 @@ from scipy.stats import bootstrap
 from maisi_tools.datasets.datalist import belongs, read_datalist
 from maisi_tools.datasets.layouts import CT_SUFFIX
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import check_own_json, fingerprint_file, write_csv, write_json
-from maisi_tools.settings import json_mapping
+from maisi_tools.files import check_own_json, fingerprint_file, json_mapping, write_csv, write_json
 from maisi_tools.training import checkpoint
 from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
 

@@ -33,9 +33,12 @@ from maisi_tools.errors import InputError, report_input_errors
 from maisi_tools.files import (
     canonical_json,
     check_own_json,
+    expanded,
     fingerprint_file,
     fingerprint_tensors,
     fingerprint_text,
+    held,
+    json_mapping,
     replacing,
     write_csv,
     write_json,
@@ -48,7 +51,6 @@ from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name, label_i
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import labels_on_grid
-from maisi_tools.settings import json_mapping
 from maisi_tools.volumes.inputs import check_stems, fingerprint_input, stem_of
 from maisi_tools.volumes.reading import read_ras
 from maisi_tools.volumes.writing import write_volume
@@ -328,9 +330,9 @@ def main() -> None:
     parser.add_argument("--settings", default="{}", help="JSON: keys of edit.json, such as strength")
     parser.add_argument("--segmenter", help="inference config of a segmentation bundle")
     parser.add_argument("--ckpt", help="its weights")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--output_dir", type=expanded, required=True)
     options = parser.parse_args()
-    folder = Path(options.output_dir)
+    folder = options.output_dir
     label_map = read_label_map(options.label_map)
     segmenter = BundleSegmenter(options.segmenter, options.ckpt) if options.segmenter else None
     cases = read_datalist(options.datalist, options.section)
@@ -339,7 +341,6 @@ def main() -> None:
             f"{options.datalist} has no label of {without[0]}, which an edit needs: add it, or leave it out"
         )
     check_stems(case["image"] for case in cases)  # by which scans and their figures are told apart
-    folder.mkdir(parents=True, exist_ok=True)
     there = folder / "edits.json"
     check_own_json(
         there,
@@ -348,7 +349,8 @@ def main() -> None:
         "--output_dir",
         ["edits.csv", "table.md"],
     )
-    with tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
+    taken = f"another run edits in {folder}; wait for its end, or give another output folder"
+    with held(folder, taken), tempfile.TemporaryDirectory(prefix="scratch-", dir=folder) as scratch:
         editor = Editor(Path(scratch), json_mapping(options.settings, "settings"), segmenter, label_map)
         given = {name: value for name, value in vars(options).items() if name not in ("output_dir", "count")}
         weights = editor.stage.parser.get_parsed_content("weights")

@@ -15,6 +15,7 @@ import torch
 
 from maisi_tools.cli import COMMANDS, main
 from maisi_tools.cli.options import amounts, process_group
+from maisi_tools.errors import InputError
 
 
 def save(path, data):
@@ -107,6 +108,23 @@ def test_unknown_command_names_the_nearest(given, said, capsys):
     assert said in fails([given], capsys)
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(tmp_path, monkeypatch, capsys):
+    """As bash leaves it in `--output=~/x`; nothing comes to lie in a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    small = ["--size=32,32,32", "--spacing=8,8,8"]
+    assert main(["phantom", "--output=~/new/q.nii.gz", *small]) == 0
+    assert main(["edit", "~/new/q.nii.gz", "--output=~/r.nii.gz", "--flip"]) == 0
+    assert main(["preview", "~/new/q.nii.gz", "--output=~/q.png"]) == 0
+    assert [str(path) for path in tmp_path.iterdir()] == [str(tmp_path / "home")]
+    found = {str(path.relative_to(tmp_path / "home")) for path in (tmp_path / "home").rglob("*") if path.is_file()}
+    assert found == {"new/q.nii.gz", "r.nii.gz", "q.png"}
+    capsys.readouterr()
+    for line in (["report", "~nobody-here/x"], ["prepare", "~nobody-here/x"], ["phantom", "--output=~nobody-here/x"]):
+        assert "~nobody-here/x begins with the name of no user of this machine" in fails(line, capsys)
+
+
 def test_commands_may_be_written_with_dashes(tmp_path, capsys):
     assert "nope.json" in fails(["complete-masks", tmp_path / "nope.json", tmp_path / "out"], capsys)
 
@@ -164,6 +182,14 @@ def test_options_of_ray_are_refused_without_it(capsys):
 def test_an_option_of_another_kind_is_refused(arguments, said, capsys):
     """Text such as "no" counts as true in Python, so that the patient was kept."""
     assert said in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize("given", ["", ",", "cpu,cpu"])
+def test_a_studio_works_on_each_device_once_and_on_one_at_least(tmp_path, capsys, given):
+    pytest.importorskip("fastapi", reason="needs the extra 'studio'")
+    command = ["studio", f"--device={given}", "--open=False", f"--output_dir={tmp_path / 'studio'}"]
+    assert f"device is {given!r}; allowed is at least one, and each once" in fails(command, capsys)
+    assert not (tmp_path / "studio").exists()
 
 
 def test_help_does_not_wait_for_torch(repo_root):
@@ -541,6 +567,12 @@ def test_edit_of_wrong_input(tmp_path, torso, capsys):
     line = ["edit", torso, "-o", tmp_path / "x.nii.gz"]
     assert "'lever' is no label" in fails([*line, "--resize={lever: 2}"], capsys)
     assert "is not usable; give a number for each name" in fails([*line, "--resize=liver"], capsys)
+    for option in ("resize", "augment"):
+        assert "has 'liver' more than once; give it once." in fails(
+            [*line, f"--{option}={{liver: 1, liver: 2}}"], capsys
+        )
+    twice = [*line, "--insert", "{bone lesion: 20, 'bone lesion': [12]}"]
+    assert "has 'bone lesion' more than once; give it once, with a list of diameters." in fails(twice, capsys)
     assert "hepatic tumor is not in the mask" in fails([*line, "--augment", "{hepatic tumor: 1.1}"], capsys)
     assert "does not exist" in fails(["edit", tmp_path / "nope.nii.gz", "-o", tmp_path / "x.nii.gz"], capsys)
     assert "has no NIfTI name" in fails(["edit", torso, "-o", tmp_path / "x.png"], capsys)
@@ -573,6 +605,13 @@ def test_edit_inserts_lesions_of_several_diameters(tmp_path, torso, capsys, lesi
 def test_amounts_are_split_outside_of_brackets():
     both = amounts("insert", "{lung tumor: [20, 12], hepatic tumor: 25, 'bone lesion': [8]}")
     assert both == {"lung tumor": [20.0, 12.0], "hepatic tumor": 25.0, "bone lesion": [8.0]}
+    assert amounts("resize", " 'liver':1.2, ") == {"liver": 1.2} and amounts("resize", None) == {}
+
+
+@pytest.mark.parametrize("given", ["{liver: x}", "{}", "{liver: 1, 2}", "{liver: [1, 2}", "{liver: []}", "{: 2}", "3"])
+def test_amounts_that_are_none_are_refused(given):
+    with pytest.raises(InputError, match="is not usable; give a number for each name"):
+        amounts("resize", given)
 
 
 # --- index, find ------------------------------------------------------------------------------------------------------

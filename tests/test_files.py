@@ -2,11 +2,21 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 
-from maisi_tools.files import canonical_json, fingerprint_file, fingerprint_tensors, replacing, write_csv
+from maisi_tools.errors import InputError
+from maisi_tools.files import (
+    canonical_json,
+    expanded,
+    fingerprint_file,
+    fingerprint_tensors,
+    json_mapping,
+    replacing,
+    write_csv,
+)
 
 
 def test_the_file_appears_at_the_end_with_its_suffixes(tmp_path):
@@ -24,6 +34,17 @@ def test_an_error_leaves_what_was_there(tmp_path):
         part.write_text("half")
         raise KeyError
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with replacing("~/new/x") as part:
+        part.write_text("whole")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == ["home/new/x"]
+    assert expanded("a/~b") == Path("a/~b")
+    with pytest.raises(InputError, match="~nobody-here/x begins with the name of no user"):
+        expanded("~nobody-here/x")
 
 
 def test_nothing_written_is_an_error(tmp_path):
@@ -90,3 +111,17 @@ def test_weights_stored_as_fp16_are_those_they_are_loaded_into():
 def test_settings_that_mean_the_same_are_the_same(other):
     assert canonical_json({"a": True, "b": [2, 2, 1.5]}) == canonical_json(other)
     assert canonical_json({"a": 1, "b": [2, 2, 1.5]}) != canonical_json(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"strength": 0.5, "strength": 0.7}', "'strength' stands there more than once"),
+        ("strength=1", "is no JSON"),
+        ("[1]", "give a mapping of keys"),
+    ],
+)
+def test_an_options_text_that_is_no_mapping_is_refused(text, words):
+    with pytest.raises(InputError, match=words):
+        json_mapping(text, "settings")
+    assert json_mapping('{"strength": {"a": 1}, "b": {"a": 2}}', "settings") == {"strength": {"a": 1}, "b": {"a": 2}}

@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 import editing
 from editing import AIR, BONE, KINDS, Editor, Scan, _begun, content_of, read_scan, rows_of, seam_ratio, with_sphere
 from maisi_tools.errors import InputError
-from maisi_tools.files import write_json
+from maisi_tools.files import LOCK, held, write_json
 from maisi_tools.masks.label_maps import read_label_map
 from maisi_tools.masks.vocabulary import BODY, label_id
 
@@ -173,10 +173,12 @@ def test_what_lay_in_the_output_folder_stays(scan, tmp_path, monkeypatch):
             editing.main()
         (out / name).unlink()
     editing.main()
-    assert set(out.rglob("*")) - before == {out / name for name in ("edits.json", "edits.csv", "table.md")}
+    assert set(out.rglob("*")) - before == {out / name for name in ("edits.json", "edits.csv", "table.md", LOCK)}
     assert before <= set(out.rglob("*"))
     (row,) = json.loads((out / "edits.json").read_text())["rows"]
     assert (row["organ"], row["dice"], row["dice_untouched"]) == ("left parotid gland", 0.5, 0.75)
+    with held(out, "never said"), pytest.raises(InputError, match=f"another run edits in {out}; wait for its end"):
+        editing.main()
     # Another CT under the same name is another run.
     image = nib.load(scan["image"])
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1, image.affine), scan["image"])

@@ -31,6 +31,21 @@ LENGTH = 32
 CHUNK = 1 << 20  # bytes
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """A path with the folder of a user in place of its `~`, where a shell left that.
+
+    Raises:
+        InputError: it names a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"{path} begins with the name of no user of this machine; allowed is ~/ for your own folder: write the "
+            "path in full"
+        ) from None
+
+
 @contextmanager
 def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is renamed to `path`, on an error it is removed.
@@ -45,8 +60,9 @@ def replacing(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
 
     Raises:
         OSError: the folder or file cannot be created.
+        InputError: see :func:`expanded`.
     """
-    path = Path(path)
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
@@ -175,6 +191,21 @@ def parse_json(text: str | bytes | bytearray) -> Any:
         ValueError: as :func:`read_json`.
     """
     return json.loads(text, object_pairs_hook=_each_once)
+
+
+def json_mapping(text: str, name: str) -> dict[str, Any]:
+    """An option's JSON text as a mapping of keys.
+
+    Raises:
+        InputError: it is none, or a key stands in it twice.
+    """
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise InputError(f'{name} {text!r} is no JSON ({error}); give for instance {{"patience": 3}}') from None
+    if not isinstance(found, dict):
+        raise InputError(f'{name} is {text!r}; give a mapping of keys, for instance {{"patience": 3}}')
+    return found
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -88,21 +87,6 @@ def read_yaml(path: Path, what: str, page: str) -> Any:
         return yaml.load(path.read_text(), EachKeyOnce)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, dates or numbers
         raise InputError(f"{what} {path} cannot be read as YAML ({error}); see {page}") from error
-
-
-def json_mapping(text: str, name: str) -> dict[str, Any]:
-    """An option's JSON text as a mapping of keys.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f'{name} {text!r} is no JSON ({error}); give for instance {{"patience": 3}}') from None
-    if not isinstance(found, dict):
-        raise InputError(f'{name} is {text!r}; give a mapping of keys, for instance {{"patience": 3}}')
-    return found
 
 
 def checked_fields(kind: Any, content: Any, where: str) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0].replace("-", "_") not in commands:
         print(f"error: {_unknown(arguments[0])}", file=sys.stderr)
         return 2
-    plan = fire.Fire(commands, arguments, name="maisi", serialize=lambda _: None)
     try:
+        plan = fire.Fire(commands, arguments, name="maisi", serialize=lambda _: None)
         plan.execute()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

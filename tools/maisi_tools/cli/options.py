@@ -15,7 +15,7 @@ from typing import Any
 import fire
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import expanded, read_json
 
 # Fire keeps a command's parsers in an attribute of it, and lists public ones as what could follow it on the line.
 fire.decorators.FIRE_METADATA = "_fire_metadata"
@@ -56,9 +56,9 @@ def planned(command: Callable[..., None]) -> Callable[..., Planned]:
     parsers: dict[str, Callable[[str], Any]] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            plan = fire.decorators.SetParseFn(_text)(plan)
+            plan = fire.decorators.SetParseFn(_path)(plan)
         else:
-            parsers[name] = _text if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
+            parsers[name] = _path if parameter.annotation in ("str", "str | None") else fire.parser.DefaultParseValue
         if name in _PARSERS:
             parsers[name] = _PARSERS[name]
     return fire.decorators.SetParseFns(**parsers)(plan)
@@ -103,21 +103,29 @@ def _text(given: str) -> str | None:
     return value if given[:1] in ("'", '"') and given[1:-1] == value else given
 
 
-def _text_or_list(given: str) -> Any:
+def _path(given: str) -> str | None:
+    """Text that is a path, or a name, which has no ~ in front; a shell expands none in ``--output=~/x``."""
+    text = _text(given)
+    return str(expanded(text)) if text and text.startswith("~") else text
+
+
+def _path_or_list(given: str) -> Any:
     value = fire.parser.DefaultParseValue(given)
-    return value if isinstance(value, (list, tuple, dict)) else _text(given)
+    return value if isinstance(value, (list, tuple, dict)) else _path(given)
 
 
 def _names(given: str) -> Any:
     """Names with commas as they were typed: Fire would take some for numbers or sums. A list in brackets is one."""
-    return _text_or_list(given) if given[:1] in ("[", "(") else _text(given)
+    return _path_or_list(given) if given[:1] in ("[", "(") else _path(given)
 
 
 _PARSERS = {
-    **dict.fromkeys(("reference", "generated", "overlay"), _text_or_list),
+    **dict.fromkeys(("reference", "generated", "overlay"), _path_or_list),
     **dict.fromkeys(("held_out", "by"), _names),
+    **dict.fromkeys(("resize", "insert", "augment"), _text),  # see amounts
+    **dict.fromkeys(("token", "patient_pattern"), _text),
 }
-"""Of options that take a path or name, or several."""
+"""Of options that take a path or name, or several, or amounts of some; or text that is neither path nor name."""
 
 
 def bundles_folder(given: str | None) -> Path:
@@ -148,23 +156,30 @@ def bundle_folder(bundle: Any, bundles: str | None) -> Path:
     return folder
 
 
-def amounts(option: str, value: Any) -> dict[str, Any]:
-    """Name -> number, or numbers in brackets, of an option; Fire leaves names with a space in it as text."""
-    if value is None:
+def amounts(option: str, text: str | None) -> dict[str, Any]:
+    """Name -> number, or numbers in brackets, of an option as it was typed: of a name that stands there twice, Fire,
+    which makes a dict of some, would keep the last.
+
+    Raises:
+        InputError: something else, or a name twice.
+    """
+    if text is None:
         return {}
-    if isinstance(value, str):
-        parts = re.split(r",(?![^\[]*\])", value.strip(" {}"))  # not at a comma in brackets
-        pairs = [part.rpartition(":") for part in parts]
-        value = {
-            name.strip(" \"'"): amount.strip(" []").split(",") if "[" in amount else amount for name, _, amount in pairs
-        }
-    try:
-        return {
-            str(name): [float(one) for one in amount] if isinstance(amount, (list, tuple)) else float(amount)
-            for name, amount in value.items()
-        }
-    except (AttributeError, ValueError, TypeError):
-        raise InputError(f'{option} {value!r} is not usable; give a number for each name: "{{liver: 1.2}}".') from None
+    parts = re.split(r",(?![^\[(]*[\])])", text.strip(" {},"))  # not at a comma in brackets
+    found: dict[str, Any] = {}
+    for part in parts:
+        name, _, amount = (piece.strip(" \"'") for piece in part.rpartition(":"))
+        if name in found:
+            several = ", with a list of diameters" if option == "insert" else ""
+            raise InputError(f"{option} {text!r} has {name!r} more than once; give it once{several}.")
+        try:
+            many = [float(one) for one in amount.strip("[]()").split(",") if name]
+            found[name] = many if amount[:1] in ("[", "(") else many[0]
+        except (ValueError, IndexError):
+            raise InputError(
+                f'{option} {text!r} is not usable; give a number for each name: "{{liver: 1.2}}".'
+            ) from None
+    return found
 
 
 def listed(value: Any) -> list[str]:
@@ -217,7 +232,7 @@ def need_dicom() -> None:
 
 def nifti_path(output: Any) -> Path:
     """The path of a NIfTI file to write."""
-    path = Path(str(output)).expanduser()
+    path = Path(str(output))
     if not path.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"output {output} is no NIfTI file; name it .nii.gz or .nii.")
     return path

@@ -97,9 +97,9 @@ def studio(
     token = token or os.environ.get("MAISI_STUDIO_TOKEN") or None
     check_access(host, token, tls_cert, tls_key)
     devices = listed(device)
-    for name in devices:
-        check_device(name)
-    folders = Folders(Path(output_dir).expanduser().resolve(), bundles_folder(bundles).resolve())
+    if len({check_device(name) for name in devices}) < max(1, len(devices)):
+        raise InputError(f"device is {device!r}; allowed is at least one, and each once: cpu, or cuda:0,cuda:1.")
+    folders = Folders(Path(output_dir).resolve(), bundles_folder(bundles).resolve())
     os.umask(0o077)
     with folders.held(), listen_at(host, port) as listening:
         workers = [Worker(folders, name) for name in devices]  # they import MONAI while this process does
