@@ -75,6 +75,11 @@ def test_picture_has_the_true_proportions(tmp_path, ct):
     assert [p.name for p in path.parent.iterdir()] == ["x.png"]
 
 
+@pytest.mark.parametrize("name", ["cost$_{$", "a$x_$b", "50%_^2\\alpha"])
+def test_a_name_is_no_formula(tmp_path, ct, name):
+    assert preview(save(tmp_path / f"{name}.nii.gz", ct), output=tmp_path / "x.png").is_file()
+
+
 def test_orientation_of_the_file_does_not_matter(tmp_path, ct):
     ras = save(tmp_path / "ct.nii.gz", ct)
     preview(ras, output=tmp_path / "ras.png")

@@ -153,9 +153,14 @@ def test_what_cannot_be_read_is_listed_and_the_rest_shown(run_dir, labels):
     (run_dir / "b_ct.nii.gz").write_bytes(b"no volume")
     shutil.copy(run_dir / "a_ct.nii.gz", run_dir / "c_ct.nii.gz")
     nib.save(nib.Nifti1Image(labels[:-1], np.diag([*SPACING, 1.0])), run_dir / "c_mask.nii.gz")
+    shutil.copy(run_dir / "a_ct.nii.gz", run_dir / "d_ct.nii.gz")
+    weight = np.ones(labels[:, :-1].shape, np.float32)
+    nib.save(nib.Nifti1Image(weight, np.diag([*SPACING, 1.0])), run_dir / "d_weight.nii.gz")
     page = Page(write_report(run_dir).read_text())
     reasons = " ".join(element[2] for element in page.find("p", **{"class": "bad"}))
     assert "b_ct.nii.gz cannot be read" in reasons and "one grid" in reasons
+    of_weight, of_ct = (" x ".join(map(str, shape)) for shape in (weight.shape, labels.shape))
+    assert f"d_weight.nii.gz has {of_weight} voxels in place of the {of_ct} of its CT; remove it" in reasons
     assert len(page.find("details")) == 2
 
 

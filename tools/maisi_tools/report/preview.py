@@ -79,7 +79,7 @@ def preview(
     size = " x ".join(str(n) for n in data.shape)
     voxel = " x ".join(f"{s:.2f}" for s in spacing)
     title = f"{Path(volume).name}: {size} voxels of {voxel} mm, window {window[0]:g} to {window[1]:g} HU"
-    figure.suptitle(title, color="white", fontsize=11)
+    figure.suptitle(title, color="white", fontsize=11, parse_math=False)  # a $ in a name is a $
     with replacing(output) as part:
         figure.savefig(part, dpi=100, format="png")
     return output

@@ -20,7 +20,7 @@ from matplotlib.image import imsave
 
 from maisi_tools.diffusion.conditions import is_mr
 from maisi_tools.errors import InputError
-from maisi_tools.files import RUN_RECORD, replacing
+from maisi_tools.files import RUN_RECORD, expanded, replacing
 from maisi_tools.masks.intensity import hu_ranges
 from maisi_tools.masks.label_maps import apply_label_map, recorded_label_map
 from maisi_tools.masks.vocabulary import BODY, VOCABULARY, display_name, label_id
@@ -108,10 +108,10 @@ def write_report(run_dir: str | Path, output: str | Path | None = None, max_case
     Raises:
         InputError: no such folder, nothing in it that a bundle wrote, or a wrong `output` or `max_cases`.
     """
-    folder = Path(run_dir).expanduser()
+    folder = expanded(run_dir)
     if not folder.is_dir():
         raise InputError(f"run folder {folder} is no folder; give the output_dir of a bundle's run.")
-    output = folder / "report.html" if output is None else Path(output).expanduser()
+    output = folder / "report.html" if output is None else expanded(output)
     if output.suffix.lower() != ".html":
         raise InputError(f"output {output} is not an .html file; give a name that ends in .html.")
     if not isinstance(max_cases, int) or isinstance(max_cases, bool) or max_cases < 0:
@@ -176,7 +176,7 @@ def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
         settings: of the run, which say its modality and how the masks of an edit are numbered.
 
     Raises:
-        InputError: a file is damaged, or the mask has another grid.
+        InputError: a file is damaged, or the mask has another grid, or the weight another shape.
     """
     image = load_image(path, "CT")
     stem = stem_of(path)
@@ -196,6 +196,9 @@ def _read_case(path: Path, settings: Mapping[str, Any] | None = None) -> Case:
         content,
         np.asanyarray(load_image(weight, "weight").dataobj) if weight and weight.is_file() else None,
     )
+    if case.weight is not None and case.weight.shape != case.hu.shape:
+        counts = [" x ".join(map(str, array.shape)) for array in (case.weight, case.hu)]
+        raise InputError(f"{weight} has {counts[0]} voxels in place of the {counts[1]} of its CT; remove it.")
     if _is_mr(settings or {}):
         case = _as_mr(case)
     if mask is None or not mask.is_file():
