@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import sha256
+from maisi_tools.files import held, sha256
 from maisi_tools.masks.phantom import make_phantom
 
 SAMPLES = {
@@ -277,6 +277,34 @@ def test_data_inside_the_folder_of_the_runs_are_checked_too(recipe, data, tmp_pa
     (out / "packed.json").write_text('{"fingerprint": "of a file"}')
     with pytest.raises(InputError, match=f"is of a packed file, not of {own}"):
         recipe.main([str(own), *options, str(own / "split.json")])
+
+
+def test_quick_is_what_the_folder_was_last_begun_with(recipe, data, tmp_path):
+    """A quick run that left no training does not count; from a training's first checkpoint on, neither changes."""
+    options = (str(data), "--out", str(tmp_path), "--stages", "prepare", "--split", str(data / "split.json"))
+    recipe.begun(tmp_path, data)
+    for first, other, file in (
+        (["--quick"], [], "judge/checkpoint.pt"),
+        ([], ["--quick"], "judge/checkpoint.pt"),
+        ([], ["--quick"], "coarse/model.pt"),
+    ):
+        recipe.main([*options, *other])
+        recipe.main([*options, *first])
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        recipe.main([*options, *first])
+        with pytest.raises(InputError, match=f"the weights of a run {'without' if other else 'with'} --quick"):
+            recipe.main([*options, *other])
+        recipe.main([*options, *first])
+        (tmp_path / file).unlink()
+
+
+def test_one_run_at_a_time_works_in_a_folder(recipe, data, tmp_path):
+    options = [str(data), "--out", str(tmp_path), "--stages", "prepare", "--split", str(data / "split.json")]
+    recipe.begun(tmp_path, data)
+    with held(tmp_path, "never said"), pytest.raises(InputError, match=f"another run works in {tmp_path}; wait"):
+        recipe.main(options)
+    recipe.main(options)
 
 
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):

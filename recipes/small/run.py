@@ -58,7 +58,7 @@ from packed import pack, unpack
 
 from maisi_tools.datasets.layouts import find_cases
 from maisi_tools.errors import InputError, first_few, report_input_errors
-from maisi_tools.files import fingerprint_file, write_json
+from maisi_tools.files import expanded, fingerprint_file, held, read_json, write_json
 from maisi_tools.volumes.inputs import stem_of
 
 HERE = Path(__file__).resolve().parent
@@ -85,6 +85,9 @@ STAGES = (
 
 BY_NAME = ("editing", "downstream")
 """Stages that run where --stages names them, and with --quick."""
+
+BEGUN = ("*/checkpoint*", "*/model*.pt")
+"""Files of which there is one where a training has begun: from these it goes on, and others begin with them."""
 
 AT_HOME = ("masks", "evaluate", "samples", "editing", "downstream")
 """Stages for which a packed file has not all that they need."""
@@ -420,16 +423,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Make all stages, see the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "data", type=Path, help="folder of NAME_ct.nii.gz and NAME_seg.nii.gz, such as OpenKBP's, or a packed file"
+        "data", type=expanded, help="folder of NAME_ct.nii.gz and NAME_seg.nii.gz, such as OpenKBP's, or a packed file"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=expanded, required=True, help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=60.0, help="of training, for each stage that trains")
-    parser.add_argument("--split", type=Path, default=ROOT / "docs" / "held_out.json")
+    parser.add_argument("--split", type=expanded, default=ROOT / "docs" / "held_out.json")
     parser.add_argument(
         "--stages",
         help=f"of {','.join(STAGES)} (default: all but {', '.join(BY_NAME)}; of a packed file the trainings)",
     )
-    parser.add_argument("--pack", type=Path, help="write the data, with completed masks, into this file")
+    parser.add_argument("--pack", type=expanded, help="write the data, with completed masks, into this file")
     parser.add_argument("--ship", action="store_true", help="copy weights and figures into the bundles")
     parser.add_argument("--gpu", action="store_true", help="larger batches and crops, for a GPU")
     parser.add_argument(
@@ -449,39 +452,53 @@ def main(arguments: list[str] | None = None) -> None:
     if given.quick and given.ship:
         raise InputError("--quick makes networks that fit no bundle; leave it out, or --ship")
     out = given.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
     changes: dict[str, dict[str, Any]] = {}
     for name in ("gpu", "quick"):
         if getattr(given, name):
             for stage, settings in json.loads((HERE / f"{name}.json").read_text()).items():
                 changes.setdefault(stage, {}).update(settings)
+    with held(out, f"another run works in {out}; wait for its end, or give another --out"):
+        open_folder(out, given, stages, changes)
+        run = Run(out, given.minutes, changes)
+        for stage in STAGES[1:]:
+            if stage in stages:
+                getattr(run, stage)()
+        if given.pack:
+            pack(out, given.pack)
+        if given.ship:
+            publish(out, ROOT)
 
-    if (out / "quick.json").is_file() != given.quick and any(out.glob("*/model.pt")):
+
+def open_folder(
+    out: Path, given: argparse.Namespace, stages: Sequence[str], changes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Begin the folder of the runs, or refuse to go on in it; `quick.json` there says that its networks are tiny.
+
+    Raises:
+        InputError: it is of other data, or of networks of another size (``--quick``).
+    """
+    quick = out / "quick.json"
+    if quick.is_file() != given.quick and any(file for pattern in BEGUN for file in out.glob(pattern)):
         raise InputError(
             f"{out} has the weights of a run {'without' if given.quick else 'with'} --quick; give another --out"
         )
-    if given.quick:
-        write_json(out / "quick.json", changes)
     begun = (out / "datalist.json").is_file()
-    if packed and begun:
-        check_packed(out, given.data)
-    elif packed:
-        write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
-        unpack(given.data, out)
+    if given.data.is_file():
+        if begun:
+            check_packed(out, given.data)
+        else:
+            write_json(out / "packed.json", {"fingerprint": fingerprint_file(given.data)})
+            unpack(given.data, out)
     elif (out / "packed.json").is_file():
         raise InputError(f"{out} is of a packed file, not of {given.data}; give that file, or another --out")
     elif begun:
-        check_data(out, given.data.resolve(), json.loads(given.split.read_text()))
+        check_data(out, given.data.resolve(), read_json(given.split))
     elif "prepare" in stages:
-        prepare(given.data.resolve(), out, json.loads(given.split.read_text()))
-    run = Run(out, given.minutes, changes)
-    for stage in STAGES[1:]:
-        if stage in stages:
-            getattr(run, stage)()
-    if given.pack:
-        pack(out, given.pack)
-    if given.ship:
-        publish(out, ROOT)
+        prepare(given.data.resolve(), out, read_json(given.split))
+    if given.quick:
+        write_json(quick, changes)
+    else:
+        quick.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
