@@ -27,10 +27,19 @@ import torch
 from monai.bundle import ConfigParser, run
 from scipy.stats import bootstrap
 
+from maisi_tools.bundles.settings import check_keys, check_values
 from maisi_tools.datasets.datalist import belongs, read_datalist
 from maisi_tools.datasets.layouts import CT_SUFFIX
 from maisi_tools.errors import InputError, report_input_errors
-from maisi_tools.files import check_own_json, fingerprint_file, json_mapping, write_csv, write_json
+from maisi_tools.files import (
+    check_own_json,
+    expanded,
+    fingerprint_file,
+    held,
+    json_mapping,
+    write_csv,
+    write_json,
+)
 from maisi_tools.training import checkpoint
 from maisi_tools.volumes.inputs import check_output_dir, check_stems, stem_of
 
@@ -50,6 +59,9 @@ RESAMPLES = 9999
 
 CASES = ("training", "first", "validation", "kept_out")
 """Lists of cases among an arm's settings."""
+
+FIXED = {"bundle_root", "meta_file", "datalist", "ckpt_dir", "ckpt_path", "output_dir", "seed", "resume", "init_ckpt"}
+"""Keys of the configs that an arm sets itself."""
 
 CONFIGS = ("train.json", "converge.json", "inference.json", "evaluate.json", "metadata.json")
 
@@ -102,7 +114,7 @@ class Experiment:
 
     Raises:
         InputError: a case without label or file, one that is kept out and trained or validated with, one that is
-            validated and trained with, a synthetic one of either, or no such bundle.
+            validated and trained with, a synthetic one of either, no such bundle, or overrides that it cannot have.
     """
 
     def __init__(
@@ -133,6 +145,7 @@ class Experiment:
             for case in read_datalist(kept_out, "validation")
             if case.get("patient")
         }
+        self.overrides = _checked_overrides(self.root / "configs", overrides or {})
         self.folder = check_output_dir(output_dir)
         check_own_json(
             self.folder / "downstream.json",
@@ -141,7 +154,6 @@ class Experiment:
             "output_dir",
             ["downstream.csv", "table.md"],
         )
-        self.overrides = dict(overrides or {})
         self.fingerprints: dict[str | Path, str] = {}
 
     def run(
@@ -163,7 +175,8 @@ class Experiment:
             The rows of ``downstream.csv``, see :func:`compare_arms`.
 
         Raises:
-            InputError: too few cases, numbers or orders that cannot be, or arms there of other settings.
+            InputError: too few cases, numbers or orders that cannot be, arms there of other settings, or another run
+                in the folder.
         """
         self._check(real_counts, synthetic_counts, orders, seeds)
         arms = [
@@ -175,14 +188,16 @@ class Experiment:
                 *(Arm(n, m, order, seed) for m in synthetic_counts for order in orders),
             )
         ]
-        for arm in arms:  # all doors before the first training
-            self._finished(arm)
         found: dict[Arm, dict[str, Any]] = {}
         rows: list[dict[str, Any]] = []
-        for number, arm in enumerate(arms, start=1):
-            logger.info("arm %d of %d: %s", number, len(arms), arm.name)
-            found[arm] = self._finished(arm) or self._make(arm)
-            rows = self._write(found)
+        taken = f"another run trains the arms in {self.folder}; wait for its end, or give another output folder"
+        with held(self.folder, taken):
+            for arm in arms:  # all doors before the first training
+                self._finished(arm)
+            for number, arm in enumerate(arms, start=1):
+                logger.info("arm %d of %d: %s", number, len(arms), arm.name)
+                found[arm] = self._finished(arm) or self._make(arm)
+                rows = self._write(found)
         return rows
 
     def _write(self, found: Mapping[Arm, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -424,6 +439,22 @@ def _labelled(datalist: str | Path, section: str) -> list[dict[str, Any]]:
     return [{"image": str(case["image"]), "label": str(case["label"])} for case in cases]
 
 
+def _checked_overrides(configs: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that an arm's training has, and does not set itself.
+
+    Raises:
+        InputError: others, or values that they cannot have.
+    """
+    if fixed := FIXED & {key.split("#")[0] for key in overrides}:
+        raise InputError(f"settings has {', '.join(sorted(fixed))}, which every arm sets itself; leave it out")
+    parser = ConfigParser(ConfigParser.load_config_files([configs / "train.json", configs / "converge.json"]))
+    parser.update(overrides)
+    files = [ConfigParser.load_config_file(configs / name) for name in CONFIGS]
+    check_keys(parser.get(), files)
+    check_values(parser.get(), files)
+    return dict(overrides)
+
+
 def _check_apart(
     datalist: str | Path, section: str, held: str | Path, reason: str, known: Sequence[str] | None = None
 ) -> None:
@@ -472,10 +503,10 @@ def _origin(stem: str, known: Sequence[str]) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiment, see the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--datalist", required=True, help="real cases to train on and to validate with")
-    parser.add_argument("--kept_out", required=True, help="real cases to measure on, under 'validation'")
-    parser.add_argument("--synthetic", required=True, help="synthetic cases, under 'training'")
-    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--datalist", type=expanded, required=True, help="real cases to train on and to validate with")
+    parser.add_argument("--kept_out", type=expanded, required=True, help="real cases to measure on, under 'validation'")
+    parser.add_argument("--synthetic", type=expanded, required=True, help="synthetic cases, under 'training'")
+    parser.add_argument("--output_dir", type=expanded, required=True)
     parser.add_argument("--real", default="10,20", help="N, such as 10,20")
     parser.add_argument("--synthetic_counts", default="40,100", help="M, such as 40,100")
     parser.add_argument("--orders", default=",".join(ORDERS), help=f"of {', '.join(ORDERS)}")
@@ -492,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         json_mapping(given.settings, "settings"),
     )
     experiment.run(_counts(given.real), _counts(given.synthetic_counts), given.orders.split(","), given.seeds)
-    print((Path(given.output_dir) / "table.md").read_text())
+    print((given.output_dir / "table.md").read_text())
 
 
 def _counts(text: str) -> list[int]:

@@ -8,13 +8,18 @@ from maisi_tools.datasets.datalist import read_datalist
 from maisi_tools.errors import InputError
 
 
-def test_relative_paths_belong_to_the_datalist_or_to_base_dir(tmp_path):
+def test_relative_paths_belong_to_the_datalist_or_to_base_dir(tmp_path, monkeypatch):
     path = tmp_path / "lists" / "datalist.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"training": [{"image": "x_ct.nii.gz", "label": "/far/x_seg.nii.gz", "name": "x"}]}))
     item = {"label": "/far/x_seg.nii.gz", "name": "x"}
     assert read_datalist(path, "training") == [{"image": str(tmp_path / "lists" / "x_ct.nii.gz"), **item}]
     assert read_datalist(path, "training", tmp_path) == [{"image": str(tmp_path / "x_ct.nii.gz"), **item}]
+    monkeypatch.chdir(tmp_path)  # and these to where one is
+    assert read_datalist("lists/datalist.json", "training") == read_datalist(path, "training")
+    assert read_datalist(path, "training", ".") == read_datalist(path, "training", tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "lists")
+    assert read_datalist("link/datalist.json", "training")[0]["image"] == str(tmp_path / "link" / "x_ct.nii.gz")
 
 
 @pytest.mark.parametrize("content", [{"validation": [{"image": "x"}]}, {"training": []}])

@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import held
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.training.checkpoint import Checkpointer
 from maisi_tools.training.plateau import StopAtPlateau
@@ -179,6 +180,37 @@ def test_cases_that_cannot_be_used_are_refused(experiment, lists, tmp_path):
         experiment(kept_out=other)
     with pytest.raises(InputError, match="is kept out by .* has it"):
         experiment(kept_out=lists["datalist"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 3}, "settings has seed, which every arm sets itself; leave it out"),
+        ({"resume": False, "init_ckpt": "a.pt"}, "settings has init_ckpt, resume, which"),
+        ({"output_dir": "a", "datalist": "b", "ckpt_dir": "c"}, "settings has ckpt_dir, datalist, output_dir, which"),
+        ({"patiense": 3}, "no use for the key patiense .nearest: patience"),
+        ({"patience": "long"}, "patience is 'long'; allowed is a number"),
+    ],
+)
+def test_settings_that_no_arm_can_have_are_refused_at_once(lists, tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        Experiment(**lists, output_dir=tmp_path / "out", overrides=TINY | settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_paths_of_relative_lists_are_written_into_the_arms_lists_as_absolute_ones(lists, tmp_path, monkeypatch):
+    folder = lists["datalist"].parent
+    monkeypatch.chdir(folder.parent)
+    text = lists["datalist"].read_text().replace(f"{folder}/", "")
+    (folder / "by_name.json").write_text(text)
+    given = lists | {"datalist": f"{folder.name}/by_name.json", "output_dir": tmp_path / "out"}
+    assert Experiment(**given).real == json.loads(lists["datalist"].read_text())["training"]
+
+
+def test_one_run_at_a_time_trains_in_a_folder(experiment, tmp_path):
+    with held(tmp_path / "out", "never said"), pytest.raises(InputError, match="another run trains the arms in"):
+        experiment()
+    assert not list((tmp_path / "out").glob("*/*"))
 
 
 @pytest.mark.parametrize("section", ["training", "validation"])

@@ -28,7 +28,8 @@ def read_datalist(
 
     Args:
         datalist: JSON file with a list of dicts under ``section``; relative paths are relative to ``base_dir``, or to
-            the datalist's own folder when ``base_dir`` is None.
+            the datalist's own folder when ``base_dir`` is None. They come back absolute: another list, elsewhere, may
+            be made of them.
         required: whether a missing or empty section is an error.
 
     Raises:
@@ -62,7 +63,8 @@ def read_datalist(
         )
     items: list[dict] = []
     if listed:
-        items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base_dir)
+        base = Path(path.parent if base_dir is None else base_dir).absolute()
+        items = load_decathlon_datalist(str(path), is_segmentation=True, data_list_key=section, base_dir=base)
         items = [{key: value for key, value in item.items() if key != "label" or value is not None} for item in items]
     if required and not items:
         raise InputError(f"datalist {path} has no entries under {section!r}; it needs at least one")
