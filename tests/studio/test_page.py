@@ -591,6 +591,21 @@ def test_a_job_is_cancelled(open_page, server) -> None:
     soon(page.locator("#jobs li", has=page.locator("[aria-current]"))).to_contain_text("cancelled")  # asked for anew
 
 
+def test_a_press_for_something_else_counts_while_one_is_on_its_way(open_page, server) -> None:
+    """The same button twice is one job; the other one is another."""
+    page = open_page()
+    held: list[Any] = []
+    page.route("**/v1/jobs", lambda route: held.append(route) if route.request.method == "POST" else route.continue_())
+    steps(page, 900)
+    for button in ("#draw-mask", "#draw-mask", "#make-ct", "#make-ct"):
+        page.click(button)
+    server.wait(lambda: len(held) >= 2 or page.wait_for_timeout(50), 10)
+    page.wait_for_timeout(200)
+    assert [json.loads(route.request.post_data)["makes"] for route in held] == ["mask", "ct"]
+    for route in held:
+        route.abort()
+
+
 def test_a_reload_in_mid_job_and_another_page_lose_nothing(open_page) -> None:
     page = open_page()
     page.get_by_label("Part of the body").select_option("head_neck")

@@ -144,10 +144,12 @@ function show(mine, job) {
   }
 }
 
-let starting = null; // a second press while the first one is on its way is the same press
+// Of requests on their way: a second press for the same is the same press, and one for another is its own.
+const starting = new Map();
 export async function start(request) {
-  starting ??= post("/v1/jobs", request).finally(() => (starting = null));
-  const job = await starting;
+  const asked = JSON.stringify(request);
+  if (!starting.has(asked)) starting.set(asked, post("/v1/jobs", request).finally(() => starting.delete(asked)));
+  const job = await starting.get(asked);
   look(job.id);
   refreshJobs();
   if (matchMedia("(max-width: 900px)").matches) $("#result").scrollIntoView();
