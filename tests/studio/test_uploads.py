@@ -61,6 +61,18 @@ def test_a_mask_is_described(described, tmp_path):
     assert (tmp_path / "0123" / "upload.json").is_file()
 
 
+def test_labels_that_no_label_map_takes_are_refused(tmp_path):
+    for number, (label, words) in enumerate([(65535, None), (65536, "65536"), (2**24, "16777216")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        nifti(blocks(1, 0).astype(np.int32) + np.where(blocks(0, 1), label, 0).astype(np.int32))(folder / "mask.nii.gz")
+        if words is None:
+            assert describe_upload(folder, "mask.nii.gz", "theirs", "mask")["labels"][-1]["value"] == label
+            continue
+        with pytest.raises(InputError, match=f"the mask has the label {words}; allowed are 0 to 65535: renumber it"):
+            describe_upload(folder, "mask.nii.gz", "theirs", "mask")
+
+
 def test_forty_unknown_labels_are_all_listed(described):
     known = described(nifti(blocks(*range(301, 341))), "mask.nii.gz")
     found = readings(known, LABEL_MAPS["maisi"])

@@ -14,7 +14,7 @@ from monai.transforms import Orientation
 from maisi_tools.errors import InputError
 from maisi_tools.files import write_json
 from maisi_tools.masks.class_folder import is_class_folder, read_numbers
-from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap
+from maisi_tools.masks.label_maps import LABEL_MAPS, LARGEST_LABEL, LabelMap
 from maisi_tools.masks.slicer import is_segmentation
 from maisi_tools.masks.vocabulary import VOCABULARY, display_name, label_id
 from maisi_tools.report.preview import page_colour
@@ -131,8 +131,10 @@ def checked_labels(labels: Any) -> dict[str, str | int]:
     checked: dict[str, str | int] = {}
     for value, name in labels.items():
         number = int(value) if value.isascii() and value.isdecimal() and len(value) <= DIGITS else 0
-        if not 0 < number <= 65535:
-            raise InputError(f"labels has {value[:40]!r}; allowed are the numbers in the file, from 1 to 65535")
+        if not 0 < number <= LARGEST_LABEL:
+            raise InputError(
+                f"labels has {value[:40]!r}; allowed are the numbers in the file, from 1 to {LARGEST_LABEL}"
+            )
         if str(number) in checked:
             raise InputError(f"labels has {number} twice; give each number of the file once")
         if name is not None and not isinstance(name, str):
@@ -148,6 +150,8 @@ def _labels_of(values: np.ndarray) -> list[dict[str, Any]]:
     found, counts = np.unique(values[values > 0], return_counts=True)
     if len(found) > LABELS:
         raise InputError(f"the mask has {len(found)} different values; allowed are {LABELS} labels: is it a picture?")
+    if len(found) and found[-1] > LARGEST_LABEL:
+        raise InputError(f"the mask has the label {found[-1]:.0f}; allowed are 0 to {LARGEST_LABEL}: renumber it")
     return [
         {"value": int(value), "voxels": int(count), "colour": page_colour(int(value))}
         for value, count in zip(found, counts, strict=True)
