@@ -46,10 +46,11 @@ def open_app(folders, python, monkeypatch):
     return lambda: make_app(folders, [SimpleNamespace(device="cpu", pid=None, job=None)])
 
 
-async def asked(app, method, path, body=b"", cut=False):
-    """Status and JSON (or bytes) of the answer; with `cut` the client leaves before it has sent all."""
+async def asked(app, method, path, body=b"", cut=False, leaves=False):
+    """Status and JSON (or bytes) of the answer; with `cut` the client leaves before it has sent all, or else after."""
     path, _, query = path.partition("?")
-    incoming = [{"type": "http.request", "body": body, "more_body": cut}] + [{"type": "http.disconnect"}] * cut
+    incoming = [{"type": "http.request", "body": body, "more_body": cut}]
+    incoming += [{"type": "http.disconnect"}] * (cut or leaves)
     answer = {"body": b""}
     scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": []}
     scope |= {"http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 1), "root_path": ""}
@@ -90,6 +91,32 @@ def test_an_entry_that_is_there_twice_is_refused(open_app, folders):
         status, answer = ask(app, "POST", path, body)
         assert status == 422 and f"{key} stands there more than once" in answer["detail"]
     assert not (folders.root / "label_maps").exists() and not (folders.root / "jobs").exists()
+
+
+def test_what_nobody_waits_for_any_more_is_not_made(open_app, monkeypatch):
+    monkeypatch.setattr(studio_app, "STILL_THERE", 0.01)
+    app, wanted = open_app(), {"num_output_samples": 3, "body_region": ["head"]}
+
+    async def states():
+        return [job["state"] for job in (await asked(app, "GET", "/v1/jobs"))[1]]
+
+    async def stays():
+        waits = asyncio.create_task(asked(app, "POST", "/v1/maisi/run", json.dumps(wanted).encode()))
+        await asyncio.sleep(0.2)
+        found = await states()
+        waits.cancel()
+        return found
+
+    assert ask(app, "POST", "/v1/maisi/run", wanted, leaves=True)[0] == 400
+    assert asyncio.run(states()) == ["cancelled"] * 3
+    assert asyncio.run(stays())[:3] == ["waiting"] * 3
+
+
+@pytest.mark.parametrize("beside", [{"source": PHANTOM}, {"preset": "head_neck"}, {"source": PHANTOM, "preset": "x"}])
+def test_a_plan_is_of_a_size_or_of_something_that_has_one(open_app, beside):
+    status, answer = ask(open_app(), "POST", "/v1/plan", {"size": [48, 48, 48], **beside})
+    words = f"the plan has size and {' and '.join(beside)}, which would change nothing; give one of them"
+    assert (status, answer["detail"]) == (422, words)
 
 
 def test_a_plan_that_takes_too_long_is_refused_and_the_next_one_made(open_app, monkeypatch):

@@ -72,6 +72,8 @@ def test_names_in_edits_become_those_of_the_vocabulary(check):
         {"resize": {"placeholder 18": 1.2, "left kidney": 2}},
         {"remove": ["hepatic tumor"], "seed": 7},
     ]
+    unflipped = {"flip": False, "remove": ["lung tumor"]}
+    assert check(mask(edits=[unflipped]))["edits"] == [unflipped]
     assert {label_id(name) for name in NAMES} == set(NAMES.values()) == VOCABULARY.keys() - {200}
 
 
@@ -113,7 +115,10 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(source={"kind": "generator", "organ_sizes": {"liver": 3}}), "organ_sizes has liver"),
         (ct(source={"kind": "generator", "organ_sizes": {"larynx": 900}}), "allowed are 2 to 63 ml"),
         (ct(source={"kind": "generator", "organ_sizes": {"larynx": True}}), "allowed are 2 to 63 ml"),
-        (ct(source={"kind": "generator", "organ_sizes": 3}), "organ_sizes is 3"),
+        *(
+            (ct(source={"kind": "generator", "organ_sizes": odd}), f"organ_sizes is {odd!r}; allowed is organ -> ml")
+            for odd in (3, 0, "", [], False)
+        ),
         (ct(source={"kind": "job", "id": "two"}), "there is no job 'two'"),
         (ct(source={"kind": "upload", "id": {"a": 1}}), "there is no upload"),
         (mask(source={"kind": "ct", "id": "0", "mask_id": "0"}), "there is no upload '0'"),
@@ -130,6 +135,8 @@ def test_the_grid_of_a_ct_is_told_before_it_is_made(check, catalogue):
         (ct(edits=[{"resize": {"liver": "1.2"}}]), "resize of liver is '1.2'"),
         (ct(edits=[{"redraw": "liver"}]), "for a mask"),
         (ct(edits=[{"flip": 1}]), "flip is 1"),
+        (ct(edits=[{"flip": False}]), "which changes nothing; give flip: true, or leave it out"),
+        (ct(edits=[{"flip": False, "seed": 3}]), "which changes nothing"),
         (ct(edits=[{"remove": []}]), "remove is"),
         (ct(edits=[{"insert": {"lung tumor": 2}, "seed": -1}]), "seed of an edit is -1"),
         (ct(edits=[{"flip": True}] * 51), "edits is no list of at most 50"),

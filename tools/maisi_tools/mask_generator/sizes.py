@@ -63,7 +63,7 @@ class OrganSizes:
         Raises:
             InputError: an organ these weights do not know, or a size outside its range.
         """
-        asked = asked or {}
+        asked = {} if asked is None else asked
         if not isinstance(asked, Mapping):
             raise InputError(f"organ_sizes is {asked!r}; allowed is organ -> ml: {self._example()}")
         given = {str(name).strip().casefold(): value for name, value in asked.items()}

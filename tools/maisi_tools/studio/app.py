@@ -11,7 +11,7 @@ import shutil
 import socket
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
@@ -51,6 +51,9 @@ Result = TypeVar("Result")
 
 KEEP_ALIVE = 15.0
 """Seconds after which a comment is sent to who waits for news, so that no one in between closes the connection."""
+
+STILL_THERE = 1.0
+"""Seconds after which it is looked anew whether a client is there that waits for samples."""
 
 UPLOAD_ID_BYTES = 8
 """An upload's id, and folder, has two digits for each; other folders beside them are the user's own."""
@@ -385,8 +388,8 @@ def make_app(folders: Folders, workers: Sequence[Worker]) -> FastAPI:
         try:
             for content in contents:
                 made.append(add(content))
-            await jobs.finished(made)
-        except BaseException:  # the queue is full, or the server ends
+            await _while_there(request, jobs.finished(made))
+        except BaseException:  # the queue is full, the client left, or the server ends
             for job in made:
                 if job.state not in FINAL:
                     jobs.cancel(job)
@@ -417,6 +420,8 @@ def _to_plan(
     if content.get("size") is not None:
         check_triple("size", content["size"], 1, 4096, whole=True)
     sized = content.get("size") is not None
+    if sized and (beside := [key for key in ("source", "preset") if content.get(key) is not None]):
+        raise InputError(f"the plan has size and {' and '.join(beside)}, which would change nothing; give one of them")
     source = {"kind": "phantom"} if sized else content.get("source")
     request = check_request({"makes": "ct", "source": source, "settings": settings}, catalogue, mask_grid)
     size = content["size"] if sized else grid_of(request, catalogue, mask_grid)[0]
@@ -453,6 +458,22 @@ async def _content(request: Request) -> Any:
             f"the body is no JSON that can be read ({error}); allowed is an object with each key once: see "
             "/openapi.json"
         ) from None
+
+
+async def _while_there(request: Request, waits: Coroutine[Any, Any, None]) -> None:
+    """Wait for something as long as the client does.
+
+    Raises:
+        ClientDisconnect: it left.
+    """
+    waiting = asyncio.create_task(waits)
+    try:
+        while not (await asyncio.wait([waiting], timeout=STILL_THERE))[0]:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+        await waiting
+    finally:
+        waiting.cancel()
 
 
 async def _receive(request: Request, path: Path, most: int) -> None:

@@ -235,6 +235,8 @@ def _check_edit(edit: Any, real: bool) -> dict[str, Any]:
                 raise InputError(f"{key} is {value!r}; allowed is name -> number, such as {{'lung tumor': 20}}")
             amounts = [_check_amount(key, name, amount) for name, amount in value.items()]
             checked[key] = dict(zip(_names(key, value), amounts, strict=True))
+    if not any(checked.get(verb) for verb in verbs):
+        raise InputError(f"an edit is {edit!r}, which changes nothing; give flip: true, or leave it out")
     if (checked.get("shift_mm") or checked.get("elastic_mm")) and "augment" not in checked:
         raise InputError(
             f"an edit is {edit!r}; shift_mm and elastic_mm move the lesions that augment names: add such as "
