@@ -489,10 +489,10 @@ def test_a_job_put_into_the_form_asks_for_the_same(open_page, server, files) -> 
             {
                 "makes": "ct",
                 "source": {"kind": "upload", "id": ids["mask"]},
-                "edits": [{"flip": True}, {"flip": False}],
+                "edits": [{"flip": True}, {"flip": False, "remove": "lung tumor"}],
             },
             "upload",
-            ["Nothing (kept as it was asked for)"],
+            ["Take out lung tumor (kept as it was asked for)"],
         ),
         (
             {"makes": "ct", "source": {"kind": "ct", "id": ids["ct"], "mask_id": ids["mask"]}, "edits": anew},
