@@ -299,12 +299,15 @@ def test_quick_is_what_the_folder_was_last_begun_with(recipe, data, tmp_path):
         (tmp_path / file).unlink()
 
 
-def test_one_run_at_a_time_works_in_a_folder(recipe, data, tmp_path):
-    options = [str(data), "--out", str(tmp_path), "--stages", "prepare", "--split", str(data / "split.json")]
+def test_one_run_at_a_time_begins_a_folder_and_is_at_a_stage(recipe, data, tmp_path):
+    options = [str(data), "--out", str(tmp_path), "--split", str(data / "split.json"), "--stages"]
     recipe.begun(tmp_path, data)
-    with held(tmp_path, "never said"), pytest.raises(InputError, match=f"another run works in {tmp_path}; wait"):
-        recipe.main(options)
-    recipe.main(options)
+    with held(tmp_path, "never said"), pytest.raises(InputError, match=f"another run begins in {tmp_path}; wait"):
+        recipe.main([*options, "prepare"])
+    with held(tmp_path / ".held" / "evaluate", "never said"):
+        with pytest.raises(InputError, match=f"another run is at evaluate in {tmp_path}; wait"):
+            recipe.main([*options, "evaluate"])
+        recipe.main([*options, "prepare"])
 
 
 def test_what_cannot_work_is_refused_at_once(run, data, tmp_path):

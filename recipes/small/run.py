@@ -457,16 +457,19 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(given, name):
             for stage, settings in json.loads((HERE / f"{name}.json").read_text()).items():
                 changes.setdefault(stage, {}).update(settings)
-    with held(out, f"another run works in {out}; wait for its end, or give another --out"):
+    with held(out, f"another run begins in {out}; wait, or give another --out"):
         open_folder(out, given, stages, changes)
-        run = Run(out, given.minutes, changes)
-        for stage in STAGES[1:]:
-            if stage in stages:
+    run = Run(out, given.minutes, changes)
+    for stage in STAGES[1:]:
+        if stage in stages:  # two processes may train two stages side by side, as on a GPU
+            with held(
+                out / ".held" / stage, f"another run is at {stage} in {out}; wait for its end, or give another --out"
+            ):
                 getattr(run, stage)()
-        if given.pack:
-            pack(out, given.pack)
-        if given.ship:
-            publish(out, ROOT)
+    if given.pack:
+        pack(out, given.pack)
+    if given.ship:
+        publish(out, ROOT)
 
 
 def open_folder(
