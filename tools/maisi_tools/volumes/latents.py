@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Orientation
 from numpy.typing import ArrayLike
 
 from maisi_tools.errors import InputError
@@ -137,7 +137,10 @@ class RestoreGeometryd(MapTransform):
         sidecar = latent.meta["sidecar"]
         ct = crop_to(ct[None], sidecar["size"])[0]
         meta = {"filename_or_obj": latent.meta["filename_or_obj"]}
-        ct = MetaTensor(ct, affine=torch.as_tensor(image_affine(latent.affine, int(sidecar["factor"]))), meta=meta)
+        affine = torch.as_tensor(image_affine(latent.affine, int(sidecar["factor"])))
+        ct = MetaTensor(ct, affine=affine, meta=meta)
+        if torch.linalg.det(affine[:3, :3]) < 0:  # a mirrored view, which lies otherwise than RAS
+            ct = Orientation(axcodes="RAS", labels=None)(ct)
         return {**data, self.keys[0]: from_ras(ct, sidecar.get("orientation", "RAS"))}
 
 
