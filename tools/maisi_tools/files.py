@@ -157,9 +157,10 @@ def check_own_json(
     Raises:
         InputError: there is one of another form, or that is no JSON, or one of `beside` and not it.
     """
-    others = [path.with_name(name) for name in beside if not path.exists()]
-    for file in (path, *others):
-        _check_own(file, lambda file: file == path and is_ours(read_json(file)), writer, option)
+    _check_own(path, lambda file: is_ours(read_json(file)), writer, option)
+    if not path.exists():
+        for name in beside:
+            _check_own(path.with_name(name), lambda _: False, writer, option)
 
 
 def check_own_table(path: Path, columns: Sequence[str], writer: str, option: str) -> None:
