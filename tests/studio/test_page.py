@@ -405,6 +405,57 @@ def test_a_new_mask_is_not_read_as_the_one_before(open_page, files, tmp_path) ->
     assert part.get_by_label(f"Structure of label {PAROTID}").input_value() == display_name(PAROTID)
 
 
+def test_nothing_is_typed_into_a_reading_that_is_on_its_way_out(open_page, files) -> None:
+    page = open_page()
+    page.get_by_label("A mask of mine").check()
+    part = page.locator("[data-kind=upload]")
+    part.get_by_label("Mask", exact=True).set_input_files(files["mask"])
+    gland = part.get_by_label(f"Structure of label {PAROTID}")
+    gland.fill("")
+    asked: list[Any] = []
+    page.route("**/labels?*", lambda route: asked.append(route))
+    part.locator(".label-map").select_option("totalsegmentator")
+    soon(gland).to_be_disabled()
+    assert part.locator(".save-map").is_disabled()
+    asked.pop().continue_()
+    page.unroute("**/labels?*")
+    gland.fill("liver")  # waits until it can be written
+    assert gland.get_attribute("data-was") != display_name(PAROTID)
+    assert gland.input_value() == "liver" and part.locator(".save-map").is_enabled()
+    # A reading that cannot be had shows no rows: those of the one before mean other structures.
+    page.route("**/labels?*", lambda route: route.fulfill(status=404, json={"detail": "it is gone"}))
+    part.locator(".label-map").select_option("maisi")
+    part.locator(".refused", has_text="it is gone").wait_for()
+    assert gland.count() == 0 and not part.locator(".save-map").is_visible()
+
+
+def test_two_jobs_put_into_the_form_at_once_are_not_mixed(open_page, server, files) -> None:
+    upload = server.ask("/v1/uploads?kind=mask&name=a.nii.gz", files["mask"].read_bytes())["id"]
+    asked = {
+        "upload": {"source": {"kind": "upload", "id": upload}, "edits": [{"insert": {"lung tumor": 15}}]},
+        "phantom": {"source": {"kind": "phantom", "body": "head_neck"}, "edits": []},
+    }
+    page = open_page()
+    held: list[Any] = []
+    page.route(f"**/v1/uploads/{upload}", lambda route: held.append(route))
+    for request in asked.values():
+        job = server.ask("/v1/jobs", {"makes": "mask", **request})
+        server.cancel(job["id"])
+        page.evaluate(
+            "id => { document.querySelector('#state').textContent = ''; location.hash = `job=${id}`; }", job["id"]
+        )
+        page.locator("#state", has_text="Cancelled").wait_for()
+        page.click("#again")
+        soon(page.locator("#form")).to_have_js_property("inert", True)
+    soon(page.locator("[name=kind][value=upload]")).to_be_checked()
+    for route in held:
+        route.continue_()
+    page.unroute(f"**/v1/uploads/{upload}")
+    soon(page.locator("[name=kind][value=phantom]")).to_be_checked()
+    soon(page.locator("#form")).to_have_js_property("inert", False)
+    assert page.locator("#edit-list li").count() == 0
+
+
 def test_a_reading_is_saved_under_a_name_of_its_own(open_page, files) -> None:
     page = open_page()
     page.get_by_label("A mask of mine").check()

@@ -252,8 +252,19 @@ async function behind(job) {
   return makes === "mask" && of.kind !== "job" && parent.state === "done" && drawnWith.seed === set.seed ? parent : null;
 }
 
-// Fills the form from a job: what is not touched then asks for the same again.
-export async function fill(job) {
+// Fills the form from a job: what is not touched then asks for the same again. One job after the other, and nobody
+// else meanwhile: parts of two would be a request that nobody made.
+let filling = Promise.resolve();
+export function fill(job) {
+  const filled = filling.then(() => {
+    form.inert = true;
+    return fillFrom(job);
+  }).finally(() => (form.inert = false));
+  filling = filled.catch(() => {}); // said by the one who asked
+  return filled;
+}
+
+async function fillFrom(job) {
   if (!job.request) return;
   const { makes, settings: set } = job.request;
   const parent = await behind(job);

@@ -58,6 +58,7 @@ export class Upload {
   // Takes an upload that the server has, or null for none.
   async use(got, labelMap) {
     this.got = got;
+    this.asked = null; // an answer that is under way is of the file before
     this.refuse();
     const about = got && [got.name, got.size && `${got.size.join(" × ")} voxels`,
       got.spacing && `of ${got.spacing.map((mm) => words(mm, 2)).join(" × ")} mm`];
@@ -79,15 +80,16 @@ export class Upload {
     const map = $(".label-map", this.root).value;
     const mine = (this.asked = {});
     $(".map-file", this.root).hidden = true;
-    let labels;
+    this.hold(true); // what is typed until the answer is there would be lost with these rows
+    let labels = [];
+    let refused = "";
     try {
       labels = await get(`/v1/uploads/${this.got.id}/labels?${new URLSearchParams({ label_map: map })}`);
-      this.refuse();
     } catch (trouble) {
-      if (mine === this.asked) this.refuse(trouble.message);
-      return;
+      refused = trouble.message; // and no rows: those of another reading say nothing of this one
     }
     if (mine !== this.asked) return; // another reading was chosen meanwhile
+    this.refuse(refused);
     $(".labels", this.root).replaceChildren(...labels.map(({ value, voxels, meaning, known = meaning != null }) => {
       const input = element("input", { type: "text", value: meaning ?? "", placeholder: known ? "dropped" : "unknown" });
       input.setAttribute("list", "vocabulary");
@@ -96,7 +98,12 @@ export class Upload {
       return element("tr", {}, element("th", { scope: "row", textContent: value }),
         element("td", { className: "number", textContent: words(voxels) }), element("td", {}, input));
     }));
+    this.hold(false);
     this.changed();
+  }
+
+  hold(held) {
+    for (const part of [...this.inputs(), $(".save-map", this.root)]) part.disabled = held;
   }
 
   inputs() {
@@ -114,7 +121,7 @@ export class Upload {
     const unknown = inputs.filter((input) => !input.value && input.dataset.known === "false").length;
     $(".unknown", this.root).textContent = unknown
       ? `${unknown} label${unknown > 1 ? "s are" : " is"} unknown in this reading. Write the structure beside it, or leave it empty to drop it.`
-      : "Each structure can be changed.";
+      : inputs.length ? "Each structure can be changed." : "";
     const byHand = $(".by-hand", this.root);
     if (byHand.hidden && this.unsaved()) this.proposeName();
     byHand.hidden = !this.unsaved();
