@@ -58,10 +58,12 @@ def test_recomputed_blocks_have_the_same_gradients_and_copies_of_their_own(tiny_
     kept = {}
     for name, network in (("plain", plain), ("leaner", leaner)):
         seen: dict[int, int] = {}
-        keep = torch.autograd.graph.saved_tensors_hooks(
-            lambda x, seen=seen: seen.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x,
-            lambda x: x,
-        )
+
+        def note(x, seen=seen):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        keep = torch.autograd.graph.saved_tensors_hooks(note, lambda x: x)
         torch.manual_seed(1)
         with keep:
             output = network(torch.linspace(0, 1, 16**3).reshape(1, 1, 16, 16, 16))

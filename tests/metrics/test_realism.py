@@ -75,6 +75,22 @@ def test_moments_and_distance_agree_with_numpy():
     assert frechet_distance(*found) == pytest.approx(expected, rel=1e-6)
 
 
+def test_distance_of_fewer_slices_than_features():
+    """The covariances are singular."""
+    values = torch.randn(6, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    trace = float(np.trace(np.cov(values.numpy().T)))
+    for other, expected in (
+        (values, 0),
+        (values + 0.5, 40 * 0.25),
+        (3 * values, 4 * float(values.mean(0).square().sum()) + 4 * trace),
+        (-values, 4 * float(values.mean(0).square().sum())),
+    ):
+        found = [Moments(), Moments()]
+        for moments, features in zip(found, (values, other), strict=True):
+            moments.add(features)
+        assert frechet_distance(*found) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
 def test_a_set_against_itself_and_against_noise(network, folder, out):
     plain = files(folder, "plain")
 

@@ -65,14 +65,13 @@ def test_round_trip_is_exact(name):
 )
 @pytest.mark.parametrize("way", [1, -1])
 def test_axes_as_near_to_one_direction_as_to_another_come_back_in_their_order(turn, way):
-    """What is RAS then has other letters; a latent's image knows the letters alone."""
+    """What is RAS then has other letters, by nibabel from 5.4 on; a latent's image knows the letters alone."""
     affine = np.eye(4)
     affine[:3, :3] = turn.as_matrix() * (1.3 * way, 0.9, 2.5)
     affine[:3, 3] = (-101.3, 55.1, 7)
     affine = affine.astype(np.float32).astype(float)  # as in a file
     volume = as_read(affine)
     reference = Orientation("RAS", labels=None)(volume)
-    assert nib.aff2axcodes(reference.affine.numpy()) != ("R", "A", "S")
     restored = RestoreOrientationd("pred", "image")({"image": reference, "pred": reference.as_tensor()})["pred"]
     assert np.array_equal(restored.numpy(), volume.numpy()) and np.array_equal(restored.affine.numpy(), affine)
     described = DescribeLatentd("latent", "image", 2)({"image": reference, "latent": torch.zeros(4, 5, 6, 7)})

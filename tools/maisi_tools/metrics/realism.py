@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.metrics import MultiScaleSSIMMetric
-from monai.metrics.fid import compute_frechet_distance
 from monai.metrics.mmd import compute_mmd
 from monai.networks.nets import resnet18, resnet50
 from monai.transforms import Compose, ResizeWithPadOrCrop, ScaleIntensityRange, Spacing
@@ -116,8 +115,23 @@ class Moments:
 
 
 def frechet_distance(reference: Moments, other: Moments) -> float:
-    """FID (Heusel et al. 2017, arXiv 1706.08500) of two sets of features."""
-    return float(compute_frechet_distance(*reference.mean_and_covariance(), *other.mean_and_covariance()))
+    """FID (Heusel et al. 2017, arXiv 1706.08500) of two sets of features.
+
+    Not MONAI's, which takes the trace from a root of the product of both covariances: of fewer slices than features
+    that is singular, and scipy before 1.16, the last for Python 3.10, finds no root.
+    """
+    (mean, covariance), (other_mean, other_covariance) = reference.mean_and_covariance(), other.mean_and_covariance()
+    # With A A^T and B B^T for the covariances, the trace of their product's root is the sum of A^T B's singular values.
+    of_both = torch.linalg.svdvals(_factor(covariance).T @ _factor(other_covariance)).sum()
+    spread = covariance.trace() + other_covariance.trace() - 2 * of_both
+    return float((mean - other_mean).square().sum() + spread.clamp(min=0))
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """A with A A^T = covariance; eigenvalues that are rounding are 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    rounding = values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors * values.where(values > rounding, 0).sqrt()
 
 
 def measure_realism(
