@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from maisi_tools.errors import InputError
@@ -31,3 +33,22 @@ def test_the_first_bad_input_ends_the_check():
     with pytest.raises(InputError, match="b is damaged"):
         check_inputs([{"image": name} for name in "abc"], preprocessing)
     assert seen == ["a", "b"]
+
+
+def test_what_is_said_of_an_input_at_the_door_is_said_once(caplog):
+    logger = logging.getLogger("maisi_tools.tests.door")
+
+    def preprocessing(item):
+        logger.warning("%s is small", item["image"])
+
+    for run in range(2):  # the second has a door of its own
+        caplog.clear()
+        check_inputs([{"image": "a"}, {"image": "b"}], preprocessing)
+        for name in "abca":
+            preprocessing({"image": name})
+        assert caplog.messages == ["a is small", "b is small", "c is small", "a is small"], run
+    with pytest.raises(InputError):
+        check_inputs([{"image": "a"}], lambda item: (preprocessing(item), (_ for _ in ()).throw(InputError("damaged"))))
+    caplog.clear()
+    preprocessing({"image": "a"})
+    assert caplog.messages == ["a is small"]  # the run did not begin

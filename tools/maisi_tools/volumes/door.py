@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +14,47 @@ def check_inputs(data: Sequence[Mapping[str, Any]], preprocessing: Callable[[Any
     """Run a config's preprocessing over all inputs and drop the results.
 
     A file that is damaged or does not fit the weights then stops the run at once, not after hours, and nothing is left
-    half written.
+    half written. What the log says here of an input, it does not say once more when the input is computed.
 
     Raises:
         What the preprocessing raises: for wrong input an InputError, at some depth of the exception's chain.
     """
-    for item in tqdm(data, desc="checking inputs", unit="volume", delay=2):
-        preprocessing(dict(item))
+    _said.forget()
+    package = logging.getLogger(__package__.partition(".")[0])
+    package.addHandler(_said)
+    try:
+        for item in tqdm(data, desc="checking inputs", unit="volume", delay=2):
+            preprocessing(dict(item))
+    finally:
+        package.removeHandler(_said)
+    _said.silence()
+
+
+class _Said(logging.Handler):
+    """What the package's loggers said while this listened; as often as they did they can be kept from saying it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: Counter[tuple[str, str]] = Counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines[record.name, record.getMessage()] += 1
+
+    def silence(self) -> None:
+        for name, _ in list(self.lines):
+            logging.getLogger(name).addFilter(self._is_news)
+
+    def forget(self) -> None:
+        for name, _ in list(self.lines):
+            logging.getLogger(name).removeFilter(self._is_news)
+        self.lines.clear()
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        line = record.name, record.getMessage()
+        left = self.lines.get(line, 0)
+        if left:
+            self.lines[line] = left - 1
+        return not left
+
+
+_said = _Said()
