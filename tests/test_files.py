@@ -14,6 +14,7 @@ from maisi_tools.files import (
     fingerprint_file,
     fingerprint_tensors,
     json_mapping,
+    read_json,
     replacing,
     write_csv,
 )
@@ -125,3 +126,12 @@ def test_an_options_text_that_is_no_mapping_is_refused(text, words):
     with pytest.raises(InputError, match=words):
         json_mapping(text, "settings")
     assert json_mapping('{"strength": {"a": 1}, "b": {"a": 2}}', "settings") == {"strength": {"a": 1}, "b": {"a": 2}}
+
+
+def test_json_as_windows_writes_it(tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_bytes('\ufeff{"Läsion": 1}'.encode())
+    assert read_json(path) == {"Läsion": 1}
+    path.write_bytes('{"Läsion": 1}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="utf-8"):
+        read_json(path)

@@ -115,6 +115,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("count: 2\nstage: &it\n  seed: 1\nother:\n  <<: *it\n  seed: 3\n")
     assert read_yaml(path, "settings", "page.md") == {"count": 2, "stage": {"seed": 1}, "other": {"seed": 3}}
+    path.write_bytes(b"\xef\xbb\xbfcount: 2\n")  # as Windows writes it
+    assert read_yaml(path, "settings", "page.md") == {"count": 2}
     path.write_text("count: 2\nstage:\n  seed: 1\n  seed: 3\n")
     with pytest.raises(InputError, match=r"'seed' stands there more than once(.|\n)*line 3"):
         read_yaml(path, "settings", "page.md")

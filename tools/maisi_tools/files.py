@@ -134,13 +134,13 @@ def write_json(path: str | os.PathLike, content: Any, durable: bool = False) -> 
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Return what a user's JSON file holds.
+    """Return what a user's JSON file holds: UTF-8, whatever the machine's own encoding, and Windows' mark before it.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no JSON, or a key stands in an object twice, of which json would keep the last.
     """
-    return parse_json(Path(path).read_text())
+    return parse_json(Path(path).read_text(encoding="utf-8-sig"))
 
 
 def check_own_json(

@@ -84,7 +84,7 @@ def read_yaml(path: Path, what: str, page: str) -> Any:
             return super().construct_mapping(node, deep)
 
     try:
-        return yaml.load(path.read_text(), EachKeyOnce)
+        return yaml.load(path.read_text(encoding="utf-8-sig"), EachKeyOnce)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: bytes, dates or numbers
         raise InputError(f"{what} {path} cannot be read as YAML ({error}); see {page}") from error
 
