@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
+CONSTRAINTS := constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e
 
-.PHONY: demo notebooks studio test test-browser test-cohort test-monailabel test-orthanc test-thorough lint clean
+.PHONY: demo notebooks studio test test-browser test-cohort test-monailabel test-oldest test-orthanc test-thorough lint clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/maisi demo
@@ -26,10 +27,14 @@ test: $(VENV)/.installed-all
 test-thorough: $(VENV)/.installed-all
 	THOROUGH=1 $(BIN)/python -m pytest $(SHARED)
 
+# The same with the oldest packages that may be installed, in an environment of its own; some GB of downloads.
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt test
+
 # The report and the studio in a real browser; Chromium is a system's package (Debian: apt-get install chromium).
 test-browser: $(VENV)/.installed-all
 	command -v chromium
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt playwright axe-playwright-python
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) playwright axe-playwright-python
 	$(BIN)/python -m pytest -m browser
 
 # 200 samples by one process, and by Ray with workers killed at random; 10 minutes on two cores.
@@ -57,16 +62,16 @@ lint: $(VENV)/.installed-all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamps are older than pyproject.toml or constraints.txt when the environment is stale.
-$(VENV)/.installed-core: pyproject.toml constraints.txt | $(BIN)/python
+# The stamps are older than pyproject.toml or the constraints when the environment is stale.
+$(VENV)/.installed-core: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) .
 	touch $@
 
-$(VENV)/.installed-studio: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-studio: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) '.[studio,dicom]'
 	touch $@ $(VENV)/.installed-core
 
-$(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-all: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(INSTALL) '.[test,lint]'
 	touch $@ $(VENV)/.installed-core $(VENV)/.installed-studio
 
@@ -75,5 +80,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv --clear $(VENV)
 
 clean:
-	rm -rf $(VENV) $(LABEL) build dist demo_output .pytest_cache .hypothesis .mypy_cache .ruff_cache tools/*.egg-info
+	rm -rf $(VENV) .venv-oldest $(LABEL) build dist demo_output .pytest_cache .hypothesis .mypy_cache .ruff_cache tools/*.egg-info
 	find bundles tests tools -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -20,6 +20,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, download, load
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from maisi_tools.bundles.packaging import needed_files, package_bundle, shipped_files
 from maisi_tools.cli import main
@@ -188,6 +189,19 @@ def test_metadata_is_true(name, repo_root):
     for package, version in given.items():
         assert pinned[package] == version, package
         assert allowed[package].specifier.contains(version), package
+
+
+def test_the_oldest_versions_that_are_tried_are_those_that_are_allowed(repo_root):
+    project = (repo_root / "pyproject.toml").read_text()
+    listed = [Requirement(found) for found in re.findall(r'"([\w-]+(?:>=|==)[^"]+)"', project)]
+    tried = dict(re.findall(r"^([\w-]+)==(\S+)", (repo_root / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    least = {"torch": "2.8", "torchvision": "0.23"}  # MONAI's
+    for package, version in tried.items():
+        bounds = [r.specifier for r in listed if r.name == package]
+        assert all(bound.contains(version) for bound in bounds), package
+        lowest = max(Version(one.version) for bound in bounds for one in bound if one.operator == ">=")
+        oldest = least.get(package, str(lowest))
+        assert version == oldest or version.startswith(f"{oldest}."), package
 
 
 def test_a_wheel_has_the_data_files(repo_root, tmp_path):
