@@ -135,3 +135,9 @@ def test_json_as_windows_writes_it(tmp_path):
     path.write_bytes('{"Läsion": 1}'.encode("latin-1"))
     with pytest.raises(ValueError, match="utf-8"):
         read_json(path)
+
+
+def test_users_paths_are_expanded_by_one_function(repo_root):
+    """Path's own ends in a traceback where `~name` is no user."""
+    found = [path for path in (repo_root / "tools").rglob("*.py") if ".expanduser(" in path.read_text()]
+    assert found == [repo_root / "tools" / "maisi_tools" / "files.py"]

@@ -501,3 +501,13 @@ def test_work_comes_back_in_order(workers):
 def test_numbers_of_workers_that_are_none_are_refused(workers):
     with pytest.raises(InputError, match="whole number of processes"):
         list(in_order(abs, [1], workers, "counting"))
+
+
+def test_a_folder_without_volumes_is_refused_and_of_dicom_says_how(tmp_path):
+    (tmp_path / "CT").mkdir()
+    (tmp_path / "CT" / "notes.txt").write_text("none")
+    with pytest.raises(InputError, match="no volume .* allowed is a folder with volumes"):
+        find_cases(tmp_path)
+    (tmp_path / "CT" / "0001").write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(InputError, match="but DICOM; .* maisi dicom_read SERIES -o NAME_ct.nii.gz"):
+        find_cases(tmp_path)

@@ -56,7 +56,10 @@ def test_an_roi_of_another_frame_of_reference_is_left_out(written, studies, tmp_
     for roi in ds.StructureSetROISequence:
         roi.ReferencedFrameOfReferenceUID = "1.2.3.4"
     ds.save_as(tmp_path / "rt.dcm")
-    with pytest.raises(InputError, match="no structure that can be drawn .*another frame.* with --series"):
+    with pytest.raises(
+        InputError,
+        match="no structure that can be drawn .*another frame.* as --series FOLDER, to the listener in the same study",
+    ):
         read_mask(tmp_path / "rt.dcm", studies / "slices" / "CT")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import pydoc
 import shutil
 import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +18,7 @@ from pydicom.dataset import Dataset
 from maisi_tools.dicom.ct import to_lps
 from maisi_tools.dicom.objects import SYNTHETIC_DATA
 from maisi_tools.dicom.study import check_studies, is_of_scan, read_mask, write_study
-from maisi_tools.errors import InputError
+from maisi_tools.errors import InputError, find_input_error
 from maisi_tools.volumes.grid import straighten
 from maisi_tools.volumes.reading import read_volume
 
@@ -485,3 +487,13 @@ def test_gantry_tilt_survives_the_way_out_and_in(tmp_path, hu, mask):
         read_mask(tmp_path / "moved.dcm", tmp_path / "out" / "CT")
     volume = read_volume(tmp_path / "out" / "CT", "ct")
     assert np.array_equal(volume[0].numpy(), hu) and np.allclose(volume.affine, tilted, atol=1e-6)
+
+
+def test_without_highdicom_a_config_says_what_to_install(monkeypatch):
+    """MONAI looks a ``_target_`` up by pydoc, whose error has ours behind it."""
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    for name in ("segmentation", "structures", "study"):
+        monkeypatch.delitem(sys.modules, f"maisi_tools.dicom.{name}", raising=False)
+    with pytest.raises(pydoc.ErrorDuringImport) as failed:
+        pydoc.locate("maisi_tools.dicom.study.WriteStudyd")
+    assert "pip install 'maisi-bundles[dicom]'" in str(find_input_error(failed.value))

@@ -68,7 +68,8 @@ def test_ranges_of_the_vocabulary_and_changed_ones():
         ({"liver": [None, 1]}, "liver: .None, 1.; allowed are"),
         ({"liver": [False, True]}, "liver: .False, True.; allowed are"),
         ({"liver": [0, float("inf")]}, "liver: .0, inf.; allowed are"),
-        ({"999": [0, 1]}, "999 is no label"),
+        ({"999": [0, 1]}, "'999' is no label"),
+        ({"0": [0, 1]}, "'0' is no label; allowed are MAISI's ids 1..132 and 200 .body., and their names"),
         ([1], r"hu_ranges is \[1\]; allowed is label"),
     ],
 )

@@ -235,7 +235,7 @@ def test_spacing_range():
         check_spacing((0.5, 1, 6), SMALL, "the spacing of x.nii")
     assert "spacing of x.nii is 0.5 x 1 x 6 mm, outside along x, z" in str(error.value)
     assert "allowed is x 0.7..2.5, y 0.7..2.5, z 1..5 mm, the range these weights were trained for" in str(error.value)
-    assert "give --spacing to resample, or use the full-size weights" in str(error.value)
+    assert "give --spacing to resample, or use weights for it" in str(error.value)
 
 
 @pytest.mark.parametrize("spacing", [(0, 1, 1), (1, -1, 1), (1, 1, np.nan), (1, np.inf, 1), (1, 1), 1.0, "abc"])

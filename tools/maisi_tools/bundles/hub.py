@@ -14,6 +14,7 @@ import yaml
 
 from maisi_tools.bundles.packaging import read_metadata, shipped_files
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 
 PAGE = "docs/README.md"
 """The bundle's own page; the Hub shows the README.md at the top of a repository."""
@@ -57,7 +58,7 @@ def hub_folder(bundle: str | Path, output_dir: str | Path, org: str, pages: str 
         raise InputError(f"org {org!r} is no account of the Hub; allowed are letters and digits, with . _ - between")
     if pages is not None and not re.match(r"https?://\S+$", str(pages)):
         raise InputError(f"pages {pages!r} is no address; give one that begins with https://")
-    target = Path(output_dir).expanduser() / root.name
+    target = expanded(output_dir) / root.name
     if target.exists():
         raise InputError(f"{target} exists; remove it, or give another output_dir")
     card = model_card(root, org, pages)

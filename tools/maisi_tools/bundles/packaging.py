@@ -16,7 +16,7 @@ import yaml
 
 import maisi_tools
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing
+from maisi_tools.files import expanded, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def package_bundle(
         )
     files = shipped_files(root)
     made = {"configs/inference.json": merged_config(root, overlays)} if overlays else {}
-    target = Path(output_dir).expanduser() / f"{title}_v{read_metadata(root)['version']}.zip"
+    target = expanded(output_dir) / f"{title}_v{read_metadata(root)['version']}.zip"
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(files):

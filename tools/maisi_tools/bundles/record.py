@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.bundles.settings import running
-from maisi_tools.files import RUN_RECORD, check_own_json, sha256, write_json
+from maisi_tools.files import RUN_RECORD, check_own_json, expanded, sha256, write_json
 from maisi_tools.volumes.inputs import short_names
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def record_run(
     Raises:
         InputError: there is a ``run.json`` that no run wrote.
     """
-    path = Path(output_dir).expanduser() / RUN_RECORD
+    path = expanded(output_dir) / RUN_RECORD
     if int(os.environ.get("RANK", 0)):  # as torchrun sets it
         return path
     check_own_json(path, lambda found: found.keys() >= {"settings", "weights"}, "run", "output_dir")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 
 
 def bundle_script(bundle_root: str | os.PathLike, name: str) -> ModuleType:
@@ -19,7 +19,7 @@ def bundle_script(bundle_root: str | os.PathLike, name: str) -> ModuleType:
     Raises:
         InputError: the bundle has no such file.
     """
-    path = Path(bundle_root).expanduser().resolve() / "scripts" / f"{name}.py"
+    path = expanded(bundle_root).resolve() / "scripts" / f"{name}.py"
     key = f"bundle_script:{path}"
     if key in sys.modules:
         return sys.modules[key]

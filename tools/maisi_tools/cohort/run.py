@@ -40,6 +40,7 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import (
     LOCK,
     canonical_json,
+    expanded,
     fingerprint_file,
     fingerprint_text,
     held,
@@ -100,7 +101,7 @@ def make_cohort(
     """
     if engine not in ENGINES:
         raise InputError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
-    folder, bundles = Path(folder).expanduser().resolve(), Path(bundles).resolve()
+    folder, bundles = expanded(folder).resolve(), Path(bundles).resolve()
     _check_settings(spec, bundles)
     chosen: dict[str, Any] = {}
     seen: dict[str, Any] = {}
@@ -245,7 +246,7 @@ def _absolute(given: str | None) -> str | None:
     """The path of a file or of a bundle as it is from everywhere, since a worker may run elsewhere; a name as it is."""
     if given is None:
         return None
-    path = Path(given).expanduser()
+    path = expanded(given)
     return str(path.resolve()) if path.is_file() or (path / "configs").is_dir() else given
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from maisi_tools.cohort.layouts import LAYOUTS
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.masks.label_maps import LABEL_MAPS
 from maisi_tools.masks.library import MaskRequest
 from maisi_tools.masks.vocabulary import hosts_of, label_id
@@ -225,7 +226,7 @@ def read_spec(path: str | Path) -> CohortSpec:
     Raises:
         InputError: no such file, no YAML, or see :class:`CohortSpec`.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     content = read_yaml(path, "specification", "docs/how-to/cohorts.md")
     content = checked_fields(CohortSpec, content, str(path))
     if content.setdefault("masks", None) is None:
@@ -234,9 +235,9 @@ def read_spec(path: str | Path) -> CohortSpec:
         masks = checked_fields(Masks, content["masks"], "masks")
         if masks.get("path") is not None:
             # Whole, so that a cohort goes on from another working directory and through a link to its file.
-            masks["path"] = str((path.parent / Path(str(masks["path"])).expanduser()).resolve())
+            masks["path"] = str((path.parent / expanded(str(masks["path"]))).resolve())
         if isinstance(table := masks.get("label_map"), str) and table not in LABEL_MAPS:
-            files = (folder / Path(table).expanduser() for folder in (path.parent, Path()))
+            files = (folder / expanded(table) for folder in (path.parent, Path()))
             masks["label_map"] = next((str(file.resolve()) for file in files if file.is_file()), table)
         content["masks"] = Masks(**masks)
     tumors = content.get("tumors") or ()

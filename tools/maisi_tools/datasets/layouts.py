@@ -11,9 +11,9 @@ from typing import Any
 from maisi_tools.datasets.datalist import files_of_entry
 from maisi_tools.diffusion.conditions import MODALITIES
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import expanded, read_json
 from maisi_tools.masks.vocabulary import checked_regions
-from maisi_tools.volumes.inputs import SUFFIXES, is_volume, stem_of
+from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_volume, stem_of
 
 CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
 """``NAME_ct`` with ``NAME_seg`` beside it: how this project's folders name a volume and its mask."""
@@ -64,7 +64,7 @@ def find_cases(source: str | os.PathLike) -> tuple[list[Case], dict[int, str]]:
         InputError: it is none of what is allowed, or there is no volume in it. Files that are named but not there are
             no error here; reading them is.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         described = path / "dataset.json"
         return _of_dataset(described) if described.is_file() else (_of_folder(path), {})
@@ -86,7 +86,13 @@ def _of_folder(folder: Path) -> list[Case]:
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
     images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
     if not images:
-        raise InputError(f"no volume ({', '.join(SUFFIXES)}) below {folder}; allowed is {ALLOWED}")
+        found = f"no volume ({', '.join(SUFFIXES)}) below {folder}"
+        if any(is_dicom(file) for file in folder.rglob("*")):
+            raise InputError(
+                f"{found}, but DICOM; make each series a volume first: maisi dicom_read SERIES -o "
+                f"NAME{CT_SUFFIX}.nii.gz, and its SEG or RTSTRUCT as NAME{MASK_SUFFIX}.nii.gz (--series SERIES)"
+            )
+        raise InputError(f"{found}; allowed is {ALLOWED}")
     masks = {(file.parent, stem_of(file)): file for file in volumes}
     named = stem_of(images[0]).endswith(CT_SUFFIX)
     cases = []
@@ -239,7 +245,7 @@ def _read_json(path: Path) -> Any:
 
 def _from(listing: Path, file: str | Path) -> Path:
     """The file, relative to the JSON file that names it."""
-    return _absolute(listing.parent / Path(file).expanduser())
+    return _absolute(listing.parent / expanded(file))
 
 
 def _absolute(path: Path) -> Path:

@@ -12,6 +12,11 @@ from maisi_tools.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+WITH_ITS_SERIES = (
+    "give the CT series it was drawn on, too (on the command line as --series FOLDER, to the listener in the same "
+    "study)"
+)
+"""What to do, for messages."""
 
 MAX_STRUCTURES = 1000
 """Of one file, that are drawn; the vocabulary has 132 labels."""
@@ -61,7 +66,7 @@ def paint(
     Raises:
         InputError: no structure, or none that covers a voxel.
     """
-    advice = 'name them in a JSON table, {"NAME": "liver", "OTHER": 0}, and give it with --names'
+    advice = 'name them in a JSON table, {"NAME": "liver", "OTHER": 0}, and give it as names (--names NAMES)'
     if unknown:
         logger.warning("%s has structures that are left out: %s; to use them, %s", name, ", ".join(unknown), advice)
     if undrawn:
@@ -71,7 +76,7 @@ def paint(
     if not structures and undrawn and not unknown:
         raise InputError(
             f"{name} has no structure that can be drawn (it has: {', '.join(undrawn)}); allowed is at least one, with "
-            "closed contours in the series' frame of reference: give the series they were drawn on with --series"
+            f"closed contours in the series' frame of reference: {WITH_ITS_SERIES}"
         )
     if not structures:
         raise InputError(

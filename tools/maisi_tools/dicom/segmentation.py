@@ -6,10 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-import highdicom as hd
 import numpy as np
-from highdicom.color import CIELabColor
-from highdicom.seg import Segmentation, SegmentDescription
 from matplotlib.colors import hsv_to_rgb
 from pydicom.dataset import Dataset
 from pydicom.sr._snomed_dict import mapping
@@ -27,7 +24,7 @@ from maisi_tools.dicom.objects import (
     finish,
     software_version,
 )
-from maisi_tools.dicom.painting import Structure
+from maisi_tools.dicom.painting import WITH_ITS_SERIES, Structure
 from maisi_tools.errors import InputError
 from maisi_tools.masks.codes import (
     CATEGORIES,
@@ -42,6 +39,15 @@ from maisi_tools.masks.vocabulary import VOCABULARY, display_name
 from maisi_tools.volumes.checks import AGREES
 from maisi_tools.volumes.limits import check_limit
 from maisi_tools.volumes.series import MAX_EXTENT_MM, slice_affine
+
+try:
+    import highdicom as hd
+    from highdicom.color import CIELabColor
+    from highdicom.seg import Segmentation, SegmentDescription
+except ModuleNotFoundError as error:  # a config names what is here by its path, so there is no door before it
+    raise InputError(
+        "DICOM studies need the extra 'dicom'; install it with: pip install 'maisi-bundles[dicom]'"
+    ) from error
 
 SERIES, SERIES_FROM_SCAN, SERIES_NUMBER = "Mask of synthetic CT", "Mask of CT computed from a scan", 2
 
@@ -146,7 +152,7 @@ def segments(
     if geometry is None and slices is None:
         raise InputError(
             "the segmentation's frames form no regular volume; allowed are equally spaced frames, or those on the "
-            "slices of a series: give the CT series it was drawn on with --series FOLDER"
+            f"slices of a series: {WITH_ITS_SERIES}"
         )
     places: list[int] | None = None
     if slices is not None:
@@ -223,8 +229,7 @@ def _check_distance(ds: Dataset, found: float) -> None:
     if not any("SpacingBetweenSlices" in one for one in measures) and thick and found > 1.01 * max(thick):
         raise InputError(
             f"the segmentation's frames are {found:g} mm apart and {max(thick):g} mm thick, and it says nothing of "
-            "slices between them; allowed are frames on the slices of a series: give the whole CT series it was drawn "
-            "on with --series FOLDER"
+            f"slices between them; allowed are frames on the slices of a series, all of it: {WITH_ITS_SERIES}"
         )
 
 

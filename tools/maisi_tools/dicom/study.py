@@ -26,11 +26,12 @@ from scipy import ndimage
 
 from maisi_tools.dicom.ct import enhanced_ct, refer_to_sources, slice_headers, stored_values, to_lps, with_pixels
 from maisi_tools.dicom.objects import KEPT_TAGS, MANUFACTURER, digest, new_study
-from maisi_tools.dicom.painting import paint
+from maisi_tools.dicom.painting import WITH_ITS_SERIES, paint
 from maisi_tools.dicom.references import SERIES_TAGS, drawn_on, frames_of, scans_of, series_named
 from maisi_tools.dicom.segmentation import segmentation, segments
 from maisi_tools.dicom.structures import structure_set, structures
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.volumes.dicom_files import list_dicom, reading
 from maisi_tools.volumes.grid import straight_grid
@@ -92,8 +93,8 @@ def write_study(
         InputError: a folder that is in use, a mask on another grid, values or axes that DICOM cannot hold, a source
             that is no CT series, or none where it is needed, or not the scan that the CT was computed from.
     """
-    target = Path(folder).expanduser().resolve()  # of a link, what it leads to
-    inside = _check_free(Path(folder).expanduser(), replace)
+    target = expanded(folder).resolve()  # of a link, what it leads to
+    inside = _check_free(expanded(folder), replace)
     if mask is not None and mask.shape != hu.shape:
         raise InputError(f"the mask has the shape {mask.shape} and the CT {hu.shape}; allowed are both on one grid")
     turned, grid = to_lps(hu, affine)
@@ -138,7 +139,7 @@ def write_study(
             part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return [Path(folder).expanduser() / name for name in files]
+    return [expanded(folder) / name for name in files]
 
 
 def remove_study(folder: str | os.PathLike) -> None:
@@ -147,7 +148,7 @@ def remove_study(folder: str | os.PathLike) -> None:
     Raises:
         InputError: something else is in the folder.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     _clear(_check_free(folder, replace=True))
     with contextlib.suppress(OSError):
         folder.rmdir()
@@ -296,10 +297,7 @@ def _read_mask(
             affine = grid
     else:
         if slices is None:
-            raise InputError(
-                f"{path} is a structure set, which has contours and no grid; give the CT series it was drawn on with "
-                "--series FOLDER"
-            )
+            raise InputError(f"{path} is a structure set, which has contours and no grid; {WITH_ITS_SERIES}")
         found, unknown, undrawn = structures(ds, slices, table)
         shape = int(slices[0].Columns), int(slices[0].Rows), len(slices)
         mask, affine = paint(found, shape, unknown, str(path), undrawn), slice_affine(slices)
@@ -322,7 +320,7 @@ def is_mask(path: str | os.PathLike) -> bool:
 
 
 def _check_exists(path: str | os.PathLike) -> Path:
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.exists():
         raise InputError(f"{file} does not exist; correct the path")
     return file
@@ -395,7 +393,7 @@ class WriteStudyd(MapTransform):
             raise InputError(
                 f"output_labels is {numbering!r}; allowed with DICOM output is 'vocabulary', which has codes"
             )
-        self.output_dir, self.mask_key, self.source_key = Path(output_dir).expanduser(), mask_key, source_key
+        self.output_dir, self.mask_key, self.source_key = expanded(output_dir), mask_key, source_key
         self.seed, self.conditions, self.enhanced, self.from_scan = seed, conditions, enhanced, from_scan
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

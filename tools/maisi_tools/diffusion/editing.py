@@ -25,6 +25,7 @@ from maisi_tools.diffusion.inferers import MaskToCT, SeedOfInferer
 from maisi_tools.diffusion.noise import redraw_seeds
 from maisi_tools.diffusion.samplers import check_start, known_outside, sample, step_generator
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.masks.body import SKIN_HU, add_body, tissues
 from maisi_tools.masks.class_folder import ReadMaskd, is_one_mask
 from maisi_tools.masks.edits import apply_edits
@@ -111,7 +112,7 @@ def find_scans(
 
 def targets_of(ct: str | os.PathLike, output_dir: str | os.PathLike) -> dict[str, Path]:
     """What an edited scan writes: "ct", "mask", "weight" and "sidecar", and the folder "dicom" of a series."""
-    name, folder = stem_of(ct), Path(output_dir).expanduser()
+    name, folder = stem_of(ct), expanded(output_dir)
     files = {what: folder / f"{name}_{what}.nii.gz" for what in ("ct", "mask", "weight")}
     return {**files, "sidecar": folder / f"{name}_ct.json", "dicom": study_dir(ct, output_dir)}
 
@@ -449,7 +450,7 @@ class WriteEditd(MapTransform):
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys)
-        self.image_key, self.output_dir, self.label_map = image_key, Path(output_dir).expanduser(), label_map
+        self.image_key, self.output_dir, self.label_map = image_key, expanded(output_dir), label_map
         self.conditions = dict(conditions or {})
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

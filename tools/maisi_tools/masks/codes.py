@@ -12,7 +12,7 @@ from pathlib import Path
 
 from maisi_tools import refuse_moved
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import expanded, read_json
 from maisi_tools.masks.label_maps import label_target
 from maisi_tools.masks.vocabulary import BODY, BOTH, PLACEHOLDER_NAMES, VOCABULARY, name_and_side
 
@@ -153,7 +153,7 @@ def read_roi_table(path: str | os.PathLike) -> dict[str, int]:
     Raises:
         InputError: no such file, no such JSON, or a label that is not in the vocabulary.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     form = 'give a JSON file such as {"Lung_L": "left lung lower lobe", "PTV": 0}'
     try:
         entries = read_json(path)

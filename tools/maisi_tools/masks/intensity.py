@@ -9,7 +9,7 @@ import numpy as np
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
-from maisi_tools.masks.vocabulary import ALLOWED, VOCABULARY, display_name, label_id, labels_in_group
+from maisi_tools.masks.vocabulary import VOCABULARY, display_name, label_of, labels_in_group
 from maisi_tools.settings import is_range
 
 NOT_SOFT = ("bone", "airway", "lung", "cartilage", "bowel")
@@ -72,7 +72,7 @@ def hu_ranges(changed: Mapping[str | int, Sequence[float] | None] | None = None)
     if not isinstance(changed or {}, Mapping):
         raise InputError(f"hu_ranges is {changed!r}; allowed is label -> [lowest, highest]: {{'liver': [-22, 250]}}")
     for name, limits in (changed or {}).items():
-        label = label_of(name)
+        label = label_of(name, background=False)
         if limits is None:
             ranges.pop(label, None)
             continue
@@ -104,16 +104,3 @@ def implausible_organs(
         if values.size >= LEAST_VOXELS and not low <= (median := float(np.median(values))) <= high:
             found[display_name(label)] = {"median": round(median, 1), "lowest": low, "highest": high}
     return found
-
-
-def label_of(name: str | int) -> int:
-    """The label of an organ that is given by its number, its name, or the name of what its placeholder stands for.
-
-    Raises:
-        InputError: there is none.
-    """
-    if str(name).isdecimal():
-        if int(name) in VOCABULARY:
-            return int(name)
-        raise InputError(f"{name} is no label; {ALLOWED}")
-    return label_id(str(name))

@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import read_json
+from maisi_tools.files import expanded, read_json
 from maisi_tools.masks.data_sets import DATA_SETS
 from maisi_tools.masks.vocabulary import ALLOWED, PLACEHOLDER_NAMES, VOCABULARY, display_name, label_id, labels_in_group
 from maisi_tools.volumes.checks import whole_labels
@@ -228,7 +228,7 @@ def read_label_map(
     """
     if str(label_map) in LABEL_MAPS:
         return LABEL_MAPS[str(label_map)].with_placeholders(placeholders)
-    if not isinstance(label_map, (str, os.PathLike)) or not (path := Path(label_map).expanduser()).is_file():
+    if not isinstance(label_map, (str, os.PathLike)) or not (path := expanded(label_map)).is_file():
         raise InputError(f"label_map {str(label_map)!r} is neither a known name nor a file; {JSON_HELP}")
     try:
         entries = read_json(path)

@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import write_json
+from maisi_tools.files import expanded, write_json
 from maisi_tools.masks.class_folder import is_one_mask, read_mask
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.label_maps import LabelMap
@@ -180,7 +180,7 @@ def search(entries: dict[Path, MaskEntry], request: MaskRequest) -> list[tuple[P
 
 
 def _folder(folder: str | os.PathLike) -> Path:
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise InputError(f"library {root} is no folder; give the folder that holds the masks")
     return root

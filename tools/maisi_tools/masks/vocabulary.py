@@ -267,7 +267,8 @@ HOSTS: dict[str, tuple[str, ...]] = {
 }
 """Lesions, each with the organs it grows in: the five tumors that MAISI draws (arXiv 2409.11169), and cysts."""
 
-ALLOWED = f"allowed are 0 (background) and MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
+IDS = f"MAISI's ids {min(VOCABULARY)}..132 and {BODY} (body)"
+ALLOWED = f"allowed are 0 (background) and {IDS}"
 
 PLACEHOLDER_NAMES = {2: "brainstem", 16: "larynx", 18: "left parotid gland", 20: "right parotid gland"}
 """What the shipped weights, the label map "openkbp" and the phantoms use placeholder ids for: id -> its name here."""
@@ -296,8 +297,12 @@ def label_id(name: str) -> int:
         ) from None
 
 
-def label_of(given: int | str) -> int:
-    """The id of a label that a setting names: by the id, which as a key of JSON is text, or by the name; 0 is none.
+def label_of(given: int | str, background: bool = True) -> int:
+    """The id of a label that a setting names: by the id, which as a key of JSON is text, or by the name.
+
+    Args:
+        given: id, or name of a label or of what a placeholder stands for.
+        background: whether 0 is one.
 
     Raises:
         InputError: no such id, or no such name (:func:`label_id`).
@@ -305,8 +310,8 @@ def label_of(given: int | str) -> int:
     text = str(given)
     if not text.isdecimal():
         return label_id(text)
-    if int(text) not in (0, *VOCABULARY):
-        raise InputError(f"{given!r} is no label; {ALLOWED}, and their names")
+    if int(text) not in VOCABULARY and not (background and int(text) == 0):
+        raise InputError(f"{given!r} is no label; {ALLOWED if background else f'allowed are {IDS}'}, and their names")
     return int(text)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from maisi_tools.datasets.complete import check_cts, ct_of
 from maisi_tools.errors import InputError
-from maisi_tools.files import check_own_table, write_csv
+from maisi_tools.files import check_own_table, expanded, write_csv
 from maisi_tools.masks.body import body_envelope, label_from_ct, labels_of_more
 from maisi_tools.masks.edits import volumes_ml
 from maisi_tools.masks.vocabulary import BODY, labels_in_group
@@ -79,7 +79,7 @@ def pair_masks(cases: Sequence[Mapping[str, str]], masks_dir: str | Path) -> lis
     Raises:
         InputError: a mask is missing, or was completed from another CT than the one of its name.
     """
-    folder = Path(masks_dir).expanduser()
+    folder = expanded(masks_dir)
     items = []
     for case in cases:
         mask = folder / f"{stem_of(case['image'])}_mask.nii.gz"
@@ -109,7 +109,7 @@ def check_conditioning(output_dir: str | Path) -> None:
     Raises:
         InputError: there is one with other columns.
     """
-    check_own_table(Path(output_dir).expanduser() / TABLE, COLUMNS, "evaluation", "output_dir")
+    check_own_table(expanded(output_dir) / TABLE, COLUMNS, "evaluation", "output_dir")
 
 
 def check_structures(
@@ -189,7 +189,7 @@ def score_generated(
         InputError: a CT was not generated, a real CT and its labels have different grids, or as
             :func:`check_structures` and :func:`check_conditioning`.
     """
-    folder = Path(output_dir).expanduser()
+    folder = expanded(output_dir)
     check_conditioning(folder)
     if segmenter is not None:
         check_structures(items, segmenter.classes, structures)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from maisi_tools.errors import InputError
 from maisi_tools.masks.body import labels_of_more
-from maisi_tools.masks.intensity import label_of
-from maisi_tools.masks.vocabulary import display_name
+from maisi_tools.masks.vocabulary import display_name, label_of
 from maisi_tools.metrics.overlap import dice
 from maisi_tools.metrics.segmentation import BundleSegmenter
 from maisi_tools.metrics.segmenters import Segmenter, open_segmenter
@@ -47,7 +46,7 @@ class Judge:
         self.named = isinstance(min_dice, Mapping)
         soft = [label for label in known if label not in labels_of_more()]
         wanted = min_dice if isinstance(min_dice, Mapping) else dict.fromkeys(soft, min_dice)
-        self.min_dice = {label_of(name): value for name, value in wanted.items()}
+        self.min_dice = {label_of(name, background=False): value for name, value in wanted.items()}
         if not self.min_dice:
             raise InputError(f"{segmenter.name} segments bones alone; name those to look for: min_dice {{skull: 0.5}}")
         for label, value in self.min_dice.items():

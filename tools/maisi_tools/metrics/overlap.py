@@ -12,6 +12,7 @@ from monai.metrics import compute_dice
 from tqdm import tqdm
 
 from maisi_tools.errors import InputError, first_few
+from maisi_tools.files import expanded
 from maisi_tools.metrics.summary import tabulate
 from maisi_tools.volumes.inputs import check_stems, stem_of
 from maisi_tools.volumes.reading import read_ras
@@ -102,7 +103,7 @@ def score_segmentations(
     Raises:
         InputError: a case without ``label``, a file that is missing, two grids, or two cases of one stem.
     """
-    folder = Path(output_dir).expanduser()
+    folder = expanded(output_dir)
     _check_cases(cases)
     rows: dict[str, Row] = {}
     for case in tqdm(cases, desc="measuring", unit="case", delay=2):

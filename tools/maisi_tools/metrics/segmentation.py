@@ -12,6 +12,7 @@ from monai.transforms import Compose, SaveImage, SaveImaged
 
 from maisi_tools.bundles.stage import Stage
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.volumes.writing import WriteVolumed
 from maisi_tools.weights import load_weights
 
@@ -41,7 +42,7 @@ class BundleSegmenter:
     def __init__(
         self, config_file: str | Path, ckpt_path: str | Path | None = None, device: str | torch.device = "cpu"
     ) -> None:
-        config = Path(config_file).expanduser()
+        config = expanded(config_file)
         if not config.is_file():
             raise InputError(
                 f"{config} does not exist; a segmentation network is named by its bundle's inference config, "

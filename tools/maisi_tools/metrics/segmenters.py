@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation, SpatialResample
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import canonical_json, fingerprint_tensors, fingerprint_text
+from maisi_tools.files import canonical_json, expanded, fingerprint_tensors, fingerprint_text
 from maisi_tools.masks.label_maps import LABEL_MAPS, LabelMap, apply_label_map, read_label_map
 from maisi_tools.masks.vocabulary import label_id
 from maisi_tools.metrics.segmentation import BundleSegmenter
@@ -103,7 +103,7 @@ def open_segmenter(name: str, label_map: str | None = None, device: str = "cpu")
         return Segmenter(name)
     if name == TOTALSEGMENTATOR:
         return Segmenter(name, _totalsegmentator(device), LABEL_MAPS[TOTALSEGMENTATOR])
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     configs = [folder / "configs" / one for one in CONFIGS]
     config = next((path for path in configs if path.is_file()), None)
     if config is None:

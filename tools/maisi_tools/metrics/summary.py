@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import check_own_json, replacing, write_csv
+from maisi_tools.files import check_own_json, expanded, replacing, write_csv
 from maisi_tools.volumes.inputs import stem_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_tables(output_dir: str | Path) -> None:
     def is_summary(found: Any) -> bool:
         return isinstance(found, dict) and all(tuple(figure) == STATISTICS for figure in found.values())
 
-    check_own_json(Path(output_dir).expanduser() / SUMMARY, is_summary, "evaluation", "output_dir", [TABLE])
+    check_own_json(expanded(output_dir) / SUMMARY, is_summary, "evaluation", "output_dir", [TABLE])
 
 
 def summarise(
@@ -57,7 +57,7 @@ def summarise(
     Raises:
         InputError: no sidecar with such figures, or not one for each of `items`.
     """
-    folder = Path(output_dir).expanduser()
+    folder = expanded(output_dir)
     rows: dict[str, dict[str, float]] = {}
     asked = None if items is None else [folder / f"{stem_of(item['image'])}{suffix}.json" for item in items]
     for path in sorted(folder.glob(f"*{suffix}.json") if asked is None else asked):

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.masks.codes import read_roi_table
 from maisi_tools.settings import check_number, checked_fields, on_this_machine, read_yaml
 
@@ -359,12 +360,12 @@ def read_settings(path: str | os.PathLike) -> Settings:
     Raises:
         InputError: no such file, no YAML, an unknown key or a wrong value.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     content = read_yaml(path, "settings", "docs/hospital.md")
     content = checked_fields(Settings, content, str(path))
 
     def near(value: Any) -> Any:
-        return None if value is None else str(path.parent / Path(str(value)).expanduser())
+        return None if value is None else str(path.parent / expanded(str(value)))
 
     content["spool"] = near(content["spool"])
 

@@ -16,7 +16,7 @@ from maisi_tools.datasets.complete import check_cts
 from maisi_tools.datasets.datalist import belongs
 from maisi_tools.diffusion.conditions import check_scaled, modality_of
 from maisi_tools.errors import InputError, first_few
-from maisi_tools.files import canonical_json, read_json
+from maisi_tools.files import canonical_json, expanded, read_json
 from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.training.patches import RandLatentCropd
 from maisi_tools.training.views import make_views
@@ -91,7 +91,7 @@ def latents_to_encode(
     """
     if not (isinstance(rank, int) and isinstance(ranks, int) and 0 <= rank < ranks):
         raise InputError(f"rank is {rank!r} of {ranks!r} ranks; allowed are whole numbers, 0 <= rank < ranks")
-    folder = Path(output_dir).expanduser()
+    folder = expanded(output_dir)
     if "window" in settings:  # masks have none
         check_scaled(modality, "mr" if list(settings["window"]) == list(MR_PERCENTILES) else "ct")
     multiple, factor = settings.get("multiple"), getattr(autoencoder, "factor", 1)

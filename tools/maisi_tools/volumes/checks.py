@@ -312,7 +312,7 @@ def check_spacing(
     allowed: Sequence[Sequence[float]],
     what: str,
     factor: float | None = None,
-    advice: str = "give --spacing to resample, or use the full-size weights",
+    advice: str = "give --spacing to resample, or use weights for it",
 ) -> None:
     """Refuse a spacing that the weights were not trained for.
 

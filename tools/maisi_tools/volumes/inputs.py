@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from maisi_tools.errors import InputError, first_few
-from maisi_tools.files import fingerprint_file, fingerprint_text, read_json
+from maisi_tools.files import expanded, fingerprint_file, fingerprint_text, read_json
 from maisi_tools.volumes.limits import check_limit
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def sidecar_path(path: str | os.PathLike) -> Path:
 
 def study_dir(volume: str | os.PathLike, output_dir: str | os.PathLike) -> Path:
     """The folder of the DICOM study that a run writes of a volume, named by its file."""
-    return Path(output_dir).expanduser() / f"{stem_of(volume)}_dicom"
+    return expanded(output_dir) / f"{stem_of(volume)}_dicom"
 
 
 def find_inputs(
@@ -183,7 +183,7 @@ def check_output_dir(
         InputError: the folder cannot be made or written, or an output would be written over an input, or over a file
             that no earlier run wrote, see :func:`check_earlier`.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-"):
@@ -239,7 +239,7 @@ def check_targets(
         InputError: a target is an input, or a folder that holds one, or a file of a folder that is one.
     """
     there = {(status.st_dev, status.st_ino): path for path in targets if path.exists() for status in [path.stat()]}
-    for given in (Path(path).expanduser() for path in inputs) if there else ():
+    for given in (expanded(path) for path in inputs) if there else ():
         parts = [given, *(given.iterdir() if given.is_dir() else ()), *given.resolve().parents]
         for status in (part.stat() for part in parts if part.exists()):
             if (target := there.get((status.st_dev, status.st_ino))) is not None:
@@ -294,7 +294,7 @@ def _items_of(
         return [_item(entry, key, Path(), is_one)]
     if not isinstance(entry, (str, os.PathLike)):
         raise InputError(f"input has an entry {entry!r}; allowed is {ALLOWED}")
-    path = Path(entry).expanduser()
+    path = expanded(entry)
     if path.suffix.lower() == ".json":
         return _read_datalist(path, key, sections, is_one)
     paths = _expand(path, is_one)
@@ -317,7 +317,7 @@ def _item(entry: Mapping, key: str, base: Path, is_one: IsOne) -> dict[str, str]
             f"a datalist entry has the keys {sorted(map(str, entry))} and no path under {key!r}; "
             f"allowed are entries {{{key!r}: path}}: rename the key in the datalist"
         )
-    path = base / Path(entry[key]).expanduser()
+    path = base / expanded(entry[key])
     if not path.exists():
         raise InputError(f"{path} (named in a datalist) does not exist; correct the path, relative to the datalist")
     return {**_said(entry), key: _single(path, is_one)}

@@ -12,7 +12,7 @@ import nrrd
 import numpy as np
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 
-from maisi_tools.files import replacing
+from maisi_tools.files import expanded, replacing
 from maisi_tools.volumes.checks import whole_labels
 from maisi_tools.volumes.nifti import read_stored_nifti
 from maisi_tools.volumes.reading import read_volume
@@ -85,7 +85,7 @@ def read_stored(path: str | os.PathLike, kind: str) -> Stored:
     Raises:
         InputError: see :func:`~maisi_tools.volumes.reading.read_volume`.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     name = path.name.lower()
     if name.endswith((".nii", ".nii.gz")):
         image, values, affine = read_whole(path, lambda: read_stored_nifti(path, kind))

@@ -18,6 +18,7 @@ from monai.transforms import MapTransform, Orientation
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
 from maisi_tools.errors import InputError
+from maisi_tools.files import expanded
 from maisi_tools.volumes.checks import (
     check_affine,
     check_ct_intensities,
@@ -69,7 +70,7 @@ def read_volume(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
-    path = Path(path).expanduser()
+    path = expanded(path)
     values, affine = _read(path, kind, series_uid, modalities or (("CT",) if intensity_check else ("CT", "MR")))
     check_shape(values.shape, kind, str(path))
     check_affine(affine, str(path))

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from torch import distributed
 
 from maisi_tools.errors import InputError
-from maisi_tools.files import replacing
+from maisi_tools.files import expanded, replacing
 from maisi_tools.volumes.checks import LEAST_STEPS
 from maisi_tools.volumes.inputs import of_a_run, sidecar_path, stem_of
 from maisi_tools.volumes.normalise import intensity_of
@@ -226,7 +226,7 @@ class WriteVolumed(MapTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.output_dir, self.suffix, self.dtype = Path(output_dir).expanduser(), suffix, _voxel_type(dtype)
+        self.output_dir, self.suffix, self.dtype = expanded(output_dir), suffix, _voxel_type(dtype)
         self.sidecar, self.stem_key = sidecar, stem_key
 
     def __call__(self, data: Mapping[Any, Any]) -> dict:
