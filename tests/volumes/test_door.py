@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 
 import pytest
 
@@ -52,3 +53,19 @@ def test_what_is_said_of_an_input_at_the_door_is_said_once(caplog):
     caplog.clear()
     preprocessing({"image": "a"})
     assert caplog.messages == ["a is small"]  # the run did not begin
+
+
+def test_what_is_said_at_the_door_is_seen_without_a_logging_configuration(python):
+    """Warnings then go to stderr by logging's last resort."""
+    code = """
+import logging
+from maisi_tools.volumes.door import check_inputs
+say = lambda item: logging.getLogger("maisi_tools.x").warning("%s is small", item["image"])
+logging.getLogger("maisi_tools.x").handlers.clear()
+logging.root.handlers.clear()
+check_inputs([{"image": "a"}], say)
+say({"image": "a"})
+say({"image": "b"})
+"""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stderr.split("\n") == ["a is small", "b is small", ""]

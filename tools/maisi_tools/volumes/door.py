@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+PACKAGE = "maisi_tools."
 
 
 def check_inputs(data: Sequence[Mapping[str, Any]], preprocessing: Callable[[Any], Any]) -> None:
@@ -20,25 +23,34 @@ def check_inputs(data: Sequence[Mapping[str, Any]], preprocessing: Callable[[Any
         What the preprocessing raises: for wrong input an InputError, at some depth of the exception's chain.
     """
     _said.forget()
-    package = logging.getLogger(__package__.partition(".")[0])
-    package.addHandler(_said)
-    try:
+    with _said.listening():
         for item in tqdm(data, desc="checking inputs", unit="volume", delay=2):
             preprocessing(dict(item))
-    finally:
-        package.removeHandler(_said)
     _said.silence()
 
 
-class _Said(logging.Handler):
+class _Said:
     """What the package's loggers said while this listened; as often as they did they can be kept from saying it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.lines: Counter[tuple[str, str]] = Counter()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines[record.name, record.getMessage()] += 1
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note each record as it is made: a handler would take the place of logging's last resort."""
+        factory = logging.getLogRecordFactory()
+
+        def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
+            record = factory(*args, **kwargs)
+            if record.name.startswith(PACKAGE):
+                self.lines[record.name, record.getMessage()] += 1
+            return record
+
+        logging.setLogRecordFactory(made)
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(factory)
 
     def silence(self) -> None:
         for name, _ in list(self.lines):
