@@ -503,7 +503,7 @@ def test_numbers_of_workers_that_are_none_are_refused(workers):
         list(in_order(abs, [1], workers, "counting"))
 
 
-def test_a_folder_without_volumes_is_refused_and_of_dicom_says_how(tmp_path):
+def test_a_folder_without_volumes_is_refused_and_of_dicom_says_how(tmp_path, caplog):
     (tmp_path / "CT").mkdir()
     (tmp_path / "CT" / "notes.txt").write_text("none")
     with pytest.raises(InputError, match="no volume .* allowed is a folder with volumes"):
@@ -511,3 +511,10 @@ def test_a_folder_without_volumes_is_refused_and_of_dicom_says_how(tmp_path):
     (tmp_path / "CT" / "0001").write_bytes(bytes(128) + b"DICM")
     with pytest.raises(InputError, match="but DICOM; .* maisi dicom_read SERIES -o NAME_ct.nii.gz"):
         find_cases(tmp_path)
+    write(tmp_path / "a_ct.nii.gz")
+    assert [case.name for case in find_cases(tmp_path)[0]] == ["a"]
+    assert "DICOM files are passed over; make each series a volume first" in caplog.text
+    (tmp_path / "CT" / "0001").unlink()
+    caplog.clear()
+    find_cases(tmp_path)
+    assert not caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from maisi_tools.errors import InputError
 from maisi_tools.files import expanded, read_json
 from maisi_tools.masks.vocabulary import checked_regions
 from maisi_tools.volumes.inputs import SUFFIXES, is_dicom, is_volume, stem_of
+
+logger = logging.getLogger(__name__)
 
 CT_SUFFIX, MASK_SUFFIX = "_ct", "_seg"
 """``NAME_ct`` with ``NAME_seg`` beside it: how this project's folders name a volume and its mask."""
@@ -80,19 +83,21 @@ def _of_folder(folder: Path) -> list[Case]:
     """``NAME_ct`` with ``NAME_seg``; where nothing has such a name, all volumes with the masks ``NAME_seg``.
 
     What else a case has (``NAME_dose``) is passed over; any other volume is a case that is refused, so that it is
-    told of.
+    told of. DICOM beside them is named in a warning.
     """
     volumes = [file for file in sorted(folder.rglob("*")) if is_volume(file) and file.is_file()]
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
     images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
+    if any(_is_dicom(file) for file in {*folder.rglob("*")}.difference(volumes)):
+        advice = (
+            f"make each series a volume first: maisi dicom_read SERIES -o NAME{CT_SUFFIX}.nii.gz, and its SEG or "
+            f"RTSTRUCT as NAME{MASK_SUFFIX}.nii.gz (--series SERIES)"
+        )
+        if not images:
+            raise InputError(f"no volume ({', '.join(SUFFIXES)}) below {folder}, but DICOM; {advice}")
+        logger.warning("%s: DICOM files are passed over; %s", folder, advice)
     if not images:
-        found = f"no volume ({', '.join(SUFFIXES)}) below {folder}"
-        if any(is_dicom(file) for file in folder.rglob("*")):
-            raise InputError(
-                f"{found}, but DICOM; make each series a volume first: maisi dicom_read SERIES -o "
-                f"NAME{CT_SUFFIX}.nii.gz, and its SEG or RTSTRUCT as NAME{MASK_SUFFIX}.nii.gz (--series SERIES)"
-            )
-        raise InputError(f"{found}; allowed is {ALLOWED}")
+        raise InputError(f"no volume ({', '.join(SUFFIXES)}) below {folder}; allowed is {ALLOWED}")
     masks = {(file.parent, stem_of(file)): file for file in volumes}
     named = stem_of(images[0]).endswith(CT_SUFFIX)
     cases = []
@@ -112,6 +117,13 @@ def _of_folder(folder: Path) -> list[Case]:
             reason = f"other volumes here are called NAME{CT_SUFFIX}; rename it so, or move it out of the folder"
         cases.append(Case(stem, _absolute(file), refused=reason))
     return cases
+
+
+def _is_dicom(file: Path) -> bool:
+    try:
+        return is_dicom(file)
+    except OSError:  # not ours to read
+        return False
 
 
 def _of_datalist(path: Path, content: Any) -> list[Case]:
