@@ -366,26 +366,28 @@ def test_a_slab_gets_a_mapping_that_nothing_else_uses(channels_last):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries' heaps are left as they are")
-def test_under_a_limit_temporaries_leave_no_holes():
+@pytest.mark.parametrize(("slab", "each"), [(24, 12), (2, 1.5), (0.1, 1.5)])  # MiB
+def test_under_a_limit_temporaries_leave_no_holes(slab, each):
     """In a process of its own: blocks freed between blocks that stay go back to the system."""
-    program = """
+    program = f"""
 import torch
 from maisi_tools.tsp.heap import set_heap
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def given_back():
-    blocks = [torch.ones(3 * 2**20) for _ in range(32)]  # 12 MiB each
+    blocks = [torch.ones(int({each} * 2**18)) for _ in range(64)]
     before = held()
     del blocks[::2]
     return before - held()
-set_heap(lean=True)
+set_heap(lean=int({slab} * 2**20))
 lean = given_back()
-set_heap(lean=False)
+set_heap()
 print(lean, given_back())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     lean, fast = map(int, found.stdout.split())
-    assert lean > 0.9 * 16 * 12 * 2**20 and fast < 0.1 * 16 * 12 * 2**20
+    freed = 32 * each * 2**20
+    assert lean > 0.9 * freed and fast < 0.1 * freed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

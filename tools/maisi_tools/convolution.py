@@ -108,6 +108,11 @@ def conv_transpose3d(
     return functional.conv_transpose3d(input, weight, bias, *settings)
 
 
+def computes_in_float32(dtype: torch.dtype) -> bool:
+    """Whether this CPU convolves values of a type by way of float32, with copies of all that it reads and makes."""
+    return dtype == torch.bfloat16 and not _BFLOAT16
+
+
 def _in_float32(
     convolve: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
 ) -> Tensor:

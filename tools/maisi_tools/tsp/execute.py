@@ -64,7 +64,7 @@ class Execution:
         """Return the outputs' values."""
         total, done = sum(len(part.steps) for part in self.plan.passes), 0
         if self.pool is not None:
-            set_heap(self.lean)
+            set_heap(self.plan.slab_bytes if self.lean else None)
         try:
             left = 0  # bytes, at most, that temporaries of the passes so far have left in the heap
             for part, peak in zip(self.plan.passes, self.plan.peaks, strict=True):

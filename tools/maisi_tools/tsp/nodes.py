@@ -152,7 +152,9 @@ class Node:
             keyword ``moments``.
         channel_concat: the inputs are joined along dimension 1, so that moments join, too.
         ruled: False for an operation without a rule, which ran on the gathered tensor.
-        room: bytes that computing it takes on the way, beside inputs and result, where ``cost`` does not say.
+        room: bytes that computing it takes on the way, beside inputs and result and their ``copies``.
+        copies: how many times the rows of inputs and result are there again while it is computed; None for the one in a
+            convolution library's own layout where there is a cost.
         key: what tells ``need`` from another one that is the same at both ends and in the middle.
     """
 
@@ -160,6 +162,7 @@ class Node:
         "axis",
         "channel_concat",
         "compute",
+        "copies",
         "cost",
         "dtype",
         "elementwise",
@@ -190,6 +193,7 @@ class Node:
         channel_concat: bool = False,
         ruled: bool = True,
         room: int = 0,
+        copies: int | None = None,
         value: Tensor | None = None,
         key: Hashable = None,
     ) -> None:
@@ -207,6 +211,7 @@ class Node:
         self.channel_concat = channel_concat
         self.ruled = ruled
         self.room = room
+        self.copies = bool(cost) if copies is None else copies
         self.value = value
         self.key = key
 

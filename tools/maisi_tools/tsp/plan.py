@@ -519,13 +519,13 @@ class _Probe:
             return self.visit(node, a, b, base)
         if (node, a, b) in self._shared:
             return 0
-        held = 0
+        held = read = 0
         for k, given in enumerate(node.inputs):
-            rows = node.need(k, a, b)
-            held += self.visit(given, *(rows or (0, 1)), base + held)
+            lo, hi = node.need(k, a, b) or (0, 1)
+            held += self.visit(given, lo, hi, base + held)
+            read += (hi - lo) * given.row_bytes
         size = (b - a) * node.row_bytes
-        # Convolution libraries copy both sides into a layout of their own.
-        work = node.room + (held + size if node.cost else 0)
+        work = node.room + node.copies * (read + size)
         self.top = max(self.top, self._held + base + held + size + work)
         self.widest = max(self.widest, size, held // max(len(node.inputs), 1))
         self.flop += (b - a) * node.row_flop

@@ -99,6 +99,7 @@ def _form(order: Sequence[Node], outputs: Sequence[Node]) -> Hashable:
                 else (
                     node.cost,
                     node.room,
+                    node.copies,
                     node.elementwise,
                     node.channel_concat,
                     node.key,

@@ -147,7 +147,7 @@ class Call:
         tensors += [part for module in modules for part in (*module.parameters(), *module.buffers())]
         self._weigh(tensors)
         self.floating = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-        self.recorder = Recorder(axis + 2, len(first.shape), self.device, self._execute, self.dtype)
+        self.recorder = Recorder(axis + 2, len(first.shape), self.device, self.kind, self._execute, self.dtype)
         self.given: dict[Node, Tensor] = {}
         self.inputs: dict[int, tuple[Any, Volume, Node]] = {}
         """Volumes among the arguments, by identity: tensor, handle, and the node that stands for its own values."""

@@ -176,6 +176,7 @@ class Recorder:
         axis: dimension along which volumes are split.
         ndim: dimensions of the volume that the axis is counted in.
         device: of the handles.
+        kind: type of the device that computes; "meta" stands for one.
         execute: computes nodes' values; called where the network asks for values while it is being recorded.
         dtype: floating type to compute in; None keeps the network's own, and autocast's.
 
@@ -192,12 +193,14 @@ class Recorder:
         axis: int,
         ndim: int,
         device: torch.device,
+        kind: str,
         execute: Callable[[Sequence[Node]], list[Any]],
         dtype: torch.dtype | None = None,
     ) -> None:
         self.axis = axis
         self.back = ndim - axis
         self.device = device
+        self.kind = kind
         self.dtype = dtype
         self.constants = Constants()
         self.shadows = Shadows(device, dtype)

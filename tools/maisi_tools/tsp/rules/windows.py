@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maisi_tools.convolution import conv3d, conv_transpose3d
+from maisi_tools.convolution import computes_in_float32, conv3d, conv_transpose3d
 from maisi_tools.tsp.nodes import Node, clamp
 from maisi_tools.tsp.rules.table import bind, fit, per_axis, rule
 
@@ -23,6 +23,15 @@ _TRANSPOSED = {
     "groups": 1,
     "dilation": 1,
 }
+
+
+def _beside(recorder: Any, weight: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """A convolution's ``room`` and ``copies``: both sides in the library's own layout.
+
+    By way of float32 they are there in it, too, and so is the weight; each of them is twice the size.
+    """
+    by_float32 = recorder.kind == "cpu" and weight.ndim == 5 and computes_in_float32(dtype)
+    return (2 * weight.numel() * torch.float32.itemsize, 4) if by_float32 else (0, 1)
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -68,8 +77,9 @@ def convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> Node | None
         for n, p, q, d, k, s in zip(node.shape[2:], before, after, dilation, kernel, stride, strict=True)
     ]
     shape = (node.shape[0], weight.shape[0], *sizes)
-    cost = 2.0 * weight.shape[1:].numel()
-    return Node("convolution", (node,), shape, recorder.expected.dtype, axis, compute, need, cost)
+    cost, dtype = 2.0 * weight.shape[1:].numel(), recorder.expected.dtype
+    room, copies = _beside(recorder, weight, dtype)
+    return Node("convolution", (node,), shape, dtype, axis, compute, need, cost, room=room, copies=copies)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -119,7 +129,9 @@ def transposed_convolution(recorder: Any, func: Any, args: Any, kwargs: Any) -> 
     for k, s in zip(kernel, stride, strict=True):
         taps *= k / s
     cost = 2.0 * node.shape[1] / given["groups"] * taps
-    return Node("transposed convolution", (node,), shape, recorder.expected.dtype, axis, compute, need, cost)
+    dtype = recorder.expected.dtype
+    room, copies = _beside(recorder, weight, dtype)
+    return Node("transposed convolution", (node,), shape, dtype, axis, compute, need, cost, room=room, copies=copies)
 
 
 _MAX_POOL = {
