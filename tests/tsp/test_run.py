@@ -371,7 +371,7 @@ def test_under_a_limit_temporaries_leave_no_holes(slab, each):
     """In a process of its own: blocks freed between blocks that stay go back to the system."""
     program = f"""
 import torch
-from maisi_tools.tsp.heap import set_heap
+from maisi_tools.tsp.heap import MMAP_THRESHOLD, set_heap
 def held():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 def given_back():
@@ -379,9 +379,9 @@ def given_back():
     before = held()
     del blocks[::2]
     return before - held()
-set_heap(lean=int({slab} * 2**20))
+set_heap(int({slab} * 2**20) // 2)
 lean = given_back()
-set_heap()
+set_heap(MMAP_THRESHOLD)
 print(lean, given_back())
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

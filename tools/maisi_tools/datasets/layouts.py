@@ -85,10 +85,11 @@ def _of_folder(folder: Path) -> list[Case]:
     What else a case has (``NAME_dose``) is passed over; any other volume is a case that is refused, so that it is
     told of. DICOM beside them is named in a warning.
     """
-    volumes = [file for file in sorted(folder.rglob("*")) if is_volume(file) and file.is_file()]
+    files = sorted(folder.rglob("*"))
+    volumes = [file for file in files if is_volume(file) and file.is_file()]
     images = [file for file in volumes if stem_of(file).endswith(CT_SUFFIX)]
     images = images or [file for file in volumes if not stem_of(file).endswith(MASK_SUFFIX)]
-    if any(_is_dicom(file) for file in {*folder.rglob("*")}.difference(volumes)):
+    if any(_is_dicom(file) for file in files if not is_volume(file)):
         advice = (
             f"make each series a volume first: maisi dicom_read SERIES -o NAME{CT_SUFFIX}.nii.gz, and its SEG or "
             f"RTSTRUCT as NAME{MASK_SUFFIX}.nii.gz (--series SERIES)"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maisi_tools.tsp.heap import SlabPool, reset_heap, set_heap, trim_heap
+from maisi_tools.tsp.heap import MMAP_THRESHOLD, SlabPool, reset_heap, set_heap, trim_heap
 from maisi_tools.tsp.moments import Moments, concatenate, merge, moments
 from maisi_tools.tsp.nodes import Node, Rows
 from maisi_tools.tsp.plan import Graph, Pass, Plan, Step, is_given
@@ -64,7 +64,7 @@ class Execution:
         """Return the outputs' values."""
         total, done = sum(len(part.steps) for part in self.plan.passes), 0
         if self.pool is not None:
-            set_heap(self.plan.slab_bytes if self.lean else None)
+            set_heap(self.plan.slab_bytes // 2 if self.lean else MMAP_THRESHOLD)
         try:
             left = 0  # bytes, at most, that temporaries of the passes so far have left in the heap
             for part, peak in zip(self.plan.passes, self.plan.peaks, strict=True):

@@ -38,7 +38,7 @@ MAPPED_AT_LEAST = 2**20
 
 # Of glibc's malloc.h; see mallopt(3). The first two values are those at which its own adaption ends.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20
+MMAP_THRESHOLD, _TRIM_THRESHOLD = 32 * 2**20, 64 * 2**20
 _NEVER_TRIM = 2**30
 
 
@@ -96,15 +96,14 @@ def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
-def set_heap(lean: int | None = None) -> None:
-    """Have the C library keep what a step's temporaries leave, or give it back; glibc alone can be asked.
+def set_heap(mapped: int) -> None:
+    """Have the C library keep what a step's temporaries leave, but for the large ones; glibc alone can be asked.
 
     Args:
-        lean: bytes of a slab, where a memory limit has to hold.
+        mapped: bytes from which on a temporary is given back at once, at least MAPPED_AT_LEAST.
     """
     if (library := _glibc()) is not None:
-        mapped = _MMAP_THRESHOLD if lean is None else max(lean // 2, MAPPED_AT_LEAST)
-        library.mallopt(_M_MMAP_THRESHOLD, mapped)
+        library.mallopt(_M_MMAP_THRESHOLD, max(mapped, MAPPED_AT_LEAST))
         library.mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM)
 
 
@@ -112,7 +111,7 @@ def set_heap(lean: int | None = None) -> None:
 def lean_heap() -> Iterator[None]:
     """Have the C library give back what temporaries leave, from before until after."""
     trim_heap()
-    set_heap(lean=2 * MAPPED_BYTES)
+    set_heap(MAPPED_BYTES)
     try:
         yield
     finally:
@@ -128,6 +127,6 @@ def trim_heap() -> None:
 def reset_heap() -> None:
     """Give what is not in use back, and have the C library do so by itself again."""
     if (library := _glibc()) is not None:
-        library.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        library.mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         library.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
         library.malloc_trim(0)

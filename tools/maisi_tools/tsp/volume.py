@@ -176,7 +176,7 @@ class Recorder:
         axis: dimension along which volumes are split.
         ndim: dimensions of the volume that the axis is counted in.
         device: of the handles.
-        kind: type of the device that computes; "meta" stands for one.
+        kind: type of the device that computes: handles on "meta" stand for those of one.
         execute: computes nodes' values; called where the network asks for values while it is being recorded.
         dtype: floating type to compute in; None keeps the network's own, and autocast's.
 
