@@ -23,6 +23,7 @@ pytest.importorskip("pynetdicom", reason="needs the extra 'dicom'")
 
 from maisi_tools.dicom.study import write_study
 from maisi_tools.masks.phantom import flat_ct, make_phantom
+from preloaded import WAITS
 
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
@@ -75,7 +76,7 @@ class Running:
         environment = {**os.environ, "MAISI_DICOMWEB_PASSWORD": "secret"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self.wait(lambda: self.health(), 60)
+        self.wait(lambda: self.health())
 
     def kill(self) -> None:
         """As a power cut would."""
@@ -86,7 +87,7 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        self.process.wait(WAITS)
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -98,7 +99,7 @@ class Running:
         except (OSError, http.client.HTTPException):  # the second: it ended in the midst of an answer
             return {}
 
-    def wait(self, ready, seconds: float) -> None:
+    def wait(self, ready, seconds: float = WAITS) -> None:
         end = time.time() + seconds
         while time.time() < end:
             if ready():

@@ -12,6 +12,7 @@ import pytest
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 
 from maisi_tools.cli import main
+from preloaded import WAITS
 
 
 class Archive:
@@ -65,7 +66,7 @@ def test_a_segmentation_comes_back_as_a_ct(listen, archive, real_study, tmp_path
     listener = listen(archive.port, real=True)
     files = real_study(tmp_path / "study", 1)
     assert store(files, listener.settings["listen"]["port"])
-    listener.wait(lambda: listener.health().get("done") == 1, 120)
+    listener.wait(lambda: listener.health().get("done") == 1)
     modalities = [ds.Modality for ds in archive.objects.values()]
     assert sorted(set(modalities)) == ["CT", "RTSTRUCT", "SEG"] and modalities.count("CT") == 48
     source = pydicom.dcmread(files[0])
@@ -118,7 +119,7 @@ def test_what_cannot_be_used_is_a_dead_letter_with_the_reason(listen, archive, r
         item.SegmentedPropertyTypeCodeSequence[0].CodeMeaning = f"thing {number}"
     ds.save_as(path)
     assert store([path], listener.settings["listen"]["port"])
-    listener.wait(lambda: listener.health().get("dead") == 1, 60)
+    listener.wait(lambda: listener.health().get("dead") == 1)
     (reason,) = (tmp_path / "spool" / "dead").glob("*/reason.txt")
     assert "thing" in reason.read_text() and reason.parent.name == ds.SOPInstanceUID
     assert not archive.objects
@@ -133,13 +134,13 @@ def test_an_archive_that_is_away_is_tried_again(listen, archive, real_study, tmp
     archive.close()
     files = real_study(tmp_path / "study", 2)
     assert store([path for path in files if path.name == "SEG.dcm"], listener.settings["listen"]["port"])
-    listener.wait(lambda: "again in 2 s" in listener.log.read_text(), 60)
+    listener.wait(lambda: "again in 2 s" in listener.log.read_text())
     command = [listener.python, "-m", "maisi_tools.cli", "listen", str(listener.config)]
-    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAITS)
     assert second.returncode == 2 and "another listener works on the spool" in second.stderr
     archive.status = 0xB000
     archive.open()
-    listener.wait(lambda: listener.health().get("done") == 1, 120)
+    listener.wait(lambda: listener.health().get("done") == 1)
     assert len(archive.objects) == archive.stores == 50
     assert "stored the result with a warning: 0xb000" in listener.log.read_text()
 
@@ -158,7 +159,7 @@ def test_two_bundles_one_after_another_for_a_ct(listen, archive, free_port, real
     listener = listen(archive.port, listen=listen_at, chains=[chain])
     files = real_study(tmp_path / "study", 3)
     assert store([path for path in files if "CT" in path.parent.name], listener.settings["listen"]["port"])
-    listener.wait(lambda: listener.health().get("done") == 1, 120)
+    listener.wait(lambda: listener.health().get("done") == 1)
     source = pydicom.dcmread(files[0])
     assert len(archive.objects) == 48
     for ds in archive.objects.values():

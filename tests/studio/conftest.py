@@ -21,6 +21,7 @@ pytest.importorskip("uvicorn", reason="needs the extra 'studio'")
 from maisi_tools.masks.phantom import flat_ct, make_phantom
 from maisi_tools.studio.catalogue import Catalogue
 from maisi_tools.studio.folders import Folders
+from preloaded import WAITS
 
 SIZE, SPACING = (48, 48, 48), (5.0, 5.0, 3.4)
 
@@ -121,10 +122,10 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(WAITS)
 
 
-def wait(until: Callable[[], bool], seconds: float = 60) -> None:
+def wait(until: Callable[[], bool], seconds: float = WAITS) -> None:
     end = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < end, "nothing happened"

@@ -16,6 +16,7 @@ import pytest
 from maisi_tools.studio.folders import Folders
 from maisi_tools.studio.jobs import Full, Jobs, Worker, parsed
 from maisi_tools.studio.uploads import describe_upload
+from preloaded import WAITS
 
 PHANTOM = {"kind": "phantom", "body": "head_neck", "size": [48, 48, 48], "spacing": [5.0, 5.0, 3.4]}
 LONG = {
@@ -38,7 +39,7 @@ def play(folders: Folders, python: str, monkeypatch: pytest.MonkeyPatch):
             jobs = Jobs(folders, [worker], waiting)
             jobs.start()
             try:
-                return await asyncio.wait_for(scene(jobs, worker), 90)
+                return await asyncio.wait_for(scene(jobs, worker), WAITS)
             finally:
                 jobs.close()
 
@@ -133,7 +134,7 @@ def test_a_worker_that_cannot_start_is_given_up(play, folders, monkeypatch, tmp_
         assert not jobs.ready
         jobs.close()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), WAITS))
     assert (folders.root / "worker-cpu.log").read_text().count("broken") == 3
 
 
