@@ -41,7 +41,7 @@ IMPORTED = (
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 WAITS = 180.0
-"""Seconds until tests give up what has to happen: free where it does, and a slow, busy machine needs its time."""
+"""Seconds for the imports, and for what a process of its own makes, on a busy machine."""
 
 
 def start(folder: Path) -> tuple[Path, subprocess.Popen]:

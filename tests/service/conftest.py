@@ -76,7 +76,7 @@ class Running:
         environment = {**os.environ, "MAISI_DICOMWEB_PASSWORD": "secret"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        self.wait(lambda: self.health())
+        self.wait(self.health)
 
     def kill(self) -> None:
         """As a power cut would."""
@@ -87,7 +87,7 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(WAITS)
+        self.process.wait(60)
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:

@@ -24,7 +24,6 @@ from maisi_tools.service.association import ArchiveAway, ArchiveRefuses
 from maisi_tools.service.chain import Made
 from maisi_tools.service.listener import HTTP_REQUESTS, Listener
 from maisi_tools.service.settings import read_settings
-from preloaded import WAITS
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def running(listener):
     thread = threading.Thread(target=listener.run)
     thread.start()
     listener.url = f"http://{listener.settings.http}"
-    deadline = time.monotonic() + WAITS
+    deadline = time.monotonic() + 10
     while True:
         try:
             urllib.request.urlopen(f"{listener.url}/health", timeout=5).close()
@@ -51,7 +50,7 @@ def running(listener):
     assert not thread.is_alive()
 
 
-def until(ready, seconds: float = WAITS) -> None:
+def until(ready, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline
@@ -81,7 +80,7 @@ def test_whatever_a_job_raises_the_next_one_is_done(listener, jobs):
     jobs |= {"1.1": InputError("no mask"), "1.2": SystemExit(3), "1.3": MemoryError(), "1.4": RecursionError("deep")}
     for key in ("1.1", "1.2", "1.3", "1.4", "1.5"):
         listener.queue.add(key, "SEG", "1", listener.incoming)
-    deadline = time.monotonic() + WAITS
+    deadline = time.monotonic() + 10
     while listener.queue.counts()["dead"] < 4:
         listener.work()
         assert time.monotonic() < deadline
@@ -129,14 +128,14 @@ def test_a_locked_queue_is_health_degraded_and_goes_on(running, jobs):
     assert json.load(urllib.request.urlopen(f"{running.url}/health", timeout=10))["status"] == "ok"
     other = sqlite3.connect(running.spool / "queue.sqlite", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    until(lambda: "queue" in running.troubles.recent())
+    until(lambda: "queue" in running.troubles.recent(), 20)
     answer = json.load(urllib.request.urlopen(f"{running.url}/health", timeout=10))
     assert answer["status"] == "degraded" and "locked" in answer["troubles"]["queue"]
     with pytest.raises(urllib.error.HTTPError, match="503"):
         urllib.request.urlopen(f"{running.url}/metrics", timeout=10)
     other.execute("ROLLBACK")
     running.queue.add("1.2", "SEG", "1", running.incoming)
-    until(lambda: running.queue.counts()["done"] == 2)
+    until(lambda: running.queue.counts()["done"] == 2, 20)
     metrics = urllib.request.urlopen(f"{running.url}/metrics", timeout=10).read().decode()
     assert 'maisi_troubles_total{part="queue"}' in metrics and 'part="queue"} 0' not in metrics
 

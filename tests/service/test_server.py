@@ -25,7 +25,6 @@ from maisi_tools.service.receive import CANNOT_UNDERSTAND, REFUSED, _addresses, 
 from maisi_tools.service.server import MAX_ASSOCIATIONS, MAX_PENDING
 from maisi_tools.service.settings import Listen, Node
 from maisi_tools.service.troubles import Troubles
-from preloaded import WAITS
 
 KIND = SecondaryCaptureImageStorage
 
@@ -208,7 +207,7 @@ def test_more_associations_than_allowed_are_turned_away_and_the_others_go_on(rec
     assert receiver.store() == -2
     assert opened[0].send_c_store(an_object()).Status == 0
     opened[0].release()
-    deadline = time.monotonic() + WAITS
+    deadline = time.monotonic() + 5
     while receiver.store() != 0:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -246,7 +245,7 @@ def test_stopping_lets_an_object_that_is_stored_end_and_leaves_no_parts(receive,
     association, status = receiver.associate(), []
     thread = threading.Thread(target=lambda: status.append(association.send_c_store(an_object())))
     thread.start()
-    deadline = time.monotonic() + WAITS
+    deadline = time.monotonic() + 5
     while not list(receiver.incoming.rglob(".*.dcm")):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -122,7 +122,7 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(WAITS)
+        self.process.wait(30)
 
 
 def wait(until: Callable[[], bool], seconds: float = WAITS) -> None:

@@ -134,7 +134,7 @@ def test_a_worker_that_cannot_start_is_given_up(play, folders, monkeypatch, tmp_
         assert not jobs.ready
         jobs.close()
 
-    asyncio.run(asyncio.wait_for(run(), WAITS))
+    asyncio.run(asyncio.wait_for(run(), 30))
     assert (folders.root / "worker-cpu.log").read_text().count("broken") == 3
 
 

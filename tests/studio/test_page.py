@@ -650,7 +650,7 @@ def test_a_press_for_something_else_counts_while_one_is_on_its_way(open_page, se
     steps(page, 900)
     for button in ("#draw-mask", "#draw-mask", "#make-ct", "#make-ct"):
         page.click(button)
-    server.wait(lambda: len(held) >= 2 or page.wait_for_timeout(50), 60)
+    server.wait(lambda: len(held) >= 2 or page.wait_for_timeout(50), 10)
     page.wait_for_timeout(200)
     assert [json.loads(route.request.post_data)["makes"] for route in held] == ["mask", "ct"]
     for route in held:
